@@ -1,0 +1,32 @@
+"""What a user can cause, and the exit code each has on the command line.
+
+Every message says what was wanted, what was found (file, row, column), and the next command. Raised once, never logged and raised.
+"""
+
+
+class CurateError(Exception):
+    """Something failed that the user can do something about. Exit code 1."""
+
+    exit_code = 1
+
+
+class UsageError(CurateError):
+    """Wrong use of a command, or a wrong recipe. Exit code 2."""
+
+    exit_code = 2
+
+
+class ValidationError(CurateError):
+    """Rows that are not what their kind needs: names file, row, column, and what was found."""
+
+
+class ModelError(CurateError):
+    """A model, tokenizer or checkpoint that cannot be read or used."""
+
+
+class EngineError(CurateError):
+    """A sampling engine or server that cannot start, cannot serve this model, or died."""
+
+
+class StoreError(CurateError):
+    """A store that is locked, damaged, full, or of another version."""
