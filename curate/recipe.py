@@ -1,0 +1,369 @@
+"""The recipe: which scores are wanted, over which models and checkpoints, and what to select.
+
+Strict pydantic models of the YAML. An unknown key, a misspelt score or a bad type is an error that names the file, the line, the key and
+the nearest right one. Relative paths are relative to the recipe's folder, so a recipe means the same from everywhere.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from curate.errors import UsageError
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Source(Strict):
+    """Where rows come from."""
+
+    path: str | list[str] = Field(description="a file, a folder written by save_to_disk, a glob, a hub id, or a list of them")
+    split: str = "train"
+    revision: str | None = Field(None, description="a hub dataset's revision")
+    format: str = Field("auto", description="auto, or a format that `curate validate` names")
+    columns: dict[str, str] = Field({}, description="ours: theirs")
+    on_bad_row: Literal["error", "drop"] = "error"
+
+    @model_validator(mode="before")
+    @classmethod
+    def path_alone(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str | list) else value
+
+
+class Models(Strict):
+    """The models that rows are measured with."""
+
+    reference: str | None = Field(None, description="a model folder or hub id")
+    policy: str | None = Field(None, description="a second model: implicit rewards, flips")
+    checkpoints: str | list[str] | None = Field(None, description="a training run's folder, or a list of model folders")
+
+
+class Tokens(Strict):
+    """How rows become tokens."""
+
+    max_length: int | None = Field(1024, ge=2)
+    truncation: Literal["keep_start", "keep_end", "drop", "error"] = "keep_start"
+
+
+class Engine(Strict):
+    """What runs the models. A change of token_budget changes speed only, never a value's identity."""
+
+    sampler: Literal["auto", "vllm", "openai", "transformers"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: str = "auto"
+    token_budget: int = Field(16384, ge=1)
+    seed: int = 0
+
+
+class Server(Strict):
+    """An OpenAI-compatible server, for `sampler: openai`."""
+
+    url: str | None = None
+    key_env: str = "OPENAI_API_KEY"
+    concurrency: int = Field(16, ge=1)
+    model: str | None = Field(None, description="the server's name of the model; its only one by default")
+    timeout: float = Field(600.0, gt=0, description="seconds a request may take")
+    retries: int = Field(5, ge=0)
+
+
+class Sampling(Strict):
+    """How answers are sampled and graded."""
+
+    samples: int = Field(5, ge=1)
+    temperature: float = Field(0.8, ge=0)
+    top_p: float = Field(0.95, gt=0, le=1)
+    max_new_tokens: int = Field(512, ge=1)
+    stop: list[str] = []
+    system: str | None = None
+    few_shot: str | None = Field(None, description="text put before every prompt, or a file with it")
+    grader: str | dict[str, Any] = "gsm8k"
+
+
+class ScoreRequest(Strict):
+    """A score under the name that its column gets: two settings of one score live side by side under two names."""
+
+    score: str
+    params: dict[str, Any] = {}
+    name: str
+
+    @classmethod
+    def read(cls, entry: Any) -> ScoreRequest:
+        if isinstance(entry, ScoreRequest):
+            return entry
+        if isinstance(entry, str):
+            score, params = entry, {}
+        elif isinstance(entry, dict) and len(entry) == 1:
+            score, params = next(iter(entry.items()))
+            params = params or {}
+        elif isinstance(entry, dict) and "score" in entry:
+            score, params = entry["score"], {**entry.get("params", {}), **({"as": entry["name"]} if "name" in entry else {})}
+        else:
+            raise ValueError("a score is a name, or a name with its settings: `flip_loss: {beta: 0.1}`")
+        if not isinstance(score, str) or not isinstance(params, dict):
+            raise ValueError("a score is a name, or a name with its settings: `flip_loss: {beta: 0.1}`")
+        params = dict(params)
+        name = params.pop("as", None) or score.rpartition(":")[2]
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", str(name)):
+            raise ValueError(f"{name!r} cannot name a column; use letters, digits and underscores (`as: {re.sub(r'[^A-Za-z0-9_]', '_', str(name))}`)")
+        return cls(score=score, params=params, name=str(name))
+
+
+class Keep(Strict):
+    """How many of the rows that are left: exactly one of the three."""
+
+    share: Annotated[float, Field(gt=0, le=1)] | None = None
+    rows: Annotated[int, Field(ge=0)] | None = None
+    tokens: Annotated[int, Field(ge=0)] | None = None
+
+    @model_validator(mode="after")
+    def one(self) -> Keep:
+        given = [key for key in ("share", "rows", "tokens") if getattr(self, key) is not None]
+        if len(given) != 1:
+            raise ValueError(f"keep takes exactly one of share, rows, tokens; found {', '.join(given) or 'none'}")
+        return self
+
+
+class Select(Strict):
+    """Which rows are kept: where, then drop_worst, then order_by, then keep (in every group of `per`)."""
+
+    where: str | None = None
+    drop_worst: dict[str, Annotated[float, Field(ge=0, lt=1)]] = {}
+    order_by: str | None = None
+    keep: Keep | None = None
+    per: str | dict[str, dict[str, Annotated[float, Field(ge=0, le=1)]]] | None = None
+    duplicates: Literal["once", "as_found"] = "once"
+    unknown: Literal["error", "keep", "drop"] = "error"
+
+    @field_validator("per", mode="after")
+    @classmethod
+    def one_group(cls, value: Any) -> Any:
+        if isinstance(value, dict) and len(value) != 1:
+            raise ValueError(f"per takes one column; found {', '.join(value)}")
+        return value
+
+    @field_validator("per", mode="before")
+    @classmethod
+    def text_keys(cls, value: Any) -> Any:
+        """YAML reads `1: 0.5` with a number for a key; a group's name is text."""
+        if isinstance(value, dict):
+            return {k: {str(g): s for g, s in v.items()} if isinstance(v, dict) else v for k, v in value.items()}
+        return value
+
+
+class Export(Strict):
+    """Where the kept rows go, as a dataset to train on."""
+
+    to: str
+    format: Literal["trl", "prompt_completion", "messages"] = "trl"
+    columns: Literal["scores", "none"] | list[str] = Field("none", description="extra columns: every score, none, or a list")
+    push_to_hub: str | None = None
+
+
+class Report(Strict):
+    to: str
+
+
+class Recipe(Strict):
+    """One recipe: the whole of what a run does."""
+
+    kind: Literal["preference", "sft"]
+    store: str | None = Field(None, description="the store's folder; default: `store` beside the recipe")
+    source: Source | None = None
+    heldout: Source | None = Field(None, description="rows to calibrate and test on, never selected")
+    models: Models = Models()
+    tokens: Tokens = Tokens()
+    engine: Engine = Engine()
+    server: Server = Server()
+    sampling: Sampling = Sampling()
+    scores: Annotated[list[ScoreRequest], BeforeValidator(lambda v: [ScoreRequest.read(e) for e in v] if isinstance(v, list) else v)] = []
+    select: Select | None = None
+    export: Export | None = None
+    report: Report | None = None
+
+    @model_validator(mode="after")
+    def names_differ(self) -> Recipe:
+        names = [s.name for s in self.scores]
+        twice = sorted({n for n in names if names.count(n) > 1})
+        if twice:
+            raise ValueError(f"scores: two entries are called {twice[0]!r}; give one of them its own name with `as:`")
+        return self
+
+
+class Loaded:
+    """A recipe with where it came from.
+
+    recipe: the checked model. text: the YAML after `--set`, as it is kept in the store. name: the file's stem. folder: what relative
+    paths are relative to. store: the store's folder.
+    """
+
+    def __init__(self, recipe: Recipe, raw: dict[str, Any], path: Path | None, store: str | Path | None = None):
+        self.recipe, self.raw = recipe, raw
+        self.name = path.stem if path else "recipe"
+        self.folder = path.resolve().parent if path else Path.cwd()
+        self.path = path
+        self.text = yaml.safe_dump(raw, sort_keys=False, allow_unicode=True)
+        self.store = Path(store) if store else self.folder / (recipe.store or "store")
+
+    def resolve(self, path: str) -> Path:
+        """A path of the recipe, from where the recipe stands."""
+        return self.folder / Path(path).expanduser()
+
+
+def load_recipe(path: str | Path | dict[str, Any], *, set: dict[str, Any] | list[str] | None = None, store: str | Path | None = None) -> Loaded:  # noqa: A002
+    """Read and check a recipe. `set` overrides keys: {"select.keep.share": 0.5} or ["select.keep.share=0.5"].
+
+    Raises UsageError naming file, line, key and the nearest right key.
+    """
+    if isinstance(path, dict):
+        file, raw, lines = None, _copy(path), {}
+    else:
+        file = Path(path)
+        if file.is_dir():
+            raise UsageError(f"{path} is a folder, expected a recipe (YAML). Start one with `curate init preference recipe.yaml`.")
+        try:
+            text = file.read_text(encoding="utf-8")
+        except OSError as error:
+            near = difflib.get_close_matches(file.name, [p.name for p in file.parent.glob("*.y*ml")] if file.parent.is_dir() else [], 1)
+            hint = f"Did you mean {file.with_name(near[0])}?" if near else "Start one with `curate init preference recipe.yaml`."
+            raise UsageError(f"{path}: cannot read this recipe ({error.strerror}). {hint}") from None
+        except UnicodeDecodeError as error:
+            raise UsageError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); a recipe is a YAML file.") from None
+        try:
+            raw = yaml.safe_load(text)
+            lines = _lines(yaml.compose(text))
+        except yaml.YAMLError as error:
+            mark = getattr(error, "problem_mark", None)
+            where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+            raise UsageError(f"{path}{where}: not valid YAML: {getattr(error, 'problem', None) or error}.") from None
+        if not isinstance(raw, dict):
+            raise UsageError(f"{path}: a recipe is a mapping with `kind: preference` or `kind: sft`; found {_found(raw)}.")
+    for key, value in _overrides(set):
+        _put(raw, key, value)
+    try:
+        recipe = Recipe.model_validate(raw)
+    except ValidationError as error:
+        raise UsageError(_explain(error, raw, lines, str(path) if file else "recipe")) from None
+    return Loaded(recipe, raw, file, store)
+
+
+def schema() -> dict[str, Any]:
+    """The recipe's JSON schema, for editors. Shipped as curate/recipe.schema.json; a test keeps the two the same."""
+    result = Recipe.model_json_schema()
+    shown: dict[str, Any] = {"anyOf": [{"type": "string"}, {"type": "object", "minProperties": 1, "maxProperties": 1}]}
+    result["properties"]["scores"]["items"] = shown
+    for key in ("source", "heldout"):
+        result["properties"][key].setdefault("anyOf", []).extend([{"type": "string"}, {"type": "array", "items": {"type": "string"}}])
+    result["$defs"].pop("ScoreRequest", None)
+    result["title"] = "curate recipe"
+    return result
+
+
+def _overrides(given: dict[str, Any] | list[str] | None) -> list[tuple[str, Any]]:
+    if not given:
+        return []
+    if isinstance(given, dict):
+        return list(given.items())
+    pairs = []
+    for entry in given:
+        key, sign, value = entry.partition("=")
+        if not sign or not key:
+            raise UsageError(f"--set {entry}: expected key=value, such as --set select.keep.share=0.5.")
+        try:
+            pairs.append((key.strip(), yaml.safe_load(value)))
+        except yaml.YAMLError:
+            raise UsageError(f"--set {entry}: {value!r} is not a YAML value; quote it.") from None
+    return pairs
+
+
+def _put(raw: dict[str, Any], dotted: str, value: Any) -> None:
+    """Set raw[a][b][c] for the key a.b.c; a number is an index into a list."""
+    *path, last = dotted.split(".")
+    here: Any = raw
+    for i, key in enumerate(path):
+        if isinstance(here, list) and key.isdigit() and int(key) < len(here):
+            here = here[int(key)]
+            continue
+        if not isinstance(here, dict):
+            raise UsageError(f"--set {dotted}: {'.'.join(path[:i])} is {_found(here)}, it has no key {key!r}.")
+        if key in ("source", "heldout") and isinstance(here.get(key), str | list):
+            here[key] = {"path": here[key]}
+        if here.get(key) is None:
+            here[key] = {}
+        here = here[key]
+    if isinstance(here, list) and last.isdigit() and int(last) < len(here):
+        here[int(last)] = value
+    elif isinstance(here, dict):
+        here[last] = value
+    else:
+        raise UsageError(f"--set {dotted}: {'.'.join(path)} is {_found(here)}, it has no key {last!r}.")
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _copy(v) for k, v in value.items()}
+    return [_copy(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def _lines(node: Any, path: tuple[Any, ...] = ()) -> dict[tuple[Any, ...], int]:
+    """(key, key, …) -> line in the file, from the composed YAML."""
+    found: dict[tuple[Any, ...], int] = {}
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            here = (*path, key.value)
+            found[here] = key.start_mark.line + 1
+            found.update(_lines(value, here))
+    elif isinstance(node, yaml.SequenceNode):
+        for i, value in enumerate(node.value):
+            found[(*path, i)] = value.start_mark.line + 1
+            found.update(_lines(value, (*path, i)))
+    return found
+
+
+def _found(value: Any) -> str:
+    return "nothing" if value is None else f"{value!r} ({type(value).__name__})"
+
+
+def _fields(model: Any, path: tuple[Any, ...]) -> list[str]:
+    """The keys that are allowed at a path of the recipe."""
+    for key in path:
+        field = model.model_fields.get(key) if isinstance(model, type) and issubclass(model, BaseModel) else None
+        if field is None:
+            return []
+        options = [field.annotation, *get_args(field.annotation)]
+        model = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
+    return list(model.model_fields) if model is not None else []
+
+
+def _explain(error: ValidationError, raw: Any, lines: dict[tuple[Any, ...], int], file: str) -> str:
+    messages = []
+    seen: set[str] = set()
+    for item in error.errors():
+        path = tuple(part for part in item["loc"])
+        while path and path not in lines and len(path) > 1 and not (isinstance(path[-1], int) or item["type"] == "extra_forbidden"):
+            path = path[:-1]  # pydantic adds the names of union members
+        key = ".".join(str(p) for p in path)
+        if key in seen:
+            continue
+        seen.add(key)
+        where = f"{file}, line {lines[path]}" if path in lines else file
+        if item["type"] == "extra_forbidden":
+            allowed = _fields(Recipe, path[:-1])
+            near = difflib.get_close_matches(str(path[-1]), allowed, 1, 0.5)
+            under = f" under {'.'.join(map(str, path[:-1]))!r}" if path[:-1] else ""
+            hint = f"did you mean {near[0]!r}?" if near else f"allowed{under}: {', '.join(allowed)}."
+            messages.append(f"{where}: {key!r} is not a key of a recipe; {hint}")
+        elif item["type"] == "missing":
+            messages.append(f"{where}: {key!r} is missing.")
+        else:
+            text = item["msg"].removeprefix("Value error, ")
+            shown = item["input"] if not isinstance(item["input"], dict | list) else None
+            found = f"; found {_found(shown)}" if shown is not None else ""
+            messages.append(f"{where}: {key + ': ' if key else ''}{text[:1].lower() + text[1:]}{found}.")
+    return "\n".join(messages)
