@@ -1,0 +1,80 @@
+"""What a person sees while something runs: a bar on a terminal, plain lines in a log, nothing with --quiet. Everything goes to stderr."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+class Progress:
+    """say(text) prints a line; bar(title, total) counts; None of it touches stdout, which is for results."""
+
+    def __init__(self, *, quiet: bool = False, every: float = 10.0):
+        self.quiet, self.every = quiet, every
+        self.terminal = not quiet and sys.stderr.isatty()
+        self._bars: Any = None
+
+    def say(self, text: str) -> None:
+        if self.quiet:
+            return
+        if self._bars is not None:
+            self._bars.console.print(text, markup=False, highlight=False)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    @contextmanager
+    def bar(self, title: str, total: int, *, done: int = 0, unit: str = "rows") -> Iterator[Count]:
+        """`with progress.bar("forward", 900) as count: count(256)`; done: how many were there before."""
+        count: Count
+        if self.terminal:
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+            from rich.progress import Progress as Bars
+
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeElapsedColumn(), TimeRemainingColumn())
+            with Bars(*columns, console=Console(stderr=True)) as bars:
+                self._bars = bars
+                task = bars.add_task(title, total=total, completed=done)
+                try:
+                    yield Count(lambda n: bars.advance(task, n))
+                finally:
+                    self._bars = None
+            return
+        started = last = time.monotonic()
+        seen = 0
+
+        def step(n: int) -> None:
+            nonlocal seen, last
+            seen += n
+            now = time.monotonic()
+            if now - last >= self.every and done + seen < total:
+                last = now
+                left = (total - done - seen) * (now - started) / max(seen, 1)
+                self.say(f"{title}: {done + seen:,} of {total:,} {unit}, about {span(left)} left")
+
+        yield Count(step)
+        if seen:
+            self.say(f"{title}: {done + seen:,} of {total:,} {unit} in {span(time.monotonic() - started)}")
+
+
+class Count:
+    """Call it with how many are done since the last call."""
+
+    def __init__(self, advance: Any):
+        self._advance = advance
+
+    def __call__(self, n: int = 1) -> None:
+        self._advance(n)
+
+
+def span(seconds: float) -> str:
+    """3.2 s, 4 min 10 s, 2 h 05 min."""
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
