@@ -30,6 +30,7 @@ class Source(Strict):
     format: str = Field("auto", description="auto, or a format that `curate validate` names")
     columns: dict[str, str] = Field({}, description="ours: theirs")
     on_bad_row: Literal["error", "drop"] = "error"
+    limit: int | None = Field(None, ge=1, description="only the first so many rows, for trying out")
 
     @model_validator(mode="before")
     @classmethod
