@@ -1,0 +1,64 @@
+"""Objects of a user's own that a recipe names: "package.module:object". Standard library only.
+
+Scores, measurements and graders are found this way; a user's module is looked for on Python's path, then in the recipe's folder and the
+current one (a console command's own path has neither).
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+from curate.errors import UsageError
+
+
+def load_object(spec: str, *, what: str, folder: str | Path | None = None) -> Any:
+    """Import "package.module:object" (object may be dotted).
+
+    what: the noun for messages ("score"). folder: where to look besides Python's path and the current folder, usually the recipe's.
+    Raises UsageError when the module is not found, fails while it is imported, or has no such object (the nearest one is offered).
+    """
+    module_name, _, attribute = spec.partition(":")
+    if not attribute or not all(part.isidentifier() for part in (*module_name.split("."), *attribute.split("."))):
+        raise UsageError(f"{what} {spec!r}: a {what} of your own is named `package.module:object`.")
+    module = _import(module_name, spec, what, folder)
+    found: Any = module
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            near = difflib.get_close_matches(part, [n for n in dir(found) if not n.startswith("__")], 1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise UsageError(f"{what} {spec!r}: module {module_name!r} ({_where(module)}) has no {part!r}.{hint}")
+        found = getattr(found, part)
+    return found
+
+
+def _import(module_name: str, spec: str, what: str, folder: str | Path | None) -> Any:
+    places = [str(Path(place).resolve()) for place in (*([folder] if folder else []), ".")]
+    added = [place for place in dict.fromkeys(places) if place not in sys.path]
+    sys.path.extend(added)
+    importlib.invalidate_caches()
+    try:
+        return importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name and (module_name == error.name or module_name.startswith(error.name + ".")):
+            raise UsageError(
+                f"{what} {spec!r}: there is no module {error.name!r}, neither on Python's path nor in {', '.join(dict.fromkeys(places))}."
+            ) from None
+        raise UsageError(
+            f"{what} {spec!r}: importing {module_name!r} failed: {error}. Install what it imports."
+        ) from error
+    except Exception as error:
+        raise UsageError(
+            f"{what} {spec!r}: importing {module_name!r} failed: {type(error).__name__}: {error}"
+        ) from error
+    finally:
+        for place in added:
+            if place in sys.path:
+                sys.path.remove(place)
+
+
+def _where(module: Any) -> str:
+    return getattr(module, "__file__", None) or "built in"

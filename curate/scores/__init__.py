@@ -1,0 +1,355 @@
+"""The two decorators, @score and @dataset_value, and the registry of everything they decorate here.
+
+A score is a pure function of measurement columns: numpy float64 in, (rows,) float64 out, NaN for what is unknown. Its keyword-only
+arguments are its parameters. One file per family; a user's own is named `package.module:object` in the recipe.
+
+    @score(needs=("hidden_cc", "hidden_cr"), unit="activation²", worst="high", high_means="DPO tends to push the chosen response down")
+    def ches(hidden_cc, hidden_cr):
+        return hidden_cr - hidden_cc
+
+A need is a column's name, or a role and a column: "policy.chosen_logp" is the policy model's, "row.agreement" the user's own column
+`agreement`; without a role it is the reference's (preference) or the last checkpoint's (sft; with over="checkpoints" every checkpoint's).
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import numpy as np
+
+from curate.errors import UsageError
+from curate.objects import load_object
+from curate.scores.parameters import Parameter, Positive, Range, Share, checked
+
+__all__ = [
+    "DATASET_VALUES",
+    "SCORES",
+    "DatasetValue",
+    "Need",
+    "Parameter",
+    "Positive",
+    "Range",
+    "Score",
+    "Share",
+    "Value",
+    "dataset_value",
+    "resolve",
+    "score",
+]
+
+Array = np.ndarray[Any, np.dtype[np.float64]]
+Kind = Literal["preference", "sft", "any"]
+Over = Literal["checkpoints"] | None
+Worst = Literal["high", "low", "none"]
+Cost = Literal["free", "forward", "sampling", "backward"]
+
+# What a column costs to measure, for those that cost something other than a forward pass (a test holds it to the measurements' own word).
+_READS: dict[str, Cost] = {
+    **dict.fromkeys(("prompt_tokens", "chosen_tokens", "rejected_tokens", "completion_tokens"), "free"),
+    **dict.fromkeys(("edit_distance", "truncated"), "free"),
+    **dict.fromkeys(("n_samples", "n_correct", "accuracy", "sample_logp", "n_unfinished"), "sampling"),
+    **dict.fromkeys(("entk_cc", "entk_cr", "entk_rr"), "backward"),
+}
+_COSTS: tuple[Cost, ...] = ("free", "forward", "sampling", "backward")
+
+
+class Need(NamedTuple):
+    """One column that a score reads. role: "" (see above), a model's role such as "policy", or "row" for the user's own column."""
+
+    role: str
+    column: str
+
+    @classmethod
+    def read(cls, text: str) -> Need:
+        role, _, column = text.rpartition(".")
+        return cls(role, column)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What a score and a dataset value have in common: a function over columns, with parameters.
+
+    name: the function's. path: "module:name". needs, optional: column names, in the order of the function's positional arguments (an
+    optional column is None where nobody measured it). takes_steps: the function wants `steps`, the (K,) steps of the checkpoints.
+    """
+
+    name: str
+    path: str
+    function: Callable[..., Any]
+    needs: tuple[str, ...]
+    optional: tuple[str, ...]
+    kind: Kind
+    over: Over
+    source: str
+    parameters: Mapping[str, Parameter]
+    takes_steps: bool
+
+    what: typing.ClassVar[str] = "function"
+
+    @property
+    def description(self) -> str:
+        """The docstring's first line."""
+        return (inspect.getdoc(self.function) or "").partition("\n")[0]
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The parameters that have a default, with it."""
+        return {p.name: p.default for p in self.parameters.values() if not p.required}
+
+    @property
+    def columns(self) -> tuple[Need, ...]:
+        """needs, then optional, as (role, column)."""
+        return tuple(Need.read(text) for text in (*self.needs, *self.optional))
+
+    @property
+    def cost(self) -> Cost:
+        """The dearest pass that its needs ask for: free (tokens or the user's own columns), forward, sampling, backward."""
+        needs = [Need.read(text) for text in self.needs]
+        return max(
+            ("free" if n.role == "row" else _READS.get(n.column, "forward") for n in needs),
+            key=_COSTS.index,
+            default="free",
+        )
+
+    def check(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """The full set of parameters, defaults filled in, numbers as floats where floats are wanted.
+
+        Raises UsageError for an unknown parameter (naming the nearest), a missing one, a wrong type or a value out of range.
+        """
+        for key in params:
+            if key not in self.parameters:
+                near = difflib.get_close_matches(str(key), self.parameters, 1, 0.5)
+                takes = f"it takes {', '.join(self.parameters)}" if self.parameters else "it takes none"
+                hint = f"did you mean {near[0]!r}?" if near else f"{takes}."
+                raise UsageError(
+                    f"{self.what} {self.name}: there is no parameter {str(key)!r}; {hint} `curate scores` lists them."
+                )
+        result = {}
+        for p in self.parameters.values():
+            if p.name in params:
+                result[p.name] = checked(params[p.name], p.type, f"{self.what} {self.name}: {p.name}")
+            elif p.required:
+                raise UsageError(
+                    f"{self.what} {self.name}: the parameter {p.name!r} has no default; write `{self.name}: {{{p.name}: …}}`."
+                )
+            else:
+                result[p.name] = p.default
+        return result
+
+    def call(
+        self, columns: Mapping[str, Any], *, steps: Iterable[int] | None = None, params: Mapping[str, Any] | None = None
+    ) -> Any:
+        """The function over named columns. `columns` maps each need, as it is written in `needs`, to its array."""
+        missing = [need for need in self.needs if columns.get(need) is None]
+        if missing:
+            raise UsageError(
+                f"{self.what} {self.name} needs {', '.join(missing)}, which nobody measured; it got {', '.join(columns) or 'nothing'}."
+            )
+        arrays = [_as_column(columns.get(text), text, self) for text in (*self.needs, *self.optional)]
+        rows = {len(array) for array in arrays if array is not None}
+        if len(rows) > 1:
+            raise UsageError(f"{self.what} {self.name}: its columns have different numbers of rows: {sorted(rows)}.")
+        extra: dict[str, Any] = (
+            {"steps": None if steps is None else np.asarray(list(steps))} if self.takes_steps else {}
+        )
+        try:
+            return self.function(*arrays, **self.check(params or {}), **extra)
+        except ValueError as error:
+            raise UsageError(f"{self.what} {self.name}: {error}") from error
+
+    def __call__(self, *arrays: Any, **params: Any) -> Any:
+        """The plain function, as it was written."""
+        return self.function(*arrays, **params)
+
+
+@dataclass(frozen=True)
+class Score(Columns):
+    """A number per row. unit: of the value. worst: which end is bad to train on. high_means: what a high value says, in words."""
+
+    unit: str
+    worst: Worst
+    high_means: str
+
+    what = "score"
+
+    def compute(
+        self, columns: Mapping[str, Any], *, steps: Iterable[int] | None = None, params: Mapping[str, Any] | None = None
+    ) -> Array:
+        """(rows,) float64, NaN where unknown.
+
+        columns: need (as written in `needs` and `optional`) -> (rows,) array, or (rows, K) over checkpoints in step order.
+        Raises UsageError for a missing column, bad parameters, or a function that returns another shape.
+        """
+        result = np.asarray(self.call(columns, steps=steps, params=params), dtype=np.float64)
+        rows = len(columns[(*self.needs, *self.optional)[0]])
+        if result.shape != (rows,):
+            raise UsageError(
+                f"score {self.name} ({self.path}) returned shape {result.shape}, expected one number a row: ({rows},)."
+            )
+        return result
+
+
+class Value(NamedTuple):
+    """A number about a whole dataset with its 95% interval.
+
+    n: rows it rests on. at: the index of the checkpoint it is of, in step order; None where it is of the model or of the whole series.
+    value, low, high are NaN where unknown (n = 0).
+    """
+
+    name: str
+    value: float
+    low: float
+    high: float
+    n: int
+    at: int | None = None
+
+
+@dataclass(frozen=True)
+class DatasetValue(Columns):
+    """Numbers about a whole dataset, each with an interval."""
+
+    what = "dataset value"
+
+    def compute(
+        self, columns: Mapping[str, Any], *, steps: Iterable[int] | None = None, params: Mapping[str, Any] | None = None
+    ) -> list[Value]:
+        """The values; columns as in Score.compute."""
+        return list(self.call(columns, steps=steps, params=params))
+
+
+SCORES: dict[str, Score] = {}
+DATASET_VALUES: dict[str, DatasetValue] = {}
+
+
+def score(
+    *,
+    needs: tuple[str, ...],
+    optional: tuple[str, ...] = (),
+    kind: Kind = "any",
+    over: Over = None,
+    unit: str = "",
+    worst: Worst = "none",
+    high_means: str = "",
+    source: str = "",
+) -> Callable[[Callable[..., Any]], Score]:
+    """Declare a score. needs, optional: see the module. over="checkpoints": every column comes as (rows, K), in step order, NaN where
+    unmeasured (K counts the base model as step 0 where it is given); an argument called `steps` then gets the K steps.
+
+    The function takes needs, then optional columns, in that order; keyword-only arguments are parameters.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Score:
+        declared = Score(
+            **_described(function, needs, optional, kind, over, source), unit=unit, worst=worst, high_means=high_means
+        )
+        return _register(declared, SCORES)
+
+    return decorate
+
+
+def dataset_value(
+    *, needs: tuple[str, ...], optional: tuple[str, ...] = (), kind: Kind = "any", over: Over = None, source: str = ""
+) -> Callable[[Callable[..., Any]], DatasetValue]:
+    """Declare values of a whole dataset: a function like a score's that returns a list of Value."""
+
+    def decorate(function: Callable[..., Any]) -> DatasetValue:
+        return _register(DatasetValue(**_described(function, needs, optional, kind, over, source)), DATASET_VALUES)
+
+    return decorate
+
+
+def resolve(name: str, *, folder: str | Path | None = None) -> Score:
+    """The score of that name, or a user's own by "package.module:object" (looked for in `folder` too, usually the recipe's).
+
+    Raises UsageError: an unknown name (the nearest is offered), a module or object that is not there or is no score.
+    """
+    if ":" in name:
+        found = load_object(name, what="score", folder=folder)
+        if not isinstance(found, Score):
+            raise UsageError(
+                f"score {name!r}: found a {type(found).__name__}, expected a function decorated with @curate.score(needs=…)."
+            )
+        return found
+    if name in SCORES:
+        return SCORES[name]
+    near = difflib.get_close_matches(name, SCORES, 1, 0.5)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise UsageError(
+        f"there is no score {name!r}; {hint}`curate scores` lists all; one of your own is named `package.module:object`."
+    )
+
+
+Declared = TypeVar("Declared", Score, DatasetValue)
+
+
+def _register(declared: Declared, registry: dict[str, Declared]) -> Declared:
+    """Ours go into the registry; a user's own is reached by its path, so it can never replace one of ours."""
+    if declared.function.__module__.startswith(__name__ + "."):
+        if declared.name in registry:
+            raise TypeError(
+                f"two {declared.what}s are called {declared.name!r}: {registry[declared.name].path} and {declared.path}"
+            )
+        registry[declared.name] = declared
+    return declared
+
+
+def _described(
+    function: Callable[..., Any], needs: tuple[str, ...], optional: tuple[str, ...], kind: Kind, over: Over, source: str
+) -> dict[str, Any]:
+    if isinstance(needs, str) or isinstance(optional, str):
+        raise TypeError(f'{function.__name__}: needs and optional are tuples of column names; write ("{needs}",)')
+    if not needs:
+        raise TypeError(f"{function.__name__}: needs at least one column")
+    signature = inspect.signature(function)
+    positional = [p for p in signature.parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    variadic = any(p.kind == p.VAR_POSITIONAL for p in signature.parameters.values())
+    if len(positional) != len(needs) + len(optional) and not variadic:
+        raise TypeError(
+            f"{function.__name__} takes {len(positional)} columns ({', '.join(p.name for p in positional)}), "
+            f"declared are {', '.join((*needs, *optional))}. Parameters are keyword-only: put them after a `*`."
+        )
+    try:
+        hints = typing.get_type_hints(function, include_extras=True)
+    except (NameError, TypeError):
+        hints = {}
+    keyword = [p for p in signature.parameters.values() if p.kind == p.KEYWORD_ONLY]
+    parameters = {}
+    for p in keyword:
+        if p.name == "steps":
+            continue
+        known = p.default is not p.empty and p.default is not None
+        parameters[p.name] = Parameter(p.name, p.default, hints.get(p.name, type(p.default) if known else None))
+    return {
+        "name": function.__name__,
+        "path": f"{function.__module__}:{function.__qualname__}",
+        "function": function,
+        "needs": tuple(needs),
+        "optional": tuple(optional),
+        "kind": kind,
+        "over": over,
+        "source": source,
+        "parameters": types.MappingProxyType(parameters),
+        "takes_steps": any(p.name == "steps" for p in keyword),
+    }
+
+
+def _as_column(values: Any, name: str, of: Columns) -> Any:
+    """One column as the function gets it: float64, or as it is for the user's own columns that are no numbers."""
+    if values is None:
+        return None
+    array = np.asarray(values)
+    if Need.read(name).role == "row":
+        return array if array.dtype.kind in "OUST" else array.astype(np.float64)
+    array = array.astype(np.float64, copy=False)
+    wanted = 2 if of.over == "checkpoints" else 1
+    if array.ndim != wanted:
+        shape = "(rows, checkpoints)" if wanted == 2 else "(rows,)"
+        raise UsageError(f"{of.what} {of.name}: {name} has shape {array.shape}, expected {shape}.")
+    return array
