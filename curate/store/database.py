@@ -1,0 +1,227 @@
+"""The DuckDB file of a store: opening it briefly, waiting for whoever has it, its schema and version.
+
+DuckDB locks the file against every other process while a writer has it open, and readers block a writer. So everyone opens it for one
+short transaction, and waits with a message while another has it. Inside one process all use of one file goes through one lock.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from uuid import uuid4
+
+import duckdb
+
+from curate.errors import StoreError
+
+SCHEMA_VERSION = 1
+MIGRATIONS: dict[int, str] = {}  # version -> the SQL that makes it version + 1
+
+SCHEMA = """
+CREATE SCHEMA data;
+CREATE TABLE data.meta (key VARCHAR PRIMARY KEY, value VARCHAR);
+CREATE TABLE data.rows (position BIGINT NOT NULL, row_id VARCHAR PRIMARY KEY, kind VARCHAR NOT NULL, style VARCHAR, prompt VARCHAR,
+    chosen VARCHAR, rejected VARCHAR, completion VARCHAR, answer VARCHAR, label BOOLEAN);
+CREATE TABLE data.occurrences (seq BIGINT NOT NULL, row_id VARCHAR NOT NULL, source VARCHAR NOT NULL, index BIGINT NOT NULL,
+    role VARCHAR NOT NULL, columns VARCHAR);
+CREATE TABLE data.source_columns (source VARCHAR, role VARCHAR, ordinal INTEGER, name VARCHAR, type VARCHAR);
+CREATE TABLE data.source_state (source VARCHAR, role VARCHAR, fingerprint VARCHAR, n_records BIGINT, n_bad BIGINT, n_rows BIGINT,
+    read_at TIMESTAMP);
+CREATE TABLE data.measured (fingerprint VARCHAR PRIMARY KEY, measurement VARCHAR, reads VARCHAR, model VARCHAR,
+    model_fingerprint VARCHAR, run VARCHAR, checkpoint VARCHAR, step BIGINT, engine VARCHAR, params VARCHAR, created TIMESTAMP);
+CREATE TABLE data.samples (fingerprint VARCHAR, row_id VARCHAR, sample INTEGER, text VARCHAR, correct BOOLEAN, n_tokens INTEGER,
+    logp DOUBLE, finished BOOLEAN);
+CREATE TABLE data.recipes (name VARCHAR PRIMARY KEY, text VARCHAR, scores_table VARCHAR, sources VARCHAR[], uses VARCHAR[],
+    plain VARCHAR[], updated TIMESTAMP);
+CREATE TABLE data.dataset_values (origin VARCHAR, name VARCHAR, run VARCHAR, checkpoint VARCHAR, step BIGINT, value DOUBLE,
+    low DOUBLE, high DOUBLE, n BIGINT);
+CREATE TABLE data.runs (id BIGINT PRIMARY KEY, recipe VARCHAR, command VARCHAR, version VARCHAR, started TIMESTAMP,
+    finished TIMESTAMP, outcome VARCHAR, message VARCHAR, counts VARCHAR, host VARCHAR, pid BIGINT);
+CREATE TABLE data.selections (name VARCHAR PRIMARY KEY, recipe VARCHAR, spec VARCHAR, counts VARCHAR, created TIMESTAMP);
+CREATE TABLE data.decisions (selection VARCHAR, row_id VARCHAR, kept BOOLEAN, rank BIGINT, reason VARCHAR);
+CREATE TABLE data.throughput (key VARCHAR, tokens BIGINT, seconds DOUBLE, at TIMESTAMP);
+"""
+
+READ_PATIENCE, WRITE_PATIENCE = 30.0, 300.0  # seconds
+_locks: dict[str, threading.RLock] = defaultdict(threading.RLock)
+_locks_lock = threading.Lock()
+Connection = duckdb.DuckDBPyConnection
+
+
+def quote(name: str) -> str:
+    """An SQL identifier."""
+    return '"' + name.replace('"', '""') + '"'
+
+
+def literal(text: str) -> str:
+    """An SQL string."""
+    return "'" + text.replace("'", "''") + "'"
+
+
+class Database:
+    """`<store>/curate.duckdb`. `read` and `write` are context managers that yield a connection inside one transaction."""
+
+    def __init__(self, path: Path, *, patience: float | None = None, on_wait: Callable[[str], None] | None = None):
+        self.path = path
+        self.patience = patience
+        self.on_wait = on_wait
+        with _locks_lock:
+            self._lock = _locks[str(path.resolve())]
+
+    def create(self, created_by: str) -> bool:
+        """Make the file if there is none: beside it and then linked into place, so that it is never seen half-made. True if made."""
+        if self.path.exists():
+            return False
+        new = self.path.with_name(f".new-{os.getpid()}-{uuid4().hex[:8]}.duckdb")
+        try:
+            with _explained(self.path):
+                con = duckdb.connect(str(new))
+                con.execute(SCHEMA)
+                con.execute("INSERT INTO data.meta VALUES ('schema_version', ?), ('created_by', ?)", [str(SCHEMA_VERSION), created_by])
+                con.close()
+            os.link(new, self.path)
+        except FileExistsError:
+            return False  # another process was faster
+        except OSError as error:
+            raise StoreError(f"{self.path}: cannot be made ({error.strerror}). Check the folder and its free space.") from None
+        finally:
+            new.unlink(missing_ok=True)
+        return True
+
+    @contextmanager
+    def read(self) -> Iterator[Connection]:
+        """A read-only connection. Waits for a writer of another process."""
+        with self._open(read_only=True) as con, _explained(self.path):
+            self._check_version(con)
+            yield con
+
+    @contextmanager
+    def write(self) -> Iterator[Connection]:
+        """A connection inside a transaction: committed at the end, undone by any exception. Waits for readers and writers."""
+        with self._open(read_only=False) as con, _explained(self.path):
+            self._check_version(con)
+            con.execute("BEGIN")
+            try:
+                yield con
+                con.execute("COMMIT")
+            except BaseException:
+                try:
+                    con.execute("ROLLBACK")
+                except duckdb.Error:
+                    pass  # the failure itself has ended the transaction
+                raise
+
+    def migrate(self) -> None:
+        """Bring an older file to this version, one transaction a step."""
+        with self._open(read_only=False) as con, _explained(self.path):
+            version = self._version(con)
+            while version < SCHEMA_VERSION and version in MIGRATIONS:
+                con.execute("BEGIN")
+                con.execute(MIGRATIONS[version])
+                version += 1
+                con.execute("UPDATE data.meta SET value = ? WHERE key = 'schema_version'", [str(version)])
+                con.execute("COMMIT")
+
+    def needs_migration(self) -> bool:
+        with self._open(read_only=True) as con, _explained(self.path):
+            version = self._version(con)
+        return version < SCHEMA_VERSION and all(v in MIGRATIONS for v in range(version, SCHEMA_VERSION))
+
+    @contextmanager
+    def _open(self, *, read_only: bool) -> Iterator[Connection]:
+        patience = self.patience if self.patience is not None else (READ_PATIENCE if read_only else WRITE_PATIENCE)
+        if not self._lock.acquire(timeout=patience):
+            raise StoreError(f"{self.path}: another thread of this process has had it for {patience:.0f} s.")
+        try:
+            con = self._connect(read_only, patience)
+            try:
+                yield con
+            finally:
+                con.close()
+        finally:
+            self._lock.release()
+
+    def _connect(self, read_only: bool, patience: float) -> Connection:
+        start, pause, said = time.monotonic(), 0.005, False
+        while True:
+            try:
+                return duckdb.connect(str(self.path), read_only=read_only)
+            except duckdb.ConnectionException:
+                raise StoreError(
+                    f"{self.path}: this process has it open through a DuckDB connection of its own. Close that connection first, or query with Store.sql."
+                ) from None
+            except duckdb.Error as error:
+                text = str(error)
+                if "lock" not in text.lower():
+                    raise _explain(error, self.path) from None
+            holder = re.search(r"PID (\d+)", text)
+            who = f"process {holder[1]}" if holder else "another process"
+            waited = time.monotonic() - start
+            if waited > patience:
+                raise StoreError(
+                    f"{self.path}: {who} has had it open for {waited:.0f} s. Close it there (a notebook or a DuckDB shell, perhaps), then run this again."
+                )
+            if waited > 1 and not said and self.on_wait:
+                self.on_wait(f"waiting for {self.path}: {who} has it open")
+                said = True
+            time.sleep(pause)
+            pause = min(pause * 1.6, 0.25)
+
+    def _version(self, con: Connection) -> int:
+        try:
+            found = con.execute("SELECT value FROM data.meta WHERE key = 'schema_version'").fetchone()
+        except duckdb.CatalogException:
+            found = None
+        if found is None:
+            raise StoreError(f"{self.path} is a DuckDB database but not a store of curate. Name another folder with --store.")
+        return int(found[0])
+
+    def _check_version(self, con: Connection) -> None:
+        version = self._version(con)
+        if version == SCHEMA_VERSION:
+            return
+        made = con.execute("SELECT value FROM data.meta WHERE key = 'created_by'").fetchone()
+        by = f" (made by curate {made[0]})" if made else ""
+        if version > SCHEMA_VERSION:
+            raise StoreError(
+                f"{self.path} is a store of version {version}{by}, this curate reads version {SCHEMA_VERSION}. Upgrade: pip install -U curate-dynamics."
+            )
+        raise StoreError(
+            f"{self.path} is a store of the older version {version}{by}, this curate needs version {SCHEMA_VERSION}. Nothing was changed. Rename "
+            f"{self.path.name} and run the recipe again: rows come from the sources and finished measurements from {self.path.parent.name}/shards."
+        )
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """DuckDB's errors about the file itself, in the user's words; errors in a query pass through."""
+    try:
+        yield
+    except duckdb.Error as error:
+        explained = _explain(error, path)
+        if explained is error:
+            raise
+        raise explained from None
+
+
+def _explain(error: duckdb.Error, path: Path) -> Exception:
+    text = str(error)
+    first = text.splitlines()[0]
+    if "no space left" in text.lower() or "not enough space" in text.lower() or "disk quota" in text.lower():
+        return StoreError(f"{path}: the disk is full. Nothing was lost; free some space and run the same command again. ({first})")
+    if "corrupt" in text.lower() or "not a valid duckdb" in text.lower() or isinstance(error, duckdb.SerializationException):
+        return StoreError(
+            f"{path} is damaged ({first}). Rename it and run the recipe again: rows come from the sources, and finished measurements from "
+            f"{path.parent.name}/shards; only what was imported has to be imported again."
+        )
+    if isinstance(error, duckdb.IOException):
+        return StoreError(f"{path}: cannot be read or written ({first}). Check that the file exists and that you may write it.")
+    if isinstance(error, duckdb.OutOfMemoryException):
+        return StoreError(f"{path}: not enough memory for this ({first}). Ask for fewer rows or columns at a time.")
+    return error

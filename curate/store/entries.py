@@ -1,0 +1,86 @@
+"""What goes into a store and comes out of it, as plain dataclasses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, Protocol
+
+from curate.rows import Row
+
+Role = Literal["train", "heldout"]
+
+
+class SourceRecord(Protocol):
+    """What `Store.add_source` reads of a record; `curate.data.Record` is one. `row` is None iff the record has defects."""
+
+    @property
+    def index(self) -> int: ...
+    @property
+    def row(self) -> Row | None: ...
+    @property
+    def columns(self) -> Mapping[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class Ingested:
+    """What `add_source` found: good records, rows the store did not know, records whose row occurred before in this source, bad records."""
+
+    records: int
+    new_rows: int
+    duplicates: int
+    bad: int
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One measurement of one set of weights under one setting: everything that the values' fingerprint covers, and names for people.
+
+    reads: "tokens" | "forward" | "sample" | "backward" | "import". run "" is a lone model. step is None where unknown.
+    """
+
+    fingerprint: str
+    measurement: str
+    reads: str
+    model: str = ""
+    model_fingerprint: str = ""
+    run: str = ""
+    checkpoint: str = ""
+    step: int | None = None
+    engine: str = ""
+    params: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), sort_keys=True, default=str)
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Measured:
+        return cls(**json.loads(text))
+
+
+@dataclass(frozen=True)
+class DatasetValue:
+    """A number about a whole dataset, with its 95% interval where there is one; n: how many rows it is over."""
+
+    name: str
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    n: int | None = None
+    run: str = ""
+    checkpoint: str = ""
+    step: int | None = None
+
+
+@dataclass(frozen=True)
+class SelectedRow:
+    """A row with what was decided about it. row is None for a row known only by somebody else's id."""
+
+    row_id: str
+    row: Row | None
+    source: str | None
+    index: int | None
+    columns: dict[str, Any]  # the user's own, then the ones asked for
+    rank: int | None
+    reason: str

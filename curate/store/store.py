@@ -1,0 +1,377 @@
+"""`Store`: everything that the steps of a recipe keep, and what people query.
+
+Every method opens the database for one short transaction and closes it again, so that other processes can read while one measures.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import astuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from curate.errors import StoreError, UsageError
+from curate.rows import Row
+from curate.store import query, sources, tables, views
+from curate.store.database import Database
+from curate.store.entries import DatasetValue, Ingested, Measured, Role, SourceRecord
+from curate.store.selection import Selection
+from curate.store.shards import Shards
+
+if TYPE_CHECKING:
+    import polars as pl
+
+    from curate.select import Decisions
+
+VALUE_FIELDS = "name, value, low, high, n, run, checkpoint, step"
+
+
+class Store:
+    """A store's folder. Safe for threads; many processes may hold one, see `measuring`.
+
+    create: make it where there is none (else StoreError says how to). patience: seconds to wait for another process that has the database
+    open (30 to read and 300 to write, if None). on_wait: called once with a line to show while waiting.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        create: bool = False,
+        patience: float | None = None,
+        on_wait: Callable[[str], None] | None = None,
+    ):
+        self.folder = Path(folder)
+        self.database = Database(self.folder / "curate.duckdb", patience=patience, on_wait=on_wait)
+        self.shards = Shards(self.folder / "shards")
+        if not self.database.path.exists():
+            if not create:
+                found = "a file" if self.folder.is_file() else "a folder without curate.duckdb" if self.folder.is_dir() else "nothing"
+                raise StoreError(f"{self.folder}: no store there (found {found}). `curate run RECIPE` and `curate import` make one.")
+            self._create()
+        elif self.database.needs_migration():
+            self.database.migrate()
+
+    def _create(self) -> None:
+        from curate import __version__
+
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StoreError(f"{self.folder}: cannot make this folder ({error.strerror}).") from None
+        if self.database.create(__version__):
+            with self.database.write() as con:
+                views.define(con)
+            self._ingest(self.shards.all_files())  # a new database beside old shards is made again from them
+
+    # ---- rows and their sources -------------------------------------------------------------------------------------------------------
+
+    def source_is_current(self, source: str, fingerprint: str, *, role: Role = "train") -> bool:
+        """Whether this content of the source has been read already, so that `add_source` can be skipped."""
+        with self.database.read() as con:
+            found = con.execute("SELECT fingerprint FROM data.source_state WHERE source = ? AND role = ?", [source, role]).fetchone()
+        return found is not None and found[0] == fingerprint
+
+    def add_source(self, source: str, fingerprint: str, records: Iterable[SourceRecord], *, role: Role = "train") -> Ingested:
+        """Read a source in: new rows are appended, and the source's earlier occurrences (of this role) are replaced, in one transaction.
+
+        `records` is streamed to disk first, so the database is locked only for the transaction itself. Records with defects (row None) are
+        counted and left out. A row keeps its position for ever. NaN in the user's columns becomes NULL.
+        """
+        return sources.add(self.folder, self.database, source, fingerprint, records, role=role)
+
+    def add_foreign_rows(self, source: str, keys: Sequence[Any], *, kind: str = "sft") -> list[str]:
+        """Rows known only by somebody else's ids: no text. Returns their row ids, aligned to `keys`. Adding them again changes nothing."""
+        return sources.add_foreign(self.folder, self.database, source, keys, kind=kind)
+
+    def sources(self) -> list[dict[str, Any]]:
+        """One dict a source and role: source, role, fingerprint, n_records, n_bad, n_rows, read_at."""
+        with self.database.read() as con:
+            return query.dicts(con, "SELECT * FROM data.source_state ORDER BY read_at, source")
+
+    def row_ids_of(self, sources: Sequence[str] | None = None, *, kind: str | None = None, role: Role | None = None) -> list[str]:
+        """The distinct rows that occur in these sources (all, if None), by position. Rows without text are in."""
+        with self.database.read() as con:
+            return [row_id for _, row_id in query.rows_of(con, sources, kind=kind, role=role)]
+
+    def missing(
+        self,
+        fingerprint: str,
+        sources: Sequence[str] | None = None,
+        *,
+        kind: str | None = None,
+        role: Role | None = None,
+        row_ids: Sequence[str] | None = None,
+    ) -> list[tuple[int, str]]:
+        """(position, row_id) of the rows with text that this measurement has no line for, by position; NULL values count as measured.
+
+        A row's position never changes, so `position // shard_size` gives shards of fixed membership. `row_ids` narrows further.
+        """
+        with self.database.read() as con:
+            return query.rows_of(con, sources, kind=kind, role=role, row_ids=row_ids, without=fingerprint)
+
+    def positions(self, row_ids: Sequence[str]) -> np.ndarray:
+        """(rows,) int64; -1 where the store does not know the row."""
+        with self.database.read() as con:
+            return query.positions(con, row_ids)
+
+    def iter_rows(self, row_ids: Sequence[str], *, batch: int = 2048) -> Iterator[Row | None]:
+        """The rows in the order of `row_ids`, a batch in memory at a time. None for a row without text. Raises StoreError for an unknown id."""
+        with self.database.read() as con:
+            positions = query.positions(con, row_ids)
+        if len(positions) and positions.min() < 0:
+            raise StoreError(f"{self.folder}: no row {row_ids[int(positions.argmin())]} in this store. Row ids: `curate sql STORE 'SELECT row_id FROM rows'`.")
+        for start in range(0, len(row_ids), batch):
+            with self.database.read() as con:
+                found = query.rows_at(con, positions[start : start + batch])
+            yield from found
+
+    def occurrence_counts(self, row_ids: Sequence[str], sources: Sequence[str] | None = None, *, role: Role | None = None) -> np.ndarray:
+        """(rows,) float64: how often each row occurs in these sources."""
+        with self.database.read() as con:
+            return query.occurrence_counts(con, row_ids, sources, role)
+
+    # ---- what passes measured -----------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        """Hold the store for measuring: one process at a time, others may read. Takes in finished shards and removes half-written ones first.
+
+        Raises StoreError naming the holder's process id.
+        """
+        path = self.folder / "run.lock"
+        try:
+            lock = path.open("a+")
+        except OSError as error:
+            raise StoreError(f"{path}: cannot be written ({error.strerror}).") from None
+        try:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                holder = self.measured_by()
+                raise StoreError(
+                    f"{self.folder}: process {holder or 'of another machine'} is measuring into this store. Wait for it (`curate status {self.folder}`), "
+                    "or give this recipe a store of its own with --store."
+                ) from None
+            lock.seek(0)
+            lock.truncate()
+            lock.write(str(os.getpid()))
+            lock.flush()
+            self.shards.sweep()
+            sources.sweep(self.folder)
+            self.ingest()
+            yield
+        finally:
+            lock.close()
+
+    def measured_by(self) -> int | None:
+        """The id of the process that is measuring now; None if nobody is."""
+        path = self.folder / "run.lock"
+        if not path.exists():
+            return None
+        with path.open() as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except OSError:
+                text = lock.read().strip()
+                return int(text) if text.isdigit() else None
+        return None
+
+    def write_shard(
+        self,
+        measured: Measured,
+        index: int,
+        row_ids: Sequence[str],
+        columns: Mapping[str, Any],
+        samples: Sequence[Sequence[Any]] | None = None,
+    ) -> Path:
+        """Keep one shard for good; `ingest` brings it into the tables (now, or when the store is next held for measuring).
+
+        columns: name -> (rows,) numbers (NaN becomes NULL), booleans, or text (None becomes NULL). samples: a list a row of mappings or objects
+        with text, correct, n_tokens, logp, finished. Raises StoreError when the disk is full: nothing half-written stays.
+        """
+        return self.shards.write(measured, index, row_ids, columns, samples)
+
+    def ingest(self) -> int:
+        """Bring finished shards into the tables, all in one short transaction. Returns how many. Doing it twice changes nothing."""
+        return self._ingest(self.shards.pending())
+
+    def _ingest(self, paths: list[Path]) -> int:
+        if paths:
+            with self.database.write() as con:
+                if tables.ingest(con, paths):
+                    views.define(con)
+            self.shards.ingested(paths)
+        return len(paths)
+
+    def put_values(self, measured: Sequence[Measured], values: Any) -> None:
+        """Write values that no pass of ours measured (imports): a pyarrow table with fingerprint, row_id and the columns, NULL = unknown.
+
+        All of `measured` are of one measurement. Where a line for (fingerprint, row_id) exists its columns are updated.
+        """
+        with self.database.write() as con:
+            for one in measured:
+                tables.remember(con, one)
+            tables.put(con, measured[0].measurement, values)
+            views.define(con)
+
+    def measured(self, **wanted: Any) -> list[Measured]:
+        """What has been measured, in the order run, step, created. Narrow by field: measured(measurement="accuracy", run="sft")."""
+        with self.database.read() as con:
+            return tables.measured(con, wanted)
+
+    def columns(self, fingerprint: str, names: Sequence[str], row_ids: Sequence[str]) -> dict[str, np.ndarray]:
+        """name -> (rows,) float64 aligned to `row_ids`; NaN where there is no value. Booleans are 0 and 1.
+
+        Raises UsageError for a column that this measurement does not have.
+        """
+        series = self.series([fingerprint], names, row_ids)
+        return {name: values[:, 0] for name, values in series.items()}
+
+    def series(self, fingerprints: Sequence[str | None], names: Sequence[str], row_ids: Sequence[str]) -> dict[str, np.ndarray]:
+        """name -> (rows, K) float64 for K fingerprints of one measurement, in their order; a fingerprint of None is all NaN."""
+        with self.database.read() as con:
+            return tables.series(con, fingerprints, names, row_ids)
+
+    def texts(self, fingerprint: str, name: str, row_ids: Sequence[str]) -> list[str | None]:
+        """A text column, such as token_problem, aligned to `row_ids`."""
+        with self.database.read() as con:
+            return tables.texts(con, fingerprint, name, row_ids)
+
+    def samples(self, fingerprint: str, row_ids: Sequence[str]) -> list[list[dict[str, Any]]]:
+        """The sampled answers of each row, in sample order: text, correct, n_tokens, logp, finished; [] where there are none."""
+        with self.database.read() as con:
+            return tables.samples(con, fingerprint, row_ids)
+
+    def log_throughput(self, key: str, tokens: int, seconds: float) -> None:
+        """Remember how fast something ran, for `curate plan`. key: free text, such as "sample/vllm-cpu/<model fingerprint>"."""
+        with self.database.write() as con:
+            con.execute("INSERT INTO data.throughput VALUES (?, ?, ?, now()::TIMESTAMP)", [key, tokens, seconds])
+
+    def throughput(self, key: str) -> float | None:
+        """Tokens per second over the last 50 entries of a key; None if there are none."""
+        with self.database.read() as con:
+            found = con.execute(
+                "SELECT sum(tokens) / nullif(sum(seconds), 0) FROM (SELECT * FROM data.throughput WHERE key = ? ORDER BY at DESC LIMIT 50)", [key]
+            ).fetchone()
+        return found[0] if found else None
+
+    # ---- recipes, scores, selections, runs ----------------------------------------------------------------------------------------------
+
+    def register_recipe(
+        self, name: str, text: str, *, sources: Sequence[str] = (), uses: Sequence[str] = (), plain: Sequence[str] = ()
+    ) -> None:
+        """Say what a recipe is about, before its scores are written; the views follow the recipe registered or scored last.
+
+        sources: the names of its sources, held-out ones too. uses: the fingerprints that its views may show. plain: those of them whose columns
+        stand in `scored` (the tokens, the reference's, the last checkpoint's): at most one a measurement.
+        """
+        with self.database.write() as con:
+            tables.register_recipe(con, name, text, sources, uses, plain)
+            views.define(con)
+
+    def recipes(self) -> list[dict[str, Any]]:
+        """One dict a recipe, the one scored last first: name, text, sources, uses, plain, updated."""
+        with self.database.read() as con:
+            return query.dicts(con, "SELECT * EXCLUDE (scores_table) FROM data.recipes ORDER BY updated DESC")
+
+    def write_scores(self, recipe: str, row_ids: Sequence[str], scores: Mapping[str, Any]) -> None:
+        """Replace the scores of a recipe. name -> (rows,) numbers, booleans or text; NaN, infinities and None become NULL."""
+        with self.database.write() as con:
+            tables.write_scores(con, recipe, row_ids, scores)
+            views.define(con)
+
+    def write_dataset_values(self, origin: str, values: Iterable[DatasetValue]) -> None:
+        """Replace the dataset values of an origin: a recipe's name, or "import:<file>" (shown whatever the recipe)."""
+        with self.database.write() as con:
+            con.execute("DELETE FROM data.dataset_values WHERE origin = ?", [origin])
+            for value in values:
+                row = [origin, *(None if isinstance(v, float) and not np.isfinite(v) else v for v in astuple(value))]
+                con.execute(f"INSERT INTO data.dataset_values (origin, {VALUE_FIELDS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
+
+    def write_selection(self, name: str, decisions: Decisions, *, recipe: str | None = None, spec: Mapping[str, Any] | None = None) -> Selection:
+        """Keep what was decided, in place of an earlier selection of this name."""
+        with self.database.write() as con:
+            tables.write_selection(con, name, decisions, recipe, spec)
+        return self.selection(name)
+
+    def selection(self, name: str | None = None) -> Selection:
+        """A selection by name; the latest if None. Raises UsageError naming those that exist."""
+        with self.database.read() as con:
+            found = query.dicts(con, "SELECT * FROM data.selections ORDER BY created DESC, name")
+        chosen = [s for s in found if name is None or s["name"] == name]
+        if not chosen:
+            names = ", ".join(s["name"] for s in found)
+            wanted = f"no selection {name!r}" if name is not None else "no selection"
+            raise UsageError(f"{self.folder}: {wanted} in this store. " + (f"There are: {names}." if names else "Make one with `curate select RECIPE`."))
+        first = chosen[0]
+        return Selection(self, first["name"], first["recipe"], json.loads(first["spec"] or "{}"), json.loads(first["counts"]), first["created"])
+
+    def begin_run(self, recipe: str, command: str, version: str) -> int:
+        """Note the start of a command; returns the run's id. Unfinished runs whose process is gone are marked as killed."""
+        host, pid = socket.gethostname(), os.getpid()
+        with self.database.write() as con:
+            open_runs = con.execute("SELECT id, pid FROM data.runs WHERE outcome IS NULL AND host = ?", [host]).fetchall()
+            for run, other in open_runs:
+                if not _alive(other):
+                    con.execute("UPDATE data.runs SET outcome = 'killed', finished = now()::TIMESTAMP WHERE id = ?", [run])
+            run = con.execute("SELECT coalesce(max(id), 0) + 1 FROM data.runs").fetchall()[0][0]
+            con.execute(
+                "INSERT INTO data.runs VALUES (?, ?, ?, ?, now()::TIMESTAMP, NULL, NULL, NULL, NULL, ?, ?)", [run, recipe, command, version, host, pid]
+            )
+        return int(run)
+
+    def finish_run(self, run: int, outcome: str, message: str = "", counts: Mapping[str, Any] | None = None) -> None:
+        """Note how a command ended. outcome: "done", "failed", "stopped"."""
+        with self.database.write() as con:
+            con.execute(
+                "UPDATE data.runs SET finished = now()::TIMESTAMP, outcome = ?, message = ?, counts = ? WHERE id = ?",
+                [outcome, message, json.dumps(dict(counts or {}), default=str), run],
+            )
+
+    # ---- reading ------------------------------------------------------------------------------------------------------------------------
+
+    def sql(
+        self, text: str, params: Sequence[Any] | Mapping[str, Any] | None = None, *, recipe: str | None = None, source: str | Sequence[str] | None = None
+    ) -> pl.DataFrame:
+        """Query the views; reading only. recipe, source: narrow every view to a recipe (its sources, scores and fingerprints) or to sources.
+
+        Raises UsageError for SQL that does not parse or names no column (the nearest is named), or that wants to write.
+        """
+        names = (source,) if isinstance(source, str) else source
+        with self.database.read() as con:
+            if recipe is not None or names is not None:
+                views.define(con, recipe=recipe, sources=names, temporary=True)
+            return query.run(con, text, params)
+
+    def scored(self, *, recipe: str | None = None, source: str | Sequence[str] | None = None) -> pl.DataFrame:
+        """The view `scored`, one line a row, by position."""
+        return self.sql("SELECT * FROM scored ORDER BY position", recipe=recipe, source=source)
+
+    def find_row(self, text: str) -> str:
+        """The row that `text` means: a row id, the unique beginning of one (6 digits or more), or source:index."""
+        with self.database.read() as con:
+            return query.find_row(con, text, str(self.folder))
+
+    def status(self) -> dict[str, Any]:
+        """What is in the store: counts by table, sources, measurements with rows done, shards not taken in yet, runs, who is measuring."""
+        with self.database.read() as con:
+            found = query.status(con)
+        return {"folder": str(self.folder), **found, "shards_pending": len(self.shards.pending()), "measured_by_process": self.measured_by()}
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
