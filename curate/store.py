@@ -1,6 +1,10 @@
-"""`Store`: everything that the steps of a recipe keep, and what people query.
+"""The store: one folder that keeps rows, what was measured on them, scores, selections and runs.
 
-Every method opens the database for one short transaction and closes it again, so that other processes can read while one measures.
+    store = Store("store")
+    store.sql("SELECT run, checkpoint, avg(accuracy) FROM trajectories GROUP BY ALL")     # -> polars
+
+`curate.duckdb` holds the tables (schema `data`) and the views that people query; `shards/` holds what passes measured, one parquet file a
+shard. Every method opens the database for one short transaction and closes it again, so that other processes can read while one measures.
 """
 
 from __future__ import annotations
@@ -19,16 +23,18 @@ import numpy as np
 
 from curate.errors import StoreError, UsageError
 from curate.rows import Row
-from curate.store import query, sources, tables, views
-from curate.store.database import Database
-from curate.store.entries import DatasetValue, Ingested, Measured, Role, SourceRecord
-from curate.store.selection import Selection
-from curate.store.shards import Shards
+from curate.storage import query, sources, tables, views
+from curate.storage.database import Database
+from curate.storage.entries import DatasetValue, Ingested, Measured, Role, SelectedRow, SourceRecord
+from curate.storage.selection import Selection
+from curate.storage.shards import Shards
 
 if TYPE_CHECKING:
     import polars as pl
 
     from curate.select import Decisions
+
+__all__ = ["DatasetValue", "Ingested", "Measured", "Role", "SelectedRow", "Selection", "Store"]
 
 VALUE_FIELDS = "name, value, low, high, n, run, checkpoint, step"
 

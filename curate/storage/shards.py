@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 
 from curate.errors import StoreError
 from curate.rows import content_id
-from curate.store.entries import Measured
+from curate.storage.entries import Measured
 
 RECORD = b"curate.measured"
 SAMPLE = pa.struct([("text", pa.string()), ("correct", pa.bool_()), ("n_tokens", pa.int32()), ("logp", pa.float64()), ("finished", pa.bool_())])
