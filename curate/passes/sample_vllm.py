@@ -1,0 +1,345 @@
+"""Sampling with vLLM, on a GPU or a CPU: one engine, in a child process, for a whole series of checkpoints.
+
+- `use(path)` swaps a checkpoint's weights in place (0.03 s for 10M parameters) instead of starting a new engine.
+- One `sample()` is one generate call, with the row's own seed; the n samples of a prompt share its prefix through the prefix cache.
+- `likelihood()` reads prompt_logprobs, which agree with transformers' float32 log-softmax to 1e-5.
+- When memory is short the engine is started again with less (KV cache, sequences and tokens at a time) and the call is repeated; `notes`
+  says each step. `less_memory` is the whole ladder.
+
+Source: Kwon et al. 2023, arXiv:2309.06180 (vLLM); settings: measured on 2 cores, see `cpu_environment`.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from curate.errors import EngineError
+from curate.passes.engine_process import ChildFailure, EngineProcess
+from curate.passes.sampling import (
+    TORCHVISION_BROKEN,
+    TORCHVISION_HINT,
+    Prompt,
+    Sample,
+    Sampling,
+    config_dtype,
+    engine_seed,
+    head_sizes,
+    read_config,
+    refusal,
+    room,
+    target_device,
+    vllm_distribution,
+)
+from curate.tokens import context_length
+
+START_TIMEOUT = 1800.0  # seconds; loading a large model from a slow disk takes its time
+CALL_TIMEOUT = 900.0  # seconds, plus what the tokens of the call may take at worst:
+SLOWEST = 20.0  # tokens per second, below which an engine counts as hung
+LIKELIHOOD_TOKENS = 65_536  # tokens per likelihood call
+MIB = 1 << 20
+
+MEMORY_WORDS = re.compile(
+    r"out of memory|outofmemory|memoryerror|can't allocate memory|cannot allocate memory|not enough memory|insufficient memory"
+    r"|free memory on device|available memory on node|no available memory|available kv cache memory|memory for the cache blocks",
+    re.IGNORECASE,
+)
+WANTS_MORE_CACHE = re.compile(r"available kv cache memory|no available memory|memory for the cache blocks", re.IGNORECASE)
+FREE_ON_DEVICE = re.compile(r"free memory on device[^(]*\(([\d.]+)/([\d.]+) GiB\)", re.IGNORECASE)
+
+# Fields of config.json that differ between checkpoints of one architecture
+NOT_ARCHITECTURE = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "_attn_implementation"}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What an engine may take: the rungs of the ladder."""
+
+    device: str  # "cpu" or "cuda"
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 4096
+    kv_cache_bytes: int = 0  # CPU
+    kv_cache_floor: int = 0  # CPU: one sequence of full length
+    utilization: float = 0.9  # GPU: share of its memory
+    eager: bool = False  # GPU: no CUDA graphs
+
+
+def less_memory(memory: Memory, failure: str, *, during: str) -> tuple[Memory, str] | None:
+    """The next rung after a failure for want of memory, and what to say; None when nothing is left to give up.
+
+    during: "open", "sample" or "likelihood". Log-probs over whole prompts need (tokens at a time × vocabulary), so there the tokens at a
+    time are halved first.
+    """
+    if during == "likelihood" and memory.max_num_batched_tokens > 256:
+        tokens = memory.max_num_batched_tokens // 2
+        return replace(memory, max_num_batched_tokens=tokens), f"{tokens} tokens at a time"
+    sequences, tokens = max(memory.max_num_seqs // 2, 8), max(memory.max_num_batched_tokens // 2, 256)
+    if memory.device == "cpu":
+        cache = max(memory.kv_cache_bytes // 2, memory.kv_cache_floor)
+        smaller = replace(memory, kv_cache_bytes=cache, max_num_seqs=sequences, max_num_batched_tokens=tokens)
+        words = f"{cache // MIB} MiB of KV cache, {sequences} sequences and {tokens} tokens at a time"
+        return (smaller, words) if smaller != memory else None
+    free = FREE_ON_DEVICE.search(failure)
+    if free:
+        share = int(0.95 * 100 * float(free[1]) / float(free[2])) / 100
+    elif WANTS_MORE_CACHE.search(failure):  # the weights and the working memory left too little: the working memory gives way
+        share = 0.95
+    else:
+        share = round(memory.utilization - 0.15, 2)
+    if share < 0.1:
+        return None
+    smaller = replace(memory, utilization=share, eager=True, max_num_seqs=sequences, max_num_batched_tokens=tokens)
+    words = f"{share:.0%} of the GPU's memory, no CUDA graphs, {sequences} sequences and {tokens} tokens at a time"
+    return (smaller, words) if smaller != memory else None
+
+
+def first_memory(config: Any, *, device: str, dtype: str, max_model_len: int, free_bytes: int) -> Memory:
+    """Where the ladder starts. On the CPU: a KV cache for 256 sequences of full length, but at most 30% of the free memory."""
+    if device != "cpu":
+        return Memory(device="cuda")
+    text = config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or getattr(text, "num_attention_heads", 1)
+    size = (head_sizes(text) or [128])[0]
+    width = {"float32": 4, "float64": 8}.get(dtype, 2)
+    tokens = -(-(max_model_len + 1) // 128) * 128 + 256  # whole blocks, and the engine's own spare ones
+    one = 2 * getattr(text, "num_hidden_layers", 1) * heads * size * width * tokens
+    floor = max(one, 16 * MIB)
+    return Memory(
+        device="cpu",
+        kv_cache_bytes=max(min(256 * one, int(0.3 * free_bytes)), floor),
+        kv_cache_floor=floor,
+    )
+
+
+def cpu_environment() -> dict[str, str]:
+    """For the child only, on the CPU: start-up 5–9 s instead of 22–29 s, first generate 3 s instead of 14 s. The user's own settings win."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    wanted = {
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "TORCHDYNAMO_DISABLE": "1",
+        "OMP_NUM_THREADS": str(max(cores // 2, 1)),  # two threads on two busy cores were ten times slower than one
+    }
+    return {name: os.environ.get(name, value) for name, value in wanted.items()}
+
+
+class VllmSampler:
+    """A `Sampler` (see sampling.py) over one vLLM engine in a child process.
+
+    max_length: prompt + response tokens (None: the model's context, as far as the KV cache reaches). Raises EngineError when the engine
+    cannot serve the model, cannot start, dies, or does not answer in time; the object is closed then.
+    """
+
+    name = "vllm"
+    module = "curate.passes.sample_vllm_worker"  # what the child runs
+
+    def __init__(
+        self,
+        model_path: str | Path,
+        *,
+        dtype: str = "auto",
+        device: str = "auto",
+        max_length: int | None = None,
+        seed: int = 0,
+        call_timeout: float = CALL_TIMEOUT,
+        memory: Memory | None = None,
+    ):
+        why_not = refusal(model_path, device=device)
+        if why_not:
+            raise EngineError(f"{model_path}: {why_not}. Sample with transformers instead: `--set engine.sampler=transformers`.")
+        config = read_config(model_path)
+        self.notes: list[str] = []
+        self._device = target_device(device)
+        self._dtype = config_dtype(config, dtype)
+        self._path = self._weights = _absolute(model_path)
+        self._seed, self._call_timeout = seed, call_timeout
+        reach = context_length(model_path)
+        self._max_model_len = min(filter(None, (max_length, reach)), default=None)
+        self._memory = memory or first_memory(
+            config, device=self._device, dtype=self._dtype, max_model_len=self._max_model_len or 4096, free_bytes=free_memory()
+        )
+        self._process: EngineProcess | None = None
+        self._open()
+        self.engine = f"{vllm_distribution()} {importlib.metadata.version(vllm_distribution() or 'vllm')} {self._dtype}"
+
+    @property
+    def pid(self) -> int | None:
+        """The child's process id; None when closed."""
+        return self._process.pid if self._process else None
+
+    def sample(self, prompts: list[Prompt], sampling: Sampling) -> list[list[Sample]]:
+        """n samples per prompt, in the prompts' order; an empty list where the prompt leaves no room in the context."""
+        rooms = [room(len(prompt.ids), sampling.max_new_tokens, self.context) for prompt in prompts]
+        fits = [row for row, tokens in enumerate(rooms) if tokens > 0 and prompts[row].ids]
+        answer = self._call(
+            "sample",
+            tokens=sum(rooms[row] + len(prompts[row].ids) for row in fits) * sampling.n,
+            ids=[list(map(int, prompts[row].ids)) for row in fits],
+            seeds=[engine_seed(prompts[row].seed) for row in fits],
+            max_tokens=[rooms[row] for row in fits],
+            n=1 if sampling.temperature == 0 else sampling.n,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            stop=list(sampling.stop),
+        ) if fits else []  # fmt: skip
+        samples: list[list[Sample]] = [[] for _ in prompts]
+        for row, outputs in zip(fits, answer, strict=True):
+            drawn = [Sample(*output) for output in outputs]
+            samples[row] = drawn * (sampling.n if sampling.temperature == 0 else 1)  # greedy: n times the same
+        return samples
+
+    def likelihood(self, encoded: list[Any]) -> np.ndarray:
+        """(rows,) float64: summed log-prob in nats of ids[start:] per Encoded; NaN where it has a problem or does not fit the context."""
+        result = np.full(len(encoded), np.nan)
+        fits = [
+            row for row, one in enumerate(encoded)
+            if not one.problem and 1 <= one.start < len(one.ids) and (self.context is None or len(one.ids) <= self.context)
+        ]  # fmt: skip
+        for part in _by_tokens(fits, [len(encoded[row].ids) for row in fits], LIKELIHOOD_TOKENS):
+            rows = [(list(map(int, encoded[row].ids)), int(encoded[row].start)) for row in part]
+            result[part] = self._call("likelihood", tokens=sum(len(ids) for ids, _ in rows), rows=rows)
+        return result
+
+    def use(self, weights_path: str | Path) -> None:
+        """Another checkpoint's weights, in place; a new engine when its config.json describes another architecture."""
+        path = _absolute(weights_path)
+        if not self._process or not _same_architecture(self._path, path):
+            if self._process:
+                self.notes.append(f"{path}: its config.json differs from the running model's, so the engine was started anew.")
+            self._close_process()
+            self._path = self._weights = path
+            self._open()
+            return
+        self._call("use", tokens=0, path=path)
+        self._weights = path
+
+    def close(self) -> None:
+        self._close_process()
+
+    def __enter__(self) -> VllmSampler:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _open(self) -> None:
+        """Start the child, with less memory after each failure for want of it."""
+        while True:
+            environment = {**os.environ, "VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
+            environment.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+            environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # weights can be swapped in place only in-process
+            if self._device == "cpu":
+                environment |= cpu_environment()
+                environment.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would override kv_cache_memory_bytes, in whole GiB
+            self._process = EngineProcess(self.module, environment=environment, label=f"The vLLM engine of {Path(self._path).name}")
+            try:
+                about = self._process.call("open", timeout=START_TIMEOUT, **self._settings())
+            except ChildFailure as failure:
+                self._step_down(failure, during="open")
+                continue
+            self.context = about["max_model_len"]
+            if self._max_model_len and self.context < self._max_model_len:
+                self.notes.append(f"Memory holds {self.context} of the {self._max_model_len} tokens of context; longer rows are unknown.")
+            return
+
+    def _settings(self) -> dict[str, Any]:
+        memory = self._memory
+        settings: dict[str, Any] = {
+            "model": self._path,
+            "dtype": self._dtype,
+            "seed": self._seed,
+            "max_model_len": self._max_model_len,
+            "max_num_seqs": memory.max_num_seqs,
+            "max_num_batched_tokens": memory.max_num_batched_tokens,
+            "enforce_eager": memory.eager or self._device == "cpu",
+        }
+        if self._device == "cpu":
+            return {**settings, "kv_cache_memory_bytes": memory.kv_cache_bytes}
+        return {**settings, "gpu_memory_utilization": memory.utilization}
+
+    def _call(self, method: str, *, tokens: int, **arguments: Any) -> Any:
+        while True:
+            if not self._process:
+                raise EngineError(f"The vLLM engine of {Path(self._path).name} is closed; open it again.")
+            try:
+                return self._process.call(method, timeout=self._call_timeout + tokens / SLOWEST, **arguments)
+            except ChildFailure as failure:
+                self._step_down(failure, during=method)
+                self._open()
+                if self._weights != self._path:
+                    self._process.call("use", timeout=self._call_timeout, path=self._weights)
+            except BaseException:
+                self._close_process(patience=0)
+                raise
+
+    def _step_down(self, failure: ChildFailure, *, during: str) -> None:
+        """Close the child; go one rung down the ladder, or raise what the user can do."""
+        text = str(failure)
+        tail = self._process._tail() if self._process else ""
+        self._close_process(patience=0)
+        where = "could not start" if during == "open" else f"failed during `{during}`"
+        if TORCHVISION_BROKEN in text + tail:
+            raise EngineError(f"vLLM {where}: {TORCHVISION_BROKEN}. Run: {TORCHVISION_HINT}") from failure
+        if not MEMORY_WORDS.search(text):
+            raise EngineError(
+                f"vLLM {where} with {self._path}: {text}. Sample with transformers instead: `--set engine.sampler=transformers`.{tail}"
+            ) from failure
+        step = less_memory(self._memory, text, during=during)
+        if step is None:
+            raise EngineError(
+                f"vLLM {where} for want of memory, with the least it can do with ({self._memory}): {text}. "
+                "Lower `--set tokens.max_length=…`, free memory, or use `--set engine.sampler=transformers`."
+            ) from failure
+        self._memory, words = step
+        self.notes.append(f"Memory was short (vLLM {where}): trying again with {words}.")
+
+    def _close_process(self, *, patience: float = 10.0) -> None:
+        if self._process:
+            self._process.close(patience=patience) if patience else self._process.kill()
+            self._process = None
+
+
+def free_memory() -> int:
+    """Bytes a process may still take: the kernel's estimate, or what the container leaves if that is less."""
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        free = int(lines["MemAvailable"].split()[0]) * 1024
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        if limit != "max":
+            free = min(free, int(limit) - int(Path("/sys/fs/cgroup/memory.current").read_text()))
+    except (OSError, KeyError, ValueError):
+        pass  # another kernel: the first figure stands
+    return max(free, 0)
+
+
+def _by_tokens(rows: list[int], lengths: list[int], budget: int) -> list[list[int]]:
+    """Rows in their order, cut into parts of at most `budget` tokens (a longer row is a part of its own)."""
+    parts: list[list[int]] = []
+    filled = budget
+    for row, length in zip(rows, lengths, strict=True):
+        if filled + length > budget:
+            parts.append([])
+            filled = 0
+        parts[-1].append(row)
+        filled += length
+    return parts
+
+
+def _absolute(path: str | Path) -> str:
+    return str(Path(path).resolve()) if Path(path).is_dir() else str(path)  # else a hub id
+
+
+def _same_architecture(one: str, other: str) -> bool:
+    def essence(path: str) -> Any:
+        file = Path(path) / "config.json"
+        config = json.loads(file.read_text("utf-8")) if file.is_file() else read_config(path).to_dict()
+        return {name: value for name, value in config.items() if name not in NOT_ARCHITECTURE}
+
+    return one == other or essence(one) == essence(other)

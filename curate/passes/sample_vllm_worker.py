@@ -1,0 +1,92 @@
+"""The child's side of sample_vllm.py: one vLLM engine, in-process, answering sample / likelihood / use.
+
+Run as `python -m curate.passes.sample_vllm_worker FD` by engine_process.py; nothing else imports it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from curate.passes.engine_process import serve
+
+
+class Engine:
+    """vLLM's LLM and what is asked of it. Plain types in and out: they cross a pipe."""
+
+    def __init__(self, **settings: Any):
+        from vllm import LLM
+
+        self.llm = LLM(**settings, enable_prefix_caching=True, disable_log_stats=True)
+
+    def about(self) -> dict[str, Any]:
+        config = self.llm.llm_engine.model_config
+        return {"max_model_len": int(config.max_model_len), "dtype": str(config.dtype).removeprefix("torch.")}
+
+    def use(self, path: str) -> None:
+        """Another checkpoint's weights in place; what was cached under the old ones is forgotten."""
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_path": path})
+        self.llm.collective_rpc(repack_tied_head)
+        self.llm.reset_prefix_cache()
+
+    def sample(
+        self,
+        ids: list[list[int]],
+        seeds: list[int],
+        max_tokens: list[int],
+        n: int,
+        temperature: float,
+        top_p: float,
+        stop: list[str],
+    ) -> list[list[tuple[str, int, float | None, bool]]]:
+        """Per prompt, n of (text, tokens, summed logp, finished). One generate call; vLLM seeds sample k of a prompt with seed + k."""
+        from vllm import SamplingParams
+
+        self.llm.reset_prefix_cache()  # a repeated shard starts from the same state, so it repeats to the last bit
+        parameters = [
+            SamplingParams(n=n, temperature=temperature, top_p=top_p, max_tokens=most, stop=stop, seed=seed, logprobs=0)
+            for seed, most in zip(seeds, max_tokens, strict=True)
+        ]
+        outputs = self.llm.generate([{"prompt_token_ids": row} for row in ids], parameters, use_tqdm=False)
+        return [
+            [(o.text, len(o.token_ids), o.cumulative_logprob, o.finish_reason == "stop") for o in sorted(output.outputs, key=lambda o: o.index)]
+            for output in outputs
+        ]
+
+    def likelihood(self, rows: list[tuple[list[int], int]]) -> list[float]:
+        """Summed log-prob of ids[start:] per (ids, start), start >= 1.
+
+        The last token is not put into the prompt but forced as the one generated token, whose log-prob is taken before the forcing:
+        so a row that fills the context to its last token can be measured too.
+        """
+        from vllm import SamplingParams
+
+        parameters = [
+            SamplingParams(
+                temperature=0, max_tokens=1, logprobs=0, allowed_token_ids=[ids[-1]], detokenize=False,
+                prompt_logprobs=0 if start < len(ids) - 1 else None,
+            )
+            for ids, start in rows
+        ]  # fmt: skip
+        outputs = self.llm.generate([{"prompt_token_ids": ids[:-1]} for ids, _ in rows], parameters, use_tqdm=False)
+        sums = []
+        for (ids, start), output in zip(rows, outputs, strict=True):
+            prompt = output.prompt_logprobs or []
+            terms = [prompt[at][ids[at]].logprob for at in range(start, len(ids) - 1)]
+            terms.append(output.outputs[0].logprobs[0][ids[-1]].logprob)
+            sums.append(math.fsum(terms))
+        return sums
+
+
+def repack_tied_head(worker: Any) -> None:
+    """On the CPU the LM head multiplies by a packed copy of its weights. Tied to the embedding it is in no checkpoint, so
+    `reload_weights` (vLLM 0.32) leaves the copy at the old checkpoint: log-probs would mix the two."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    for layer in worker.model_runner.get_model().modules():
+        if isinstance(layer, ParallelLMHead) and hasattr(layer, "cpu_linear"):
+            layer.quant_method.process_weights_after_loading(layer)
+
+
+if __name__ == "__main__":
+    serve(Engine)
