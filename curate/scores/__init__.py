@@ -171,11 +171,16 @@ class Columns:
 
 @dataclass(frozen=True)
 class Score(Columns):
-    """A number per row. unit: of the value. worst: which end is bad to train on. high_means: what a high value says, in words."""
+    """A number per row. unit: of the value. worst: which end is bad to train on. high_means: what a high value says, in words.
+
+    null_where: the name of a score of the same family, "" for none: where that one is 1, this one is NULL and that is its right value,
+    not an unknown one (first_learned_step where never_learned).
+    """
 
     unit: str
     worst: Worst
     high_means: str
+    null_where: str = ""
 
     what = "score"
 
@@ -238,6 +243,7 @@ def score(
     worst: Worst = "none",
     high_means: str = "",
     source: str = "",
+    null_where: str = "",
 ) -> Callable[[Callable[..., Any]], Score]:
     """Declare a score. needs, optional: see the module. over="checkpoints": every column comes as (rows, K), in step order, NaN where
     unmeasured (K counts the base model as step 0 where it is given); an argument called `steps` then gets the K steps.
@@ -246,9 +252,8 @@ def score(
     """
 
     def decorate(function: Callable[..., Any]) -> Score:
-        declared = Score(
-            **_described(function, needs, optional, kind, over, source), unit=unit, worst=worst, high_means=high_means
-        )
+        common = _described(function, needs, optional, kind, over, source)
+        declared = Score(**common, unit=unit, worst=worst, high_means=high_means, null_where=null_where)
         return _register(declared, SCORES)
 
     return decorate
@@ -353,3 +358,7 @@ def _as_column(values: Any, name: str, of: Columns) -> Any:
         shape = "(rows, checkpoints)" if wanted == 2 else "(rows,)"
         raise UsageError(f"{of.what} {of.name}: {name} has shape {array.shape}, expected {shape}.")
     return array
+
+
+# The families, last because each imports the decorators from here. Light: numpy only.
+from curate.scores import answers, displacement, premem, ranking, ranking_values, trajectories  # noqa: E402, F401
