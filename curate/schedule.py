@@ -1,0 +1,286 @@
+"""A recipe by the clock: `curate run RECIPE` as a child process, whenever a cron line says so. APScheduler in one process, no job store.
+
+Never two runs of one recipe at once, also across two schedulers: every run holds a lock in the recipe's store. Runs missed while the machine
+slept are one run when it wakes; one that comes due while the run before is still going is left out (the next finds everything that is new).
+On SIGTERM or SIGINT the child is asked to stop (what it measured is kept), waited for, and ended after a grace. What a run did, and with
+which version, the child writes into the store.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import importlib.util
+import logging
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from datetime import datetime
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from curate.errors import StoreError, UsageError
+
+GRACE = 60.0  # seconds a child gets to stop by itself; a shard being written needs a fraction of that
+DAYS = (
+    "sun",
+    "mon",
+    "tue",
+    "wed",
+    "thu",
+    "fri",
+    "sat",
+)  # cron's order; APScheduler 3 counts weekdays from Monday, so it is given names
+
+
+def now() -> datetime:
+    """This machine's time, with its zone."""
+    return datetime.now().astimezone()
+
+
+def say_line(text: str) -> None:
+    """One line to stderr: stdout is for results."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def schedule(
+    recipe: str | Path,
+    *,
+    cron: str,
+    extra_args: Sequence[str] = (),
+    run_now: bool = False,
+    say: Callable[[str], Any] = say_line,
+    grace: float = GRACE,
+) -> None:
+    """Run `recipe` at the times of `cron` until SIGTERM or SIGINT.
+
+    cron: minute hour day month weekday, as in a crontab (weekday 0 and 7 are Sunday), in this machine's time zone.
+    extra_args: passed on to `curate run`. run_now: also once at the start. grace: seconds a run gets to stop when the schedule is stopped.
+    Raises UsageError for a bad cron line, a bad recipe, or when the extra `schedule` is missing.
+    """
+    from curate.recipe import load_recipe
+
+    trigger = parse_cron(cron)
+    loaded = load_recipe(recipe, set=_given(extra_args, "--set"), store=next(iter(_given(extra_args, "--store")), None))
+    command = [sys.executable, "-m", "curate", "run", str(recipe), *extra_args]
+    runs = Runs(command, name=Path(recipe).name, lock=lock_file(loaded.store, recipe), say=say, grace=grace)
+    say(f"{Path(recipe).name} by `{cron}`; stop with Ctrl-C or SIGTERM.")
+    serve(runs, trigger, first=now() if run_now else None)
+
+
+def parse_cron(cron: str) -> Any:
+    """The APScheduler trigger of a crontab line, with cron's own weekday numbers and its rule that a day matches by month day or weekday."""
+    if importlib.util.find_spec("apscheduler") is None:
+        raise UsageError("`curate schedule` needs the extra `schedule`: pip install 'curate-dynamics[schedule]'.")
+    from apscheduler.triggers.combining import OrTrigger
+    from apscheduler.triggers.cron import CronTrigger
+
+    fields = cron.split()
+    try:
+        if len(fields) != 5:
+            raise ValueError(f"{len(fields)} fields")
+        minute, hour, day, month, weekday = fields
+        days = _weekdays(weekday)
+        trigger: Any = CronTrigger.from_crontab(f"{minute} {hour} {day} {month} {days}")
+        if not day.startswith("*") and not weekday.startswith("*"):
+            month_day = CronTrigger.from_crontab(f"{minute} {hour} {day} {month} *")
+            trigger = OrTrigger([month_day, CronTrigger.from_crontab(f"{minute} {hour} * {month} {days}")])
+    except ValueError as error:
+        raise UsageError(
+            f'--cron "{cron}": expected minute hour day month weekday, such as "0 2 * * *" (every night at two); found {error}.'
+        ) from None
+    if trigger.get_next_fire_time(None, now()) is None:
+        raise UsageError(f'--cron "{cron}": no such day ever comes.')
+    return trigger
+
+
+def _weekdays(field: str) -> str:
+    """cron's weekday field in names, ranges and steps written out: "1-5" is mon,tue,wed,thu,fri; 0 and 7 are sun."""
+    if field == "*":
+        return field
+    wanted = []
+    for part in field.lower().split(","):
+        span, slash, step = part.partition("/")
+        first, dash, last = span.partition("-")
+        low = 0 if span == "*" else _weekday(first)
+        high = 6 if span == "*" or (slash and not dash) else _weekday(last) if dash else low
+        if high < low and last in ("0", "sun"):
+            high = 7
+        if high < low or (slash and not (step.isdigit() and int(step) > 0)):
+            raise ValueError(f"the weekday {part!r}")
+        wanted += [DAYS[day % 7] for day in range(low, high + 1, int(step or 1))]
+    return ",".join(dict.fromkeys(wanted))
+
+
+def _weekday(text: str) -> int:
+    if text in DAYS:
+        return DAYS.index(text)
+    if text.isdigit() and int(text) <= 7:
+        return int(text)
+    raise ValueError(f"the weekday {text!r}")
+
+
+def _given(extra_args: Iterable[str], option: str) -> list[str]:
+    arguments = list(extra_args)
+    return [after for before, after in pairwise(arguments) if before == option]
+
+
+def lock_file(store: Path, recipe: str | Path) -> Path:
+    """Where runs of one recipe into one store are kept apart: a file in the store, so that it also holds between machines that share it."""
+    folder = store / "locks"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreError(f"{store}: the store's folder cannot be made ({error.strerror}).") from None
+    digest = hashlib.sha256(str(Path(recipe).resolve()).encode()).hexdigest()[:8]
+    return folder / f"{Path(recipe).stem}-{digest}.lock"
+
+
+class Runs:
+    """The runs of one recipe, one at a time. Calling it does one run and says what came of it."""
+
+    def __init__(
+        self, command: Sequence[str], *, name: str, lock: Path, say: Callable[[str], Any], grace: float = GRACE
+    ):
+        self.command, self.name, self.lock, self.say, self.grace = list(command), name, lock, say, grace
+        self.finished = 0  # runs that ended, whatever their exit code
+        self.stopping = threading.Event()
+        self._guard = threading.Lock()
+        self._child: subprocess.Popen[bytes] | None = None
+
+    def __call__(self) -> int | None:
+        """The child's exit code; None where there was no run: another one holds the lock, or the schedule is being stopped."""
+        with self.lock.open("a") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                self.say(f"{self.name}: another scheduler's run is still going; this one is left out.")
+                return None
+            started = time.monotonic()
+            with self._guard:
+                if self.stopping.is_set():
+                    return None
+                self.say(f"{self.name}: run started {now():%Y-%m-%d %H:%M:%S}")
+                try:
+                    # A session of its own: Ctrl-C reaches it through stop() only, and once. The lock is the child's too, so that
+                    # it holds as long as the run does, even if this process is killed.
+                    self._child = subprocess.Popen(
+                        self.command, stdin=subprocess.DEVNULL, start_new_session=True, pass_fds=(lock.fileno(),)
+                    )
+                except OSError as error:
+                    self.say(f"{self.name}: the run could not be started ({error.strerror}).")
+                    return None
+            code = self._child.wait()
+            with self._guard:
+                self._child = None
+            self.finished += 1
+        self.say(f"{self.name}: {outcome(code)} after {time.monotonic() - started:.0f} s")
+        return code
+
+    def stop(self) -> None:
+        """Start no more; ask the run that is going to stop, and end it and what it started if it has not after the grace."""
+        self.stopping.set()
+        with self._guard:
+            child = self._child
+        if child is None:
+            return
+        self.say(f"{self.name}: asking the run to stop (at most {self.grace:.0f} s; what it measured is kept)")
+        _signal(child.pid, signal.SIGINT)
+        try:
+            child.wait(self.grace)
+        except subprocess.TimeoutExpired:
+            self.say(
+                f"{self.name}: it did not stop, so it is ended now. The next run goes on from its last finished shard."
+            )
+            _signal_group(child.pid, signal.SIGKILL)
+            child.wait()
+
+
+def outcome(code: int) -> str:
+    """An exit code in words (interface: 0 done, 1 failed, 2 wrong use or recipe; negative: ended by that signal)."""
+    if code < 0:
+        return f"ended by {signal.Signals(-code).name}"
+    words = {0: "done", 1: "FAILED", 2: "REFUSED: wrong use or recipe", 128 + signal.SIGINT: "stopped"}
+    return f"{words.get(code, 'FAILED')} (exit code {code})"
+
+
+def _signal(pid: int, number: int) -> None:
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        pass
+
+
+def _signal_group(pid: int, number: int) -> None:
+    try:
+        os.killpg(pid, number)
+    except ProcessLookupError:
+        pass
+
+
+def serve(runs: Runs, trigger: Any, *, first: datetime | None = None) -> None:
+    """Run at the times of `trigger` until SIGTERM or SIGINT. first: an earlier time for the first run (in the past: it is due now)."""
+    from apscheduler.events import EVENT_JOB_ERROR, EVENT_JOB_EXECUTED, EVENT_JOB_MAX_INSTANCES, JobEvent
+    from apscheduler.schedulers.background import BackgroundScheduler
+
+    logging.getLogger("apscheduler").setLevel(logging.CRITICAL)  # everything it would log is said below
+    scheduler = BackgroundScheduler()
+    given = {} if first is None else {"next_run_time": first}
+    scheduler.add_job(runs, trigger, coalesce=True, max_instances=1, misfire_grace_time=None, **given)
+
+    def report(event: JobEvent) -> None:
+        if event.code == EVENT_JOB_MAX_INSTANCES:
+            runs.say(f"{runs.name}: due again while the run before is still going; left out.")
+            return
+        if event.code == EVENT_JOB_ERROR:
+            runs.say(f"{runs.name}: {type(event.exception).__name__}: {event.exception}")
+        if not runs.stopping.is_set():
+            say_next()
+
+    def say_next() -> None:
+        # From the trigger, not from the scheduler: its lock is held while it shuts down and waits for the thread that calls this.
+        following = trigger.get_next_fire_time(None, now())
+        if following is not None:
+            runs.say(f"{runs.name}: next run {following:%Y-%m-%d %H:%M:%S %Z}")
+
+    scheduler.add_listener(report, EVENT_JOB_EXECUTED | EVENT_JOB_ERROR | EVENT_JOB_MAX_INSTANCES)
+    with _StopSignals() as wait:
+        scheduler.start()
+        if first is None:
+            say_next()
+        name = wait()
+        runs.say(f"{name}: stopping the schedule")
+        runs.stop()
+        scheduler.shutdown(wait=True)
+    runs.say("Stopped. The same command goes on from here.")
+
+
+class _StopSignals:
+    """`with _StopSignals() as wait: wait()` returns the name of the first SIGTERM or SIGINT.
+
+    A pipe, so that no signal falls between a check and a wait.
+    """
+
+    def __enter__(self) -> Callable[[], str]:
+        self.read, self.write = os.pipe()
+        self.before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self._wait
+
+    def _note(self, number: int, _frame: object) -> None:
+        os.write(self.write, bytes([number]))
+
+    def _wait(self) -> str:
+        select.select([self.read], [], [])
+        return signal.Signals(os.read(self.read, 1)[0]).name
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        os.close(self.read)
+        os.close(self.write)
