@@ -24,7 +24,7 @@ import numpy as np
 from curate.errors import StoreError, UsageError
 from curate.rows import Row
 from curate.storage import query, sources, tables, views
-from curate.storage.database import Database
+from curate.storage.database import Database, one
 from curate.storage.entries import DatasetValue, Ingested, Measured, Role, SelectedRow, SourceRecord
 from curate.storage.selection import Selection
 from curate.storage.shards import Shards
@@ -82,7 +82,7 @@ class Store:
     def source_is_current(self, source: str, fingerprint: str, *, role: Role = "train") -> bool:
         """Whether this content of the source has been read already, so that `add_source` can be skipped."""
         with self.database.read() as con:
-            found = con.execute("SELECT fingerprint FROM data.source_state WHERE source = ? AND role = ?", [source, role]).fetchone()
+            found = one(con, "SELECT fingerprint FROM data.source_state WHERE source = ? AND role = ?", [source, role])
         return found is not None and found[0] == fingerprint
 
     def add_source(self, source: str, fingerprint: str, records: Iterable[SourceRecord], *, role: Role = "train") -> Ingested:
@@ -223,8 +223,8 @@ class Store:
         All of `measured` are of one measurement. Where a line for (fingerprint, row_id) exists its columns are updated.
         """
         with self.database.write() as con:
-            for one in measured:
-                tables.remember(con, one)
+            for record in measured:
+                tables.remember(con, record)
             tables.put(con, measured[0].measurement, values)
             views.define(con)
 
@@ -264,9 +264,8 @@ class Store:
     def throughput(self, key: str) -> float | None:
         """Tokens per second over the last 50 entries of a key; None if there are none."""
         with self.database.read() as con:
-            found = con.execute(
-                "SELECT sum(tokens) / nullif(sum(seconds), 0) FROM (SELECT * FROM data.throughput WHERE key = ? ORDER BY at DESC LIMIT 50)", [key]
-            ).fetchone()
+            recent = "SELECT * FROM data.throughput WHERE key = ? ORDER BY noted DESC LIMIT 50"
+            found = one(con, f"SELECT sum(tokens) / nullif(sum(seconds), 0) FROM ({recent})", [key])
         return found[0] if found else None
 
     # ---- recipes, scores, selections, runs ----------------------------------------------------------------------------------------------

@@ -11,9 +11,10 @@ import re
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import duckdb
@@ -45,7 +46,7 @@ CREATE TABLE data.runs (id BIGINT PRIMARY KEY, recipe VARCHAR, command VARCHAR, 
     finished TIMESTAMP, outcome VARCHAR, message VARCHAR, counts VARCHAR, host VARCHAR, pid BIGINT);
 CREATE TABLE data.selections (name VARCHAR PRIMARY KEY, recipe VARCHAR, spec VARCHAR, counts VARCHAR, created TIMESTAMP);
 CREATE TABLE data.decisions (selection VARCHAR, row_id VARCHAR, kept BOOLEAN, rank BIGINT, reason VARCHAR);
-CREATE TABLE data.throughput (key VARCHAR, tokens BIGINT, seconds DOUBLE, at TIMESTAMP);
+CREATE TABLE data.throughput (key VARCHAR, tokens BIGINT, seconds DOUBLE, noted TIMESTAMP);
 """
 
 READ_PATIENCE, WRITE_PATIENCE = 30.0, 300.0  # seconds
@@ -62,6 +63,12 @@ def quote(name: str) -> str:
 def literal(text: str) -> str:
     """An SQL string."""
     return "'" + text.replace("'", "''") + "'"
+
+
+def one(con: Connection, text: str, params: Sequence[Any] = ()) -> tuple[Any, ...] | None:
+    """The first line of a result, fetched whole: an unfinished result makes the connection's next query fail."""
+    found = con.execute(text, list(params)).fetchall()
+    return found[0] if found else None
 
 
 class Database:
@@ -175,7 +182,7 @@ class Database:
 
     def _version(self, con: Connection) -> int:
         try:
-            found = con.execute("SELECT value FROM data.meta WHERE key = 'schema_version'").fetchone()
+            found = one(con, "SELECT value FROM data.meta WHERE key = 'schema_version'")
         except duckdb.CatalogException:
             found = None
         if found is None:
@@ -186,7 +193,7 @@ class Database:
         version = self._version(con)
         if version == SCHEMA_VERSION:
             return
-        made = con.execute("SELECT value FROM data.meta WHERE key = 'created_by'").fetchone()
+        made = one(con, "SELECT value FROM data.meta WHERE key = 'created_by'")
         by = f" (made by curate {made[0]})" if made else ""
         if version > SCHEMA_VERSION:
             raise StoreError(

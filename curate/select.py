@@ -1,0 +1,338 @@
+"""Selection: which rows are kept, and for every row why.
+
+    where  →  drop_worst  →  order_by  →  keep (in every group of `per`)
+
+- `where` is SQL over any column of the view `scored`; a row stays where it is true.
+- `drop_worst: {flip_loss: 0.05}` drops that share of the rows that `where` left, from the end that the score itself declares as its worst.
+  Several scores each take their share of the same rows; a row in two shares is dropped once.
+- `order_by` ranks what is left (the order the rows were read in, if not given). Ties go by row id, so that a selection repeats.
+- `keep: {share | rows | tokens}` takes the first of that order, in every group of `per` on its own; tokens stops before the budget is passed.
+- A share of n rows is n·share rounded to the nearest whole number, halves up.
+- `duplicates: once` counts a row once however often it occurs; `as_found` counts it as often as it occurs, in shares and budgets too.
+- `unknown`: a row whose needed value is NULL although it should not be: an error, or the row is kept through that step (ranked last), or dropped.
+
+`decide` is the pure part: arrays in, decisions out. `select` asks the store for the arrays.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from curate.errors import UsageError, ValidationError
+
+if TYPE_CHECKING:
+    from curate.store import Store
+
+TOKENS = ("prompt_tokens", "chosen_tokens", "rejected_tokens", "completion_tokens")
+
+
+@dataclass(frozen=True)
+class SelectSpec:
+    """A recipe's `select`. keep: {"share": .8} | {"rows": n} | {"tokens": n}. per: a column, or {column: {group: share}}."""
+
+    where: str | None = None
+    drop_worst: Mapping[str, float] = field(default_factory=dict)
+    order_by: str | None = None
+    keep: Mapping[str, float] | None = None
+    per: str | Mapping[str, Mapping[str, float]] | None = None
+    duplicates: Literal["once", "as_found"] = "once"
+    unknown: Literal["error", "keep", "drop"] = "error"
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """What was decided, aligned to row_ids. rank: 1 is first in its group, 0 for a row dropped before ranking. counts: by step."""
+
+    row_ids: list[str]
+    kept: np.ndarray  # (rows,) bool
+    rank: np.ndarray  # (rows,) int64
+    reasons: list[str]
+    counts: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The arrays that `decide` works on, all (rows,).
+
+    passed: 1 / 0 / NaN for `where`. scores: the ones drop_worst names. order: position in the order of `order_by`, ties by row id.
+    order_unknown: an order_by expression that is NULL although it should not be, or None. groups: text, None for "no group". tokens: of the
+    row. weight: how many rows this one counts for. excused: score -> bool, where its NULL is a value (such as first_learned_step of a row
+    never learned).
+    """
+
+    row_ids: list[str]
+    passed: np.ndarray
+    scores: dict[str, np.ndarray]
+    order: np.ndarray
+    order_unknown: list[str | None]
+    groups: list[str | None]
+    tokens: np.ndarray
+    weight: np.ndarray
+    excused: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+def select(
+    store: Store,
+    spec: SelectSpec,
+    *,
+    worst: Mapping[str, str],
+    recipe: str | None = None,
+    sources: Sequence[str] | None = None,
+    null_is_known: Mapping[str, str] | None = None,
+) -> Decisions:
+    """Decide on every row that occurs in the (recipe's) sources for training.
+
+    worst: score name -> "high" | "low" | "none", as the scores declare it. null_is_known: column -> SQL that is true where its NULL is a value
+    and not a gap, such as {"first_learned_step": "never_learned"}. Raises UsageError for a condition that is not SQL or names no column (the
+    nearest is named), for drop_worst of a score without a worst end; ValidationError where `unknown: error` meets an unknown value.
+    """
+    known_as = dict(null_is_known or {})
+    available = store.sql("SELECT * FROM scored LIMIT 0", recipe=recipe, source=sources).columns
+    if spec.where is not None:
+        check_expression(spec.where, "select.where")
+    keys = order_keys(spec.order_by) if spec.order_by else []
+    for name in spec.drop_worst:
+        check_worst(name, worst, available)
+    group = spec.per if isinstance(spec.per, str) else next(iter(spec.per), None) if spec.per else None
+    if group is not None:
+        check_expression(group, "select.per")
+    tokens = [n for n in TOKENS if n in available]
+    if spec.keep and "tokens" in spec.keep and not tokens:
+        raise UsageError("select.keep.tokens: no token counts are measured for these rows. Measure them with `curate measure RECIPE`, or keep rows or a share.")
+
+    def ask(picked: str, key: str) -> Any:
+        try:
+            return store.sql(f"SELECT {picked} FROM scored WHERE role = 'train' ORDER BY position", recipe=recipe, source=sources)
+        except UsageError as error:
+            raise UsageError(f"{key}: {error}") from None
+
+    base = ask("row_id, n_occurrences::DOUBLE AS weight", "select")
+    n = len(base)
+    row_ids = base["row_id"].to_list()
+    passed = np.ones(n)
+    if spec.where is not None:
+        passed = _number(ask(f"((\n{spec.where}\n)::BOOLEAN)::DOUBLE AS x", "select.where")["x"])
+    scores = {name: _number(ask(f'"{name}"::DOUBLE AS x', f"select.drop_worst.{name}")["x"]) for name in spec.drop_worst}
+    order = np.arange(n)
+    order_unknown: list[str | None] = [None] * n
+    if keys:
+        ranked = ask(f"row_number() OVER (ORDER BY {', '.join(_ordered(*key) for key in keys)}, row_id) AS x", "select.order_by")
+        order = ranked["x"].to_numpy().astype(np.int64)
+        for expression, _ in keys:
+            excuse = f"AND NOT coalesce(({known_as[expression]}), false)" if expression in known_as else ""
+            gaps = ask(f"((\n{expression}\n) IS NULL {excuse}) AS x", "select.order_by")["x"].to_numpy()
+            for i in np.flatnonzero(gaps):
+                order_unknown[i] = order_unknown[i] or expression
+    excused = {name: ask(f"coalesce(({known_as[name]}), false) AS x", "null_is_known")["x"].to_numpy() for name in spec.drop_worst if name in known_as}
+    groups = ask(f"(\n{group}\n)::VARCHAR AS x", "select.per")["x"].to_list() if group is not None else [None] * n
+    if spec.keep and "tokens" in spec.keep:
+        # a side that was not measured is no zero: what a row of its kind must have
+        needed = "CASE kind WHEN 'preference' THEN {p} ELSE {s} END".format(p=_sum(tokens, TOKENS[:3]), s=_sum(tokens, (TOKENS[0], TOKENS[3])))
+        counts = _number(ask(f"({needed})::DOUBLE AS x", "select.keep.tokens")["x"])
+    else:
+        counts = np.zeros(n)
+    weight = base["weight"].to_numpy().astype(np.float64) if spec.duplicates == "as_found" else np.ones(n)
+    return decide(Candidates(row_ids, passed, scores, order, order_unknown, groups, counts, weight, excused), spec, worst)
+
+
+def decide(rows: Candidates, spec: SelectSpec, worst: Mapping[str, str]) -> Decisions:
+    """The decisions for arrays. Raises ValidationError for `unknown: error`, UsageError for a group without a share."""
+    n = len(rows.row_ids)
+    reasons = [""] * n
+    left = np.ones(n, bool)
+
+    def drop(which: np.ndarray, why: Callable[[int], str]) -> None:
+        for i in np.flatnonzero(which & left):
+            reasons[i] = why(int(i))
+        left[which] = False
+
+    def settle(gaps: np.ndarray, what: Callable[[int], str]) -> None:
+        """Rows with a gap: refused or dropped, as the spec says; kept ones pass."""
+        gaps = gaps & left
+        if not gaps.any() or spec.unknown == "keep":
+            return
+        if spec.unknown == "error":
+            first = int(np.flatnonzero(gaps)[0])
+            raise ValidationError(
+                f"select: {what(first)} for {int(gaps.sum()):,} of {n:,} rows (the first: row {rows.row_ids[first]}). "
+                "Say what to do with them: `--set select.unknown=drop` or `--set select.unknown=keep`."
+            )
+        drop(gaps, what)
+
+    if spec.where is not None:
+        where = " ".join(spec.where.split())
+        settle(np.isnan(rows.passed), lambda i: f"where: {where} is unknown")
+        drop(rows.passed == 0, lambda i: f"where: {where} is false")
+    after_where = left.copy()
+    candidates = rows.weight[after_where].sum()
+    for name in spec.drop_worst:
+        gaps = np.isnan(rows.scores[name]) & ~rows.excused.get(name, np.zeros(n, bool))
+        settle(gaps, lambda i, name=name: f"{name} is unknown")  # type: ignore[misc]
+    for name, share in spec.drop_worst.items():
+        values = rows.scores[name]
+        known = after_where & ~np.isnan(values)
+        sign = -1.0 if worst[name] == "high" else 1.0
+        by_badness = sorted(np.flatnonzero(known).tolist(), key=lambda i: (sign * values[i], rows.row_ids[i]))  # noqa: B023
+        budget = whole(share * candidates)
+        taken = np.cumsum(rows.weight[by_badness]) <= budget
+        bad = np.zeros(n, bool)
+        bad[np.asarray(by_badness, int)[taken]] = True
+        percent = f"{share * 100:.4g}%"
+        drop(bad, lambda i, name=name, percent=percent, v=values: f"worst {percent} by {name}: {v[i]:.6g}")  # type: ignore[misc]
+    settle(np.array([u is not None for u in rows.order_unknown], bool), lambda i: f"{rows.order_unknown[i]} is unknown")
+    counting = bool(spec.keep and "tokens" in spec.keep)
+    if counting:
+        settle(np.isnan(rows.tokens), lambda i: "its number of tokens is unknown")
+
+    rank = np.zeros(n, np.int64)
+    kept = np.zeros(n, bool)
+    shares = next(iter(spec.per.values())) if isinstance(spec.per, Mapping) else None
+    column = spec.per if isinstance(spec.per, str) else next(iter(spec.per)) if spec.per else None
+    members: dict[str | None, list[int]] = {}
+    for i in np.flatnonzero(left)[np.argsort(rows.order[left], kind="stable")]:
+        members.setdefault(rows.groups[i], []).append(int(i))
+    if shares is not None:
+        _check_groups(shares, {g for g in rows.groups}, column or "", spec)
+    by_group: dict[str, int] = {}
+    for group, ordered in members.items():
+        index = np.asarray(ordered)
+        cost = np.cumsum(np.where(np.isnan(rows.tokens[index]), 0, rows.tokens[index]) * rows.weight[index] if counting else rows.weight[index])
+        keep = {"share": shares[str(group)]} if shares is not None and str(group) in shares else spec.keep
+        kind, amount = next(iter(keep.items())) if keep else ("share", 1.0)
+        budget = whole(amount * cost[-1]) if kind == "share" else amount
+        chosen = cost <= budget
+        n_kept = int(chosen.sum())
+        rank[index] = np.arange(1, len(index) + 1)
+        kept[index] = chosen
+        where_from = f" of {column} {group if group is not None else 'NULL'}" if column else ""
+        by_group[str(group)] = n_kept
+        limit = f"{kind} {amount:.4g}" if kind == "share" else f"{int(amount):,} {kind}"
+        how = f" by {' '.join(spec.order_by.split())}" if spec.order_by else " in the order read"
+        for place, i in enumerate(ordered, start=1):
+            if chosen[place - 1]:
+                reasons[i] = f"kept: rank {place:,} of {len(ordered):,}{where_from}{how}"
+            elif kind == "tokens":
+                reasons[i] = f"beyond keep {limit}{where_from}: rank {place:,} ends at token {int(cost[place - 1]):,}, {n_kept:,} are kept"
+            else:
+                reasons[i] = f"beyond keep {limit}{where_from}: rank {place:,}, {n_kept:,} are kept"
+    counts = {
+        "rows": n,
+        "kept": int(kept.sum()),
+        "dropped": int(n - kept.sum()),
+        "dropped_by": dict(Counter(_step(r) for r, k in zip(reasons, kept.tolist(), strict=True) if not k).most_common()),
+    }
+    if column:
+        counts["kept_per_group"] = by_group
+    return Decisions(list(rows.row_ids), kept, rank, reasons, counts)
+
+
+def whole(x: float) -> int:
+    """The nearest whole number, halves up; a hair below a half counts as the half (0.3 · 5 is 1.5 however it was computed)."""
+    return math.floor(x + 0.5 + 1e-9)
+
+
+def order_keys(order_by: str) -> list[tuple[str, str]]:
+    """ "flip_loss desc, ches" -> [("flip_loss", "DESC"), ("ches", "ASC")]. Raises UsageError for text that is not a list of expressions."""
+    check_expression(order_by, "select.order_by")
+    keys = []
+    for part in split_top(order_by):
+        match = re.fullmatch(r"(?is)\s*(.*?)(?:\s+(asc|desc))?(?:\s+nulls\s+(?:first|last))?\s*", part)
+        if match is None or not match[1]:
+            raise UsageError(f"select.order_by: expected columns such as `flip_loss desc, ches`; found {order_by!r}.")
+        keys.append((match[1], (match[2] or "asc").upper()))
+    return keys
+
+
+def check_expression(text: str, key: str) -> None:
+    """One SQL expression: no second statement, nothing that leaves its brackets, no comment that swallows what follows."""
+    depth, i = 0, 0
+    while i < len(text):
+        char = text[i]
+        if char in "'\"":
+            end = text.find(char, i + 1)
+            if end < 0:
+                raise UsageError(f"{key}: the quote {char} in {text!r} is not closed.")
+            i = end
+        elif char == ";":
+            raise UsageError(f"{key}: expected one SQL condition; found `;` in {text!r}.")
+        elif text.startswith("--", i) or text.startswith("/*", i):
+            raise UsageError(f"{key}: no comments in here; found one in {text!r}.")
+        depth += (char == "(") - (char == ")")
+        if depth < 0:
+            break
+        i += 1
+    if depth or not text.strip():
+        raise UsageError(f"{key}: " + (f"the brackets of {text!r} do not match." if depth else "the condition is empty. Leave it out, or give one."))
+
+
+def split_top(text: str) -> list[str]:
+    """Split at commas outside brackets and quotes."""
+    parts, depth, quoted, start = [], 0, "", 0
+    for i, char in enumerate(text):
+        if quoted:
+            quoted = "" if char == quoted else quoted
+        elif char in "'\"":
+            quoted = char
+        elif char in "([":
+            depth += 1
+        elif char in ")]":
+            depth -= 1
+        elif char == "," and depth == 0:
+            parts.append(text[start:i])
+            start = i + 1
+    return [*parts, text[start:]]
+
+
+def check_worst(name: str, worst: Mapping[str, str], available: Sequence[str]) -> None:
+    """drop_worst takes a score that says which end is bad and that has been computed."""
+    if name not in worst:
+        near = difflib.get_close_matches(name, worst, 1, 0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"this recipe has {', '.join(worst) or 'none'}."
+        raise UsageError(f"select.drop_worst: {name!r} is not a score of this recipe; {hint}")
+    if worst[name] not in ("high", "low"):
+        raise UsageError(f"select.drop_worst: neither end of {name!r} is bad in itself. Use `where` with a bound of your own, or `order_by` and `keep`.")
+    if name not in available:
+        raise UsageError(f"select.drop_worst: {name!r} has not been computed yet. Run `curate score RECIPE` first.")
+
+
+def _check_groups(shares: Mapping[str, float], found: set[str | None], column: str, spec: SelectSpec) -> None:
+    names = {str(g) for g in found}
+    strange = sorted(set(shares) - names)
+    if strange:
+        raise UsageError(f"select.per.{column}: no row has {column} = {strange[0]!r}; found {', '.join(sorted(names)) or 'no rows'}.")
+    without = sorted(names - set(shares))
+    if without and not spec.keep:
+        raise UsageError(f"select.per.{column}: no share for {without[0]!r}; give it one, or `keep` for all that are not named.")
+
+
+def _ordered(expression: str, direction: str) -> str:
+    return f"(\n{expression}\n) {direction} NULLS LAST"
+
+
+def _sum(available: Sequence[str], wanted: Sequence[str]) -> str:
+    return " + ".join(n if n in available else "NULL" for n in wanted)
+
+
+def _number(column: Any) -> np.ndarray:
+    """A polars column as float64, NULL as NaN."""
+    values: np.ndarray = column.cast(float).fill_null(float("nan")).to_numpy()
+    return values
+
+
+def _step(reason: str) -> str:
+    """The step that dropped a row, for counting: the reason without its numbers."""
+    for word in ("where", "worst", "beyond keep"):
+        if reason.startswith(word):
+            return "unknown" if reason.endswith("is unknown") else {"where": "where", "worst": "drop_worst", "beyond keep": "keep"}[word]
+    return "unknown"

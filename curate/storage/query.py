@@ -1,0 +1,195 @@
+"""Reading: rows by position, users' queries with errors that name the nearest column, and what a store holds."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+
+from curate.errors import UsageError
+from curate.rows import Example, Pair, Row, text_from_column
+from curate.storage.database import Connection, one, quote
+from curate.storage.tables import ids_view, table_of
+
+if TYPE_CHECKING:
+    import polars as pl
+
+VIEWS = ("rows", "scored", "trajectories", "samples", "occurrences", "dataset_values", "runs", "selections")
+STEM = {"preference": ("prompt", "chosen", "rejected"), "sft": ("prompt", "completion", "answer")}
+
+
+def dicts(con: Connection, text: str, params: Sequence[Any] = ()) -> list[dict[str, Any]]:
+    """A small result as dicts."""
+    cursor = con.execute(text, list(params))
+    names = [d[0] for d in cursor.description or []]
+    return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
+
+
+def rows_of(
+    con: Connection,
+    sources: Sequence[str] | None,
+    *,
+    kind: str | None = None,
+    role: str | None = None,
+    row_ids: Sequence[str] | None = None,
+    without: str | None = None,
+) -> list[tuple[int, str]]:
+    """(position, row_id) by position: rows that occur in `sources` with `role`; with `without`, those with text that it has no line for."""
+    conditions, params = [], []
+    if sources is not None or role is not None:
+        inner = []
+        if sources is not None:
+            con.register("wanted_sources", pa.table({"source": pa.array(list(sources), pa.string())}))
+            inner.append("o.source IN (SELECT source FROM wanted_sources)")
+        if role is not None:
+            inner.append("o.role = ?")
+            params.append(role)
+        conditions.append(f"r.row_id IN (SELECT o.row_id FROM data.occurrences o WHERE {' AND '.join(inner)})")
+    if kind is not None:
+        conditions.append("r.kind = ?")
+        params.append(kind)
+    if row_ids is not None:
+        ids_view(con, row_ids)
+        conditions.append("r.row_id IN (SELECT row_id FROM wanted_ids)")
+    if without is not None:
+        conditions.append("r.prompt IS NOT NULL")
+        found = one(con, "SELECT measurement FROM data.measured WHERE fingerprint = ?", [without])
+        if found:
+            conditions.append(f"r.row_id NOT IN (SELECT row_id FROM data.{quote(table_of(found[0]))} WHERE fingerprint = ?)")
+            params.append(without)
+    where = f"WHERE {' AND '.join(conditions)}" if conditions else ""
+    found_rows = con.sql(f"SELECT r.position, r.row_id FROM data.rows r {where} ORDER BY r.position", params=params).to_arrow_table()
+    return list(zip(found_rows.column(0).to_pylist(), found_rows.column(1).to_pylist(), strict=True))
+
+
+def positions(con: Connection, row_ids: Sequence[str]) -> np.ndarray:
+    """(rows,) int64, -1 where unknown."""
+    result = np.full(len(row_ids), -1, np.int64)
+    ids_view(con, row_ids)
+    found = con.sql("SELECT i, position FROM data.rows JOIN wanted_ids USING (row_id)").to_arrow_table()
+    result[found.column(0).to_numpy()] = found.column(1).to_numpy()
+    return result
+
+
+def rows_at(con: Connection, wanted: np.ndarray) -> list[Row | None]:
+    """Row objects at these positions, in this order. The range of positions is named, so that DuckDB skips the rest of the texts."""
+    if not len(wanted):
+        return []
+    con.register("wanted_positions", pa.table({"i": pa.array(np.arange(len(wanted))), "position": pa.array(wanted)}))
+    found = con.execute(
+        "SELECT i, kind, style, prompt, chosen, rejected, completion, answer, label FROM data.rows JOIN wanted_positions USING (position) "
+        "WHERE position BETWEEN ? AND ? ORDER BY i",
+        [int(wanted.min()), int(wanted.max())],
+    ).fetchall()
+    return [_row(*values[1:]) for values in found]
+
+
+def _row(kind: str, style: Any, prompt: Any, chosen: Any, rejected: Any, completion: Any, answer: Any, label: Any) -> Row | None:
+    if prompt is None:
+        return None
+    first = text_from_column(prompt, style)
+    assert first is not None
+    if kind == "preference":
+        good, bad = text_from_column(chosen, style), text_from_column(rejected, style)
+        assert good is not None and bad is not None
+        return Pair(first, good, bad)
+    return Example(first, text_from_column(completion, style), answer, label)
+
+
+def occurrence_counts(con: Connection, row_ids: Sequence[str], sources: Sequence[str] | None, role: str | None) -> np.ndarray:
+    """See `Store.occurrence_counts`."""
+    result = np.zeros(len(row_ids))
+    ids_view(con, row_ids)
+    con.register("wanted_sources", pa.table({"source": pa.array(list(sources or ()), pa.string())}))
+    narrowed = "" if sources is None else "AND o.source IN (SELECT source FROM wanted_sources)"
+    found = con.execute(
+        f"SELECT i, count(*) FROM data.occurrences o JOIN wanted_ids USING (row_id) WHERE (?::VARCHAR IS NULL OR o.role = ?) {narrowed} GROUP BY i",
+        [role, role],
+    ).fetchall()
+    for i, n in found:
+        result[i] = n
+    return result
+
+
+def run(con: Connection, text: str, params: Sequence[Any] | Mapping[str, Any] | None) -> pl.DataFrame:
+    """A user's query to polars. Raises UsageError for what is wrong in it."""
+    try:
+        for statement in con.extract_statements(text):
+            if statement.type not in (duckdb.StatementType.SELECT, duckdb.StatementType.EXPLAIN, duckdb.StatementType.PRAGMA):
+                raise UsageError("a store is only read through SQL: use SELECT. What a store keeps is written by curate's own commands.")
+        relation = con.sql(text, params=params) if params else con.sql(text)
+        if relation is None:
+            raise UsageError("expected a query that returns rows, such as SELECT row_id FROM rows LIMIT 5.")
+        return relation.pl()
+    except duckdb.Error as error:
+        explained = explain(con, error)
+        if explained is None:
+            raise
+        raise explained from None
+
+
+def explain(con: Connection, error: duckdb.Error) -> UsageError | None:
+    """What is wrong with a user's SQL, with the nearest name; None where the fault is not the query's."""
+    text = str(error)
+    first = text.splitlines()[0]
+    if "read-only mode" in text:
+        return UsageError("a store is only read through SQL: use SELECT. What a store keeps is written by curate's own commands.")
+    column = re.search(r'Referenced column "([^"]+)"|does not have a column named "([^"]+)"|column named "([^"]+)"', text)
+    if isinstance(error, duckdb.BinderException) and column:
+        name = next(g for g in column.groups() if g)
+        listed = "SELECT DISTINCT column_name FROM duckdb_columns() WHERE schema_name = 'main' OR database_name = 'temp'"
+        names = [row[0] for row in con.execute(listed).fetchall()]
+        near = difflib.get_close_matches(name.lower(), [n.lower() for n in names], 3, 0.6)
+        shown = [n for m in near for n in names if n.lower() == m]
+        hint = f"The nearest: {', '.join(dict.fromkeys(shown))}." if shown else "`curate sql STORE 'DESCRIBE scored'` lists the columns."
+        return UsageError(f"no column {name!r}. {hint}")
+    table = re.search(r"Table with name (\S+) does not exist", text)
+    if isinstance(error, duckdb.CatalogException) and table:
+        near = difflib.get_close_matches(table[1].lower(), VIEWS, 1)
+        hint = f"Did you mean {near[0]}?" if near else f"There are: {', '.join(VIEWS)}."
+        return UsageError(f"no view {table[1]!r} in a store. {hint}")
+    if isinstance(error, duckdb.ProgrammingError | duckdb.DataError | duckdb.NotSupportedError | duckdb.InvalidInputException):
+        line = re.search(r"^LINE \d+: .*$", text, re.M)
+        return UsageError(f"{first}{' ' + line[0] if line else ''}")
+    return None
+
+
+def find_row(con: Connection, text: str, folder: str) -> str:
+    """See `Store.find_row`."""
+    source, colon, index = text.rpartition(":")
+    if colon and index.isdigit():
+        found = con.execute("SELECT DISTINCT row_id FROM data.occurrences WHERE source = ? AND index = ?", [source, int(index)]).fetchall()
+        known = [row[0] for row in con.execute("SELECT DISTINCT source FROM data.occurrences").fetchall()]
+        hint = f"Sources are: {', '.join(known)}."
+    else:
+        found = con.execute("SELECT row_id FROM data.rows WHERE starts_with(row_id, ?) LIMIT 3", [text]).fetchall() if len(text) >= 6 else []
+        hint = "Give a row id, 6 or more of its first digits, or source:index."
+    if len(found) == 1:
+        return str(found[0][0])
+    raise UsageError(f"{folder}: {text!r} means {'several rows' if found else 'no row'} of this store. {hint}")
+
+
+def status(con: Connection) -> dict[str, Any]:
+    """See `Store.status`."""
+    measured = dicts(con, "SELECT * EXCLUDE (params) FROM data.measured ORDER BY run, step, created")
+    counts: dict[str, int] = {}
+    for table in sorted({table_of(m["measurement"]) for m in measured}):
+        counts.update(con.execute(f"SELECT fingerprint, count(*) FROM data.{quote(table)} GROUP BY fingerprint").fetchall())
+    for m in measured:
+        m["n_rows"] = counts.get(m["fingerprint"], 0)
+    n_rows, n_text = con.execute("SELECT count(*), count(prompt) FROM data.rows").fetchall()[0]
+    return {
+        "rows": n_rows,
+        "rows_without_text": n_rows - n_text,
+        "samples": con.execute("SELECT count(*) FROM data.samples").fetchall()[0][0],
+        "sources": dicts(con, "SELECT * FROM data.source_state ORDER BY read_at, source"),
+        "measured": measured,
+        "recipes": [row[0] for row in con.execute("SELECT name FROM data.recipes ORDER BY updated DESC").fetchall()],
+        "selections": dicts(con, "SELECT name, recipe, counts, created FROM data.selections ORDER BY created DESC"),
+        "runs": dicts(con, "SELECT * EXCLUDE (host) FROM data.runs ORDER BY id DESC LIMIT 10"),
+    }

@@ -1,0 +1,115 @@
+"""A selection: what was decided about every row, and the way from there to rows and a dataset."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+from curate.errors import StoreError
+from curate.storage import query
+from curate.storage.database import Connection, one
+from curate.storage.entries import SelectedRow
+from curate.storage.tables import ids_view
+
+if TYPE_CHECKING:
+    import polars as pl
+
+    from curate.store import Store
+
+BATCH = 2048
+
+
+@dataclass(frozen=True)
+class Selection:
+    """name, recipe, spec (the recipe's `select`), counts (kept, dropped and why)."""
+
+    store: Store
+    name: str
+    recipe: str | None
+    spec: dict[str, Any]
+    counts: dict[str, Any]
+    created: datetime
+
+    def table(self) -> pl.DataFrame:
+        """row_id, kept, rank, reason: one line a row, by position."""
+        return self.store.sql(
+            "SELECT row_id, kept, rank, reason FROM data.decisions JOIN data.rows USING (row_id) WHERE selection = ? ORDER BY position", [self.name]
+        )
+
+    def kept(self, columns: Sequence[str] = ()) -> Iterator[SelectedRow]:
+        """The kept rows by position, with the user's columns and those named (columns of `scored`).
+
+        With `duplicates: as_found` a row comes once for every time it occurs in the training sources, each with its own columns.
+        """
+        decided = self.table().filter("kept")
+        yield from self._rows(decided, columns, first=self.spec.get("duplicates", "once") != "as_found")
+
+    def dropped(self, columns: Sequence[str] = ()) -> Iterator[SelectedRow]:
+        """The dropped rows with their reasons; then, with `duplicates: once`, further occurrences of rows as "duplicate of …"."""
+        import polars as pl
+
+        table = self.table()
+        yield from self._rows(table.filter(~pl.col("kept")), columns, first=True)
+        if self.spec.get("duplicates", "once") != "as_found":
+            yield from self._rows(table.filter(pl.col("kept")), columns, first=False, skip_first=True)
+
+    def to_dataset(self, columns: Sequence[str] = ()) -> Any:
+        """The kept rows as a `datasets.Dataset` in the style they came in. Raises StoreError for rows that have no text here."""
+        from curate.data import to_dataset
+
+        return to_dataset(self.kept(columns))
+
+    def _rows(self, decided: pl.DataFrame, columns: Sequence[str], *, first: bool, skip_first: bool = False) -> Iterator[SelectedRow]:
+        import polars as pl
+
+        names = list(dict.fromkeys(columns))
+        for start in range(0, len(decided), BATCH):
+            part = decided[start : start + BATCH]
+            ids = part["row_id"].to_list()
+            rows = dict(zip(ids, self.store.iter_rows(ids), strict=True))
+            with self.store.database.read() as con:
+                found = _occurrences(con, ids, self._sources(con))
+            extra: dict[str, dict[str, Any]] = {}
+            if names:
+                picked = ", ".join(f'"{n}"' for n in names)
+                frame = self.store.sql(f"SELECT row_id AS _id, {picked} FROM scored WHERE row_id IN (SELECT unnest(?))", [ids], recipe=self.recipe)
+                extra = {line.pop("_id"): line for line in frame.to_dicts()}
+            for row_id, rank, reason in part.select(pl.col("row_id", "rank", "reason")).iter_rows():
+                occurrences = found.get(row_id) or [(None, None, {})]
+                for source, index, own in occurrences[1:] if skip_first else occurrences[:1] if first else occurrences:
+                    why = f"duplicate of {row_id}, which is kept from {occurrences[0][0]}:{occurrences[0][1]}" if skip_first else reason
+                    yield SelectedRow(row_id, rows[row_id], source, index, {**own, **extra.get(row_id, {})}, rank, why)
+
+    def _sources(self, con: Connection) -> list[str] | None:
+        if self.recipe is None:
+            return None
+        found = one(con, "SELECT sources FROM data.recipes WHERE name = ?", [self.recipe])
+        return list(found[0]) if found and found[0] else None
+
+
+def _occurrences(con: Connection, row_ids: Sequence[str], sources: list[str] | None) -> dict[str, list[tuple[str, int, dict[str, Any]]]]:
+    """row_id -> its training occurrences in reading order: source, index, the user's columns."""
+    ids_view(con, row_ids)
+    narrowed = "" if sources is None else "AND list_contains(?, o.source)"
+    found = query.dicts(
+        con,
+        f"SELECT o.row_id, o.source, o.index, o.columns FROM data.occurrences o JOIN wanted_ids USING (row_id) WHERE o.role = 'train' {narrowed} ORDER BY o.seq",
+        [] if sources is None else [sources],
+    )
+    result: dict[str, list[tuple[str, int, dict[str, Any]]]] = {}
+    for line in found:
+        result.setdefault(line["row_id"], []).append((line["source"], line["index"], json.loads(line["columns"] or "{}")))
+    return result
+
+
+def require_text(selected: SelectedRow) -> SelectedRow:
+    """Raises StoreError for a row known only by somebody else's id."""
+    if selected.row is None:
+        raise StoreError(
+            f"row {selected.row_id} is known only by somebody else's id ({selected.source}:{selected.index}); it has no text to export. "
+            "Read its source into the store first, and import by index."
+        )
+    return selected

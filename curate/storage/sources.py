@@ -1,0 +1,230 @@
+"""Reading sources in: records to parquet files first, with nobody locked out, then one short transaction.
+
+A row is kept once, under its content id, and keeps its position for ever. Each time it occurs is a line of `occurrences` with the user's
+other columns as JSON; the type of each such column is remembered, so that views show it as what it is.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from curate.errors import StoreError
+from curate.rows import Example, Pair, foreign_id, text_to_column
+from curate.storage.database import Connection, Database, literal
+from curate.storage.entries import Ingested, Role, SourceRecord
+from curate.storage.shards import clean_text, write_parquet
+
+BATCH = 10_000
+ROW_COLUMNS = ("row_id", "kind", "style", "prompt", "chosen", "rejected", "completion", "answer", "label")
+STAGED = pa.schema(
+    [("n", pa.int64()), ("index", pa.int64())]
+    + [(name, pa.bool_() if name == "label" else pa.string()) for name in ROW_COLUMNS]
+    + [("columns", pa.string())]
+)
+
+
+def add(folder: Path, database: Database, source: str, fingerprint: str, records: Iterable[SourceRecord], *, role: Role) -> Ingested:
+    """See `Store.add_source`."""
+    types: dict[str, str] = {}
+    bad = 0
+
+    def lines() -> Iterable[tuple[Any, ...]]:
+        nonlocal bad
+        for record in records:
+            if record.row is None:
+                bad += 1
+                continue
+            columns = json_columns(record.columns, types)
+            yield (record.index, *row_columns(record.row), columns)
+
+    staging = _staging(folder)
+    try:
+        good = _stage(staging, lines())
+        with database.write() as con:
+            new, distinct = _ingest(con, staging, source, role)
+            con.execute("DELETE FROM data.source_columns WHERE source = ? AND role = ?", [source, role])
+            for i, (name, kind) in enumerate(types.items()):
+                con.execute("INSERT INTO data.source_columns VALUES (?, ?, ?, ?, ?)", [source, role, i, name, kind])
+            con.execute("DELETE FROM data.source_state WHERE source = ? AND role = ?", [source, role])
+            state = [source, role, fingerprint, good, bad, distinct]
+            con.execute("INSERT INTO data.source_state VALUES (?, ?, ?, ?, ?, ?, now()::TIMESTAMP)", state)
+            from curate.storage import views
+
+            views.define(con)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return Ingested(good, new, good - distinct, bad)
+
+
+def add_foreign(folder: Path, database: Database, source: str, keys: Sequence[Any], *, kind: str) -> list[str]:
+    """See `Store.add_foreign_rows`. The key is kept as the occurrence's column `key`; the index is the key where it is a whole number."""
+    ids: dict[Any, str] = {}
+    lines = []
+    for key in keys:
+        if key in ids:
+            continue
+        ids[key] = foreign_id(source, key)
+        index = int(key) if re.fullmatch(r"\d{1,18}", str(key)) else len(ids) - 1
+        lines.append((index, ids[key], kind, None, None, None, None, None, None, None, json.dumps({"key": str(key)})))
+    staging = _staging(folder)
+    try:
+        _stage(staging, lines)
+        with database.write() as con:
+            _ingest(con, staging, source, "train", replace=False)
+            known = con.execute("SELECT count(*) FROM data.source_columns WHERE source = ? AND name = 'key'", [source]).fetchall()
+            if not known[0][0]:
+                con.execute("INSERT INTO data.source_columns VALUES (?, 'train', 0, 'key', 'VARCHAR')", [source])
+            from curate.storage import views
+
+            views.define(con)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return [ids[key] for key in keys]
+
+
+def row_columns(row: Pair | Example) -> tuple[Any, ...]:
+    """A row as the values of ROW_COLUMNS."""
+    prompt = text_to_column(row.prompt)
+    if isinstance(row, Pair):
+        return (row.row_id, row.kind, row.style, prompt, text_to_column(row.chosen), text_to_column(row.rejected), None, None, None)
+    return (row.row_id, row.kind, row.style, prompt, None, None, text_to_column(row.completion), row.answer, row.label)
+
+
+def json_columns(columns: Mapping[str, Any], types: dict[str, str]) -> str | None:
+    """The user's columns as JSON; `types` learns each column's SQL type: the widest that all its values have."""
+    if not columns:
+        return None
+    clean = {}
+    for name, value in columns.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            value = None
+        kind = _sql_type(value)
+        known = types.get(name)
+        if known is None or known == "NULL":
+            types[name] = kind
+        elif kind not in (known, "NULL"):
+            types[name] = "DOUBLE" if {known, kind} == {"BIGINT", "DOUBLE"} else "VARCHAR"
+        clean[name] = value
+    try:
+        return json.dumps(clean, ensure_ascii=False, default=_plain, allow_nan=False)
+    except ValueError:  # NaN inside a list or a mapping
+        return json.dumps(_finite(clean), ensure_ascii=False, default=_plain)
+
+
+def sweep(folder: Path) -> None:
+    """Remove staging folders of processes that are gone."""
+    for left in (folder / "staging").glob("*-*"):
+        pid = left.name.split("-")[0]
+        if pid.isdigit() and not Path(f"/proc/{pid}").exists() and not _alive(int(pid)):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _staging(folder: Path) -> Path:
+    try:
+        (folder / "staging").mkdir(exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=f"{os.getpid()}-", dir=folder / "staging"))
+    except OSError as error:
+        raise StoreError(f"{folder}: cannot write there ({error.strerror}). Free some space or choose another folder with --store.") from None
+
+
+def _stage(staging: Path, lines: Iterable[tuple[Any, ...]]) -> int:
+    """Write lines as parquet files of BATCH; returns how many there were. A file always exists, so that an empty source can be read."""
+    total, batch = 0, []
+    for line in lines:
+        batch.append((total, *line))
+        total += 1
+        if len(batch) == BATCH:
+            _write(staging, batch)
+            batch = []
+    if batch or not total:
+        _write(staging, batch)
+    return total
+
+
+def _write(staging: Path, batch: list[tuple[Any, ...]]) -> None:
+    values = list(zip(*batch, strict=True)) if batch else [[] for _ in STAGED]
+    arrays = []
+    for field, column in zip(STAGED, values, strict=True):
+        try:
+            arrays.append(pa.array(column, field.type))
+        except UnicodeEncodeError:
+            arrays.append(pa.array([None if v is None else clean_text(v) for v in column], field.type))
+    first = batch[0][0] if batch else 0
+    write_parquet(pa.Table.from_arrays(arrays, schema=STAGED), staging / f"{first:012d}.parquet")
+
+
+def _ingest(con: Connection, staging: Path, source: str, role: str, *, replace: bool = True) -> tuple[int, int]:
+    """Staged lines into rows and occurrences. Returns (new rows, distinct rows)."""
+    staged = f"read_parquet({literal(str(staging / '*.parquet'))})"
+    con.execute(
+        f"CREATE TEMP TABLE first_seen AS SELECT row_id, min(n) AS n, bool_or(known.row_id IS NOT NULL) AS known "
+        f"FROM {staged} s LEFT JOIN data.rows known USING (row_id) GROUP BY row_id"
+    )
+    names = ", ".join(ROW_COLUMNS)
+    con.execute(
+        f"INSERT INTO data.rows (position, {names}) "
+        f"SELECT (SELECT coalesce(max(position), -1) FROM data.rows) + row_number() OVER (ORDER BY n), {names} "
+        f"FROM {staged} WHERE n IN (SELECT n FROM first_seen WHERE NOT known)"
+    )
+    start = "(SELECT coalesce(max(seq), -1) + 1 FROM data.occurrences)"
+    if replace:
+        con.execute("DELETE FROM data.occurrences WHERE source = ? AND role = ?", [source, role])
+        wanted = ""
+    else:
+        wanted = f"WHERE row_id NOT IN (SELECT row_id FROM data.occurrences WHERE source = {literal(source)})"
+    con.execute(
+        f"INSERT INTO data.occurrences (seq, row_id, source, index, role, columns) "
+        f"SELECT {start} + n, row_id, ?, index, ?, columns FROM {staged} {wanted} ORDER BY n",
+        [source, role],
+    )
+    found = con.execute("SELECT count(*) FILTER (NOT known), count(*) FROM first_seen").fetchall()[0]
+    con.execute("DROP TABLE first_seen")
+    return int(found[0]), int(found[1])
+
+
+def _sql_type(value: Any) -> str:
+    if value is None:
+        return "NULL"
+    if isinstance(value, bool):
+        return "BOOLEAN"
+    if isinstance(value, int):
+        return "BIGINT" if -(2**63) <= value < 2**63 else "VARCHAR"
+    if isinstance(value, float):
+        return "DOUBLE"
+    if isinstance(value, datetime.datetime):
+        return "TIMESTAMP"
+    return "JSON" if isinstance(value, list | tuple | dict) else "VARCHAR"
+
+
+def _plain(value: Any) -> Any:
+    """What JSON has no word for: numpy scalars as numbers, the rest as text."""
+    return value.item() if hasattr(value, "item") else str(value)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(k): _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,268 @@
+"""Measurements, scores and decisions as tables: one wide table a measurement (`m_<name>`), one a recipe's scores (`scores_<name>`).
+
+A table is made when its first values arrive and widened when a column appears. All functions take a connection inside a transaction.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from curate.errors import StoreError, UsageError
+from curate.rows import content_id
+from curate.storage.database import Connection, literal, one, quote
+from curate.storage.entries import Measured
+from curate.storage.shards import arrow_column, read_shard
+
+if TYPE_CHECKING:
+    from curate.select import Decisions
+
+MEASURED = ("fingerprint", "measurement", "reads", "model", "model_fingerprint", "run", "checkpoint", "step", "engine", "params")
+
+
+def table_of(measurement: str) -> str:
+    """The table of a measurement, such as m_likelihood; a user's `package.module:name` keeps a hash of its full name."""
+    plain = re.sub(r"\W+", "_", measurement.lower())
+    return f"m_{plain}" if plain == measurement else f"m_{plain}_{content_id(measurement)[:6]}"
+
+
+def columns_of(con: Connection, table: str) -> dict[str, str]:
+    """name -> SQL type of a table's columns, without fingerprint and row_id; {} when there is no such table."""
+    found = con.execute(
+        "SELECT column_name, data_type FROM duckdb_columns() WHERE schema_name = 'data' AND table_name = ? ORDER BY column_index", [table]
+    ).fetchall()
+    return {name: kind for name, kind in found if name not in ("fingerprint", "row_id")}
+
+
+def remember(con: Connection, measured: Measured) -> None:
+    """Note what a fingerprint stands for; names for people (run, checkpoint, step, model path) are brought up to date."""
+    values = [getattr(measured, name) for name in MEASURED]
+    values[-1] = json.dumps(dict(measured.params), sort_keys=True, default=str)
+    marks = ", ".join("?" * len(values))
+    con.execute(
+        f"INSERT INTO data.measured ({', '.join(MEASURED)}, created) VALUES ({marks}, now()::TIMESTAMP) "
+        "ON CONFLICT (fingerprint) DO UPDATE SET model = excluded.model, run = excluded.run, checkpoint = excluded.checkpoint, step = excluded.step",
+        values,
+    )
+
+
+def measured(con: Connection, wanted: Mapping[str, Any]) -> list[Measured]:
+    """See `Store.measured`."""
+    unknown = sorted(set(wanted) - set(MEASURED))
+    if unknown:
+        raise UsageError(f"no field {unknown[0]!r} of a measurement; there are {', '.join(MEASURED)}.")
+    where = " AND ".join(f"{name} IS NOT DISTINCT FROM ?" for name in wanted) or "true"
+    found = con.execute(
+        f"SELECT {', '.join(MEASURED)} FROM data.measured WHERE {where} ORDER BY run, step NULLS FIRST, created, fingerprint", list(wanted.values())
+    ).fetchall()
+    return [Measured(*row[:-1], params=json.loads(row[-1] or "{}")) for row in found]
+
+
+def ingest(con: Connection, paths: Sequence[Path]) -> bool:
+    """Shards into tables. True if a table or column or fingerprint is new, so that views have to follow."""
+    groups: dict[tuple[str, tuple[tuple[str, str], ...]], list[Path]] = {}
+    records: dict[str, Measured] = {}
+    for path in paths:
+        record, schema = read_shard(path)
+        records[record.fingerprint] = record
+        groups.setdefault((record.fingerprint, tuple((f.name, str(f.type)) for f in schema)), []).append(path)
+    known = {row[0] for row in con.execute("SELECT fingerprint FROM data.measured").fetchall()}
+    for record in records.values():
+        remember(con, record)
+    changed = not set(records) <= known
+    for (fingerprint, schema), files in groups.items():
+        names = [name for name, _ in schema if name not in ("row_id", "samples")]
+        listing = "[" + ", ".join(literal(str(f)) for f in files) + "]"
+        source = f"read_parquet({listing})"
+        picked = ", ".join(["row_id", *map(quote, names)])
+        # a shard that was repeated after a kill may be here twice: its rows count once
+        con.execute(
+            f"CREATE OR REPLACE TEMP TABLE incoming AS SELECT {literal(fingerprint)} AS fingerprint, {picked} FROM {source} "
+            "QUALIFY row_number() OVER (PARTITION BY row_id) = 1"
+        )
+        changed |= _merge(con, table_of(records[fingerprint].measurement), "incoming")
+        if any(name == "samples" for name, _ in schema):
+            _ingest_samples(con, fingerprint, source)
+        con.execute("DROP TABLE incoming")
+    return changed
+
+
+def put(con: Connection, measurement: str, values: pa.Table) -> None:
+    """A table with fingerprint, row_id and columns into the measurement's table."""
+    arrays = {name: values[name] if name in ("fingerprint", "row_id") else arrow_column(values[name]) for name in values.column_names}
+    con.register("values_view", pa.table(arrays))
+    con.execute("CREATE OR REPLACE TEMP TABLE incoming AS SELECT * FROM values_view QUALIFY row_number() OVER (PARTITION BY fingerprint, row_id) = 1")
+    con.unregister("values_view")
+    _merge(con, table_of(measurement), "incoming")
+    con.execute("DROP TABLE incoming")
+
+
+def _merge(con: Connection, table: str, incoming: str) -> bool:
+    """Update the lines that are there, append the others. True if the table was made or widened."""
+    arriving = {
+        name: _column_type(kind)
+        for name, kind in con.execute(f"SELECT column_name, column_type FROM (DESCRIBE {incoming})").fetchall()
+        if name not in ("fingerprint", "row_id")
+    }
+    there = columns_of(con, table)
+    exists = con.execute("SELECT count(*) FROM duckdb_tables() WHERE schema_name = 'data' AND table_name = ?", [table]).fetchall()[0][0]
+    if not exists:
+        con.execute(f"CREATE TABLE data.{quote(table)} (fingerprint VARCHAR, row_id VARCHAR)")
+    lower = {name.lower(): name for name in there}
+    changed = not exists
+    for name, kind in arriving.items():
+        if name.lower() not in lower:
+            con.execute(f"ALTER TABLE data.{quote(table)} ADD COLUMN {quote(name)} {kind}")
+            changed = True
+        elif kind == "VARCHAR" and there[lower[name.lower()]] != "VARCHAR":
+            con.execute(f"ALTER TABLE data.{quote(table)} ALTER COLUMN {quote(name)} TYPE VARCHAR")
+            changed = True
+    same = "t.fingerprint = i.fingerprint AND t.row_id = i.row_id"
+    overlap = con.execute(f"SELECT count(*) FROM {incoming} i WHERE EXISTS (FROM data.{quote(table)} t WHERE {same})").fetchall()[0][0]
+    if overlap and arriving:
+        sets = ", ".join(f"{quote(n)} = i.{quote(n)}" for n in arriving)
+        con.execute(f"UPDATE data.{quote(table)} t SET {sets} FROM {incoming} i WHERE {same}")
+    fresh = f"WHERE NOT EXISTS (FROM data.{quote(table)} t WHERE {same})" if overlap else ""
+    con.execute(f"INSERT INTO data.{quote(table)} BY NAME SELECT * FROM {incoming} i {fresh}")
+    return changed
+
+
+def _column_type(kind: str) -> str:
+    if kind in ("BOOLEAN", "VARCHAR"):
+        return kind
+    return "DOUBLE"
+
+
+def _ingest_samples(con: Connection, fingerprint: str, source: str) -> None:
+    con.execute(f"DELETE FROM data.samples WHERE fingerprint = {literal(fingerprint)} AND row_id IN (SELECT row_id FROM {source})")
+    con.execute(
+        f"INSERT INTO data.samples SELECT {literal(fingerprint)}, row_id, i::INTEGER - 1, s.text, s.correct, s.n_tokens, s.logp, s.finished FROM "
+        f"(SELECT row_id, unnest(samples) AS s, generate_subscripts(samples, 1) AS i FROM "
+        f"(SELECT row_id, samples FROM {source} QUALIFY row_number() OVER (PARTITION BY row_id) = 1))"
+    )
+
+
+def ids_view(con: Connection, row_ids: Sequence[str], name: str = "wanted_ids") -> None:
+    """Make `row_ids` queryable as a table (i, row_id)."""
+    con.register(name, pa.table({"i": pa.array(np.arange(len(row_ids))), "row_id": pa.array(list(row_ids), pa.string())}))
+
+
+def _table_with(con: Connection, fingerprints: Sequence[str | None], names: Sequence[str]) -> str | None:
+    """The one table where these fingerprints' columns are; None where nothing of them was ever measured."""
+    known = [f for f in fingerprints if f is not None]
+    marks = ", ".join("?" * len(known)) or "NULL"
+    found = con.execute(f"SELECT DISTINCT measurement FROM data.measured WHERE fingerprint IN ({marks})", known).fetchall()
+    if len(found) > 1:
+        raise ValueError(f"one measurement at a time, found {sorted(f[0] for f in found)}")
+    if not found:
+        return None
+    table = table_of(found[0][0])
+    there = columns_of(con, table)
+    for name in names:
+        if name not in there:
+            near = difflib.get_close_matches(name, there, 1)
+            hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(there)}."
+            raise UsageError(f"the measurement {found[0][0]} has no column {name!r}; {hint}")
+    return table
+
+
+def series(con: Connection, fingerprints: Sequence[str | None], names: Sequence[str], row_ids: Sequence[str]) -> dict[str, np.ndarray]:
+    """See `Store.series`."""
+    result = {name: np.full((len(row_ids), len(fingerprints)), np.nan) for name in names}
+    table = _table_with(con, fingerprints, names)
+    if table is None or not names or not len(row_ids):
+        return result
+    ids_view(con, row_ids)
+    listed = [(k, f) for k, f in enumerate(fingerprints) if f is not None]
+    con.register("wanted_prints", pa.table({"k": [k for k, _ in listed], "fingerprint": [f for _, f in listed]}))
+    kinds = columns_of(con, table)
+    text = [n for n in names if kinds[n] == "VARCHAR"]
+    if text:
+        raise UsageError(f"{text[0]} is text, not a number.")
+    picked = ", ".join(f"t.{quote(n)}::DOUBLE" for n in names)
+    found = con.sql(
+        f"SELECT ids.i, p.k, {picked} FROM data.{quote(table)} t JOIN wanted_prints p USING (fingerprint) JOIN wanted_ids ids USING (row_id)"
+    ).to_arrow_table()
+    i, k = found.column(0).to_numpy(), found.column(1).to_numpy()
+    for n, name in enumerate(names):
+        result[name][i, k] = found.column(2 + n).to_numpy()  # NULL arrives as NaN
+    return result
+
+
+def texts(con: Connection, fingerprint: str, name: str, row_ids: Sequence[str]) -> list[str | None]:
+    """See `Store.texts`."""
+    result: list[str | None] = [None] * len(row_ids)
+    table = _table_with(con, [fingerprint], [name])
+    if table is not None and len(row_ids):
+        ids_view(con, row_ids)
+        query = f"SELECT i, {quote(name)}::VARCHAR FROM data.{quote(table)} JOIN wanted_ids USING (row_id) WHERE fingerprint = ? AND {quote(name)} IS NOT NULL"
+        for i, value in con.execute(query, [fingerprint]).fetchall():
+            result[i] = value
+    return result
+
+
+def samples(con: Connection, fingerprint: str, row_ids: Sequence[str]) -> list[list[dict[str, Any]]]:
+    """See `Store.samples`."""
+    result: list[list[dict[str, Any]]] = [[] for _ in row_ids]
+    ids_view(con, row_ids)
+    names = ("text", "correct", "n_tokens", "logp", "finished")
+    query = f"SELECT i, {', '.join(names)} FROM data.samples JOIN wanted_ids USING (row_id) WHERE fingerprint = ? ORDER BY i, sample"
+    for i, *values in con.execute(query, [fingerprint]).fetchall():
+        result[i].append(dict(zip(names, values, strict=True)))
+    return result
+
+
+def register_recipe(con: Connection, name: str, text: str, sources: Sequence[str], uses: Sequence[str], plain: Sequence[str]) -> None:
+    """See `Store.register_recipe`."""
+    of = dict(con.execute("SELECT fingerprint, measurement FROM data.measured").fetchall())
+    named = [of[f] for f in plain if f in of]
+    twice = sorted({m for m in named if named.count(m) > 1})
+    if twice:
+        raise ValueError(f"`scored` can show one fingerprint of a measurement, found several of {twice[0]}")
+    slug = f"scores_{re.sub(r'[^a-z0-9]+', '_', name.lower()).strip('_')}_{content_id(name)[:6]}"
+    con.execute(
+        "INSERT INTO data.recipes VALUES (?, ?, ?, ?, ?, ?, now()::TIMESTAMP) ON CONFLICT (name) DO UPDATE SET "
+        "text = excluded.text, sources = excluded.sources, uses = excluded.uses, plain = excluded.plain, updated = excluded.updated",
+        [name, text, slug, list(sources), list(uses), list(plain)],
+    )
+
+
+def write_scores(con: Connection, recipe: str, row_ids: Sequence[str], scores: Mapping[str, Any]) -> None:
+    """See `Store.write_scores`."""
+    found = one(con, "SELECT scores_table FROM data.recipes WHERE name = ?", [recipe])
+    if found is None:
+        raise StoreError(f"no recipe {recipe!r} is registered in this store; `curate run` does that before it writes scores.")
+    arrays = {"row_id": pa.array(list(row_ids), pa.string()), **{name: arrow_column(values) for name, values in scores.items()}}
+    con.register("scores_view", pa.table(arrays))
+    con.execute(f"CREATE OR REPLACE TABLE data.{quote(found[0])} AS SELECT * FROM scores_view")
+    con.unregister("scores_view")
+    con.execute("UPDATE data.recipes SET updated = now()::TIMESTAMP WHERE name = ?", [recipe])
+
+
+def write_selection(con: Connection, name: str, decisions: Decisions, recipe: str | None, spec: Mapping[str, Any] | None) -> None:
+    """See `Store.write_selection`."""
+    con.execute("DELETE FROM data.selections WHERE name = ?", [name])
+    con.execute("DELETE FROM data.decisions WHERE selection = ?", [name])
+    con.execute(
+        "INSERT INTO data.selections VALUES (?, ?, ?, ?, now()::TIMESTAMP)",
+        [name, recipe, json.dumps(dict(spec or {}), default=str), json.dumps(decisions.counts, default=str)],
+    )
+    rank = np.asarray(decisions.rank)
+    table = pa.table(
+        {
+            "row_id": pa.array(list(decisions.row_ids), pa.string()),
+            "kept": pa.array(np.asarray(decisions.kept, bool)),
+            "rank": pa.array(rank, pa.int64(), mask=rank <= 0),
+            "reason": pa.array(list(decisions.reasons), pa.string()),
+        }
+    )
+    con.register("decisions_view", table)
+    con.execute("INSERT INTO data.decisions SELECT ?, row_id, kept, rank, reason FROM decisions_view", [name])
+    con.unregister("decisions_view")

@@ -1,0 +1,185 @@
+"""The views that people query, made anew from what the tables hold now.
+
+Kept in the database as the views of the recipe registered or scored last, together with what was imported. For a query narrowed to a recipe
+or to sources they are made as temporary views of the reading connection, which DuckDB finds first.
+
+Values of different fingerprints are never mixed: `scored` shows a measurement's columns from one fingerprint only, and a line of
+`trajectories` belongs to one set of weights.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+from curate.errors import UsageError
+from curate.storage.database import Connection, literal, quote
+from curate.storage.tables import columns_of, table_of
+
+FIRST = "1152921504606846976"  # 2**60: a held-out occurrence comes after every training one
+TRAJECTORY = {"n_samples": "DOUBLE", "n_correct": "DOUBLE", "accuracy": "DOUBLE", "target_nll": "DOUBLE", "trained": "BOOLEAN"}
+BASE = ("row_id", "kind", "source", "prompt", "chosen", "rejected", "completion", "answer", "label", "style", "role", "n_occurrences", "position")
+
+
+def define(con: Connection, *, recipe: str | None = None, sources: Sequence[str] | None = None, temporary: bool = False) -> None:
+    """(Re)make every view. recipe None: the last one. Raises UsageError naming the nearest recipe or source."""
+    name, scores_table, uses, plain = _recipe(con, recipe)
+    if sources is not None:
+        _check_sources(con, sources)
+    elif recipe is not None:
+        sources = con.execute("SELECT sources FROM data.recipes WHERE name = ?", [recipe]).fetchall()[0][0] or None
+    if recipe is None:
+        imported = con.execute("SELECT fingerprint FROM data.measured WHERE reads = 'import' ORDER BY created").fetchall()
+        uses = [*uses, *(row[0] for row in imported)]
+        plain = [*plain, *_lone_imports(con, plain)]
+    occurs = f"data.occurrences WHERE source IN ({_list(sources)})" if sources is not None else "data.occurrences"
+    near = "" if sources is None else f"row_id IN (SELECT row_id FROM {occurs})"
+    bodies = {
+        "rows": f"SELECT {', '.join(BASE)} FROM ({_rows(occurs, sources is not None)})",
+        "scored": _scored(con, occurs, sources is not None, scores_table, plain),
+        "trajectories": _narrowed(_trajectories(con, uses), near),
+        "samples": _narrowed(
+            "SELECT s.row_id, m.run, m.checkpoint, m.step, s.sample, s.text, s.correct, s.n_tokens, s.logp, s.finished "
+            f"FROM data.samples s JOIN data.measured m USING (fingerprint) WHERE s.fingerprint IN ({_list(uses)})",
+            near,
+        ),
+        "occurrences": _occurrences(con, occurs),
+        "dataset_values": "SELECT name, run, checkpoint, value, low, high, n, step FROM data.dataset_values "
+        + f"WHERE origin = {literal(name or '')} OR starts_with(origin, 'import:')",
+        "runs": "SELECT id, recipe, command, version, started, finished, outcome, message, counts FROM data.runs"
+        + (f" WHERE recipe = {literal(recipe)}" if recipe is not None else ""),
+        "selections": _narrowed(
+            "SELECT d.selection, d.row_id, d.kept, d.rank, d.reason FROM data.decisions d"
+            + (f" WHERE d.selection IN (SELECT name FROM data.selections WHERE recipe = {literal(recipe)})" if recipe is not None else ""),
+            near,
+        ),
+    }
+    for view, body in bodies.items():
+        con.execute(f"CREATE OR REPLACE {'TEMP VIEW ' if temporary else 'VIEW main.'}{view} AS {body}")
+
+
+def _recipe(con: Connection, recipe: str | None) -> tuple[str | None, str | None, list[str], list[str]]:
+    found = con.execute("SELECT name, scores_table, uses, plain FROM data.recipes ORDER BY updated DESC, name").fetchall()
+    for name, table, uses, plain in found:
+        if recipe is None or name == recipe:
+            return name, table, list(uses), list(plain)
+    if recipe is None:
+        return None, None, [], []
+    names = [row[0] for row in found]
+    near = difflib.get_close_matches(recipe, names, 1)
+    hint = f"Did you mean {near[0]!r}?" if near else f"There are: {', '.join(names) or 'none yet'}."
+    raise UsageError(f"no recipe {recipe!r} in this store. {hint}")
+
+
+def _check_sources(con: Connection, sources: Sequence[str]) -> None:
+    known = [row[0] for row in con.execute("SELECT DISTINCT source FROM data.occurrences ORDER BY source").fetchall()]
+    for source in sources:
+        if source not in known:
+            near = difflib.get_close_matches(source, known, 1)
+            hint = f"Did you mean {near[0]!r}?" if near else f"There are: {', '.join(known) or 'none yet'}."
+            raise UsageError(f"no source {source!r} in this store. {hint}")
+
+
+def _lone_imports(con: Connection, plain: Sequence[str]) -> list[str]:
+    """Imported measurements that were taken once only, so that there is no choice which values a column shows."""
+    found = con.execute(
+        "SELECT measurement, any_value(fingerprint) FROM data.measured WHERE reads = 'import' GROUP BY measurement HAVING count(*) = 1 ORDER BY 1"
+    ).fetchall()
+    taken = {row[0] for row in con.execute(f"SELECT measurement FROM data.measured WHERE fingerprint IN ({_list(plain)})").fetchall()}
+    return [fingerprint for measurement, fingerprint in found if measurement not in taken]
+
+
+def _rows(occurs: str, narrowed: bool) -> str:
+    """Rows with their first occurrence: source, index, role and the user's columns (JSON)."""
+    return (
+        "SELECT r.*, o.source, o.index, o.role, o.columns, coalesce(f.n_occurrences, 0) AS n_occurrences FROM data.rows r "
+        f"{'JOIN' if narrowed else 'LEFT JOIN'} (SELECT row_id, count(*) AS n_occurrences, "
+        f"min(CASE WHEN role = 'train' THEN seq ELSE seq + {FIRST} END) % {FIRST} AS seq FROM {occurs} GROUP BY row_id) f USING (row_id) "
+        "LEFT JOIN data.occurrences o ON o.seq = f.seq"
+    )
+
+
+def _scored(con: Connection, occurs: str, narrowed: bool, scores_table: str | None, plain: Sequence[str]) -> str:
+    picked = [f"r.{name}" for name in BASE] + ["r.index"]
+    taken = {*BASE, "index"}
+    joins = []
+    if scores_table and (scores := columns_of(con, scores_table)):
+        names = _free(scores, taken)
+        picked += [f"s.{quote(n)}" for n in names]
+        joins.append(f"LEFT JOIN data.{quote(scores_table)} s ON s.row_id = r.row_id")
+    found = con.execute(f"SELECT fingerprint, measurement FROM data.measured WHERE fingerprint IN ({_list(plain)}) ORDER BY measurement").fetchall()
+    for i, (fingerprint, measurement) in enumerate(found):
+        names = _free(columns_of(con, table_of(measurement)), taken)
+        picked += [f"p{i}.{quote(n)}" for n in names]
+        table = f"data.{quote(table_of(measurement))}"
+        joins.append(f"LEFT JOIN (SELECT * FROM {table} WHERE fingerprint = {literal(fingerprint)}) p{i} ON p{i}.row_id = r.row_id")
+    picked += _user_columns(con, "r.columns", taken)
+    return f"SELECT {', '.join(picked)} FROM ({_rows(occurs, narrowed)}) r {' '.join(joins)}"
+
+
+def _free(names: Iterable[str], taken: set[str]) -> list[str]:
+    """Names that no earlier column has (SQL does not see case); they are taken from now on."""
+    free = []
+    for name in names:
+        if name.lower() not in taken:
+            taken.add(name.lower())
+            free.append(name)
+    return free
+
+
+def _user_columns(con: Connection, columns: str, taken: set[str]) -> list[str]:
+    """The user's columns out of the JSON, typed. One whose name is taken is called user_<name>."""
+    found = con.execute("SELECT name, list(DISTINCT type) FROM data.source_columns GROUP BY name ORDER BY min(ordinal), name").fetchall()
+    picked = []
+    for name, types in found:
+        known = sorted(t for t in types if t != "NULL")
+        kind = known[0] if len(known) == 1 else "DOUBLE" if known == ["BIGINT", "DOUBLE"] else "VARCHAR"
+        shown = name
+        while shown.lower() in taken:
+            shown = f"user_{shown}"
+        taken.add(shown.lower())
+        key = literal("/" + name.replace("~", "~0").replace("/", "~1"))  # a JSON pointer
+        value = f"json_extract({columns}, {key})" if kind == "JSON" else f"TRY_CAST(json_extract_string({columns}, {key}) AS {kind})"
+        picked.append(f"{value} AS {quote(shown)}")
+    return picked
+
+
+def _occurrences(con: Connection, occurs: str) -> str:
+    picked = ["row_id", "source", "index", "role"]
+    return f"SELECT {', '.join([*picked, *_user_columns(con, 'columns', set(picked))])} FROM {occurs}"
+
+
+def _trajectories(con: Connection, uses: Sequence[str]) -> str:
+    """row × run × checkpoint. Of one measurement of one set of weights the fingerprint used last counts."""
+    found = con.execute(
+        f"SELECT measurement, list(fingerprint) FROM (SELECT * FROM data.measured WHERE fingerprint IN ({_list(uses)}) AND reads <> 'tokens' "
+        "QUALIFY row_number() OVER (PARTITION BY measurement, run, checkpoint, step, model_fingerprint, reads = 'import' "
+        "ORDER BY created DESC, fingerprint) = 1) GROUP BY measurement ORDER BY measurement"
+    ).fetchall()
+    parts, names = [], dict(TRAJECTORY)
+    for measurement, fingerprints in found:
+        table = table_of(measurement)
+        there = columns_of(con, table)
+        names.update({n: kind for n, kind in there.items() if n not in names})
+        picked = ", ".join(f"t.{quote(n)}" for n in there)
+        parts.append(
+            f"SELECT t.row_id, m.run, m.checkpoint, m.step, concat(m.model_fingerprint, m.reads = 'import') AS subject"
+            f"{', ' + picked if picked else ''} FROM data.{quote(table)} t JOIN data.measured m USING (fingerprint) "
+            f"WHERE t.fingerprint IN ({_list(fingerprints)})"
+        )
+    nothing = ", ".join(f"NULL::{kind} AS {quote(n)}" for n, kind in TRAJECTORY.items())
+    parts.append(
+        "SELECT NULL::VARCHAR AS row_id, NULL::VARCHAR AS run, NULL::VARCHAR AS checkpoint, NULL::BIGINT AS step, NULL::VARCHAR AS subject, "
+        f"{nothing} WHERE false"
+    )
+    columns = ", ".join(f"any_value({quote(n)}) AS {quote(n)}" for n in names)
+    union = " UNION ALL BY NAME ".join(parts)
+    return f"SELECT row_id, run, checkpoint, step, {columns} FROM ({union}) GROUP BY row_id, run, checkpoint, step, subject"
+
+
+def _narrowed(body: str, condition: str) -> str:
+    return f"SELECT * FROM ({body}) WHERE {condition}" if condition else body
+
+
+def _list(values: Iterable[str] | None) -> str:
+    return ", ".join(literal(v) for v in values or ()) or "NULL"
