@@ -1,0 +1,128 @@
+"""What is read off a pass: named columns of numbers, one file per thing measured. Many measurements share one pass.
+
+    @measurement(reads="forward", kind="preference", head=("entropy",), columns={"chosen_entropy": "mean nats per
+    token"}) def chosen_entropy(batch):
+        \"\"\"How unsure the model is along the chosen response.\"\"\"
+        return {"chosen_entropy": batch.chosen.mean(batch.chosen.entropy)}
+
+reads    "tokens": the function takes one Encoded or EncodedPair and returns {column: number}; no model runs
+         "forward": it takes a Batch of the forward pass (passes/batch.py) and returns {column: (rows,) tensor}
+         "sample", "backward": as their passes say
+kind     rows it is for: "preference", "sft", or "any"
+head     statistics of the LM head it reads (passes/head.py); what no measurement asks for is not computed
+columns  name -> unit. NaN is unknown.
+version  raised when the numbers change for the same rows: stored values of another version are never mixed in.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from curate.errors import CurateError
+from curate.tokens import Encoded, EncodedPair
+
+Reads = Literal["tokens", "forward", "sample", "backward"]
+Kind = Literal["preference", "sft", "any"]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A registered measurement. `description` is its docstring's first line, `source` the docstring's "Source:"
+    line.
+    """
+
+    name: str
+    reads: Reads
+    kind: Kind
+    columns: Mapping[str, str]
+    version: int
+    function: Callable[..., Any]
+    head: tuple[str, ...] = ()
+    without_prompt: bool = False
+
+    @property
+    def description(self) -> str:
+        return (inspect.getdoc(self.function) or "").split("\\n")[0]
+
+    @property
+    def source(self) -> str:
+        texts = (inspect.getdoc(self.function), getattr(inspect.getmodule(self.function), "__doc__", None))
+        lines = [line.strip() for text in texts for line in (text or "").splitlines()]
+        return next((line.removeprefix("Source: ") for line in lines if line.startswith("Source: ")), "")
+
+
+MEASUREMENTS: dict[str, Measurement] = {}
+
+
+def measurement(
+    *,
+    reads: Reads,
+    kind: Kind,
+    columns: Mapping[str, str],
+    version: int = 1,
+    head: Sequence[str] = (),
+    without_prompt: bool = False,
+    name: str | None = None,
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a function as a measurement under its own name. Two of one name, or one column from two for one kind:
+    CurateError.
+
+    `without_prompt`: the forward pass also runs each response without its prompt, as side `chosen_alone`,
+    `completion_alone`, …
+    """
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        made = Measurement(
+            name or function.__name__, reads, kind, dict(columns), version, function, tuple(head), without_prompt
+        )
+        known = MEASUREMENTS.get(made.name)
+        if known is not None and _home(known.function) != _home(function):
+            raise CurateError(
+                f"two measurements are called '{made.name}': in {_home(known.function)} and {_home(function)}."
+            )
+        for other in MEASUREMENTS.values():
+            both = sorted(set(other.columns) & set(made.columns))
+            if both and other.name != made.name and (other.kind == made.kind or "any" in (other.kind, made.kind)):
+                raise CurateError(f"measurements {other.name} and {made.name} both give the column '{both[0]}'.")
+        MEASUREMENTS[made.name] = made
+        function.measurement = made  # type: ignore[attr-defined]
+        return function
+
+    return register
+
+
+def _home(function: Callable[..., Any]) -> str:
+    return f"{function.__module__}.{function.__qualname__}"
+
+
+def providers(column: str, kind: str) -> Measurement | None:
+    """The measurement that gives a column for rows of a kind; None where none does."""
+    for m in MEASUREMENTS.values():
+        if column in m.columns and m.kind in (kind, "any"):
+            return m
+    return None
+
+
+def measure_tokens(
+    encoded: Sequence[Encoded | EncodedPair], measurements: Sequence[Measurement]
+) -> dict[str, np.ndarray]:
+    """Measurements that read tokens alone: {column: (len(encoded),) float64}. NaN for rows of another kind."""
+    out = {column: np.full(len(encoded), np.nan) for m in measurements for column in m.columns}
+    for i, row in enumerate(encoded):
+        kind = "preference" if isinstance(row, EncodedPair) else "sft"
+        for m in measurements:
+            if m.kind in (kind, "any"):
+                for column, value in m.function(row).items():
+                    out[column][i] = value
+    return out
+
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")

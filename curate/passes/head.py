@@ -1,0 +1,162 @@
+"""The LM head, read by blocks of the vocabulary: never a tokens × vocabulary tensor in float32.
+
+For a state h that predicts token y:  z = logits(h),  log π(y) = z_y − log Σ_v exp z_v
+
+z_y is taken by itself, as a dot product in float32 or wider, and the other tokens' log-sum-exp o (online over blocks)
+beside it:
+
+    log π(y) = −softplus(o − z_y)
+
+so that a log-probability near 0, which is what a memorised text has, keeps its digits (1 − π is never rounded away),
+and a bf16 head does not round the target's logit. Everything beyond the block's logits is float64 per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import softplus
+
+ROWS = 128  # states per block
+COLUMNS = 4096  # tokens of the vocabulary per block: 2 MB of float32 logits stay in the processor's cache
+
+# What can be asked of the head, each (tokens,) float64. One sweep over the vocabulary serves all but the last.
+STATISTICS = {
+    "logp": "log π(y), nats",
+    "top_logp": "largest log-probability, nats",
+    "top_token": "its token (int64)",
+    "entropy": "−Σ π log π, nats",
+    "square": "Σ π², in [1/V, 1]",
+    "other_logp": "largest log-probability among tokens other than y, nats",
+    "rank": "how many tokens are more probable than y",
+    "gap": "z_y − largest other logit",
+    "below_line": "share of the vocabulary, y apart, with π_i ≤ Σπ² − π_y (a second sweep)",
+}
+
+
+@dataclass(frozen=True)
+class Head:
+    """logits(h) = cap(scale · (W h + b)), cap(z) = c·tanh(z/c) where a model has one."""
+
+    weight: torch.Tensor  # (V, d)
+    bias: torch.Tensor | None = None  # (V,)
+    scale: float = 1.0
+    cap: float | None = None
+
+    def logits(self, states: torch.Tensor, columns: slice = slice(None)) -> torch.Tensor:
+        """(n, d) states -> (n, width) logits of a block of the vocabulary, in float32 or wider."""
+        weight = self.weight[columns]
+        z = states @ weight.T if self.bias is None else torch.addmm(self.bias[columns], states, weight.T)
+        return self._shaped(z.to(torch.promote_types(z.dtype, torch.float32)))
+
+    def target(self, states: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """(n, d) states, (n,) tokens -> (n,) float64 logit of each state's own token."""
+        wide = torch.promote_types(states.dtype, torch.float32)
+        z = (states.to(wide) * self.weight[tokens].to(wide)).sum(-1, dtype=torch.float64)
+        if self.bias is not None:
+            z = z + self.bias[tokens]
+        return self._shaped(z)
+
+    def _shaped(self, z: torch.Tensor) -> torch.Tensor:
+        if self.scale != 1.0:
+            z = z.mul_(self.scale)
+        if self.cap is not None:
+            z = z.div_(self.cap).tanh_().mul_(self.cap)
+        return z
+
+    def statistics(
+        self, states: torch.Tensor, tokens: torch.Tensor, wanted: Iterable[str], *, at: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
+        """States and the (n,) tokens they predict -> {name: (n,) float64 (top_token: int64)} of the wanted names.
+
+        states (n, d), or with `at` (n,) the rows of any states in which to look; nothing is gathered beyond a block.
+        """
+        wanted = frozenset(wanted)
+        parts: list[dict[str, torch.Tensor]] = []
+        for i in range(0, len(tokens), ROWS):
+            h = states[i : i + ROWS] if at is None else states[at[i : i + ROWS]]
+            parts.append(self._of_rows(h, tokens[i : i + ROWS], wanted))
+        return {name: torch.cat([part[name] for part in parts]) for name in wanted}
+
+    def _blocks(self) -> list[slice]:
+        return [slice(i, min(i + COLUMNS, len(self.weight))) for i in range(0, len(self.weight), COLUMNS)]
+
+    def _others(self, states: torch.Tensor, tokens: torch.Tensor, block: slice) -> torch.Tensor:
+        """Logits of one block, (n, width), the target's own at −inf."""
+        z = self.logits(states, block)
+        inside = ((tokens >= block.start) & (tokens < block.stop)).nonzero()[:, 0]
+        z[inside, tokens[inside] - block.start] = float("-inf")
+        return z
+
+    def _of_rows(self, states: torch.Tensor, tokens: torch.Tensor, wanted: frozenset[str]) -> dict[str, torch.Tensor]:
+        n, device = len(tokens), states.device
+        own = self.target(states, tokens)  # (n,)
+        best = torch.full((n,), float("-inf"), dtype=torch.float64, device=device)  # running maximum of the others
+        total = torch.zeros(n, dtype=torch.float64, device=device)  # Σ exp(z − best)
+        square, weighted, rank = torch.zeros_like(total), torch.zeros_like(total), torch.zeros_like(total)
+        best_token = torch.zeros_like(tokens)
+        for block in self._blocks():
+            z = self._others(states, tokens, block)  # (n, width)
+            if "rank" in wanted:
+                rank += (z > own[:, None].to(z.dtype)).sum(1)
+            if "top_token" in wanted:
+                top, at = z.max(1)
+                best_token = torch.where(top > best, at + block.start, best_token)
+            else:
+                top = z.amax(1)
+            new = torch.maximum(best, top.double())
+            shrink = torch.where(total > 0, torch.exp(best - new), torch.zeros_like(best))
+            shift = new.clamp_min(torch.finfo(z.dtype).min).to(
+                z.dtype
+            )  # a block of nothing but the target has no maximum
+            e = z.sub_(shift[:, None])
+            if "entropy" in wanted:
+                differences = e.nan_to_num(neginf=0.0)
+                e = torch.exp(e)
+                weighted = weighted * shrink + shrink * total * (best - new).nan_to_num(neginf=0.0)
+                weighted += torch.linalg.vecdot(e, differences).double()
+            else:
+                e = e.exp_()
+            if "square" in wanted or "below_line" in wanted:
+                square = square * shrink**2 + torch.linalg.vecdot(e, e).double()
+            total = total * shrink + e.sum(1).double()
+            best = new
+        return self._read(states, tokens, wanted, own, best, total, square, weighted, rank, best_token)
+
+    def _read(
+        self,
+        states: torch.Tensor,
+        tokens: torch.Tensor,
+        wanted: frozenset[str],
+        own: torch.Tensor,
+        best: torch.Tensor,
+        total: torch.Tensor,
+        square: torch.Tensor,
+        weighted: torch.Tensor,
+        rank: torch.Tensor,
+        best_token: torch.Tensor,
+    ) -> dict[str, torch.Tensor]:
+        """Everything per token, from the sums over the other tokens and the token's own logit; (n,) float64."""
+        others = best + total.log()  # log Σ_{v≠y} exp z_v
+        logp = -softplus(others - own)
+        lse = torch.logaddexp(others, own)
+        found = {"logp": logp, "rank": rank, "gap": own - best, "other_logp": best - lse}
+        found["top_logp"] = torch.maximum(logp, best - lse)
+        found["top_token"] = torch.where(own >= best, tokens, best_token)
+        pi = logp.exp()
+        if "entropy" in wanted:  # −Σ π log π = lse − Σ π z
+            rest = torch.exp(best - lse) * (weighted + total * best)  # Σ_{v≠y} π z
+            found["entropy"] = lse - rest - pi * own
+        if "square" in wanted or "below_line" in wanted:
+            found["square"] = torch.exp(2 * (best - lse)) * square + pi**2
+        if "below_line" in wanted:
+            line = found["square"] - pi
+            limit = torch.where(line > 0, line.clamp_min(1e-300).log() + lse, torch.full_like(lse, float("-inf")))
+            count = torch.zeros_like(lse)
+            for block in self._blocks():
+                z = self._others(states, tokens, block)
+                count += ((z <= limit[:, None].to(z.dtype)) & (z > float("-inf"))).sum(1)
+            found["below_line"] = count / (len(self.weight) - 1)
+        return {name: found[name] for name in wanted}

@@ -1,0 +1,251 @@
+"""A causal language model ready for passes: loaded, its head found and checked, packed layout if its attention allows
+it.
+
+What is assumed of a model is checked on the spot with a probe of a few dozen tokens: that our head on its last hidden
+states gives the model's own logits (soft-cap, scale and bias included), and that packed rows give the states of plain
+ones. A head we do not understand is refused by name; an attention we do not understand runs padded, and
+`layout_reason` says why.
+"""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from curate.errors import ModelError
+from curate.passes import packing, weights
+from curate.passes.head import Head
+from curate.tokens import describe_folder, first_line
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+def load_model(path: str | Path, *, dtype: str = "auto", device: str = "auto") -> Model:
+    """Load the causal language model at a folder or hub id.
+
+    device auto: cuda, else mps, else cpu. dtype auto: bfloat16 where the device is a GPU that computes in it, else
+    float32; what was chosen stands in `Model.engine`. ModelError when the folder cannot be read or is no causal
+    language model.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    chosen = _device(device)
+    kind = _dtype(dtype, chosen)
+    packing.register()
+    try:
+        config = AutoConfig.from_pretrained(str(path))
+        text = config.get_text_config()
+        # sdpa ignores soft-caps and sinks, so their plain path is eager
+        eager = getattr(text, "attn_logit_softcapping", None) is not None or text.model_type == "gpt_oss"
+        options = {"attn_implementation": "eager"} if eager else {}
+        with weights.quiet():
+            module, report = AutoModelForCausalLM.from_pretrained(
+                str(path), dtype=kind, output_loading_info=True, **options
+            )
+    except Exception as problem:  # OSError, ValueError, KeyError, ImportError, safetensors' and json's own
+        raise ModelError(
+            f"{path}: wanted a folder or hub id with a causal language model (config.json, *.safetensors), found "
+            f"{describe_folder(path)}.\n  {type(problem).__name__}: {first_line(problem)}\n"
+            "  `curate doctor` says what this machine can run."
+        ) from problem
+    if report["missing_keys"]:  # transformers fills them with random numbers and goes on
+        missing = sorted(report["missing_keys"])
+        raise ModelError(
+            f"{path}: the weights lack {len(missing)} of the model's tensors, {missing[0]} for one; found "
+            f"{describe_folder(path)}.\n  A causal language model is needed, not a bare encoder or an adapter."
+        )
+    return Model(module.to(chosen), path=str(path))
+
+
+def _device(device: str) -> torch.device:
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as problem:
+        raise ModelError(
+            f"engine.device: wanted {device}, which this machine does not have ({first_line(problem)}).\n"
+            "  Leave it at auto, or see `curate doctor`."
+        ) from problem
+
+
+def _dtype(dtype: str, device: torch.device) -> torch.dtype:
+    if dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    if dtype not in DTYPES:
+        raise ModelError(f"engine.dtype: wanted auto or one of {', '.join(DTYPES)}, found {dtype!r}.")
+    return DTYPES[dtype]
+
+
+def engine_identity(*, dtype: str = "auto", device: str = "auto") -> str:
+    """What would run, before anything is loaded: "torch 2.13.0 cpu float32". The layout is left out: it changes no number beyond rounding."""
+    chosen = _device(device)
+    return f"torch {torch.__version__.split('+')[0]} {chosen.type} {str(_dtype(dtype, chosen)).removeprefix('torch.')}"
+
+
+class Model:
+    """A loaded model: `module`, `device`, `dtype`, `head`, `layout` ("packed" or "padded") and, for padded,
+    `layout_reason`.
+    """
+
+    def __init__(self, module: torch.nn.Module, *, path: str = "", layout: str = "auto") -> None:
+        packing.register()
+        self.module: Any = module.eval().requires_grad_(False)
+        self.path = path
+        self.device: torch.device = self.module.device
+        self.dtype: torch.dtype = self.module.dtype
+        self.plain_attention: str = self.module.config._attn_implementation
+        config = self.module.config.get_text_config()
+        self.context: int | None = getattr(config, "max_position_embeddings", None)
+        self.bos: int | None = getattr(config, "bos_token_id", None)
+        self.rope_limit = _rope_limit(config)
+        self.learned_positions = _learned_positions(self.module)
+        self.head = self._find_head()
+        self.layout, self.layout_reason = "padded", "asked for"
+        if layout != "padded":
+            self.layout_reason = self._why_padded()
+            self.layout = "padded" if self.layout_reason else "packed"
+
+    @property
+    def engine(self) -> str:
+        """What ran, for fingerprints and for the user: "torch 2.13.0 cpu float32 packed"."""
+        version = torch.__version__.split("+")[0]
+        return f"torch {version} {self.device.type} {str(self.dtype).removeprefix('torch.')} {self.layout}"
+
+    def use(self, path: str | Path) -> None:
+        """Put another checkpoint's weights into this model, in place. ModelError when it is of another architecture or
+        shape.
+        """
+        weights.swap(self.module, path)
+        self.path = str(path)
+        self.head = self._find_head()
+
+    def close(self) -> None:
+        """Give the memory back; the model is unusable afterwards."""
+        del self.module, self.head
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def states(self, ids: torch.Tensor, **inputs: Any) -> torch.Tensor:
+        """(batch, n) ids -> (batch, n, d) final hidden states, after the final norm: what the head sees."""
+        body = self.module.base_model
+        self._reset_dynamic_rope()
+        return body(input_ids=ids, use_cache=False, return_dict=True, **inputs).last_hidden_state
+
+    def packed_states(self, layout: packing.Layout) -> torch.Tensor:
+        """(N, d) final hidden states of one packed row."""
+        ids = torch.from_numpy(layout.ids).to(self.device)[None]
+        positions = torch.from_numpy(layout.positions).to(self.device)[None]
+        self.module.set_attn_implementation(packing.NAME)
+        try:
+            with packing.packed(layout):
+                # the all-ones mask keeps transformers from looking for packed sequences by itself
+                return self.states(ids, position_ids=positions, attention_mask=torch.ones_like(ids))[0]
+        finally:
+            self.module.set_attn_implementation(self.plain_attention)
+
+    def _find_head(self) -> Head:
+        """The LM head with its bias, scale and soft-cap, checked against the model's own logits."""
+        config, linear = self.module.config.get_text_config(), self.module.get_output_embeddings()
+        name = type(self.module).__name__
+        if linear is None or getattr(linear, "weight", None) is None or linear.weight.ndim != 2:
+            raise ModelError(f"{name}: wanted a linear LM head, found {type(linear).__name__}. {_REFUSED}")
+        scale = float(getattr(config, "logit_scale", None) or 1.0)  # Cohere
+        scale /= float(getattr(config, "logits_scaling", None) or 1.0)  # Granite
+        scale *= float(getattr(config, "lm_head_multiplier", None) or 1.0)  # Falcon H1
+        cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
+        head = Head(linear.weight.detach(), getattr(linear, "bias", None), scale, cap)
+        ids = torch.from_numpy(_probe_ids(config.vocab_size)[0][None, :8].astype(np.int64)).to(self.device)
+        with torch.inference_mode():
+            ours = head.logits(self.states(ids)[0])
+            theirs = self.module(input_ids=ids, use_cache=False).logits[0].to(ours.dtype)
+        if not _close(ours, theirs, self.dtype):
+            raise ModelError(
+                f"{name}: our reading of its LM head (scale {scale:g}, soft-cap {cap}, bias {head.bias is not None}) "
+                f"does not give the model's own logits. {_REFUSED}"
+            )
+        return head
+
+    def _why_padded(self) -> str | None:
+        """None when packed rows give this model's own states; else why they do not."""
+        vocabulary = self.module.config.get_text_config().vocab_size
+        first, second, third, fourth = _probe_ids(vocabulary)
+        joined = [np.concatenate([first, second]), np.concatenate([first, third])]
+        items = [packing.Item(0, "a", ids, 1) for ids in (*joined, fourth)]
+        layout = packing.Layout.of([packing.Group(tuple(items[:2]), len(first)), packing.Group((items[2],), 0)])
+        try:
+            with torch.inference_mode():
+                row = self.packed_states(layout)
+                for item, where in zip(items, layout.where):
+                    ids = torch.from_numpy(item.ids.astype(np.int64)).to(self.device)[None]
+                    if not _close(row[torch.from_numpy(where).to(self.device)], self.states(ids)[0], self.dtype):
+                        return f"{type(self.module).__name__}: packed rows do not give its own states"
+        except packing.NotPackable as reason:
+            return f"{type(self.module).__name__}: {reason}"
+        except Exception as problem:  # models without the interface fail in ways of their own
+            return f"{type(self.module).__name__}: {type(problem).__name__}: {first_line(problem)}"
+        return None
+
+    def _reset_dynamic_rope(self) -> None:
+        """Dynamic NTK keeps the longest length it has seen; without this a row's numbers would depend on the rows
+        before it.
+        """
+        if self.rope_limit is None:
+            return
+        for part in self.module.modules():
+            if getattr(part, "rope_type", None) == "dynamic" and hasattr(part, "original_inv_freq"):
+                part.register_buffer("inv_freq", part.original_inv_freq.clone(), persistent=False)
+                part.max_seq_len_cached = part.original_max_seq_len
+
+
+_REFUSED = "It cannot be measured in torch; sample it with vLLM, or open an issue naming the architecture."
+
+
+def _probe_ids(vocabulary: int) -> list[np.ndarray]:
+    ids = np.random.default_rng(0).integers(0, vocabulary, 7 + 6 + 9 + 5).astype(np.int32)
+    return np.split(ids, np.cumsum([7, 6, 9]))
+
+
+def _close(ours: torch.Tensor, theirs: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether two computations of one thing agree as well as the dtype allows, relative to the tensor's scale."""
+    tolerance = 0.05 if dtype in (torch.bfloat16, torch.float16) else 1e-4
+    ours, theirs = ours.double(), theirs.double()
+    if not bool(torch.isfinite(theirs).all()):
+        return True  # broken weights: nothing to compare, and the measurements will say NULL
+    return bool((ours - theirs).norm() <= tolerance * theirs.norm() + 1e-12)
+
+
+def _learned_positions(module: Any) -> int | None:
+    """How many positions a model with a learned position table has; None for rotary and relative ones."""
+    for name, part in module.named_modules():
+        if isinstance(part, torch.nn.Embedding) and name.rsplit(".", 1)[-1] in (
+            "wpe",
+            "embed_positions",
+            "position_embeddings",
+        ):
+            return part.num_embeddings - int(getattr(part, "offset", 0))
+    return None
+
+
+def _rope_limit(config: Any) -> int | None:
+    """Length above which rotary angles depend on the longest sequence of a batch (dynamic NTK, longrope): such rows
+    run alone.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [rope] if "rope_type" in rope else [r for r in rope.values() if isinstance(r, dict)]
+    if not any(r.get("rope_type") in ("dynamic", "longrope") for r in kinds):
+        return None
+    limits = [r.get("original_max_position_embeddings") for r in kinds]
+    found = [limit for limit in (*limits, getattr(config, "original_max_position_embeddings", None)) if limit]
+    return int(min(found)) if found else getattr(config, "max_position_embeddings", None)

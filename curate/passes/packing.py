@@ -1,0 +1,263 @@
+"""Packed rows: many sequences in one row of tokens, a shared prefix encoded once, attention that keeps them apart.
+
+    one row   [prompt | chosen | rejected | prompt | branch | branch | branch | ...]
+
+Positions restart at the prefix's end for each branch. Linear layers see every token once and no 4-D mask is built;
+only attention is told the layout: branch 1 attends causally over prefix + branch 1, every further branch over prefix +
+itself. Registered with transformers' attention interface, so it serves every model that uses it. Which keys a query
+may see (full, sliding window, chunked) is asked of the mask function that the model itself hands to the mask
+interface, in each sequence's own positions. Logit soft-caps (Gemma 2) and attention sinks (GPT-OSS) are computed; any
+other extra argument is refused by name (NotPackable), and the model then runs padded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+NAME = "curate_packed"
+QUERY_BLOCK = 256  # queries per attention call on the CPU, whose kernel does not skip the upper triangle by itself
+
+# Arguments of the attention interface that are read, or that do not change what attention computes.
+KNOWN = {
+    "dropout",
+    "scaling",
+    "softcap",
+    "s_aux",
+    "sliding_window",
+    "is_causal",
+    "position_ids",
+    "cache_position",
+    "use_cache",
+}
+
+
+class NotPackable(Exception):
+    """This model's attention does something the packed layout does not know; the message says what."""
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One sequence to run: `ids[start:]` are the tokens to predict. `side` names it within its row ("chosen",
+    "completion", ...).
+    """
+
+    row: int
+    side: str
+    ids: np.ndarray  # (length,) int32
+    start: int
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Sequences whose first `prefix` tokens are the same and are encoded once."""
+
+    items: tuple[Item, ...]
+    prefix: int
+
+    @property
+    def n_tokens(self) -> int:
+        return self.prefix + sum(len(item.ids) - self.prefix for item in self.items)
+
+
+@dataclass
+class Layout:
+    """One packed row. `where[i]` gives, for item i, the index in the row of each of its sequence positions."""
+
+    items: list[Item]
+    ids: np.ndarray  # (N,) int64
+    positions: np.ndarray  # (N,) int64
+    segments: list[tuple[int, int, tuple[int, ...]]]  # offset in the row, prefix length, branch lengths
+    where: list[np.ndarray]
+    longest: int
+    masks: dict[Any, torch.Tensor] = field(default_factory=dict)  # causal bands already built for this row
+
+    @classmethod
+    def of(cls, groups: Sequence[Group]) -> Layout:
+        ids: list[np.ndarray] = []
+        positions: list[np.ndarray] = []
+        items, where, segments, at, longest = [], [], [], 0, 0
+        for group in groups:
+            p, offset = group.prefix, at
+            ids.append(group.items[0].ids[:p])
+            positions.append(np.arange(p))
+            at += p
+            for item in group.items:
+                n = len(item.ids)
+                ids.append(item.ids[p:])
+                positions.append(np.arange(p, n))
+                where.append(np.concatenate([np.arange(offset, offset + p), np.arange(at, at + n - p)]))
+                items.append(item)
+                at += n - p
+                longest = max(longest, n)
+            segments.append((offset, p, tuple(len(item.ids) - p for item in group.items)))
+        return cls(items, np.concatenate(ids).astype(np.int64), np.concatenate(positions), segments, where, longest)
+
+
+_current: ContextVar[Layout] = ContextVar("packed_layout")
+
+
+@contextmanager
+def packed(layout: Layout) -> Iterator[None]:
+    """While inside, attention registered here follows this layout."""
+    token = _current.set(layout)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+        layout.masks.clear()
+
+
+def register() -> None:
+    """Make the packed attention known to transformers under NAME. Doing it twice does no harm."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    ALL_ATTENTION_FUNCTIONS.register(NAME, attention)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, pattern)
+
+
+def pattern(*args: Any, mask_function: Any, device: Any = "cpu", **kwargs: Any) -> torch.Tensor | None:
+    """Which keys a query may see, in a sequence's own positions: None for plain causal, else (1, 1, longest, longest)
+    bool.
+
+    `mask_function(batch, head, query, key)` is the model's own; it is evaluated on one sequence's positions, not on
+    the packed row's.
+    """
+    from transformers.masking_utils import causal_mask_function
+
+    if mask_function is causal_mask_function:
+        return None
+    longest = _current.get().longest
+    at = torch.arange(longest, device=device)
+    allowed = torch.as_tensor(mask_function(0, 0, at[:, None], at[None, :]), device=device).expand(longest, longest)
+    causal = at[:, None] >= at[None, :]
+    if bool((allowed & ~causal).any()):
+        raise NotPackable("attention is not causal")
+    return None if bool((allowed == causal).all()) else allowed[None, None]
+
+
+def attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,  # (1, heads, N, d)
+    key: torch.Tensor,  # (1, kv heads, N, d)
+    value: torch.Tensor,  # (1, kv heads, N, dv)
+    attention_mask: torch.Tensor | None,  # what `pattern` returned
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of one packed row, (1, N, heads, dv)."""
+    layout = _current.get()
+    for name, argument in kwargs.items():
+        if name not in KNOWN and argument is not None and not isinstance(argument, (bool, int, float, str)):
+            raise NotPackable(f"attention takes '{name}'")
+    if not kwargs.get("is_causal", getattr(module, "is_causal", True)):
+        raise NotPackable("attention is not causal")
+    if query.shape[2] != len(layout.ids) or key.shape[2] != len(layout.ids):
+        raise NotPackable("attention sees other tokens than the row's")
+    if query.shape[1] != key.shape[1] and (attention_mask is not None or softcap or s_aux is not None):
+        key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
+        value = value.repeat_interleave(query.shape[1] // value.shape[1], 1)
+    extras = _Extras(scaling, softcap, s_aux, None if attention_mask is None else attention_mask[0, 0], layout.masks)
+    out = query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])  # (1, N, heads, dv)
+    for offset, p, branches in layout.segments:
+        at = offset + p
+        for i, n in enumerate(branches):
+            if i == 0:  # prefix and first branch lie side by side
+                own = slice(offset, at + n)
+                k, v = key[:, :, own], value[:, :, own]
+            elif p:
+                own = slice(at, at + n)
+                k = torch.cat([key[:, :, offset : offset + p], key[:, :, own]], 2)
+                v = torch.cat([value[:, :, offset : offset + p], value[:, :, own]], 2)
+            else:
+                own = slice(at, at + n)
+                k, v = key[:, :, own], value[:, :, own]
+            if own.stop > own.start:
+                out[:, own] = _tail(query[:, :, own], k, v, extras).transpose(1, 2)
+            at += n
+    return out, None
+
+
+@dataclass(frozen=True, slots=True)
+class _Extras:
+    scaling: float | None
+    softcap: float | None
+    sinks: torch.Tensor | None  # (heads,)
+    pattern: torch.Tensor | None  # (longest, longest) bool
+    masks: dict[Any, torch.Tensor]
+
+
+def _tail(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extras: _Extras) -> torch.Tensor:
+    """Causal attention of the last q.shape[2] positions of a sequence over all its k.shape[2] positions: (1, heads, n,
+    dv).
+    """
+    n, total = q.shape[2], k.shape[2]
+    before = total - n
+    manual = extras.softcap is not None or extras.sinks is not None
+    if q.is_cuda and extras.pattern is None and not manual:
+        return _tail_on_cuda(q, k, v, extras.scaling)
+    pieces = []
+    for start in range(0, n, QUERY_BLOCK):
+        stop = min(start + QUERY_BLOCK, n)
+        end = before + stop  # keys beyond the last query of the block are all masked
+        if extras.pattern is None:
+            mask = _causal_band(before + start, stop - start, end, q.device, extras.masks)
+        else:
+            mask = extras.pattern[before + start : end, :end]
+        block = q[:, :, start:stop], k[:, :, :end], v[:, :, :end]
+        if manual:
+            pieces.append(_plain_attention(*block, mask, extras))
+        else:
+            gqa = q.shape[1] != k.shape[1]
+            pieces.append(scaled_dot_product_attention(*block, attn_mask=mask, scale=extras.scaling, enable_gqa=gqa))
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 2)
+
+
+def _causal_band(start: int, n: int, end: int, device: torch.device, masks: dict[Any, torch.Tensor]) -> torch.Tensor:
+    """(n, end) bool: query i, at position start + i, sees keys 0..start + i. A window of one band kept per row, not
+    built each time.
+    """
+    band = masks.get("band")
+    if band is None or band.shape[1] - QUERY_BLOCK < start:
+        width = max(start, _current.get().longest)
+        at = torch.arange(width + QUERY_BLOCK, device=device)
+        band = masks["band"] = at[None, :] <= torch.arange(width, width + QUERY_BLOCK, device=device)[:, None]
+    width = band.shape[1] - QUERY_BLOCK
+    return band[:n, width - start : width - start + end]
+
+
+def _tail_on_cuda(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float | None) -> torch.Tensor:
+    gqa = q.shape[1] != k.shape[1]
+    if q.shape[2] == k.shape[2]:
+        return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=gqa)
+    from torch.nn.attention.bias import causal_lower_right
+
+    mask: Any = causal_lower_right(q.shape[2], k.shape[2])
+    return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling, enable_gqa=gqa)
+
+
+def _plain_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, extras: _Extras
+) -> torch.Tensor:
+    """What transformers' eager attention computes, with soft-cap and sinks; softmax in float32 or wider."""
+    scores = q @ k.transpose(2, 3) * (q.shape[-1] ** -0.5 if extras.scaling is None else extras.scaling)
+    if extras.softcap is not None:
+        scores = torch.tanh(scores / extras.softcap) * extras.softcap
+    scores = scores.masked_fill(~mask, float("-inf"))
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    if extras.sinks is not None:
+        sinks = extras.sinks.reshape(1, -1, 1, 1).expand(1, -1, q.shape[2], 1).to(scores.dtype)
+        weights = torch.softmax(torch.cat([scores, sinks], -1).to(wide), -1)[..., :-1]
+    else:
+        weights = torch.softmax(scores.to(wide), -1)
+    return weights.to(v.dtype) @ v

@@ -1,0 +1,366 @@
+"""Rows as token ids: chat template or plain text, BOS and EOS, where the response starts, shared prefix, truncation.
+
+    conversational   prompt with the generation prompt; response = what the full rendering adds
+    standard         tokenizer(prompt) and tokenizer(prompt + response + EOS), as TRL does; one BOS at most
+    start            longest common token prefix of the prompt alone and the prompt with its response (of a pair: the
+                     shorter of the two). A merge across the boundary makes it shorter than the prompt: the response
+                     then starts with the merged token.
+    shared           longest common token prefix of a pair's two whole sequences: what is encoded once. It may be longer
+                     than `start`.
+
+Source: TRL 1.16 `DPOTrainer._prepare_dataset` and `DataCollatorForPreference`, so that sums of log-probabilities equal
+TRL's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from curate.errors import ModelError, ValidationError
+from curate.rows import Example, Message, Pair, Row, Text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Truncation = Literal["keep_start", "keep_end", "drop", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How long prompt + response may be, in tokens, and what happens to a longer one. None: no limit.
+
+    keep_start keeps the first `max_length` tokens (TRL's default; EOS goes first), keep_end the last, drop measures
+    nothing on the row, error stops with the row's id.
+    """
+
+    max_length: int | None = None
+    truncation: Truncation = "keep_start"
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """One SFT row, or one side of a pair. `ids[start:]` are the response tokens that are measured, EOS included.
+
+    `start` is at least 1: a first token with nothing before it cannot be predicted and counts as context.
+    `problem` says why nothing can be measured (None: all is well); `truncated` whether max_length took tokens away.
+    """
+
+    ids: np.ndarray  # (length,) int32
+    start: int
+    truncated: bool = False
+    problem: str | None = None
+
+    @property
+    def n_response(self) -> int:
+        return max(len(self.ids) - self.start, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedPair:
+    """Both sides of a preference pair; `shared` is the length of their common token prefix (after truncation)."""
+
+    chosen: Encoded
+    rejected: Encoded
+    shared: int
+
+    @property
+    def problem(self) -> str | None:
+        for side, encoded in (("chosen", self.chosen), ("rejected", self.rejected)):
+            if encoded.problem:
+                return f"{side}: {encoded.problem}"
+        return None
+
+    @property
+    def truncated(self) -> bool:
+        return self.chosen.truncated or self.rejected.truncated
+
+
+@dataclass(frozen=True, slots=True)
+class PromptTokens:
+    """A prompt to sample from: its text as rendered, token ids, and messages (None for plain text)."""
+
+    text: str
+    ids: list[int]
+    messages: tuple[Message, ...] | None = None
+    truncated: bool = False
+    problem: str | None = None
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder or hub id. ModelError, with what was found there, when it cannot be read."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(path))
+    except Exception as problem:  # OSError, ValueError, KeyError, ImportError, and json's and tokenizers' own
+        raise ModelError(
+            f"{path}: wanted a folder or hub id with a tokenizer (tokenizer.json, tokenizer_config.json), "
+            f"found {describe_folder(path)}.\n"
+            f"  {type(problem).__name__}: {first_line(problem)}\n"
+            "  Save one beside the weights with `tokenizer.save_pretrained(folder)`."
+        ) from problem
+
+
+def describe_folder(path: str | Path) -> str:
+    """What lies at a path, for error messages: "a folder with config.json, …", "no such folder", "a file"."""
+    folder = Path(path)
+    if folder.is_file():
+        return "a file"
+    if not folder.is_dir():
+        return "no such folder"
+    names = sorted(entry.name for entry in folder.iterdir())
+    if not names:
+        return "an empty folder"
+    return "a folder with " + ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def first_line(problem: BaseException) -> str:
+    return (str(problem).strip().splitlines() or [""])[0][:300]
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """20 hex digits over everything that decides the ids of a text: vocabulary, merges, normaliser, special tokens,
+    chat template.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        body = json.loads(backend.to_str())
+        body.pop("truncation", None)  # state of the last call, not of the tokenizer
+        body.pop("padding", None)
+    else:
+        body = sorted(tokenizer.get_vocab().items())
+    special = {name: str(token) for name, token in sorted(tokenizer.special_tokens_map.items())}
+    parts = [
+        body,
+        special,
+        tokenizer.chat_template,
+        getattr(tokenizer, "add_bos_token", None),
+        getattr(tokenizer, "add_eos_token", None),
+    ]
+    text = json.dumps(parts, ensure_ascii=False, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:20]
+
+
+def context_length(path: str | Path) -> int | None:
+    """How many tokens the model at a path was made for (its config), None where it does not say."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(str(path))
+    except Exception as problem:
+        raise ModelError(
+            f"{path}: wanted a folder or hub id with a model's config.json, found {describe_folder(path)}.\n"
+            f"  {type(problem).__name__}: {first_line(problem)}"
+        ) from problem
+    config = config.get_text_config()
+    for name in ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length"):
+        if isinstance(getattr(config, name, None), int):
+            return int(getattr(config, name))
+    return None
+
+
+def common_prefix(a: Sequence[int] | np.ndarray, b: Sequence[int] | np.ndarray) -> int:
+    """Length of the longest common token prefix of two sequences of ids."""
+    n = min(len(a), len(b))
+    differs = np.flatnonzero(np.asarray(a[:n]) != np.asarray(b[:n]))
+    return int(differs[0]) if len(differs) else n
+
+
+def encode(row: Row, tokenizer: PreTrainedTokenizerBase, limits: Limits = Limits()) -> Encoded | EncodedPair:
+    """Token ids of one row: an EncodedPair for a pair, an Encoded for an SFT example.
+
+    Rows on which nothing can be measured come back with `problem` set: no completion, a prompt that fills max_length,
+    a row longer than max_length under `drop`, messages that the chat template refuses. ValidationError, naming the
+    row, under truncation `error`; ModelError when a conversational row meets a tokenizer without a chat template.
+    """
+    if isinstance(row, Example) and row.completion is None:
+        return Encoded(np.zeros(0, np.int32), 0, problem="the row has no completion")
+    responses = (row.chosen, row.rejected) if isinstance(row, Pair) else (row.completion,)
+    try:
+        prompt = _ids(tokenizer, row.prompt)
+        full = [_ids(tokenizer, row.prompt, response) for response in responses]
+    except _Refused as refused:
+        nothing = Encoded(np.zeros(0, np.int32), 0, problem=str(refused))
+        return EncodedPair(nothing, nothing, 0) if isinstance(row, Pair) else nothing
+    start = min(common_prefix(prompt, ids) for ids in full)
+    sides = [_limited(ids, start, limits, row) for ids in full]
+    if isinstance(row, Example):
+        return sides[0]
+    if limits.truncation == "drop":  # one side too long: the pair is not measured, and both sides say so
+        longer = next((side.problem for side in sides if side.problem), None)
+        sides = [replace(side, problem=side.problem or longer) for side in sides]
+    return EncodedPair(sides[0], sides[1], common_prefix(sides[0].ids, sides[1].ids))
+
+
+def encode_prompt(
+    row: Row,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    system: str | None = None,
+    few_shot: str | Sequence[Example] | None = None,
+    limits: Limits = Limits(),
+) -> PromptTokens:
+    """The prompt of a row, ready for sampling: generation prompt included, no EOS.
+
+    `system`: a system message (conversational rows that have none), or text before the prompt. `few_shot`: text, or
+    solved examples, before the prompt (examples become turns of a conversational row). A prompt of max_length tokens
+    or more leaves no room for an answer: keep_end keeps its last max_length − 1 tokens, every other policy sets
+    `problem` (error raises): a prompt cut at its end is another question.
+    """
+    messages: tuple[Message, ...] | None = None
+    if isinstance(row.prompt, str):
+        shots = (
+            few_shot if isinstance(few_shot, str) else "".join(f"{e.prompt}{e.completion}\n\n" for e in few_shot or ())
+        )
+        text = (f"{system}\n\n" if system else "") + shots + row.prompt
+        source: Text = text
+    else:
+        messages = _with_context(row.prompt, system, few_shot)
+        source = messages
+        text = ""
+    try:
+        ids = _ids(tokenizer, source)
+        if messages is not None:
+            text = _render(tokenizer, messages, tokenize=False)
+    except _Refused as refused:
+        return PromptTokens("", [], messages, problem=str(refused))
+    limit = limits.max_length
+    if limit is None or len(ids) < limit:
+        return PromptTokens(text, ids, messages)
+    found = f"the prompt has {len(ids)} tokens, max_length is {limit}: no room for an answer"
+    if limits.truncation == "keep_end":
+        ids = ids[len(ids) - limit + 1 :]
+        return PromptTokens(tokenizer.decode(ids), ids, messages, truncated=True)
+    if limits.truncation == "error":
+        raise ValidationError(f"row {row.row_id}: {found}.\n  {_NEXT_LENGTH}")
+    return PromptTokens(text, ids, messages, truncated=True, problem=found)
+
+
+_NEXT_LENGTH = (
+    "Raise it with `--set tokens.max_length=…`, or choose `--set tokens.truncation=keep_start` (or keep_end, drop)."
+)
+
+
+class _Refused(Exception):
+    """The chat template refuses these messages; a row's problem, not the run's."""
+
+
+def _limited(ids: list[int], start: int, limits: Limits, row: Row) -> Encoded:
+    """Truncation of one sequence. start: index of its first response token in `ids`."""
+    limit, length = limits.max_length, len(ids)
+    truncated = limit is not None and length > limit
+    problem = None
+    if limit is not None and truncated:
+        if limits.truncation == "error":
+            raise ValidationError(
+                f"row {row.row_id}: prompt and response have {length} tokens, max_length is {limit}.\n  {_NEXT_LENGTH}"
+            )
+        if limits.truncation == "drop":
+            problem = f"{length} tokens, max_length is {limit}"
+        elif limits.truncation == "keep_start":
+            if start >= limit:
+                problem = f"the prompt alone has {start} tokens, max_length is {limit}: nothing of the response is left"
+            ids = ids[:limit]
+        else:
+            ids, start = ids[length - limit :], max(start - (length - limit), 0)
+    start = min(max(start, 1), len(ids))
+    if problem is None and start >= len(ids):
+        problem = "the response has no tokens that can be predicted"
+    return Encoded(np.asarray(ids, np.int32), start, truncated, problem)
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, prompt: Text, response: Text | None = None) -> list[int]:
+    """Ids of a prompt (generation prompt included), or of a prompt with its response (EOS included)."""
+    eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
+    if isinstance(prompt, str):
+        text = prompt
+        if response is not None:
+            text += str(response)
+            if tokenizer.eos_token and not str(response).endswith(tokenizer.eos_token):
+                text += tokenizer.eos_token
+        ids = list(tokenizer(text=text, verbose=False)["input_ids"])
+        while len(ids) > 1 and eos is not None and ids[-1] == ids[-2] == eos:  # a tokenizer that appends EOS by itself
+            ids.pop()
+        ended = response is None or eos is None or (bool(ids) and ids[-1] == eos)
+    else:
+        messages = prompt if response is None else (*prompt, *_messages(response))
+        ids = list(_render(tokenizer, messages, generation_prompt=response is None)) if messages else []
+        ended = response is None or eos is None or _ends_in_special(tokenizer, ids)
+    if not ended:
+        ids.append(eos)
+    while len(ids) > 1 and bos is not None and ids[0] == ids[1] == bos:
+        ids.pop(0)
+    return ids
+
+
+def _messages(text: Text) -> tuple[Message, ...]:
+    return ({"role": "assistant", "content": text},) if isinstance(text, str) else text
+
+
+def _ends_in_special(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> bool:
+    """Whether the template closed the last turn itself: its last token that is not white space is EOS or another
+    special token.
+    """
+    special = set(tokenizer.all_special_ids) | {
+        i for i, t in getattr(tokenizer, "added_tokens_decoder", {}).items() if t.special
+    }
+    for token in reversed(ids):
+        if token in special:
+            return True
+        if tokenizer.decode([token]).strip():
+            return False
+    return False
+
+
+def _render(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    *,
+    generation_prompt: bool = True,
+    tokenize: bool = True,
+) -> Any:
+    if not getattr(tokenizer, "chat_template", None):
+        raise ModelError(
+            f"{tokenizer.name_or_path or 'this tokenizer'}: wanted a chat template, because rows are conversational "
+            "(lists of messages); the tokenizer has none.\n"
+            "  Use a model whose tokenizer has one, save one beside the weights (chat_template.jinja), or give the "
+            "rows as plain text."
+        )
+    plain = [dict(message) for message in messages]
+    try:
+        if not tokenize:
+            return tokenizer.apply_chat_template(plain, add_generation_prompt=generation_prompt, tokenize=False)
+        return tokenizer.apply_chat_template(
+            plain, add_generation_prompt=generation_prompt, tokenize=True, return_dict=True
+        )["input_ids"]
+    except Exception as problem:  # templates raise jinja2's errors, and Python's own on unexpected roles or contents
+        raise _Refused(
+            f"the chat template refuses these messages ({type(problem).__name__}: {first_line(problem)})"
+        ) from problem
+
+
+def _with_context(
+    prompt: tuple[Message, ...], system: str | None, few_shot: str | Sequence[Example] | None
+) -> tuple[Message, ...]:
+    own = [m for m in prompt if m["role"] == "system"]
+    turns = [m for m in prompt if m["role"] != "system"]
+    head: list[Message] = own or ([{"role": "system", "content": system}] if system else [])
+    if isinstance(few_shot, str):
+        last = max((i for i, m in enumerate(turns) if m["role"] == "user"), default=None)
+        if last is not None:
+            turns[last] = {**turns[last], "content": few_shot + turns[last]["content"]}
+    else:
+        shots: list[Message] = []
+        for example in few_shot or ():
+            question = example.prompt
+            shots += [{"role": "user", "content": question}] if isinstance(question, str) else list(question)
+            shots += _messages(example.completion or "")
+        turns = shots + turns
+    return (*head, *turns)
