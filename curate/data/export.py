@@ -1,0 +1,201 @@
+"""Rows out: a dataset that TRL's trainers, `datasets.load_from_disk`, `load_dataset` and parquet readers take as it is.
+
+    <to>/dataset_dict.json, <to>/<split>/      save_to_disk, as a DatasetDict
+    <to>/data/<split>-00000.parquet            the same rows
+    <to>/dropped/dropped-00000.parquet         every dropped row with its `reason`
+    <to>/README.md                             the card
+
+Written beside `to` and exchanged with it in one step, so that a kill leaves the old export or the new one.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from curate.data.card import Card, write_card
+from curate.data.exported import ExportRow, Plan, checked_weight, own_columns, resampled
+from curate.data.replace import MARK, carry_over, check_target, replace_folder
+from curate.data.sources import first_line
+from curate.data.spool import Spool, write_parquet
+from curate.errors import UsageError, ValidationError
+
+ExportFormat = Literal["trl", "prompt_completion", "messages"]
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What was written. `layout`: e.g. "trl preference, standard". `renamed`: columns whose names a trainer would take for its own."""
+
+    path: Path
+    n_rows: int
+    n_dropped: int
+    layout: str
+    columns: tuple[str, ...]
+    renamed: dict[str, str]
+    notes: tuple[str, ...]
+
+
+def export(
+    to: str | Path,
+    records: Iterable[ExportRow],
+    dropped: Iterable[ExportRow] = (),
+    *,
+    format: ExportFormat = "trl",
+    split: str = "train",
+    card: Card | None = None,
+    sources: Iterable[str | Path | None] = (),
+    resample: int | None = None,
+    seed: int = 0,
+    push_to_hub: str | None = None,
+) -> ExportResult:
+    """Writes an export and puts it in the place of the one before.
+
+    format: trl (pairs: prompt, chosen, rejected; examples: prompt, completion, and label where rows are unpaired; prompts alone
+    where there is no completion), prompt_completion (of a pair: its chosen reply), messages (text becomes a user and an assistant
+    turn). sources: paths that were read, which an export never overwrites. card: what README.md says of sources, models, scores.
+    resample: that many rows, each in proportion to its `weight` (systematic resampling, fixed by `seed`; copies stand together).
+    push_to_hub: also to this hub dataset, which is made private if it is new.
+    Memory is bounded. Errors: ValidationError (no rows, text beside messages, missing completions, weights that cannot be used),
+    UsageError (`to` is a source, or a folder that is no export).
+    """
+    target = check_target(Path(to), sources)
+    if format not in ("trl", "prompt_completion", "messages"):
+        raise UsageError(f"export.format: '{format}' is none of trl, prompt_completion, messages.")
+    staging = target.with_name(f".{target.name}.new")
+    shutil.rmtree(staging, ignore_errors=True)
+    (staging / "work").mkdir(parents=True)
+    try:
+        with ExitStack() as stack:
+            stack.callback(shutil.rmtree, staging, True)
+            result = write_export(
+                staging, target, iter(records), iter(dropped), format, split, card or Card(), resample, seed
+            )
+            replace_folder(staging, target)
+    except OSError as error:
+        raise ValidationError(
+            f"export to {to} failed: {error.strerror or error}. What was there before is untouched; make room, or choose another "
+            "folder with `--set export.to=...`."
+        ) from error
+    if push_to_hub:
+        push(result, push_to_hub)
+    return result
+
+
+def write_export(
+    staging: Path,
+    target: Path,
+    records: Iterator[ExportRow],
+    dropped: Iterator[ExportRow],
+    format: str,
+    split: str,
+    card: Card,
+    resample: int | None,
+    seed: int,
+) -> ExportResult:
+    first = next(records, None)
+    if first is None or first.row is None:
+        raise ValidationError(
+            "nothing to export: the selection kept no row. Loosen `select`; `curate explain` says why a row was dropped."
+        )
+    plan = Plan.of(first.row, format)
+    renamed: dict[str, str] = {}
+    kept_rows, dropped_rows = (
+        Spool(staging / "work" / name, plan.schema(name == "dropped")) for name in ("kept", "dropped")
+    )
+    total = 0.0
+    weighted = False
+    for number, record in enumerate(with_first(first, records)):
+        if record.weight is not None:
+            weighted = True
+        if resample is not None:
+            total += checked_weight(record)
+        kept_rows.add(plan.columns(record, number) | own_columns(record, renamed))
+    n_dropped = 0
+    for record in dropped:
+        n_dropped += 1
+        texts = plan.columns(record, None) if record.row is not None else {"row_id": record.row_id}
+        dropped_rows.add(texts | own_columns(record, renamed) | {"reason": record.reason})
+    schema = kept_rows.schema()
+    if not weighted:
+        schema = schema.remove(schema.get_field_index("weight"))
+    rows = kept_rows.rows()
+    if resample is not None:
+        rows = resampled(rows, kept_rows.n_rows, resample, total, seed)
+    parquet = staging / "data" / f"{split}-00000.parquet"
+    n_rows = write_parquet(rows, schema, parquet)
+    save_to_disk(parquet, staging, split)
+    write_parquet(dropped_rows.rows(), dropped_rows.schema(), staging / "dropped" / "dropped-00000.parquet")
+    notes = [
+        f"Column `{old}` is called `{new}` here: a trainer would take `{old}` for its own."
+        for old, new in sorted(renamed.items())
+    ]
+    notes += [
+        f"Column `{name}` holds values of several types and is kept as text." for name in sorted(kept_rows.as_text)
+    ]
+    if resample is not None:
+        drawn = f"{n_rows:,} rows were drawn from {kept_rows.n_rows:,} in proportion to `weight` (seed {seed})"
+        notes.append(f"{drawn}; do not weight them again.")
+    kept_rows.close()
+    dropped_rows.close()
+    shutil.rmtree(staging / "work")
+    (staging / MARK).write_text("An export of curate: the next export to this folder replaces it.\n")
+    existing = target / "README.md"
+    write_card(
+        staging / "README.md",
+        card,
+        existing=existing.read_text(encoding="utf-8") if existing.is_file() else None,
+        split=split,
+        n_rows=n_rows,
+        n_dropped=n_dropped,
+        kind=first.row.kind,
+        layout=plan.layout,
+        notes=notes,
+    )
+    carry_over(target, staging)
+    return ExportResult(target, n_rows, n_dropped, plan.layout, tuple(schema.names), renamed, tuple(notes))
+
+
+def with_first(first: ExportRow, others: Iterator[ExportRow]) -> Iterator[ExportRow]:
+    yield first
+    yield from others
+
+
+def save_to_disk(parquet: Path, folder: Path, split: str) -> None:
+    """The parquet file's rows as a save_to_disk DatasetDict in `folder`."""
+    import datasets
+
+    shown = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        rows = datasets.Dataset.from_parquet(str(parquet), split=split, cache_dir=str(folder / "work" / "cache"))
+        datasets.DatasetDict({split: rows}).save_to_disk(str(folder))
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
+
+
+def push(result: ExportResult, repository: str) -> None:
+    """The export's data, dropped rows and card to a hub dataset (private if it is new), the card merged with the one there."""
+    import huggingface_hub
+
+    try:
+        hub = huggingface_hub.HfApi()
+        hub.create_repo(repository, repo_type="dataset", private=True, exist_ok=True)
+        hub.upload_folder(
+            repo_id=repository,
+            repo_type="dataset",
+            folder_path=str(result.path),
+            allow_patterns=["README.md", "data/*", "dropped/*"],
+            delete_patterns=["data/*", "dropped/*"],
+            commit_message=f"curate export: {result.n_rows} rows",
+        )
+    except Exception as error:  # network, login, rights: the hub's own message says which
+        raise ValidationError(
+            f"the export is in {result.path}, but pushing it to {repository} failed ({type(error).__name__}: {first_line(error)}). "
+            "Log in with `hf auth login`, check the name, then export again."
+        ) from error

@@ -1,0 +1,172 @@
+"""A row as an export has it: which text columns its format has, the user's columns beside them, and copies by weight."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from curate.data.texts import jsonable
+from curate.errors import ValidationError
+from curate.rows import Example, Pair, Row, Text
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+TEXTS = ("prompt", "chosen", "rejected", "completion", "messages", "label")
+# Columns that TRL refuses, or takes for its own (TRL 1.16, dpo_trainer and sft_trainer).
+OF_TRAINERS = (
+    "text conversations image images input_ids labels attention_mask position_ids completion_mask assistant_masks seq_lengths "
+    "prompt_ids chosen_ids rejected_ids completion_ids ref_chosen_logps ref_rejected_logps chat_template_kwargs"
+)
+TAKEN = frozenset((*TEXTS, "row_id", "weight", "reason", *OF_TRAINERS.split()))
+
+
+@dataclass(frozen=True, slots=True)
+class ExportRow:
+    """A row to export: `columns` are the user's and, when asked, scores. `reason` is why it was dropped.
+
+    `row` may be None among the dropped (a bad row, a foreign id): it has no text.
+    """
+
+    row: Row | None
+    row_id: str
+    columns: dict[str, Any] = field(default_factory=dict)
+    weight: float | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which text columns a format has, and how a row fills them."""
+
+    format: str
+    kind: type[Row]
+    style: str
+    names: tuple[str, ...]
+
+    @classmethod
+    def of(cls, row: Row, format: str) -> Plan:
+        """As the first row has it; every other kept row has to be alike."""
+        names: tuple[str, ...]
+        if format == "messages":
+            names = ("messages",)
+        elif isinstance(row, Pair) and format == "trl":
+            names = ("prompt", "chosen", "rejected")
+        elif isinstance(row, Example) and row.completion is None and format == "trl":
+            names = ("prompt",)
+        else:
+            names = ("prompt", "completion")
+        if isinstance(row, Example) and row.label is not None:
+            names += ("label",)
+        return cls(format, type(row), "conversational" if format == "messages" else row.style, names)
+
+    @property
+    def layout(self) -> str:
+        sort = {
+            ("prompt", "chosen", "rejected"): "trl preference",
+            ("prompt",): "trl prompts",
+            ("prompt", "completion"): "prompt/completion",
+            ("prompt", "completion", "label"): "trl unpaired preference",
+        }
+        return f"{sort.get(self.names, 'messages')}, {self.style}"
+
+    def schema(self, is_dropped: bool) -> dict[str, pa.DataType]:
+        import pyarrow as pa
+
+        text = (
+            pa.string()
+            if self.style == "standard"
+            else pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+        )
+        types: dict[str, pa.DataType] = {name: pa.bool_() if name == "label" else text for name in self.names}
+        return types | {"row_id": pa.string(), "weight": pa.float64()} | ({"reason": pa.string()} if is_dropped else {})
+
+    def columns(self, record: ExportRow, number: int | None) -> dict[str, Any]:
+        """The text columns of a kept row (`number` in the export), or of a dropped one (None): there what does not fit is left empty."""
+        row = record.row
+        texts: dict[str, Any] = {"row_id": record.row_id, "weight": record.weight}
+        if isinstance(row, Pair):
+            values: dict[str, Text | bool | None] = {
+                "prompt": row.prompt,
+                "chosen": row.chosen,
+                "rejected": row.rejected,
+            }
+            reply: Text | None = row.chosen
+        elif isinstance(row, Example):
+            values, reply = {"prompt": row.prompt, "label": row.label}, row.completion
+        else:
+            raise ValidationError(
+                f"row {record.row_id}: no text is known of it (an imported id), it cannot be exported."
+            )
+        values["completion"] = reply
+        if "messages" in self.names and reply is not None:
+            values["messages"] = (*turns(row.prompt, "user"), *turns(reply, "assistant"))
+        for name in self.names:
+            value = values.get(name)
+            style = "standard" if isinstance(value, str) else "conversational"
+            if value is None or (name != "label" and style != self.style):
+                if number is None:
+                    value = None
+                elif value is None:
+                    raise ValidationError(
+                        f"row {record.row_id} has no {name}, which the rows before it have. {ONE_SORT}"
+                    )
+                else:
+                    raise ValidationError(
+                        f"row {record.row_id} is {style}, the rows before it are {self.style}. {ONE_SORT}"
+                    )
+            texts[name] = list(value) if isinstance(value, tuple) else value
+        if isinstance(row, Example) and row.answer is not None and row.label is None:
+            texts["answer"] = row.answer
+        return texts
+
+
+ONE_SORT = "An export holds one sort of rows: choose them with `select.where`, or take `--set export.format=messages`."
+
+
+def turns(text: Text, role: str) -> tuple[Any, ...]:
+    return ({"role": role, "content": text},) if isinstance(text, str) else text
+
+
+def own_columns(record: ExportRow, renamed: dict[str, str]) -> dict[str, Any]:
+    """The user's columns; those whose name is taken become source_<name>, noted in `renamed`."""
+    taken = TAKEN | ({"answer"} if isinstance(record.row, Example) and record.row.answer is not None else set())
+    columns = {}
+    for name, value in record.columns.items():
+        if name in taken:
+            renamed[name] = name = free_name(name, record.columns)
+        columns[name] = jsonable(value)
+    return columns
+
+
+def free_name(name: str, columns: dict[str, Any]) -> str:
+    new = f"source_{name}"
+    while new in columns:
+        new = f"source_{new}"
+    return new
+
+
+def checked_weight(record: ExportRow) -> float:
+    if record.weight is None or not math.isfinite(record.weight) or record.weight < 0:
+        raise ValidationError(
+            f"row {record.row_id}: weight is {record.weight}, resampling needs a number of at least 0 for every row."
+        )
+    return record.weight
+
+
+def resampled(
+    rows: Iterator[dict[str, Any]], n_rows: int, n_wanted: int, total: float, seed: int
+) -> Iterator[dict[str, Any]]:
+    """Systematic resampling: row i occurs floor or ceil of n_wanted * w_i / sum(w) times, n_wanted rows in all (Kitagawa 1996)."""
+    if total <= 0:
+        raise ValidationError("every weight is 0: no row can be resampled.")
+    offset, reached, given = random.Random(seed).random(), 0.0, 0
+    for number, row in enumerate(rows, start=1):
+        reached += row["weight"] / total
+        upto = n_wanted if number == n_rows else min(n_wanted, math.floor(n_wanted * reached + offset))
+        for _ in range(given, upto):
+            yield row
+        given = max(given, upto)

@@ -1,0 +1,91 @@
+"""Export rows on their way to Arrow: kept as JSON lines on disk until every column's type is known, so that memory stays bounded.
+
+A column's type is what Arrow makes of all its values together; values that fit no common type (numbers beside text) become text.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+BATCH = 1000
+
+
+class Spool:
+    """Dicts in, tables of one schema out. `n_rows` counts, `as_text` names the columns that had to become text."""
+
+    def __init__(self, path: Path, fixed: dict[str, pa.DataType]) -> None:
+        """`fixed`: columns whose type is settled; they come first."""
+        self._file: TextIO = open(path, "w+", encoding="utf-8")  # noqa: SIM115 (lives as long as the spool)
+        self._fixed = fixed
+        self._types: dict[str, pa.DataType] = {}
+        self._waiting: list[dict[str, Any]] = []
+        self.as_text: set[str] = set()
+        self.n_rows = 0
+
+    def add(self, row: dict[str, Any]) -> None:
+        self._file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+        self.n_rows += 1
+        self._waiting.append(row)
+        if len(self._waiting) == BATCH:
+            self._learn()
+
+    def _learn(self) -> None:
+        import pyarrow as pa
+
+        names = dict.fromkeys(name for row in self._waiting for name in row if name not in self._fixed)
+        for name in names:
+            known = self._types.get(name, pa.null())
+            if name not in self.as_text:
+                try:
+                    new = pa.array([row.get(name) for row in self._waiting]).type
+                    merged = pa.unify_schemas(
+                        [pa.schema([(name, known)]), pa.schema([(name, new)])], promote_options="permissive"
+                    )
+                    known = merged.field(name).type
+                except (pa.ArrowException, TypeError, OverflowError, ValueError):
+                    known = pa.string()
+                    self.as_text.add(name)
+            self._types[name] = known
+        self._waiting = []
+
+    def schema(self) -> pa.Schema:
+        """Of all rows so far. A column that never held a value is text."""
+        import pyarrow as pa
+
+        self._learn()
+        learned = ((name, pa.string() if pa.types.is_null(kind) else kind) for name, kind in self._types.items())
+        return pa.schema([*self._fixed.items(), *learned])
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        self._file.flush()
+        self._file.seek(0)
+        for line in self._file:
+            row = json.loads(line)
+            for name in self.as_text & row.keys():
+                value = row[name]
+                row[name] = value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            yield row
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def write_parquet(rows: Iterator[dict[str, Any]], schema: pa.Schema, path: Path) -> int:
+    """How many rows were written, a batch at a time."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    written = 0
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with pq.ParquetWriter(path, schema) as writer:
+        while batch := list(islice(rows, BATCH)):
+            writer.write_table(pa.Table.from_pylist(batch, schema=schema))
+            written += len(batch)
+    return written
