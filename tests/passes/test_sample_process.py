@@ -1,0 +1,159 @@
+"""The parent's side of the vLLM child: memory ladder, death, hang, interrupt. Against a fake child, so nothing heavy starts."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+pytest.importorskip("vllm", reason="the parent's side asks whether vLLM is installed")
+
+from curate.errors import EngineError
+from curate.passes.sample_vllm import Memory, VllmSampler, _by_tokens, less_memory
+from curate.passes.sampling import Prompt, Sampling
+from curate.tokens import Encoded
+from tests.conftest import REPOSITORY
+from tests.tiny_models import make_llama
+
+CPU = Memory(device="cpu", max_num_seqs=256, max_num_batched_tokens=4096, kv_cache_bytes=800, kv_cache_floor=300)
+GPU = Memory(device="cuda")
+OOM = "CUDA out of memory. Tried to allocate 20 GiB"
+
+
+class FakeSampler(VllmSampler):
+    module = "tests.passes.fake_engine"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    return make_llama(folder / "a", seed=1), make_llama(folder / "b", seed=2)
+
+
+def word(text):
+    return [Prompt([ord(c) for c in text], text, None, seed=0)]
+
+
+def ended(pid, patience=20.0):
+    """Whether the process is gone, waiting for it without sleeping."""
+    try:
+        handle = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    gone, _, _ = select.select([handle], [], [], patience)
+    os.close(handle)
+    return bool(gone)
+
+
+LADDER = [  # (memory, failure, during, what is different on the next rung; None: there is none)
+    (CPU, OOM, "likelihood", {"max_num_batched_tokens": 2048}),
+    (CPU, OOM, "open", {"kv_cache_bytes": 400, "max_num_seqs": 128, "max_num_batched_tokens": 2048}),
+    (replace(CPU, kv_cache_bytes=400), OOM, "sample", {"kv_cache_bytes": 300, "max_num_seqs": 128, "max_num_batched_tokens": 2048}),
+    (replace(CPU, kv_cache_bytes=300, max_num_seqs=8, max_num_batched_tokens=256), OOM, "open", None),
+    (replace(CPU, kv_cache_bytes=300, max_num_seqs=8, max_num_batched_tokens=256), OOM, "likelihood", None),
+    (GPU, OOM, "open", {"utilization": 0.75, "eager": True, "max_num_seqs": 128, "max_num_batched_tokens": 2048}),
+    (GPU, "Free memory on device cuda:0 (8.0/16.0 GiB) on startup is less than desired", "open",
+     {"utilization": 0.47, "eager": True, "max_num_seqs": 128, "max_num_batched_tokens": 2048}),
+    (GPU, "4 GiB KV cache is needed, which is larger than the available KV cache memory (1 GiB)", "open",
+     {"utilization": 0.95, "eager": True, "max_num_seqs": 128, "max_num_batched_tokens": 2048}),
+    (replace(GPU, utilization=0.15), OOM, "open", None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("memory", "failure", "during", "changes"), LADDER)
+def test_next_rung_of_the_memory_ladder(memory, failure, during, changes):
+    step = less_memory(memory, failure, during=during)
+    assert step is None if changes is None else step[0] == replace(memory, **changes)
+
+
+@pytest.mark.parametrize("failure", [OOM, "Free memory on device cuda:0 (8.0/16.0 GiB)", "No available memory for the cache blocks"])
+@pytest.mark.parametrize("start", [CPU, GPU])
+def test_the_ladder_ends(start, failure):
+    for during in ("open", "sample", "likelihood"):
+        memory, steps = start, 0
+        while (step := less_memory(memory, failure, during=during)) is not None:
+            memory, steps = step[0], steps + 1
+            assert steps < 20
+
+
+def test_parts_keep_order_and_budget():
+    assert _by_tokens([0, 2, 3, 5], [4, 4, 4, 50], 10) == [[0, 2], [3], [5]]
+    assert _by_tokens([], [], 10) == []
+
+
+def test_short_memory_starts_again_with_less_and_says_so(models):
+    with FakeSampler(models[0]) as sampler:
+        assert sampler._memory.max_num_seqs == 64
+        assert len(sampler.notes) == 2 and "128 sequences" in sampler.notes[0] and "64 sequences" in sampler.notes[1]
+
+
+def test_short_memory_in_a_call_keeps_the_swapped_weights(models):
+    rows = [Encoded(np.array([1, 2, 3], np.int32), 1), Encoded(np.zeros(0, np.int32), 0, problem="nothing")]
+    with FakeSampler(models[0], memory=Memory(device="cpu", max_num_seqs=8, max_num_batched_tokens=4096)) as sampler:
+        sampler.use(models[1])
+        assert np.array_equal(sampler.likelihood(rows), [1.0, np.nan], equal_nan=True)
+        assert sampler._memory.max_num_batched_tokens == 1024 and len(sampler.notes) == 2
+
+
+def test_another_architecture_means_another_engine(models, tmp_path):
+    deeper = make_llama(tmp_path / "deeper", seed=3, layers=3)
+    with FakeSampler(models[0]) as sampler:
+        first = sampler.pid
+        sampler.use(models[1])
+        assert sampler.pid == first
+        sampler.use(deeper)
+        assert sampler.pid != first and ended(first) and "deeper" in sampler.notes[-1]
+
+
+def test_a_dead_child_is_an_error_with_its_last_lines(models):
+    with FakeSampler(models[0]) as sampler:
+        pid = sampler.pid
+        with pytest.raises(EngineError, match=r"(?s)exit code 3 during `sample`.*the last words"):
+            sampler.sample(word("die"), Sampling())
+        assert ended(pid)
+        with pytest.raises(EngineError, match="is closed"):
+            sampler.sample(word("die"), Sampling())
+
+
+def test_a_hang_is_ended_in_time(models):
+    with FakeSampler(models[0], call_timeout=0.2) as sampler:
+        pid = sampler.pid
+        with pytest.raises(EngineError, match="did not answer `sample` within"):
+            sampler.sample(word("hang"), Sampling(max_new_tokens=1))
+        assert ended(pid)
+
+
+def test_an_interrupt_in_the_parent_ends_the_child(models):
+    with FakeSampler(models[0]) as sampler:
+        pid = sampler.pid
+        with pytest.raises(KeyboardInterrupt):
+            sampler.sample(word("interrupt"), Sampling())
+        assert ended(pid)
+
+
+def test_what_is_no_want_of_memory_is_not_tried_again(models):
+    with pytest.raises(EngineError, match=r"float64 is not for me.*engine.sampler=transformers"):
+        FakeSampler(models[0], dtype="float64", memory=Memory(device="cpu", max_num_seqs=8))
+    with FakeSampler(models[0]) as sampler, pytest.raises(EngineError, match="no such thing"):
+        sampler.sample(word("refuse"), Sampling())
+
+
+def test_the_child_ends_with_its_parent():
+    script = (
+        "import os; from curate.passes.engine_process import EngineProcess\n"
+        "child = EngineProcess('tests.passes.fake_engine', environment=dict(os.environ), label='fake')\n"
+        "child.call('open', timeout=60); print(child.pid, flush=True)\n"
+        "child.call('sample', timeout=600, ids=[[1]])"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd=REPOSITORY)
+    pid = int(parent.stdout.readline())
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    assert ended(pid)
+    parent.stdout.close()
