@@ -37,7 +37,7 @@ class Progress:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeElapsedColumn(), TimeRemainingColumn())
             with Bars(*columns, console=Console(stderr=True)) as bars:
                 self._bars = bars
-                task = bars.add_task(title, total=total, completed=done)
+                task = bars.add_task(title, total=total or None, completed=done)
                 try:
                     yield Count(lambda n: bars.advance(task, n))
                 finally:
@@ -50,14 +50,18 @@ class Progress:
             nonlocal seen, last
             seen += n
             now = time.monotonic()
-            if now - last >= self.every and done + seen < total:
+            if now - last >= self.every and not total:
+                last = now
+                self.say(f"{title}: {seen:,} {unit}")
+            elif now - last >= self.every and done + seen < total:
                 last = now
                 left = (total - done - seen) * (now - started) / max(seen, 1)
                 self.say(f"{title}: {done + seen:,} of {total:,} {unit}, about {span(left)} left")
 
         yield Count(step)
         if seen:
-            self.say(f"{title}: {done + seen:,} of {total:,} {unit} in {span(time.monotonic() - started)}")
+            of = f" of {total:,}" if total else ""
+            self.say(f"{title}: {done + seen:,}{of} {unit} in {span(time.monotonic() - started)}")
 
 
 class Count:

@@ -1,0 +1,320 @@
+"""The command line: one command per step, each a few lines over the function that does it.
+
+Results go to stdout (`--json` for machines), everything else to stderr. Exit codes: 0 done, 1 failed, 2 wrong use or recipe, 130 stopped.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from curate.errors import CurateError, UsageError
+from curate.show import out, table, to_json
+
+if TYPE_CHECKING:
+    from curate.recipe import Loaded
+    from curate.store import Store
+
+app = typer.Typer(
+    help="Which fine-tuning examples are worth training on, from how a model learns them.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="a recipe (YAML)")]
+StorePath = Annotated[Path, typer.Argument(metavar="STORE", help="a store's folder")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="put a value over the recipe's, e.g. select.keep.share=0.5")]
+StoreOption = Annotated[Path | None, typer.Option("--store", metavar="DIR", help="the store's folder, over the recipe's")]
+Json = Annotated[bool, typer.Option("--json", help="print JSON, for machines")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress")]
+OfRecipe = Annotated[str | None, typer.Option("--recipe", metavar="NAME", help="as this recipe measured it (default: the one scored last)")]
+OfSource = Annotated[str | None, typer.Option("--source", metavar="NAME", help="only rows of this source")]
+
+
+def main() -> None:
+    """The command `curate`: errors that a user can cause are one message and an exit code, never a traceback."""
+    try:
+        app()
+    except CurateError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("Stopped. What was measured is kept; the same command goes on from there.", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError:
+        os._exit(0)
+    except Exception:
+        traceback.print_exc()
+        print("This is a bug in curate: nothing that was measured is lost. Please report the lines above.", file=sys.stderr)
+        sys.exit(1)
+
+
+@app.callback(invoke_without_command=True)
+def options(version: Annotated[bool, typer.Option("--version", help="print the version")] = False) -> None:
+    if version:
+        import curate
+
+        out(curate.__version__)
+        raise typer.Exit
+
+
+@app.command()
+def demo(
+    to: Annotated[Path, typer.Option("--out", metavar="DIR", help="where everything goes")] = Path("curate-demo"),
+    seed: Annotated[int, typer.Option(help="another seed, another task and run")] = 0,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """The whole line on an embedded task and a tiny model trained on the spot: minutes on a laptop, no downloads."""
+    from curate.demo.line import run_demo
+
+    result = run_demo(to, seed=seed, progress=_progress(quiet))
+    out(to_json(result.to_json()) if json else result.text())
+
+
+@app.command()
+def init(
+    kind: Annotated[str | None, typer.Argument(metavar="preference|sft", help="the kind of rows")] = None,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="where the recipe goes")] = Path("recipe.yaml"),
+    schema: Annotated[bool, typer.Option("--schema", help="print the recipe's JSON schema instead")] = False,
+    force: Annotated[bool, typer.Option("--force", help="write over an existing file")] = False,
+) -> None:
+    """Write a commented starter recipe."""
+    from importlib.resources import files
+
+    if schema:
+        from curate import recipe
+
+        out(to_json(recipe.schema()))
+        return
+    if kind not in ("preference", "sft"):
+        raise UsageError(f"curate init takes preference or sft; found {kind!r}. Try `curate init preference recipe.yaml`.")
+    if file.exists() and not force:
+        raise UsageError(f"{file} exists. Give another name, or write over it with --force.")
+    package = files("curate")
+    schema_file = Path(str(package / "recipe.schema.json"))
+    text = (package / "starters" / f"{kind}.yaml").read_text().replace("SCHEMA", schema_file.as_uri()).replace("FILE", file.name)
+    try:
+        file.write_text(text)
+    except OSError as error:
+        raise UsageError(f"{file}: cannot write here ({error.strerror}).") from None
+    out(f"Wrote {file}. Name your data and model in it, then `curate validate {file}` and `curate plan {file}`.")
+
+
+@app.command()
+def doctor(
+    model: Annotated[str | None, typer.Option(help="also: what can run this model")] = None,
+    json: Json = False,
+) -> None:
+    """What this machine can run: engines, devices, memory, versions. Exit 1 if something needed is missing."""
+    from curate.doctor import examine
+
+    findings = examine(model)
+    if json:
+        out(to_json(findings))
+    else:
+        out(table([(f.state, f.topic, f.text + (f" → {f.hint}" if f.hint else "")) for f in findings], head=("state", "what", "found")))
+    if any(f.state == "missing" for f in findings):
+        raise typer.Exit(1)
+
+
+@app.command()
+def validate(
+    source: Annotated[str, typer.Argument(metavar="SOURCE|RECIPE", help="data, or a recipe (.yaml)")],
+    kind: Annotated[str | None, typer.Option(help="preference or sft (default: what the rows look like)")] = None,
+    format: Annotated[str, typer.Option(help="the rows' format")] = "auto",  # noqa: A002
+    split: Annotated[str, typer.Option(help="of a hub dataset or a saved folder")] = "train",
+    column: Annotated[list[str] | None, typer.Option(metavar="OURS=THEIRS", help="e.g. prompt=question")] = None,
+    limit: Annotated[int, typer.Option(help="how many bad rows to print (0: all)")] = 50,
+    overrides: Set = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Name every bad row, with file, row, column and what was found. Exit 1 if there is any."""
+    from curate.workflow import validate_source
+
+    columns = dict(_split(entry, "--column") for entry in column or [])
+    result = validate_source(source, kind=kind, format=format, split=split, columns=columns, set=overrides)
+    if json:
+        out(to_json(result.to_json()))
+    else:
+        shown = result.defects if limit == 0 else result.defects[:limit]
+        for defect in shown:
+            out(str(defect))
+        if len(result.defects) > len(shown):
+            out(f"… and {len(result.defects) - len(shown):,} more (--limit 0 prints all)")
+        out(result.text())
+    if result.defects:
+        raise typer.Exit(1)
+
+
+@app.command()
+def plan(recipe: RecipePath, overrides: Set = None, store: StoreOption = None, json: Json = False, quiet: Quiet = False) -> None:
+    """What would run: passes × checkpoints × rows still missing, tokens, estimated time. Runs nothing."""
+    from curate.workflow import make_plan
+
+    result = make_plan(_recipe(recipe, overrides, store), progress=_progress(quiet))
+    out(to_json(result.to_json()) if json else result.text())
+
+
+def _step(name: str, steps: tuple[str, ...], text: str) -> None:
+    """Add a command that runs some steps of a recipe."""
+
+    def command(recipe: RecipePath, overrides: Set = None, store: StoreOption = None, json: Json = False, quiet: Quiet = False) -> None:
+        from curate.workflow import run_steps
+
+        result = run_steps(_recipe(recipe, overrides, store), steps, progress=_progress(quiet), command=name)
+        out(to_json(result.to_json()) if json else result.text())
+
+    command.__doc__ = text
+    app.command(name)(command)
+
+
+_step("run", ("measure", "score", "select", "export"), "All of it: measure, score, select, export. Safe to stop and start again.")
+_step("measure", ("measure",), "Run the passes that the recipe's scores need, for the rows that still miss something.")
+_step("score", ("score",), "Compute the recipe's scores from what is measured. No model is run.")
+_step("select", ("select",), "Decide which rows are kept, with a reason for every dropped one.")
+_step("export", ("export",), "Write the kept rows as a dataset that trainers take as it is.")
+
+
+@app.command("import")
+def import_(
+    store: StorePath,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="parquet, csv, jsonl(.gz)")],
+    mapping: Annotated[list[str], typer.Option("--map", metavar="OURS=THEIRS", help="row=example_id run=run checkpoint=step samples=n correct=k …")],
+    more: Annotated[list[str] | None, typer.Argument(metavar="OURS=THEIRS…", help="further pairs of --map")] = None,
+    source: Annotated[str | None, typer.Option(help="the source that row numbers or foreign ids belong to")] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Take measurements or scores from elsewhere. Without a `row` they are dataset-level values."""
+    from curate.importing import import_file
+
+    pairs = dict(_split(entry, "--map") for given in [*mapping, *(more or [])] for entry in given.split())
+    result = import_file(store, file, pairs, source=source)
+    out(to_json(result) if json else str(result))
+
+
+@app.command()
+def scores(
+    name: Annotated[str | None, typer.Argument(metavar="[SCORE]", help="only this one, in full")] = None,
+    json: Json = False,
+) -> None:
+    """Every score: what it means when high, which end is worst, unit, needs, cost, source."""
+    from curate.scores import SCORES, resolve
+
+    chosen = [resolve(name)] if name else [SCORES[key] for key in sorted(SCORES, key=lambda k: (SCORES[k].kind, k))]
+    if json:
+        out(to_json([s.to_json() for s in chosen]))
+    elif name:
+        out(chosen[0].text())
+    else:
+        head = ("kind", "score", "worst", "unit", "cost", "high means")
+        out(table([(s.kind, s.name, s.worst, s.unit, s.cost, s.high_means) for s in chosen], head=head))
+
+
+@app.command()
+def explain(
+    store: StorePath,
+    row: Annotated[str, typer.Argument(metavar="ROW", help="a row's id, or its first digits")],
+    selection: Annotated[str | None, typer.Option(help="the selection that is asked about (default: the last)")] = None,
+    json: Json = False,
+) -> None:
+    """Why this row scored and was kept or dropped as it was."""
+    from curate.workflow import explain_row
+
+    result = explain_row(_store(store), row, selection)
+    out(to_json(result.to_json()) if json else result.text())
+
+
+@app.command()
+def summary(store: StorePath, recipe: OfRecipe = None, json: Json = False, quiet: Quiet = False) -> None:
+    """Dataset-level values with intervals: ranking accuracies, pre-memorization accuracy per run and checkpoint, calibration, R²."""
+    from curate.workflow import summarise
+
+    result = summarise(_store(store), recipe=recipe)
+    out(to_json(result.to_json()) if json else result.text())
+
+
+@app.command()
+def status(store: StorePath, json: Json = False) -> None:
+    """What a store holds, and what ran on it."""
+    from curate.workflow import store_status
+
+    result = store_status(_store(store))
+    out(to_json(result.to_json()) if json else result.text())
+
+
+@app.command()
+def sql(
+    store: StorePath,
+    query: Annotated[str, typer.Argument(metavar="QUERY", help="e.g. SELECT row_id, ches_ln FROM scored ORDER BY 2 DESC LIMIT 10")],
+    recipe: OfRecipe = None,
+    source: OfSource = None,
+    json: Json = False,
+    csv: Annotated[bool, typer.Option("--csv", help="print CSV")] = False,
+) -> None:
+    """Ask the store: views rows, scored, trajectories, samples, occurrences, dataset_values, runs, selections."""
+    frame = _store(store).sql(query, recipe=recipe, source=source)
+    if json:
+        out(to_json(frame.to_dicts()))
+    elif csv:
+        out(frame.write_csv().rstrip("\n"))
+    else:
+        out(table(frame.rows(), head=frame.columns) if frame.columns else "")
+
+
+@app.command()
+def schedule(
+    recipe: RecipePath,
+    cron: Annotated[str, typer.Option(help='minute hour day month weekday, e.g. "0 2 * * *"')],
+    overrides: Set = None,
+    store: StoreOption = None,
+    run_now: Annotated[bool, typer.Option("--now", help="run once at the start, too")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run a recipe by the clock, unattended: only what is new is measured, never two runs of it at once."""
+    from curate.schedule import schedule as start
+
+    _recipe(recipe, overrides, store)  # a wrong recipe is said now, not tonight
+    extra = [arg for entry in overrides or [] for arg in ("--set", entry)]
+    extra += ["--store", str(store)] if store else []
+    extra += ["--quiet"] if quiet else []
+    start(recipe, cron=cron, extra_args=extra, run_now=run_now)
+
+
+def _recipe(path: Path, overrides: list[str] | None, store: Path | None) -> Loaded:
+    from curate.recipe import load_recipe
+
+    return load_recipe(path, set=overrides, store=store)
+
+
+def _store(path: Path) -> Store:
+    from curate.store import Store
+
+    return Store(path)
+
+
+def _progress(quiet: bool) -> Any:
+    from curate.progress import Progress
+
+    return Progress(quiet=quiet)
+
+
+def _split(entry: str, option: str) -> tuple[str, str]:
+    ours, sign, theirs = entry.partition("=")
+    if not sign or not ours or not theirs:
+        raise UsageError(f"{option} {entry}: expected ours=theirs, such as {option} prompt=question.")
+    return ours, theirs
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,279 @@
+"""Running a plan's passes: rows in, shards out. One engine serves a whole series of checkpoints; each shard is kept as soon as it is done.
+
+Killed at any moment, the same command goes on: at most the shard under way is measured again, with the same rows and the same seeds.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from curate.errors import ModelError
+from curate.plan import Plan, Step, few_shot_text
+from curate.progress import Progress
+from curate.rows import Example, Row
+
+if TYPE_CHECKING:
+    from curate.recipe import Loaded
+    from curate.store import Store
+
+INGEST_EVERY = 5.0  # seconds: how long finished shards may wait until readers see them
+
+
+def measure(loaded: Loaded, store: Store, plan: Plan, progress: Progress) -> dict[str, int]:
+    """Run every step that misses rows, inside `store.measuring()`. Returns how many rows each pass measured, and what truncation touched."""
+    counts: dict[str, int] = {}
+    with ExitStack() as engines:
+        runner: Runner | None = None
+        for step in plan.steps:
+            if not step.missing:
+                continue
+            if runner is None or runner.reads != step.reads:
+                engines.close()  # one engine at a time: its memory is free before the next one starts
+                runner = engines.enter_context(_runner(step.reads, loaded, progress))
+            _run_step(step, runner, store, progress)
+            counts[step.reads] = counts.get(step.reads, 0) + step.missing
+    return counts
+
+
+def _run_step(step: Step, runner: Runner, store: Store, progress: Progress) -> None:
+    runner.use(step)
+    title = f"{step.reads} {step.subject.label}" if step.reads != "tokens" else "tokens"
+    waiting = time.monotonic()
+    with progress.bar(title, step.rows, done=step.rows - step.missing) as count:
+        for number, row_ids, tasks in step.blocks:
+            rows = [row for row in store.iter_rows(row_ids) if row is not None]
+            started = time.perf_counter()
+            columns, samples, tokens = runner.run(rows, row_ids, [task.measurement for task in tasks])
+            seconds = time.perf_counter() - started
+            for task in tasks:
+                names = [*task.measurement.columns, *runner.extra_columns]
+                mine = {name: columns[name] for name in names if name in columns}
+                store.write_shard(task.measured, number, row_ids, mine, samples)
+            store.log_throughput(step.key, tokens, seconds)
+            count(len(row_ids))
+            if time.monotonic() - waiting > INGEST_EVERY:
+                store.ingest()
+                waiting = time.monotonic()
+    store.ingest()
+    for note in runner.notes():
+        progress.say(note)
+
+
+class Runner:
+    """One kind of pass with its engine. run() -> (columns, samples or None, tokens it cost)."""
+
+    reads = ""
+    extra_columns: tuple[str, ...] = ()
+
+    def __init__(self, loaded: Loaded, progress: Progress):
+        self.loaded, self.recipe, self.progress = loaded, loaded.recipe, progress
+        self._tokenizers: dict[str, Any] = {}
+
+    def use(self, step: Step) -> None:
+        """Get ready for a step's subject."""
+        self.tokenizer = self._tokenizer(step)
+
+    def run(self, rows: list[Row], row_ids: Sequence[str], measurements: list[Any]) -> tuple[Mapping[str, Any], list[Any] | None, int]:
+        raise AssertionError(self.reads)
+
+    def notes(self) -> list[str]:
+        return []
+
+    def close(self) -> None:
+        pass
+
+    def _tokenizer(self, step: Step) -> Any:
+        from pathlib import Path
+
+        from curate.tokens import load_tokenizer
+
+        path = step.subject.path
+        if not Path(path).is_dir():
+            return None
+        if path not in self._tokenizers:
+            self._tokenizers = {path: load_tokenizer(path)}
+        return self._tokenizers[path]
+
+    def _limits(self) -> Any:
+        from curate.tokens import Limits
+
+        return Limits(self.recipe.tokens.max_length, self.recipe.tokens.truncation)
+
+    def _encode(self, rows: list[Row]) -> list[Any]:
+        from curate.tokens import encode
+
+        return [encode(row, self.tokenizer, self._limits()) for row in rows]
+
+
+class TokensRunner(Runner):
+    """Token counts, edit distance, and what truncation does: no model is run."""
+
+    reads = "tokens"
+    extra_columns = ("token_problem",)
+
+    def __init__(self, loaded: Loaded, progress: Progress):
+        super().__init__(loaded, progress)
+        self.truncated = self.problems = self.seen = 0
+
+    def run(self, rows: list[Row], row_ids: Sequence[str], measurements: list[Any]) -> tuple[Mapping[str, Any], None, int]:
+        from curate.measurements import measure_tokens
+
+        encoded = self._encode(rows)
+        columns: dict[str, Any] = dict(measure_tokens(encoded, measurements))
+        columns["token_problem"] = [e.problem for e in encoded]
+        self.seen += len(encoded)
+        self.truncated += sum(e.truncated for e in encoded)
+        self.problems += sum(e.problem is not None for e in encoded)
+        return columns, None, int(np.nansum([np.nansum(v) for k, v in columns.items() if k.endswith("_tokens")]))
+
+    def notes(self) -> list[str]:
+        limit, policy = self.recipe.tokens.max_length, self.recipe.tokens.truncation
+        found = []
+        if self.truncated:
+            found.append(
+                f"{self.truncated:,} of {self.seen:,} rows ({self.truncated / self.seen:.0%}) are longer than max_length {limit}; "
+                f"truncation {policy} {'leaves them unmeasured' if policy == 'drop' else 'cuts them'}."
+            )
+        if self.problems:
+            found.append(f"{self.problems:,} rows cannot be measured; the column token_problem of `scored` says why (selection: select.unknown).")
+        self.truncated = self.problems = self.seen = 0
+        return found
+
+
+class ForwardRunner(Runner):
+    """One torch model for all subjects, weights swapped in place; every measurement is read off the same forward pass."""
+
+    reads = "forward"
+
+    def __init__(self, loaded: Loaded, progress: Progress):
+        super().__init__(loaded, progress)
+        self.model: Any = None
+
+    def use(self, step: Step) -> None:
+        from curate.passes.forward import load_model
+
+        super().use(step)
+        if self.model is not None:
+            try:
+                self.model.use(step.subject.path)
+                return
+            except ModelError:  # another architecture: its own model
+                self.close()
+        self.model = load_model(step.subject.path, dtype=self.recipe.engine.dtype, device=self.recipe.engine.device)
+
+    def run(self, rows: list[Row], row_ids: Sequence[str], measurements: list[Any]) -> tuple[Mapping[str, Any], None, int]:
+        from curate.passes import forward
+
+        encoded = self._encode(rows)
+        columns = forward.measure(self.model, encoded, measurements, token_budget=self.recipe.engine.token_budget)
+        return columns, None, forward.tokens_to_run(encoded, without_prompt=any(m.without_prompt for m in measurements))
+
+    def close(self) -> None:
+        if self.model is not None:
+            self.model.close()
+            self.model = None
+
+
+class SampleRunner(Runner):
+    """One sampling engine for all subjects; answers are graded as they come."""
+
+    reads = "sample"
+
+    def __init__(self, loaded: Loaded, progress: Progress):
+        super().__init__(loaded, progress)
+        from curate.grading import grader
+
+        self.sampler: Any = None
+        self.grader = grader(self.recipe.sampling.grader, folder=loaded.folder)
+        self.few_shot = few_shot_text(loaded)
+
+    def use(self, step: Step) -> None:
+        from curate.passes.sampling import choose_sampler, open_sampler
+
+        super().use(step)
+        engine = self.recipe.engine
+        model = step.subject.path if self.tokenizer is not None else None
+        if self.sampler is not None:
+            self.sampler.use(step.subject.path)
+            return
+        name, why = choose_sampler(engine.sampler, model, device=engine.device)
+        self.progress.say(why[:1].upper() + why[1:])
+        self.sampler = open_sampler(
+            name,
+            model,
+            dtype=engine.dtype,
+            device=engine.device,
+            max_length=self.recipe.tokens.max_length,
+            seed=engine.seed,
+            server=self.recipe.server.model_dump(),
+        )
+
+    def run(self, rows: list[Row], row_ids: Sequence[str], measurements: list[Any]) -> tuple[Mapping[str, Any], list[Any], int]:
+        from curate.measurements.accuracy import Graded
+        from curate.passes.sampling import Prompt, Sampling
+
+        recipe = self.recipe.sampling
+        sampling = Sampling(recipe.samples, recipe.temperature, recipe.top_p, recipe.max_new_tokens, tuple(recipe.stop))
+        prompts = [self._prompt(row, row_id) for row, row_id in zip(rows, row_ids, strict=True)]
+        asked = [i for i, prompt in enumerate(prompts) if isinstance(prompt, Prompt)]
+        answers = self.sampler.sample([prompts[i] for i in asked], sampling)
+        drawn: list[list[Any]] = [[] for _ in rows]
+        for i, found in zip(asked, answers, strict=True):
+            drawn[i] = found
+        graded = [[Graded(sample, self._correct(sample.text, row)) for sample in found] for row, found in zip(rows, drawn, strict=True)]
+        columns: dict[str, Any] = {}
+        for measurement in measurements:
+            columns |= measurement.function(graded)
+        kept = [[{**asdict(g.sample), "correct": g.correct} for g in found] for found in graded]
+        tokens = sum(len(prompts[i].ids) for i in asked) + sum(g.sample.n_tokens or 0 for found in graded for g in found)
+        return columns, kept, tokens
+
+    def _prompt(self, row: Row, row_id: str) -> Any:
+        """The row's prompt, or None where it leaves nothing to sample from. The seed is the row's own, so a row's answers stay its own."""
+        from curate.passes.sampling import Prompt
+        from curate.tokens import encode_prompt
+
+        seed = (int(row_id, 16) ^ self.recipe.engine.seed * 0x9E3779B97F4A7C15) % 2**63
+        system = self.recipe.sampling.system
+        if self.tokenizer is None:
+            return _plain_prompt(row, seed, system, self.few_shot)
+        tokens = encode_prompt(row, self.tokenizer, system=system, few_shot=self.few_shot, limits=self._limits())
+        return None if tokens.problem else Prompt(tokens.ids, tokens.text, tokens.messages, seed)
+
+    def _correct(self, text: str, row: Row) -> bool | None:
+        answer = row.answer if isinstance(row, Example) else None
+        return None if answer is None else self.grader.grade(text, answer, row)
+
+    def notes(self) -> list[str]:
+        return list(dict.fromkeys(getattr(self.sampler, "notes", [])))
+
+    def close(self) -> None:
+        if self.sampler is not None:
+            self.sampler.close()
+            self.sampler = None
+
+
+def _plain_prompt(row: Row, seed: int, system: str | None, few_shot: str | None) -> Any:
+    """A prompt for a server whose tokenizer is its own."""
+    from curate.passes.sampling import Prompt
+
+    if isinstance(row.prompt, str):
+        return Prompt([], "".join(part for part in (system and system + "\n\n", few_shot, row.prompt) if part), None, seed)
+    messages = ({"role": "system", "content": system}, *row.prompt) if system else tuple(row.prompt)
+    return Prompt([], "\n".join(m["content"] for m in messages), messages, seed)
+
+
+@contextmanager
+def _runner(reads: str, loaded: Loaded, progress: Progress) -> Iterator[Runner]:
+    kinds: dict[str, type[Runner]] = {"tokens": TokensRunner, "forward": ForwardRunner, "sample": SampleRunner}
+    runner = kinds[reads](loaded, progress)
+    try:
+        yield runner
+    finally:
+        runner.close()

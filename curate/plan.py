@@ -1,0 +1,411 @@
+"""What has to run: from the wanted scores back to measurements, passes, checkpoints, and the rows that are not measured yet.
+
+    scores -> columns they need -> measurements that give these columns -> passes -> subjects (models, checkpoints) -> missing rows
+
+Nothing measured once is measured again: what a value depends on is its fingerprint (weights, tokenizer and template, engine and version,
+measurement and version, its parameters), and a row that has a line under that fingerprint is done.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from curate.checkpoints import FingerprintCache, Subject, find_checkpoints, single_model
+from curate.errors import UsageError
+from curate.progress import span
+from curate.rows import content_id
+from curate.show import table
+from curate.store import Measured
+
+if TYPE_CHECKING:
+    from curate.measurements import Measurement
+    from curate.recipe import Loaded
+    from curate.scores import Score
+    from curate.store import Store
+
+# Rows of a shard, fixed for ever: a row's shard is its position in the store // SHARD_ROWS, whatever is missing of it.
+SHARD_ROWS = {"tokens": 8192, "forward": 512, "backward": 128, "sample": 256}
+ORDER = ("tokens", "sample", "forward", "backward")
+CHARACTERS_PER_TOKEN = 3.6  # only for the estimate of rows that were never tokenised
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A score that the recipe asks for, under the name its column gets, with its checked parameters."""
+
+    name: str
+    score: Score
+    params: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Subjects:
+    """Whom the recipe measures. series: in step order, the reference as step 0 of a training run if both are given (kind sft)."""
+
+    reference: Subject | None
+    policy: Subject | None
+    series: tuple[Subject, ...]
+
+    def of(self, role: str, over: str | None) -> tuple[Subject, ...]:
+        """The subjects whose column a need means."""
+        if role == "policy":
+            if self.policy is None:
+                raise UsageError("A score needs a second model: set models.policy in the recipe.")
+            return (self.policy,)
+        if role:
+            raise UsageError(f"{role!r} is not a model of a recipe; a need is a column, `policy.column` or `row.column`.")
+        if over == "checkpoints":
+            return self.series
+        plain = self.series[-1] if self.series else self.reference
+        return (plain,) if plain else ()
+
+
+@dataclass(frozen=True)
+class Task:
+    """One measurement of one subject, with the record that identifies its values."""
+
+    measurement: Measurement
+    measured: Measured
+
+    @property
+    def fingerprint(self) -> str:
+        return self.measured.fingerprint
+
+
+@dataclass(frozen=True)
+class Step:
+    """One pass over one subject: everything that is read off it, and the rows that still miss something.
+
+    blocks: (shard's number, row ids by position, the tasks these rows miss), of fixed membership.
+    tokens, seconds: an estimate for what is missing; seconds is None where nothing is known, `rough` where no run here has been timed.
+    """
+
+    reads: str
+    subject: Subject
+    tasks: tuple[Task, ...]
+    rows: int
+    blocks: tuple[tuple[int, list[str], tuple[Task, ...]], ...]
+    key: str
+    tokens: int = 0
+    seconds: float | None = None
+    rough: bool = False
+
+    @property
+    def missing(self) -> int:
+        return sum(len(rows) for _, rows, _ in self.blocks)
+
+
+@dataclass
+class Plan:
+    """The steps in the order they run, and for every (role, column, over) the fingerprints that scores read."""
+
+    wanted: list[Wanted]
+    subjects: Subjects
+    steps: list[Step] = field(default_factory=list)
+    uses: dict[tuple[str, str, str | None], list[str]] = field(default_factory=dict)
+
+    @property
+    def missing(self) -> int:
+        return sum(step.missing for step in self.steps)
+
+    def text(self) -> str:
+        if not self.steps:
+            lines = ["Nothing to measure: no score of this recipe needs a model."]
+        else:
+            head = ("pass", "model", "measurements", "rows", "missing", "tokens", "time")
+            lines = [table([_line(step) for step in self.steps], head=head)]
+            known = [s.seconds for s in self.steps if s.missing and s.seconds is not None]
+            if not self.missing:
+                lines.append("Everything is measured already.")
+            elif known:
+                partly = "" if len(known) == sum(1 for s in self.steps if s.missing) else " for the passes that could be estimated"
+                rough = ", a rough guess before anything ran here" if any(s.rough for s in self.steps if s.missing) else ""
+                lines.append(f"About {span(sum(known))} in all{partly}{rough}.")
+        return "\n".join(lines)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "steps": [
+                {
+                    "pass": s.reads,
+                    "model": s.subject.label,
+                    "measurements": [t.measurement.name for t in s.tasks],
+                    "fingerprints": [t.fingerprint for t in s.tasks],
+                    "rows": s.rows,
+                    "missing": s.missing,
+                    "tokens": s.tokens,
+                    "seconds": s.seconds,
+                }
+                for s in self.steps
+            ],
+            "missing": self.missing,
+        }
+
+
+def wanted_scores(loaded: Loaded) -> list[Wanted]:
+    """The recipe's scores, found and checked. UsageError for a misspelt name, a wrong parameter, or a score of the other kind of row."""
+    from curate.scores import resolve
+
+    found = []
+    for request in loaded.recipe.scores:
+        try:
+            score = resolve(request.score, folder=loaded.folder)
+            params = score.check(request.params)
+        except UsageError as error:
+            raise UsageError(f"{loaded.path or 'recipe'}: scores: {error}") from None
+        if score.kind not in ("any", loaded.recipe.kind):
+            raise UsageError(f"{loaded.path or 'recipe'}: scores: {request.score} is for {score.kind} rows, this recipe's kind is {loaded.recipe.kind}.")
+        found.append(Wanted(request.name, score, params))
+    return found
+
+
+def find_subjects(loaded: Loaded, cache: FingerprintCache) -> Subjects:
+    """The recipe's models. Raises ModelError for what cannot be read."""
+    models, folder = loaded.recipe.models, loaded.folder
+    server = loaded.recipe.engine.sampler == "openai"
+    if server and not models.reference and not models.checkpoints:
+        name = loaded.recipe.server.model or loaded.recipe.server.url or "server"
+        lone = Subject(name, content_id("server", loaded.recipe.server.url, name), "", name)
+        return Subjects(lone, None, ())
+    series = tuple(find_checkpoints(models.checkpoints, folder, cache)) if models.checkpoints else ()
+    reference = single_model(models.reference, folder, cache) if models.reference else None
+    policy = single_model(models.policy, folder, cache) if models.policy else None
+    if reference and series and loaded.recipe.kind == "sft":
+        base = Subject(reference.path, reference.fingerprint, series[0].run, reference.checkpoint, 0)
+        series = (base, *series)
+    if server and len(series) > 1:
+        raise UsageError("engine.sampler is openai and there are several checkpoints, but a server serves one model. Use sampler vllm, or one model.")
+    return Subjects(reference, policy, series)
+
+
+def make_plan(loaded: Loaded, store: Store, sources: dict[str, list[str]]) -> Plan:
+    """What the recipe needs and does not have yet. sources: the names of its sources by role, already read into the store."""
+    from curate.measurements import MEASUREMENTS, providers
+
+    recipe = loaded.recipe
+    wanted = wanted_scores(loaded)
+    subjects = find_subjects(loaded, FingerprintCache(store.folder / "weights.json"))
+    plan = Plan(wanted, subjects)
+    if not subjects.reference and not subjects.series:
+        plan.uses = imported_uses(store, wanted)
+        return plan
+
+    identity = Identity(loaded)
+    tasks: dict[tuple[str, str], dict[str, Task]] = {}  # (pass, subject's path) -> fingerprint -> task
+    lone: dict[tuple[str, str], Subject] = {}
+    planned: set[str] = set()
+
+    def need(column: str, role: str, over: str | None, *, optional: bool = False) -> None:
+        key = (role, column, over)
+        if role == "row" or key in plan.uses:
+            return
+        measurement = providers(column, recipe.kind)
+        if measurement is None:
+            if optional:
+                return
+            near = difflib.get_close_matches(column, [c for m in MEASUREMENTS.values() for c in m.columns if m.kind in (recipe.kind, "any")], 1)
+            raise UsageError(f"A score needs the column {column}, which nothing measures on {recipe.kind} rows{f'; did you mean {near[0]}?' if near else '.'}")
+        who = subjects.of(role, over) if not (optional and role == "policy" and subjects.policy is None) else ()
+        if not who:
+            if optional:
+                return
+            where = "of a training run: set models.checkpoints" if over == "checkpoints" else "of a model: set models.reference"
+            raise UsageError(f"A score needs {column} {where} in the recipe.")
+        found = [(subject, identity.task(measurement, subject)) for subject in who]
+        if optional and not all(task.fingerprint in planned for _, task in found):
+            return  # used where it is measured anyway, never a reason to measure
+        for subject, task in found:
+            place = (measurement.reads, subject.path if measurement.reads != "tokens" else "")
+            tasks.setdefault(place, {})[task.fingerprint] = task
+            lone.setdefault(place, subject)
+            planned.add(task.fingerprint)
+        plan.uses[key] = [task.fingerprint for _, task in found]
+
+    server_alone = recipe.engine.sampler == "openai" and not (recipe.models.reference or recipe.models.checkpoints)
+    if not server_alone:  # token counts are wanted by every selection, and cost no model run
+        need("prompt_tokens", "", None)
+        for text in ("chosen_tokens",) if recipe.kind == "preference" else ("completion_tokens",):
+            need(text, "", None)
+    for want in wanted:
+        for text in want.score.needs:
+            role, _, column = text.rpartition(".")
+            need(column, role, want.score.over)
+    for want in wanted:
+        for text in want.score.optional:
+            role, _, column = text.rpartition(".")
+            need(column, role, want.score.over, optional=True)
+    from curate.scores import DATASET_VALUES
+
+    for value in DATASET_VALUES.values():  # what happens to be measured anyway is summarised too
+        if value.kind in ("any", recipe.kind):
+            for text in value.needs:
+                role, _, column = text.rpartition(".")
+                need(column, role, value.over, optional=True)
+
+    names = [name for group in sources.values() for name in group]
+    order = {subject.path: i for i, subject in enumerate((*subjects.series, *(s for s in (subjects.reference, subjects.policy) if s)))}
+    for reads, path in sorted(tasks, key=lambda place: (ORDER.index(place[0]), order.get(place[1], -1))):
+        step = _step(reads, lone[reads, path], tuple(tasks[reads, path].values()), store, names, recipe.kind)
+        plan.steps.append(_with_cost(step, loaded, store))
+    return plan
+
+
+class Identity:
+    """The fingerprints of measurements: everything that their values depend on."""
+
+    def __init__(self, loaded: Loaded):
+        self.loaded, self.recipe = loaded, loaded.recipe
+        self._tokenizers: dict[str, str] = {}
+        self._engines: dict[tuple[str, str], str] = {}
+
+    def task(self, measurement: Measurement, subject: Subject) -> Task:
+        recipe = self.recipe
+        engine = "" if measurement.reads == "tokens" else self.engine(measurement.reads, subject)
+        params: dict[str, Any] = {"tokenizer": self.tokenizer(subject), "max_length": recipe.tokens.max_length, "truncation": recipe.tokens.truncation}
+        if measurement.reads == "sample":
+            from curate.grading import grader
+
+            sampling = recipe.sampling
+            params |= {
+                "samples": sampling.samples,
+                "temperature": sampling.temperature,
+                "top_p": sampling.top_p,
+                "max_new_tokens": sampling.max_new_tokens,
+                "stop": sampling.stop,
+                "system": sampling.system,
+                "few_shot": few_shot_text(self.loaded),
+                "seed": recipe.engine.seed,
+                "grader": grader(sampling.grader, folder=self.loaded.folder).fingerprint,
+            }
+        weights = "" if measurement.reads == "tokens" else subject.fingerprint
+        fingerprint = content_id(measurement.name, measurement.version, weights, engine, params)
+        run, checkpoint, step = (subject.run, subject.checkpoint, subject.step) if weights else ("", "", None)
+        return Task(
+            measurement,
+            Measured(fingerprint, measurement.name, measurement.reads, subject.label, weights, run, checkpoint, step, engine, params),
+        )
+
+    def tokenizer(self, subject: Subject) -> str:
+        if not Path(subject.path).is_dir():  # a server's model: its tokenizer is its own
+            return "server"
+        if subject.path not in self._tokenizers:
+            from curate.tokens import load_tokenizer, tokenizer_fingerprint
+
+            self._tokenizers[subject.path] = tokenizer_fingerprint(load_tokenizer(subject.path))
+        return self._tokenizers[subject.path]
+
+    def engine(self, reads: str, subject: Subject) -> str:
+        engine = self.recipe.engine
+        key = (reads, subject.path)
+        if key not in self._engines:
+            if reads == "sample":
+                from curate.passes.sampling import sampler_identity
+
+                server, path = self.recipe.server.model_dump(), subject.path if Path(subject.path).is_dir() else None
+                self._engines[key] = sampler_identity(engine.sampler, path, dtype=engine.dtype, device=engine.device, server=server)
+            else:
+                from curate.passes.model import engine_identity
+
+                self._engines[key] = engine_identity(dtype=engine.dtype, device=engine.device)
+        return self._engines[key]
+
+
+def few_shot_text(loaded: Loaded) -> str | None:
+    """sampling.few_shot: the text itself, or that of the file it names."""
+    given = loaded.recipe.sampling.few_shot
+    if given and "\n" not in given and loaded.resolve(given).is_file():
+        return loaded.resolve(given).read_text(encoding="utf-8")
+    return given
+
+
+def imported_uses(store: Store, wanted: Iterable[Wanted]) -> dict[tuple[str, str, str | None], list[str]]:
+    """Without models in the recipe, scores are computed from what was imported: every fingerprint that has the column."""
+    known = store.measured(reads="import")
+    if not known:
+        raise UsageError("This recipe names no model, and nothing was imported into its store. Set models.reference, or `curate import STORE FILE --map …`.")
+    columns = store.measured_columns()
+    uses: dict[tuple[str, str, str | None], list[str]] = {}
+    for want in wanted:
+        for text in (*want.score.needs, *want.score.optional):
+            role, _, column = text.rpartition(".")
+            if role == "row":
+                continue
+            found = [m.fingerprint for m in known if column in columns.get(m.measurement, ()) and not role]
+            if found:
+                uses[(role, column, want.score.over)] = found
+            elif text in want.score.needs:
+                have = sorted({name for names in columns.values() for name in names})
+                raise UsageError(f"{want.name} needs {column}, which was not imported; there are: {', '.join(have)}.")
+    return uses
+
+
+def _step(reads: str, subject: Subject, tasks: tuple[Task, ...], store: Store, sources: list[str], kind: str) -> Step:
+    missing: dict[tuple[int, str], list[Task]] = {}
+    for task in tasks:
+        for place in store.missing(task.fingerprint, sources, kind=kind):
+            missing.setdefault(place, []).append(task)
+    blocks = tuple(_blocks(missing, SHARD_ROWS[reads]))
+    key = f"{reads}/{tasks[0].measured.engine}/{_size(subject)}"
+    return Step(reads, subject, tasks, len(store.row_ids_of(sources, kind=kind)), blocks, key)
+
+
+def _blocks(missing: dict[tuple[int, str], list[Task]], size: int) -> Iterator[tuple[int, list[str], tuple[Task, ...]]]:
+    """Shards of fixed membership; rows of one shard that miss different things are measured apart."""
+    groups: dict[tuple[int, tuple[str, ...]], tuple[list[str], tuple[Task, ...]]] = {}
+    for (position, row_id), tasks in sorted(missing.items()):
+        key = (position // size, tuple(t.fingerprint for t in tasks))
+        groups.setdefault(key, ([], tuple(tasks)))[0].append(row_id)
+    for (number, _), (rows, tasks_of) in groups.items():
+        yield number, rows, tasks_of
+
+
+def _with_cost(step: Step, loaded: Loaded, store: Store) -> Step:
+    """The step with an estimate of its tokens and time."""
+    if not step.missing:
+        return step
+    found = store.sql("SELECT avg(length(concat(prompt, chosen, rejected, completion))), avg(length(prompt)) FROM rows WHERE prompt IS NOT NULL").row(0)
+    length, prompt = (float(x or 0) / CHARACTERS_PER_TOKEN for x in found)
+    per_row = length
+    if step.reads == "sample":
+        per_row = prompt + loaded.recipe.sampling.samples * loaded.recipe.sampling.max_new_tokens  # at most
+    tokens = round(per_row * step.missing)
+    speed, rough = store.throughput(step.key), False
+    if speed is None:
+        speed, rough = _guess(step), True
+    seconds = tokens / speed if speed else None
+    return Step(step.reads, step.subject, step.tasks, step.rows, step.blocks, step.key, tokens, seconds, rough)
+
+
+def _size(subject: Subject) -> int:
+    """Bytes of a subject's weights; 0 for a server's model."""
+    path = Path(subject.path)
+    return sum(f.stat().st_size for pattern in ("*.safetensors", "*.bin") for f in path.glob(pattern)) if path.is_dir() else 0
+
+
+def _guess(step: Step) -> float | None:
+    """Tokens per second before anything ran here: half the bytes are parameters, 2 operations each, 20 GFLOP/s a core or 200 TFLOP/s a GPU."""
+    if step.reads == "tokens":
+        return 3e5
+    size = _size(step.subject)
+    if not size:
+        return None
+    flops = 2e14 if "cuda" in step.tasks[0].measured.engine else 2e10
+    guess = flops / (2 * size / (2 if "16" in step.tasks[0].measured.engine else 4))
+    return min(guess / (8 if step.reads == "sample" else 1), 1e5 if flops > 1e12 else 2e4)
+
+
+def _line(step: Step) -> tuple[Any, ...]:
+    time = "-" if not step.missing else "?" if step.seconds is None else f"{'≈ ' if step.rough else ''}{span(max(step.seconds, 0.1))}"
+    atmost = "≤ " if step.reads == "sample" else "≈ "
+    tokens = f"{atmost}{_short(step.tokens)}" if step.missing else "-"
+    return step.reads, step.subject.label, ", ".join(t.measurement.name for t in step.tasks), step.rows, step.missing, tokens, time
+
+
+def _short(n: int) -> str:
+    digits = int(math.log10(n)) if n > 0 else 0
+    return f"{n:,}" if digits < 4 else f"{n / 1e3:.0f} k" if digits < 6 else f"{n / 1e6:.1f} M" if digits < 9 else f"{n / 1e9:.1f} G"

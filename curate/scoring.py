@@ -1,0 +1,205 @@
+"""From measured columns to scores and dataset values: no model is run, and it is free to do again.
+
+A recipe that measures scores the one series it names. Imported logs may hold several training runs: a row's score is then the mean over the
+runs it was trained in, and dataset values stand per run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from curate.errors import UsageError
+from curate.plan import Plan, Wanted
+from curate.store import DatasetValue, Measured
+
+if TYPE_CHECKING:
+    from curate.store import Store
+
+
+@dataclass(frozen=True)
+class Series:
+    """The checkpoints of one run: for every column the fingerprint per step (None where this step lacks the column)."""
+
+    run: str
+    steps: tuple[int | None, ...]
+    checkpoints: tuple[str, ...]
+    columns: dict[str, list[str | None]]
+
+
+def series_of(measured: Sequence[Measured], uses: dict[tuple[str, str, str | None], list[str]], over: str | None) -> list[Series]:
+    """The runs that the columns of these uses come from, each in step order."""
+    by_fingerprint = {m.fingerprint: m for m in measured}
+    runs: dict[str, dict[tuple[int, str], dict[str, str]]] = {}
+    for (role, column, where), fingerprints in uses.items():
+        if where != over or role:
+            continue
+        for order, fingerprint in enumerate(fingerprints):
+            m = by_fingerprint[fingerprint]
+            place = (m.step if m.step is not None else order, m.checkpoint)
+            runs.setdefault(m.run, {}).setdefault(place, {})[column] = fingerprint
+    columns = sorted({column for (role, column, where) in uses if where == over and not role})
+    result = []
+    for run, places in sorted(runs.items()):
+        order_of = sorted(places)
+        result.append(
+            Series(
+                run,
+                tuple(step for step, _ in order_of),
+                tuple(name or str(step) for step, name in order_of),
+                {column: [places[p].get(column) for p in order_of] for column in columns},
+            )
+        )
+    return result
+
+
+def compute_scores(store: Store, plan: Plan, row_ids: list[str], sources: list[str]) -> dict[str, np.ndarray]:
+    """name -> (rows,) float64, NaN where unknown, for every score that the recipe wants."""
+    columns = Columns(store, plan, row_ids, sources)
+    result: dict[str, np.ndarray] = {}
+    for want in plan.wanted:
+        per_run = []
+        for series in columns.runs(want.score.over):
+            given = columns.of(want, series)
+            if given is not None:
+                values = want.score.compute(given, steps=series.steps if series else None, params=want.params)
+                per_run.append(columns.where_trained(values, series))
+        result[want.name] = _mean(per_run) if per_run else np.full(len(row_ids), np.nan)
+    return result
+
+
+def compute_dataset_values(store: Store, plan: Plan, row_ids: list[str], sources: list[str], prefix: str = "") -> list[DatasetValue]:
+    """Every dataset value whose columns are known, with its interval, per run and checkpoint where it is over checkpoints.
+
+    A threshold or β that the recipe sets for a score is used for the dataset values that share the parameter.
+    """
+    from curate.scores import DATASET_VALUES
+
+    if not row_ids:
+        return []
+    columns = Columns(store, plan, row_ids, sources)
+    settings: dict[str, Any] = {}
+    for want in plan.wanted:
+        for key, value in want.params.items():
+            settings.setdefault(key, value)
+    result = []
+    for declared in DATASET_VALUES.values():
+        params = {key: settings[key] for key in declared.parameters if key in settings}
+        for series in columns.runs(declared.over):
+            given = columns.of(Wanted(declared.name, declared, params), series, trained_only=True)  # type: ignore[arg-type]
+            if given is None:
+                continue
+            try:
+                values = declared.compute(given, steps=series.steps if series else None, params=params)
+            except UsageError:
+                continue  # a parameter of this name means something else there
+            for value in values:
+                at = value.at if series else None
+                result.append(
+                    DatasetValue(
+                        prefix + value.name,
+                        value.value,
+                        value.low,
+                        value.high,
+                        value.n,
+                        series.run if series else "",
+                        series.checkpoints[at] if series and at is not None else "",
+                        series.steps[at] if series and at is not None else None,
+                    )
+                )
+    return result
+
+
+class Columns:
+    """The columns of some rows, read once from the store and kept."""
+
+    def __init__(self, store: Store, plan: Plan, row_ids: list[str], sources: list[str]):
+        self.store, self.plan, self.row_ids, self.sources = store, plan, row_ids, sources
+        self.measured = store.measured()
+        self.names = store.measured_columns()
+        self._of = {m.fingerprint: m for m in self.measured}
+        self._known: dict[tuple[str, ...], np.ndarray] = {}
+        self._own: dict[str, np.ndarray] = {}
+
+    def runs(self, over: str | None) -> list[Any]:
+        """The series to compute over; [None] for a score of single columns of one measured model."""
+        if over is None and not self.plan_is_imported:
+            return [None]
+        return series_of(self.measured, self.plan.uses, over)
+
+    @property
+    def plan_is_imported(self) -> bool:
+        return not self.plan.steps
+
+    def of(self, want: Wanted, series: Series | None, *, trained_only: bool = False) -> dict[str, Any] | None:
+        """need -> array for a score; None where a column that it needs is not there."""
+        given: dict[str, Any] = {}
+        for text in (*want.score.needs, *want.score.optional):
+            role, _, column = text.rpartition(".")
+            values = self.own(column, text in want.score.needs) if role == "row" else self.column(role, column, want.score.over, series)
+            if values is None:
+                if text in want.score.needs:
+                    return None
+                continue
+            if trained_only and series is not None and role != "row":
+                trained = self.trained(series)
+                values = values if trained is None else np.where(trained if values.ndim == 2 else trained[:, -1], values, np.nan)
+            given[text] = values
+        return given
+
+    def column(self, role: str, column: str, over: str | None, series: Series | None) -> np.ndarray | None:
+        if series is not None and not role:
+            prints = series.columns.get(column)
+            if prints is None or all(f is None for f in prints):
+                return None
+            values = self._read(tuple(f or "" for f in prints), column)
+            return values if over == "checkpoints" else values[:, -1]
+        found = self.plan.uses.get((role, column, over))
+        return None if not found else self._read(tuple(found), column)[:, -1] if over is None else self._read(tuple(found), column)
+
+    def own(self, column: str, needed: bool = True) -> np.ndarray | None:
+        """A user's own column, aligned to the rows: its first occurrence's value. None where there is no such column and it is not needed."""
+        if column not in self._own:
+            have = self.store.sql("SELECT * FROM occurrences LIMIT 0").columns
+            if column not in have and not needed:
+                return None
+            name = column.replace('"', '""')  # a column that is needed and not there: the store names the nearest
+            frame = self.store.sql(
+                f'SELECT row_id, first("{name}" ORDER BY source, index) AS value FROM occurrences GROUP BY row_id', source=self.sources or None
+            )
+            found = dict(zip(frame["row_id"], frame["value"], strict=True))
+            values = [found.get(row_id) for row_id in self.row_ids]
+            text = any(isinstance(v, str) for v in values)
+            self._own[column] = np.array(values, dtype=object) if text else np.array([np.nan if v is None else float(v) for v in values])
+        return self._own[column]
+
+    def trained(self, series: Series) -> np.ndarray | None:
+        """(rows, K) bool: whether the run trained on the row; None where nobody said, which means it did."""
+        prints = next((p for p in series.columns.values() if any(f and "trained" in self.names.get(self._of[f].measurement, ()) for f in p)), None)
+        if prints is None:
+            return None
+        return self._read(tuple(f or "" for f in prints), "trained") != 0.0
+
+    def where_trained(self, values: np.ndarray, series: Series | None) -> np.ndarray:
+        trained = self.trained(series) if series is not None else None
+        return values if trained is None else np.where(trained[:, -1], values, np.nan)
+
+    def _read(self, fingerprints: tuple[str, ...], column: str) -> np.ndarray:
+        """(rows, K) float64."""
+        key = (*fingerprints, column)
+        if key not in self._known:
+            self._known[key] = self.store.series([f or None for f in fingerprints], [column], self.row_ids)[column]
+        return self._known[key]
+
+
+def _mean(per_run: list[np.ndarray]) -> np.ndarray:
+    """(rows,) mean over runs where known; NaN where none is."""
+    if len(per_run) == 1:
+        return per_run[0]
+    stacked = np.stack(per_run)
+    known = np.isfinite(stacked)
+    n = known.sum(0)
+    return np.where(n > 0, np.where(known, stacked, 0.0).sum(0) / np.maximum(n, 1), np.nan)

@@ -1,0 +1,307 @@
+"""The wiring of the steps: source → rows → plan → measure → store → score → select → export.
+
+    result = curate.run("recipe.yaml", set={"select.keep.share": 0.5})
+    result.selection, result.dataset, result.values
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from curate.errors import CurateError, UsageError
+from curate.plan import Plan, wanted_scores
+from curate.plan import make_plan as _make_plan
+from curate.progress import Progress
+from curate.recipe import Loaded, Source, load_recipe
+from curate.rows import content_id
+from curate.show import table
+from curate.store import DatasetValue, Store
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from curate.data import ExportResult
+    from curate.store import Selection
+
+STEPS = ("measure", "score", "select", "export")
+
+
+@dataclass
+class Result:
+    """What a run did. selection is None where the recipe selects nothing; values are the dataset-level ones, with intervals."""
+
+    store: Store
+    recipe: str
+    plan: Plan | None = None
+    measured: dict[str, int] = field(default_factory=dict)
+    scores: list[str] = field(default_factory=list)
+    values: list[DatasetValue] = field(default_factory=list)
+    selection: Selection | None = None
+    exported: ExportResult | None = None
+    report: Path | None = None  # until there is a report
+
+    @property
+    def dataset(self) -> Dataset:
+        """The kept rows: the exported dataset if there is one, else the selection's."""
+        if self.selection is None:
+            raise UsageError("This recipe selects nothing: give it a `select:` section.")
+        return self.selection.to_dataset()
+
+    def text(self) -> str:
+        lines = []
+        if self.measured:
+            lines.append("Measured " + ", ".join(f"{n:,} rows ({name})" for name, n in self.measured.items()) + ".")
+        elif self.plan is not None:
+            lines.append("Nothing to measure: everything was measured before.")
+        if self.scores:
+            lines.append(f"Scored: {', '.join(self.scores)}.")
+        if self.selection is not None:
+            lines.append(selection_text(self.selection))
+        if self.exported is not None:
+            lines.append(f"Exported to {self.exported.path}.")
+        lines.append(f"Ask it: curate sql {self.store.folder} 'SELECT * FROM scored LIMIT 10' · curate summary {self.store.folder}")
+        return "\n".join(lines)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "store": str(self.store.folder),
+            "recipe": self.recipe,
+            "measured": self.measured,
+            "scores": self.scores,
+            "values": self.values,
+            "selection": None if self.selection is None else {"name": self.selection.name, **self.selection.counts},
+            "export": self.exported,
+        }
+
+
+def run(
+    recipe: str | Path | dict[str, Any],
+    *,
+    set: dict[str, Any] | list[str] | None = None,  # noqa: A002
+    store: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Result:
+    """All of a recipe: measure what is missing, score, select, export. Safe to stop and start again.
+
+    set: overrides, {"select.keep.share": 0.5}. store: another store's folder. progress: where lines go (default: none).
+    Raises CurateError with what to do next; nothing that was measured is lost.
+    """
+    return run_steps(load_recipe(recipe, set=set, store=store), STEPS, progress=progress or Progress(quiet=True))
+
+
+def run_steps(loaded: Loaded, steps: Sequence[str], *, progress: Progress, command: str = "run") -> Result:
+    """Some steps of a recipe, in their order; the run's version and outcome are kept in the store."""
+    import curate
+
+    _check_steps(loaded, steps, command)
+    wanted_scores(loaded)  # a misspelt score is said before anything is read
+    store = _open_store(loaded, progress)
+    number = store.begin_run(loaded.name, command, curate.__version__)
+    result = Result(store, loaded.name)
+    try:
+        with store.measuring():
+            sources = read_sources(loaded, store, progress)
+            result.plan = _make_plan(loaded, store, sources)
+            if "measure" in steps:
+                _measure(loaded, result, progress)
+            if "score" in steps:
+                _score(loaded, result, sources, progress)
+            if "select" in steps and loaded.recipe.select is not None:
+                _select(loaded, result, sources)
+        if "export" in steps and loaded.recipe.export is not None:
+            _export(loaded, result, sources, progress)
+    except CurateError as error:
+        _finish(store, number, "failed", str(error), result)
+        raise
+    except KeyboardInterrupt:
+        _finish(store, number, "stopped", "interrupted", result)
+        raise
+    except Exception as error:
+        _finish(store, number, "failed", f"{type(error).__name__}: {error}", result)
+        raise
+    store.finish_run(number, "done", "", _counts(result))
+    return result
+
+
+def selection_text(selection: Selection) -> str:
+    """One line: how many rows are kept, and which step dropped the others."""
+    counts = selection.counts
+    why = ", ".join(f"{n:,} {step}" for step, n in counts["dropped_by"].items())
+    return f"Selection {selection.name!r}: {counts['kept']:,} of {counts['rows']:,} rows kept" + (f"; dropped: {why}." if why else ".")
+
+
+def make_plan(loaded: Loaded, *, progress: Progress) -> Plan:
+    """What a run would measure. Rows are read into the store (that is cheap, and done once); no model is run."""
+    wanted_scores(loaded)
+    store = _open_store(loaded, progress)
+    return _make_plan(loaded, store, read_sources(loaded, store, progress))
+
+
+def read_sources(loaded: Loaded, store: Store, progress: Progress) -> dict[str, list[str]]:
+    """Read the recipe's sources into the store where they changed. role -> the names of its sources."""
+    recipe = loaded.recipe
+    names: dict[str, list[str]] = {}
+    for role, source in (("train", recipe.source), ("heldout", recipe.heldout)):
+        if source is not None:
+            names[role] = _read_source(loaded, source, role, store, progress)
+    if recipe.source is None and not store.measured(reads="import"):
+        raise UsageError(f"{loaded.path or 'recipe'}: there is no `source`, and nothing was imported into {store.folder}. Name your data: `source: {{path: …}}`.")
+    return names
+
+
+def _read_source(loaded: Loaded, source: Source, role: str, store: Store, progress: Progress) -> list[str]:
+    from curate.data import read
+
+    reading = read(
+        source.path,
+        kind=loaded.recipe.kind,
+        split=source.split,
+        revision=source.revision,
+        format=source.format,
+        columns=source.columns,
+        base=loaded.folder,
+    )
+    settings = [loaded.recipe.kind, source.on_bad_row, source.split, source.revision, source.format, source.columns, source.limit]
+    prints = {info.name: content_id(info.fingerprint, *settings) for info in reading.sources}
+    if all(store.source_is_current(name, key, role=role) for name, key in prints.items()):  # type: ignore[arg-type]
+        return list(prints)
+    target = str(loaded.path or source.path)
+    setting = "source" if role == "train" else "heldout"
+    records = iter(reading) if source.on_bad_row == "drop" else reading.good("error", setting=setting, target=target)
+    seen, good = set(), 0
+    with progress.bar(f"reading {role}" if role != "train" else "reading", 0) as count:
+        for name, group in itertools.groupby(itertools.islice(records, source.limit), key=lambda record: record.source):
+            seen.add(name)
+            found = store.add_source(name, prints[name], _counted(group, count), role=role)  # type: ignore[arg-type]
+            good += found.records
+            again = f", {found.duplicates:,} of them occur more than once (measured once)" if found.duplicates else ""
+            bad = f", {found.bad:,} bad rows left out (`curate validate` names them)" if found.bad else ""
+            progress.say(f"{name}: {found.records:,} rows, {found.new_rows:,} new to the store{again}{bad}")
+    if not good:  # raises, naming what is wrong with them
+        list(itertools.islice(reading.good("drop", setting=setting, target=target), source.limit))
+    return [name for name in prints if name in seen or store.source_is_current(name, prints[name], role=role)]  # type: ignore[arg-type]
+
+
+def _counted(records: Iterator[Any], count: Any) -> Iterator[Any]:
+    for record in records:
+        count(1)
+        yield record
+
+
+def _measure(loaded: Loaded, result: Result, progress: Progress) -> None:
+    from curate.measuring import measure
+
+    assert result.plan is not None
+    if result.plan.missing:
+        result.measured = measure(loaded, result.store, result.plan, progress)
+
+
+def _score(loaded: Loaded, result: Result, sources: dict[str, list[str]], progress: Progress) -> None:
+    from curate.scoring import compute_dataset_values, compute_scores
+
+    store, plan = result.store, result.plan
+    assert plan is not None
+    if plan.missing and not result.measured:
+        progress.say(f"Some rows are not measured yet, their scores are NULL: `curate plan {loaded.path}` says which, `curate measure {loaded.path}` measures them.")
+    train = sources.get("train", [])
+    row_ids = store.row_ids_of(train or None, kind=loaded.recipe.kind, role="train" if train else None)
+    uses = list(dict.fromkeys(f for found in plan.uses.values() for f in found))
+    plain = list(dict.fromkeys(found[-1] for (role, _, over), found in plan.uses.items() if over is None and not role))
+    names = [name for group in sources.values() for name in group]
+    store.register_recipe(loaded.name, loaded.text, sources=names, uses=uses, plain=plain if plan.steps else [])
+    scores = compute_scores(store, plan, row_ids, train)
+    store.write_scores(loaded.name, row_ids, scores)
+    result.scores = list(scores)
+    values = compute_dataset_values(store, plan, row_ids, train)
+    heldout = sources.get("heldout", [])
+    if heldout:
+        ids = store.row_ids_of(heldout, kind=loaded.recipe.kind, role="heldout")
+        values += compute_dataset_values(store, plan, ids, heldout, prefix="heldout_")
+    result.values = values
+    store.write_dataset_values(loaded.name, values)
+
+
+def _select(loaded: Loaded, result: Result, sources: dict[str, list[str]]) -> None:
+    from curate.select import SelectSpec, select
+
+    chosen, store = loaded.recipe.select, result.store
+    assert chosen is not None
+    if loaded.name not in {known["name"] for known in store.recipes()}:
+        raise UsageError(f"Nothing is scored yet for {loaded.name!r}: `curate run {loaded.path}` does all steps, `curate score {loaded.path}` only that one.")
+    given = chosen.model_dump()
+    given["keep"] = {key: value for key, value in (given["keep"] or {}).items() if value is not None} or None
+    worst = {want.name: want.score.worst for want in wanted_scores(loaded)}
+    known = {want.name: "never_learned = 1" for want in wanted_scores(loaded) if want.score.name == "first_learned_step"}
+    decisions = select(store, SelectSpec(**given), worst=worst, recipe=loaded.name, sources=sources.get("train"), null_is_known=known)
+    result.selection = store.write_selection(loaded.name, decisions, recipe=loaded.name, spec=given)
+
+
+def _export(loaded: Loaded, result: Result, sources: dict[str, list[str]], progress: Progress) -> None:
+    from curate.exporting import export_selection
+
+    result.selection = result.selection or result.store.selection(loaded.name)
+    result.exported = export_selection(loaded, result.store, result.selection, sources.get("train", []))
+    progress.say(result.exported.text())
+
+
+def _check_steps(loaded: Loaded, steps: Sequence[str], command: str) -> None:
+    recipe = loaded.recipe
+    for name in ("select", "export"):
+        if command == name and getattr(recipe, name) is None:
+            raise UsageError(f"{loaded.path or 'recipe'}: there is no `{name}:` section. `curate init {recipe.kind}` writes a recipe that has one.")
+    if recipe.export is not None and recipe.select is None and "export" in steps:
+        raise UsageError(f"{loaded.path or 'recipe'}: `export:` needs a `select:` section that says which rows are kept (`select: {{}}` keeps all).")
+
+
+def _open_store(loaded: Loaded, progress: Progress) -> Store:
+    return Store(loaded.store, create=True, on_wait=progress.say)
+
+
+def _counts(result: Result) -> dict[str, Any]:
+    kept = {} if result.selection is None else {"kept": result.selection.counts}
+    return {"measured": result.measured, **kept}
+
+
+def _finish(store: Store, number: int, outcome: str, message: str, result: Result) -> None:
+    """Note a failure without hiding it: a store that cannot be written now is not worth a second error."""
+    try:
+        store.finish_run(number, outcome, message, _counts(result))
+    except CurateError:
+        return
+
+
+def validate_source(
+    source: str,
+    *,
+    kind: str | None = None,
+    format: str = "auto",  # noqa: A002
+    split: str = "train",
+    columns: dict[str, str] | None = None,
+    set: list[str] | None = None,  # noqa: A002
+) -> Any:
+    """Every bad row of some data, or of a recipe's source."""
+    from curate.data import validate
+
+    if source.endswith((".yaml", ".yml")):
+        loaded = load_recipe(source, set=set)
+        wanted_scores(loaded)
+        given = loaded.recipe.source
+        if given is None:
+            raise UsageError(f"{source}: there is no `source` to validate.")
+        return validate(
+            given.path,
+            kind=loaded.recipe.kind,
+            split=given.split,
+            revision=given.revision,
+            format=given.format,
+            columns=given.columns,
+            base=loaded.folder,
+        )
+    return validate(source, kind=kind, format=format, split=split, columns=columns or {})
+
+
+__all__ = ["Result", "make_plan", "read_sources", "run", "run_steps", "table", "validate_source"]
