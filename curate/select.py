@@ -111,37 +111,51 @@ def select(
     if spec.keep and "tokens" in spec.keep and not tokens:
         raise UsageError("select.keep.tokens: no token counts are measured for these rows. Measure them with `curate measure RECIPE`, or keep rows or a share.")
 
-    def ask(picked: str, key: str) -> Any:
-        try:
-            return store.sql(f"SELECT {picked} FROM scored WHERE role = 'train' ORDER BY position", recipe=recipe, source=sources)
-        except UsageError as error:
-            raise UsageError(f"{key}: {error}") from None
-
-    base = ask("row_id, n_occurrences::DOUBLE AS weight", "select")
-    n = len(base)
-    row_ids = base["row_id"].to_list()
-    passed = np.ones(n)
+    # alias -> (SQL, the recipe's key that it comes from): asked in one query, and one by one only to say which of them is wrong
+    asked: dict[str, tuple[str, str]] = {"row_id": ("row_id", "select"), "weight": ("n_occurrences::DOUBLE", "select")}
     if spec.where is not None:
-        passed = _number(ask(f"((\n{spec.where}\n)::BOOLEAN)::DOUBLE AS x", "select.where")["x"])
-    scores = {name: _number(ask(f'"{name}"::DOUBLE AS x', f"select.drop_worst.{name}")["x"]) for name in spec.drop_worst}
-    order = np.arange(n)
-    order_unknown: list[str | None] = [None] * n
+        asked["passed"] = (f"((\n{spec.where}\n)::BOOLEAN)::DOUBLE", "select.where")
+    for name in spec.drop_worst:
+        asked[f"worst {name}"] = (f"{_quoted(name)}::DOUBLE", f"select.drop_worst.{name}")
+        if name in known_as:
+            asked[f"excused {name}"] = (f"coalesce(({known_as[name]}), false)", "null_is_known")
     if keys:
-        ranked = ask(f"row_number() OVER (ORDER BY {', '.join(_ordered(*key) for key in keys)}, row_id) AS x", "select.order_by")
-        order = ranked["x"].to_numpy().astype(np.int64)
-        for expression, _ in keys:
-            excuse = f"AND NOT coalesce(({known_as[expression]}), false)" if expression in known_as else ""
-            gaps = ask(f"((\n{expression}\n) IS NULL {excuse}) AS x", "select.order_by")["x"].to_numpy()
-            for i in np.flatnonzero(gaps):
-                order_unknown[i] = order_unknown[i] or expression
-    excused = {name: ask(f"coalesce(({known_as[name]}), false) AS x", "null_is_known")["x"].to_numpy() for name in spec.drop_worst if name in known_as}
-    groups = ask(f"(\n{group}\n)::VARCHAR AS x", "select.per")["x"].to_list() if group is not None else [None] * n
+        asked["order"] = (f"row_number() OVER (ORDER BY {', '.join(_ordered(*key) for key in keys)}, row_id)", "select.order_by")
+    for i, (expression, _) in enumerate(keys):
+        excuse = f"AND NOT coalesce(({known_as[expression]}), false)" if expression in known_as else ""
+        asked[f"gap {i}"] = (f"((\n{expression}\n) IS NULL {excuse})", "select.order_by")
+    if group is not None:
+        asked["group"] = (f"(\n{group}\n)::VARCHAR", "select.per")
     if spec.keep and "tokens" in spec.keep:
         # a side that was not measured is no zero: what a row of its kind must have
-        needed = "CASE kind WHEN 'preference' THEN {p} ELSE {s} END".format(p=_sum(tokens, TOKENS[:3]), s=_sum(tokens, (TOKENS[0], TOKENS[3])))
-        counts = _number(ask(f"({needed})::DOUBLE AS x", "select.keep.tokens")["x"])
-    else:
-        counts = np.zeros(n)
+        needed = f"CASE kind WHEN 'preference' THEN {_sum(tokens, TOKENS[:3])} ELSE {_sum(tokens, (TOKENS[0], TOKENS[3]))} END"
+        asked["tokens"] = (f"({needed})::DOUBLE", "select.keep.tokens")
+
+    def ask(wanted: Mapping[str, tuple[str, str]]) -> Any:
+        picked = ", ".join(f"{text} AS {_quoted(alias)}" for alias, (text, _) in wanted.items())
+        return store.sql(f"SELECT {picked} FROM scored WHERE role = 'train' ORDER BY position", recipe=recipe, source=sources)
+
+    try:
+        base = ask(asked)
+    except UsageError:
+        for alias, one in asked.items():
+            try:
+                ask({alias: one})
+            except UsageError as error:
+                raise UsageError(f"{one[1]}: {error}") from None
+        raise
+    n = len(base)
+    row_ids = base["row_id"].to_list()
+    passed = _number(base["passed"]) if spec.where is not None else np.ones(n)
+    scores = {name: _number(base[f"worst {name}"]) for name in spec.drop_worst}
+    excused = {name: base[f"excused {name}"].to_numpy() for name in spec.drop_worst if name in known_as}
+    order = base["order"].to_numpy().astype(np.int64) if keys else np.arange(n)
+    order_unknown: list[str | None] = [None] * n
+    for k, (expression, _) in enumerate(keys):
+        for i in np.flatnonzero(base[f"gap {k}"].to_numpy()):
+            order_unknown[i] = order_unknown[i] or expression
+    groups = base["group"].to_list() if group is not None else [None] * n
+    counts = _number(base["tokens"]) if "tokens" in asked else np.zeros(n)
     weight = base["weight"].to_numpy().astype(np.float64) if spec.duplicates == "as_found" else np.ones(n)
     return decide(Candidates(row_ids, passed, scores, order, order_unknown, groups, counts, weight, excused), spec, worst)
 
@@ -314,6 +328,10 @@ def _check_groups(shares: Mapping[str, float], found: set[str | None], column: s
     without = sorted(names - set(shares))
     if without and not spec.keep:
         raise UsageError(f"select.per.{column}: no share for {without[0]!r}; give it one, or `keep` for all that are not named.")
+
+
+def _quoted(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'
 
 
 def _ordered(expression: str, direction: str) -> str:

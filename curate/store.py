@@ -233,6 +233,12 @@ class Store:
         with self.database.read() as con:
             return tables.measured(con, wanted)
 
+    def measured_columns(self) -> dict[str, list[str]]:
+        """measurement -> the names of its columns, for everything measured or imported."""
+        with self.database.read() as con:
+            names = [row[0] for row in con.execute("SELECT DISTINCT measurement FROM data.measured ORDER BY 1").fetchall()]
+            return {name: list(tables.columns_of(con, tables.table_of(name))) for name in names}
+
     def columns(self, fingerprint: str, names: Sequence[str], row_ids: Sequence[str]) -> dict[str, np.ndarray]:
         """name -> (rows,) float64 aligned to `row_ids`; NaN where there is no value. Booleans are 0 and 1.
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from curate.errors import StoreError
 from curate.storage import query
-from curate.storage.database import Connection, one
+from curate.storage.database import Connection, one, quote
 from curate.storage.entries import SelectedRow
 from curate.storage.tables import ids_view
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from curate.store import Store
 
-BATCH = 2048
+BATCH = 20_000
 
 
 @dataclass(frozen=True)
@@ -60,28 +60,28 @@ class Selection:
         """The kept rows as a `datasets.Dataset` in the style they came in. Raises StoreError for rows that have no text here."""
         from curate.data import to_dataset
 
-        return to_dataset(self.kept(columns))
+        return to_dataset(map(require_text, self.kept(columns)))
 
     def _rows(self, decided: pl.DataFrame, columns: Sequence[str], *, first: bool, skip_first: bool = False) -> Iterator[SelectedRow]:
-        import polars as pl
-
-        names = list(dict.fromkeys(columns))
+        names = [n for n in dict.fromkeys(columns) if n != "row_id"]
+        if names:
+            picked = ", ".join(f"s.{quote(n)} AS {quote(f'+{n}')}" for n in names)
+            text = f"SELECT s.row_id, {picked} FROM scored s WHERE s.row_id IN (SELECT d.row_id FROM data.decisions d WHERE d.selection = ?)"
+            extra = self.store.sql(text, [self.name], recipe=self.recipe)
+            decided = decided.join(extra, on="row_id", how="left", maintain_order="left")
         for start in range(0, len(decided), BATCH):
             part = decided[start : start + BATCH]
             ids = part["row_id"].to_list()
-            rows = dict(zip(ids, self.store.iter_rows(ids), strict=True))
+            rows = self.store.iter_rows(ids, batch=BATCH)
             with self.store.database.read() as con:
                 found = _occurrences(con, ids, self._sources(con))
-            extra: dict[str, dict[str, Any]] = {}
-            if names:
-                picked = ", ".join(f'"{n}"' for n in names)
-                frame = self.store.sql(f"SELECT row_id AS _id, {picked} FROM scored WHERE row_id IN (SELECT unnest(?))", [ids], recipe=self.recipe)
-                extra = {line.pop("_id"): line for line in frame.to_dicts()}
-            for row_id, rank, reason in part.select(pl.col("row_id", "rank", "reason")).iter_rows():
+            for row, line in zip(rows, part.iter_rows(named=True), strict=True):
+                row_id = line["row_id"]
+                asked = {n: line[f"+{n}"] for n in names}
                 occurrences = found.get(row_id) or [(None, None, {})]
                 for source, index, own in occurrences[1:] if skip_first else occurrences[:1] if first else occurrences:
-                    why = f"duplicate of {row_id}, which is kept from {occurrences[0][0]}:{occurrences[0][1]}" if skip_first else reason
-                    yield SelectedRow(row_id, rows[row_id], source, index, {**own, **extra.get(row_id, {})}, rank, why)
+                    why = f"duplicate of {row_id}, which is kept from {occurrences[0][0]}:{occurrences[0][1]}" if skip_first else line["reason"]
+                    yield SelectedRow(row_id, row, source, index, {**own, **asked}, line["rank"], why)
 
     def _sources(self, con: Connection) -> list[str] | None:
         if self.recipe is None:
