@@ -151,8 +151,11 @@ def pip(python: Path, arguments: list[str], log: Path) -> list[str] | None:
         for line in process.stdout:
             out.write(line)
             lines.append(line.rstrip())
-            if re.search(r"Downloading .*\d (MB|GB)|Installing collected packages", line):
-                say(line.strip()[:100])
+            large = re.search(r"Downloading ([^\s-]+)-\S+ \((\d{2,}(\.\d+)? MB|[\d.]+ GB)\)", line)
+            if large:
+                say(f"downloading {large[1]}, {large[2]}")
+            elif "Installing collected packages" in line:
+                say("unpacking")
     return lines[-TAIL:] if process.returncode else None
 
 
