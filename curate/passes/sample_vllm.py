@@ -44,6 +44,7 @@ CALL_TIMEOUT = 900.0  # seconds, plus what the tokens of the call may take at wo
 SLOWEST = 20.0  # tokens per second, below which an engine counts as hung
 LIKELIHOOD_TOKENS = 65_536  # tokens per likelihood call
 MIB = 1 << 20
+UNBOUNDED = 8192  # context of a model whose config names none
 
 MEMORY_WORDS = re.compile(
     r"out of memory|outofmemory|memoryerror|can't allocate memory|cannot allocate memory|not enough memory|insufficient memory"
@@ -64,6 +65,7 @@ class Memory:
     device: str  # "cpu" or "cuda"
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 4096
+    fewest_tokens: int = 256  # at a time; on the CPU the context, see _settings
     kv_cache_bytes: int = 0  # CPU
     kv_cache_floor: int = 0  # CPU: one sequence of full length
     utilization: float = 0.9  # GPU: share of its memory
@@ -76,10 +78,10 @@ def less_memory(memory: Memory, failure: str, *, during: str) -> tuple[Memory, s
     during: "open", "sample" or "likelihood". Log-probs over whole prompts need (tokens at a time × vocabulary), so there the tokens at a
     time are halved first.
     """
-    if during == "likelihood" and memory.max_num_batched_tokens > 256:
-        tokens = memory.max_num_batched_tokens // 2
+    if during == "likelihood" and memory.max_num_batched_tokens > memory.fewest_tokens:
+        tokens = max(memory.max_num_batched_tokens // 2, memory.fewest_tokens)
         return replace(memory, max_num_batched_tokens=tokens), f"{tokens} tokens at a time"
-    sequences, tokens = max(memory.max_num_seqs // 2, 8), max(memory.max_num_batched_tokens // 2, 256)
+    sequences, tokens = max(memory.max_num_seqs // 2, 8), max(memory.max_num_batched_tokens // 2, memory.fewest_tokens)
     if memory.device == "cpu":
         cache = max(memory.kv_cache_bytes // 2, memory.kv_cache_floor)
         smaller = replace(memory, kv_cache_bytes=cache, max_num_seqs=sequences, max_num_batched_tokens=tokens)
@@ -114,6 +116,8 @@ def first_memory(config: Any, *, device: str, dtype: str, max_model_len: int, fr
         device="cpu",
         kv_cache_bytes=max(min(256 * one, int(0.3 * free_bytes)), floor),
         kv_cache_floor=floor,
+        max_num_batched_tokens=max(4096, max_model_len),
+        fewest_tokens=max_model_len,
     )
 
 
@@ -159,9 +163,9 @@ class VllmSampler:
         self._path = self._weights = _absolute(model_path)
         self._seed, self._call_timeout = seed, call_timeout
         reach = context_length(model_path)
-        self._max_model_len = min(filter(None, (max_length, reach)), default=None)
+        self._max_model_len = min(filter(None, (max_length, reach)), default=UNBOUNDED)
         self._memory = memory or first_memory(
-            config, device=self._device, dtype=self._dtype, max_model_len=self._max_model_len or 4096, free_bytes=free_memory()
+            config, device=self._device, dtype=self._dtype, max_model_len=self._max_model_len, free_bytes=free_memory()
         )
         self._process: EngineProcess | None = None
         self._open()
@@ -198,7 +202,7 @@ class VllmSampler:
         result = np.full(len(encoded), np.nan)
         fits = [
             row for row, one in enumerate(encoded)
-            if not one.problem and 1 <= one.start < len(one.ids) and (self.context is None or len(one.ids) <= self.context)
+            if not one.problem and 1 <= one.start < len(one.ids) and len(one.ids) <= self.context
         ]  # fmt: skip
         for part in _by_tokens(fits, [len(encoded[row].ids) for row in fits], LIKELIHOOD_TOKENS):
             rows = [(list(map(int, encoded[row].ids)), int(encoded[row].start)) for row in part]
@@ -242,9 +246,7 @@ class VllmSampler:
             except ChildFailure as failure:
                 self._step_down(failure, during="open")
                 continue
-            self.context = about["max_model_len"]
-            if self._max_model_len and self.context < self._max_model_len:
-                self.notes.append(f"Memory holds {self.context} of the {self._max_model_len} tokens of context; longer rows are unknown.")
+            self.context: int = about["max_model_len"]
             return
 
     def _settings(self) -> dict[str, Any]:
@@ -259,7 +261,8 @@ class VllmSampler:
             "enforce_eager": memory.eager or self._device == "cpu",
         }
         if self._device == "cpu":
-            return {**settings, "kv_cache_memory_bytes": memory.kv_cache_bytes}
+            # A prompt split over two steps kills a seeded request on the CPU (vLLM 0.32: "CPU Generator does not use offset"): never split.
+            return {**settings, "kv_cache_memory_bytes": memory.kv_cache_bytes, "enable_chunked_prefill": False}
         return {**settings, "gpu_memory_utilization": memory.utilization}
 
     def _call(self, method: str, *, tokens: int, **arguments: Any) -> Any:

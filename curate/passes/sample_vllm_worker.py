@@ -17,7 +17,7 @@ class Engine:
     def __init__(self, **settings: Any):
         from vllm import LLM
 
-        self.llm = LLM(**settings, enable_prefix_caching=True, disable_log_stats=True)
+        self.llm = LLM(**settings, disable_log_stats=True)  # prefix caching is on wherever the model allows it
 
     def about(self) -> dict[str, Any]:
         config = self.llm.llm_engine.model_config

@@ -1,0 +1,202 @@
+"""A real vLLM engine on this machine, against transformers: log-probs, weight swap, seeds, distributions, a kill.
+
+Two engines are started in all, each 5–15 s.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+
+import numpy as np
+import pytest
+
+pytest.importorskip("vllm", reason="vLLM is not installed")
+torch = pytest.importorskip("torch")
+
+from transformers import AutoModelForCausalLM
+
+from curate.errors import EngineError
+from curate.passes.sample_hf import HfSampler
+from curate.passes.sample_vllm import VllmSampler
+from curate.passes.sampling import Prompt, Sampling, sampler_identity
+from curate.tokens import Encoded, load_tokenizer
+from tests.tiny_models import make_llama
+
+CONTEXT = 96
+STORY = Sampling(n=4, temperature=0.8, top_p=0.9, max_new_tokens=16)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Two checkpoints of one architecture, with tied embeddings: whatever a swap forgets shows in the log-probs."""
+    folder = tmp_path_factory.mktemp("models")
+    return [make_llama(folder / name, seed=seed, context=CONTEXT) for name, seed in (("a", 1), ("b", 2))]
+
+
+@pytest.fixture(scope="module")
+def engine(models):
+    with VllmSampler(models[0]) as sampler:
+        yield sampler
+
+
+@pytest.fixture(scope="module")
+def prompts(models):
+    tokenizer = load_tokenizer(models[0])
+    texts = [f"question {i}: what is {i} + {i * i}? " + "well " * (i % 4) for i in range(24)]
+    return [Prompt(tokenizer(text)["input_ids"], text, None, seed=1000 + i) for i, text in enumerate(texts)]
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """Rows of many lengths: one response token, the whole context, and one that has a problem."""
+    random = np.random.default_rng(0)
+    sizes = [(10, 3), (CONTEXT, 20), (CONTEXT, CONTEXT - 1), (3, 1), (2, 1), (70, 40), (33, 2)]
+    found = [Encoded(np.array([1, *random.integers(3, 40, n - 2), 2], np.int32), start) for n, start in sizes]
+    return [*found, Encoded(np.zeros(0, np.int32), 0, problem="nothing to measure")]
+
+
+def oracle_logps(path, ids):
+    """(T, V) float64 log-probs of every next token, from transformers, one row at a time."""
+    model = oracle_logps.models.setdefault(path, AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval())
+    with torch.no_grad():
+        return model(torch.tensor([list(map(int, ids))])).logits[0].double().log_softmax(-1).numpy()
+
+
+oracle_logps.models = {}
+
+
+def oracle_likelihood(path, row):
+    if row.problem:
+        return np.nan
+    logps = oracle_logps(path, row.ids)
+    return sum(logps[at - 1, row.ids[at]] for at in range(row.start, len(row.ids)))
+
+
+def gone(pid):
+    try:
+        handle = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    ready, _, _ = select.select([handle], [], [], 20)
+    os.close(handle)
+    return bool(ready)
+
+
+def test_log_probs_equal_transformers_for_every_checkpoint_of_a_series(engine, models, rows):
+    for path in (models[0], models[1], models[0]):
+        engine.use(path)
+        wanted = np.array([oracle_likelihood(path, row) for row in rows])
+        np.testing.assert_allclose(engine.likelihood(rows), wanted, rtol=0, atol=1e-4)
+
+
+def test_a_row_longer_than_the_context_is_unknown(engine):
+    long = Encoded(np.full(CONTEXT + 1, 5, np.int32), 4)
+    assert np.isnan(engine.likelihood([long])).all()
+
+
+def test_identity_is_known_before_the_start(engine, models):
+    assert engine.engine == sampler_identity("vllm", models[0])[0]
+    assert engine.notes == []
+
+
+def test_same_seeds_same_samples_on_a_repeated_shard(engine, models, prompts):
+    engine.use(models[0])
+    first = engine.sample(prompts, STORY)
+    assert engine.sample(prompts, STORY) == first
+    other = engine.sample([Prompt(p.ids, p.text, None, p.seed + 1) for p in prompts], STORY)
+    assert [[s.text for s in row] for row in other] != [[s.text for s in row] for row in first]
+    assert all(len(row) == 4 and len({s.text for s in row}) > 1 for row in first)
+
+
+def test_sample_logp_is_the_untempered_models_own(engine, models, prompts):
+    engine.use(models[0])
+    tokenizer = load_tokenizer(models[0])
+    checked = 0
+    for prompt, row in zip(prompts, engine.sample(prompts, STORY), strict=True):
+        for sample in row:
+            ids = tokenizer(sample.text, add_special_tokens=False)["input_ids"] + ([2] if sample.finished else [])
+            if len(ids) != sample.n_tokens:
+                continue  # a special token in the middle, which the text leaves out
+            whole = Encoded(np.array([*prompt.ids, *ids], np.int32), len(prompt.ids))
+            assert sample.logp == pytest.approx(oracle_likelihood(models[0], whole), abs=1e-4)
+            checked += 1
+    assert checked > 20
+
+
+def test_a_prompt_without_room_gives_no_samples_and_a_tight_one_fewer_tokens(engine, models):
+    engine.use(models[0])
+    full, tight = Prompt([1] + [5] * (CONTEXT - 1), "", None, 1), Prompt([1] + [5] * (CONTEXT - 4), "", None, 1)
+    none, few, also = engine.sample([full, tight, Prompt([1, 5], "", None, 1)], Sampling(n=2, max_new_tokens=40))
+    assert none == [] and len(few) == len(also) == 2
+    assert all(s.n_tokens <= 3 for s in few)
+    assert engine.sample([full], STORY) == [[]]
+
+
+def test_stop_strings_are_not_in_the_text(engine, models, prompts):
+    engine.use(models[0])
+    stopped = engine.sample(prompts, Sampling(n=4, max_new_tokens=40, stop=("e", "a")))
+    texts = [s for row in stopped for s in row if s.finished]
+    assert len(texts) > 50 and not any(letter in s.text for s in texts for letter in "ea")
+
+
+def test_greedy_equals_transformers(engine, models, prompts):
+    engine.use(models[1])
+    greedy = Sampling(n=2, temperature=0, max_new_tokens=12)
+    with HfSampler(models[1]) as fallback:
+        ours, theirs = engine.sample(prompts, greedy), fallback.sample(prompts, greedy)
+    for one, other in zip(ours, theirs, strict=True):
+        assert one[0] == one[1]
+        assert [(s.text, s.n_tokens, s.finished) for s in one] == [(s.text, s.n_tokens, s.finished) for s in other]
+        assert one[0].logp == pytest.approx(other[0].logp, abs=1e-4)
+
+
+def test_both_engines_sample_the_tempered_nucleus(engine, models, prompts):
+    """First tokens of 3,000 samples against the exact distribution; the tolerance is three times the expected distance at this n."""
+    engine.use(models[0])
+    n, prompt = 3000, prompts[0]
+    scores = oracle_logps(models[0], prompt.ids)[-1] / 0.8
+    exact = np.exp(scores - scores.max())
+    exact /= exact.sum()
+    order = np.argsort(-exact)
+    kept = order[: np.searchsorted(np.cumsum(exact[order]), 0.9) + 1]  # the smallest set that holds 0.9
+    exact = np.where(np.isin(np.arange(len(exact)), kept), exact, 0)
+    exact /= exact.sum()
+    tokenizer = load_tokenizer(models[0])
+    wanted: dict[str, float] = {}
+    for token, share in enumerate(exact):
+        text = tokenizer.decode([token], skip_special_tokens=True)
+        wanted[text] = wanted.get(text, 0.0) + share
+    expected = 0.5 * sum(np.sqrt(2 * p * (1 - p) / (np.pi * n)) for p in wanted.values())
+    settings = Sampling(n=n, temperature=0.8, top_p=0.9, max_new_tokens=1)
+    with HfSampler(models[0], token_budget=1 << 30) as fallback:
+        drawn = {"vllm": engine.sample([prompt], settings)[0], "transformers": fallback.sample([prompt], settings)[0]}
+    for name, samples in drawn.items():
+        texts, counts = np.unique([s.text for s in samples], return_counts=True)
+        shares = dict(zip(texts, counts / n, strict=True))
+        assert set(shares) <= {text for text, share in wanted.items() if share > 0}, name
+        distance = 0.5 * sum(abs(wanted[text] - shares.get(text, 0.0)) for text in wanted)
+        assert distance < 3 * expected, name
+
+
+def test_a_swapped_engine_equals_a_fresh_one_and_a_killed_one_is_an_error(engine, models, prompts, rows):
+    """The second engine: started on the checkpoint that the first was swapped to, then killed as the kernel would."""
+    engine.use(models[1])
+    with VllmSampler(models[1]) as fresh:
+        np.testing.assert_allclose(fresh.likelihood(rows), engine.likelihood(rows), rtol=0, atol=1e-5)
+        assert [[s.text for s in r] for r in fresh.sample(prompts, STORY)] == [[s.text for s in r] for r in engine.sample(prompts, STORY)]
+        pid = fresh.pid
+        os.kill(pid, signal.SIGKILL)
+        with pytest.raises(EngineError, match=r"killed by signal 9.*during `sample`"):
+            fresh.sample(prompts, STORY)
+        assert gone(pid) and fresh.pid is None
+
+
+def test_closing_ends_the_process_and_its_memory_comes_back(engine, models):
+    """Last in this file: the engine of the others is closed here."""
+    pid = engine.pid
+    engine.close()
+    assert gone(pid)
+    with pytest.raises(EngineError, match="closed"):
+        engine.likelihood([Encoded(np.array([1, 5, 2], np.int32), 1)])
