@@ -92,9 +92,9 @@ class Model:
     `layout_reason`.
     """
 
-    def __init__(self, module: torch.nn.Module, *, path: str = "", layout: str = "auto") -> None:
+    def __init__(self, module: Any, *, path: str = "", layout: str = "auto") -> None:
         packing.register()
-        self.module: Any = module.eval().requires_grad_(False)
+        self.module = module.eval().requires_grad_(False)
         self.path = path
         self.device: torch.device = self.module.device
         self.dtype: torch.dtype = self.module.dtype
@@ -105,10 +105,8 @@ class Model:
         self.rope_limit = _rope_limit(config)
         self.learned_positions = _learned_positions(self.module)
         self.head = self._find_head()
-        self.layout, self.layout_reason = "padded", "asked for"
-        if layout != "padded":
-            self.layout_reason = self._why_padded()
-            self.layout = "padded" if self.layout_reason else "packed"
+        self.layout_reason = "asked for" if layout == "padded" else self._why_padded()
+        self.layout = "padded" if self.layout_reason else "packed"
 
     @property
     def engine(self) -> str:

@@ -20,12 +20,13 @@ from curate.errors import ModelError
 from curate.tokens import describe_folder, first_line
 
 # Keys of a config that may differ between checkpoints of one model.
-FREE = frozenset(
-    """_name_or_path transformers_version dtype torch_dtype use_cache architectures bos_token_id eos_token_id pad_token_id
-    _attn_implementation _attn_implementation_autoset attention_dropout hidden_dropout attn_dropout resid_pdrop embd_pdrop
-    output_hidden_states output_attentions return_dict initializer_range auto_map quantization_config problem_type
-    id2label label2id chunk_size_feed_forward is_encoder_decoder gradient_checkpointing""".split()
-)
+FREE = {
+    "_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures", "bos_token_id",
+    "eos_token_id", "pad_token_id", "_attn_implementation", "_attn_implementation_autoset", "attention_dropout",
+    "hidden_dropout", "attn_dropout", "resid_pdrop", "embd_pdrop", "output_hidden_states", "output_attentions",
+    "return_dict", "initializer_range", "auto_map", "quantization_config", "problem_type", "id2label", "label2id",
+    "chunk_size_feed_forward", "is_encoder_decoder", "gradient_checkpointing",
+}  # fmt: skip
 
 
 def swap(module: Any, path: str | Path) -> None:

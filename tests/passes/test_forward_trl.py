@@ -1,0 +1,39 @@
+"""Our log-probabilities are TRL's: DPOTrainer's own preparation, collation and compute_ref_log_probs on real rows, EOS included."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from curate.measurements import MEASUREMENTS
+from curate.passes import forward
+from curate.rows import Pair
+from curate.tokens import Limits, encode, load_tokenizer
+
+
+@pytest.mark.parametrize("truncation", ["keep_start", "keep_end"])
+def test_pairs_equal_trl(shared, tmp_path, truncation):
+    pytest.importorskip("trl")
+    import pyarrow.parquet as parquet
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+
+    folder = str(shared / "models" / "stories260K")
+    table = parquet.read_table(shared / "data" / "hh_rlhf_harmless" / "pairs.parquet").slice(0, 48).to_pylist()
+    table = [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in table]
+    limits = Limits(256, truncation)
+    tokenizer, model = load_tokenizer(folder), forward.load_model(folder)
+    encoded = [encode(Pair(**row), tokenizer, limits) for row in table]
+    kept = [i for i, pair in enumerate(encoded) if pair.problem is None]
+    assert any(encoded[i].truncated for i in kept)
+    config = DPOConfig(
+        output_dir=str(tmp_path), max_length=256, truncation_mode=truncation, use_cpu=True, bf16=False, report_to="none",
+        dataloader_pin_memory=False, precompute_ref_log_probs=True, precompute_ref_batch_size=8, disable_tqdm=True,
+    )  # fmt: skip
+    trainer = DPOTrainer(folder, args=config, train_dataset=Dataset.from_list(table), processing_class=tokenizer)
+    # keep_start: TRL leaves out the rows whose prompt fills max_length, exactly those that have a problem here
+    assert len(trainer.train_dataset) == len(kept)
+    found = forward.measure(model, encoded, [MEASUREMENTS["likelihood"]])
+    for side in ("chosen", "rejected"):
+        theirs = np.asarray(trainer.train_dataset[f"ref_{side}_logps"][:])
+        np.testing.assert_allclose(found[f"{side}_logp"][kept], theirs, rtol=1e-5)
