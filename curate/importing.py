@@ -21,7 +21,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import polars as pl
@@ -55,10 +54,19 @@ class Imported:
         if not self.rows:
             return f"{self.file}: {self.values:,} dataset values ({', '.join(self.columns)}) over {places}."
         new = f" ({self.new_rows:,} of them known only by the file's ids)" if self.new_rows else ""
-        return f"{self.file}: {', '.join(self.columns)} for {self.rows:,} rows{new} over {places}, {self.lines:,} lines."
+        return (
+            f"{self.file}: {', '.join(self.columns)} for {self.rows:,} rows{new} over {places}, {self.lines:,} lines."
+        )
 
 
-def import_file(store: Store | str | Path, file: str | Path, mapping: Mapping[str, str], *, source: str | None = None, kind: str | None = None) -> Imported:
+def import_file(
+    store: Store | str | Path,
+    file: str | Path,
+    mapping: Mapping[str, str],
+    *,
+    source: str | None = None,
+    kind: str | None = None,
+) -> Imported:
     """Bring a parquet, csv or jsonl(.gz) file into a store (made if there is none).
 
     mapping: ours -> the file's column. source: which source row numbers, or the file's own ids, belong to; the file, if None. kind: of rows that
@@ -82,7 +90,9 @@ def import_file(store: Store | str | Path, file: str | Path, mapping: Mapping[st
     places = read_places(table, mapping, path)
     columns = convert(table, {k: v for k, v in mapping.items() if k not in (*PLACES, *ROWS)}, shown)
     if not columns:
-        raise UsageError("--map: no column to import, only which row and run it is. Add one, such as correct=n_correct samples=n_samples.")
+        raise UsageError(
+            "--map: no column to import, only which row and run it is. Add one, such as correct=n_correct samples=n_samples."
+        )
     origin = source or "/".join(path.resolve().parts[-2:])
     store = store if isinstance(store, Store) else Store(store, create=True)
     runs = places["run"].n_unique()
@@ -104,19 +114,30 @@ def check_names(mapping: Mapping[str, str]) -> None:
     for ours in mapping:
         near = difflib.get_close_matches(ours, words, 1, 0.9)
         if near and ours not in words:
-            raise UsageError(f"--map: {ours}= is not a word with a meaning here; did you mean {near[0]}=? (Else choose a less similar column name.)")
+            raise UsageError(
+                f"--map: {ours}= is not a word with a meaning here; did you mean {near[0]}=? (Else choose a less similar column name.)"
+            )
         if ours.lower() == "fingerprint" or not re.fullmatch(r"\w+", ours):
             raise UsageError(f"--map: {ours!r} cannot name a column; use letters, digits and underscores.")
     if ("correct" in mapping) != ("samples" in mapping):
-        raise UsageError("--map: correct= and samples= go together: accuracy is correct / samples. For a finished accuracy map accuracy=.")
+        raise UsageError(
+            "--map: correct= and samples= go together: accuracy is correct / samples. For a finished accuracy map accuracy=."
+        )
 
 
 def read_table(path: Path) -> pl.DataFrame:
     """A file as a polars frame. Raises UsageError where there is none of a known type, ValidationError where it cannot be parsed."""
     kind = next((end for end in sorted(READERS, key=len, reverse=True) if path.name.lower().endswith(end)), None)
     if not path.is_file():
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir()], 1) if path.parent.is_dir() else []
-        raise UsageError(f"{path.as_posix()}: no such file." + (f" Did you mean {path.with_name(near[0]).as_posix()}?" if near else ""))
+        near = (
+            difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir()], 1)
+            if path.parent.is_dir()
+            else []
+        )
+        raise UsageError(
+            f"{path.as_posix()}: no such file."
+            + (f" Did you mean {path.with_name(near[0]).as_posix()}?" if near else "")
+        )
     if kind is None:
         raise UsageError(f"{path.as_posix()}: expected {', '.join(READERS)}.")
     try:
@@ -125,9 +146,15 @@ def read_table(path: Path) -> pl.DataFrame:
         data = gzip.decompress(path.read_bytes()) if kind.endswith(".gz") else path.read_bytes()
         if not data.strip():
             return pl.DataFrame()
-        return pl.read_csv(data, infer_schema_length=None) if ".csv" in kind else pl.read_ndjson(data, infer_schema_length=None)
+        return (
+            pl.read_csv(data, infer_schema_length=None)
+            if ".csv" in kind
+            else pl.read_ndjson(data, infer_schema_length=None)
+        )
     except (pl.exceptions.PolarsError, OSError, EOFError, UnicodeDecodeError) as error:
-        raise ValidationError(f"{path.as_posix()}: not readable as {kind.strip('.')} ({str(error).splitlines()[0]}).") from None
+        raise ValidationError(
+            f"{path.as_posix()}: not readable as {kind.strip('.')} ({str(error).splitlines()[0]})."
+        ) from None
 
 
 def read_places(table: pl.DataFrame, mapping: Mapping[str, str], path: Path) -> pl.DataFrame:
@@ -139,9 +166,21 @@ def read_places(table: pl.DataFrame, mapping: Mapping[str, str], path: Path) -> 
     for name, column in (("run", run), ("checkpoint", checkpoint)):
         if column.null_count():
             row = column.is_null().arg_max()
-            raise ValidationError(f"{path.as_posix()}, row {row}: {mapping.get(name, name)!r} is empty, expected which {name} the line is about.")
-    steps = _text(table[mapping["step"]]) if "step" in mapping else checkpoint.str.extract(r"^(?:checkpoint-|step-?)?(\d+)$", 1)
-    return pl.DataFrame({"run": run.alias("run"), "checkpoint": checkpoint.alias("checkpoint"), "step": steps.cast(pl.Int64, strict=False)})
+            raise ValidationError(
+                f"{path.as_posix()}, row {row}: {mapping.get(name, name)!r} is empty, expected which {name} the line is about."
+            )
+    steps = (
+        _text(table[mapping["step"]])
+        if "step" in mapping
+        else checkpoint.str.extract(r"^(?:checkpoint-|step-?)?(\d+)$", 1)
+    )
+    return pl.DataFrame(
+        {
+            "run": run.alias("run"),
+            "checkpoint": checkpoint.alias("checkpoint"),
+            "step": steps.cast(pl.Int64, strict=False),
+        }
+    )
 
 
 def convert(table: pl.DataFrame, mapping: Mapping[str, str], file: str) -> dict[str, np.ndarray]:
@@ -155,7 +194,12 @@ def convert(table: pl.DataFrame, mapping: Mapping[str, str], file: str) -> dict[
             result["n_samples"] = values
         elif ours == "correct":
             with np.errstate(invalid="ignore"):
-                _check((values < 0) | (values > given["samples"]), table[theirs], file, f"a count from 0 to {mapping['samples']}")
+                _check(
+                    (values < 0) | (values > given["samples"]),
+                    table[theirs],
+                    file,
+                    f"a count from 0 to {mapping['samples']}",
+                )
             result["n_correct"] = values
             with np.errstate(invalid="ignore", divide="ignore"):
                 result["accuracy"] = np.where(given["samples"] > 0, values / given["samples"], np.nan)
@@ -191,11 +235,15 @@ def numbers(column: pl.Series, file: str) -> np.ndarray:
     return values
 
 
-def find_rows(store: Store, keys: pl.Series, how: str, source: str | None, origin: str, kind: str, file: str) -> tuple[list[str], int]:
+def find_rows(
+    store: Store, keys: pl.Series, how: str, source: str | None, origin: str, kind: str, file: str
+) -> tuple[list[str], int]:
     """The row id of every line, and how many rows were added for keys that only the file knows."""
     text = _text(keys)
     if text.null_count():
-        raise ValidationError(f"{file}, row {text.is_null().arg_max()}: {keys.name!r} is empty, expected which row the line is about.")
+        raise ValidationError(
+            f"{file}, row {text.is_null().arg_max()}: {keys.name!r} is empty, expected which row the line is about."
+        )
     unique = text.unique(maintain_order=True)
     known_sources = [s["source"] for s in store.sources()]
     if how == "row" and bool(unique.str.contains(rf"^[0-9a-f]{{{ID_DIGITS}}}$").all()):
@@ -206,7 +254,10 @@ def find_rows(store: Store, keys: pl.Series, how: str, source: str | None, origi
         ids = unique.to_list()
         unknown = np.flatnonzero(store.positions(ids) < 0)
         if len(unknown):
-            raise ValidationError(f"{file}: {keys.name!r} names row {ids[unknown[0]]}, which is not in this store ({len(unknown):,} of {len(ids):,} rows).")
+            how_many = f"{len(unknown):,} of {len(ids):,} rows"
+            raise ValidationError(
+                f"{file}: {keys.name!r} names row {ids[unknown[0]]}, which is not in this store ({how_many})."
+            )
     elif how == "index":
         ids = _rows_at(store, unique, source, known_sources, keys.name, file)
     else:
@@ -217,13 +268,24 @@ def find_rows(store: Store, keys: pl.Series, how: str, source: str | None, origi
     return _spread(text, unique, ids), 0
 
 
-def write(store: Store, places: pl.DataFrame, row_ids: list[str], columns: Mapping[str, np.ndarray], origin: str, file: str) -> None:
+def write(
+    store: Store, places: pl.DataFrame, row_ids: list[str], columns: Mapping[str, np.ndarray], origin: str, file: str
+) -> None:
     """One fingerprint a run and checkpoint; every column stands in the measurement `imported`."""
     import pyarrow as pa
 
     distinct = places.unique(maintain_order=True)
     measured = [
-        Measured(content_id("import", origin, run, checkpoint, step), "imported", "import", "", "", run, checkpoint, step, "imported", {"source": origin})
+        Measured(
+            content_id("import", origin, run, checkpoint, step),
+            "imported",
+            "import",
+            run=run,
+            checkpoint=checkpoint,
+            step=step,
+            engine="imported",
+            params={"source": origin},
+        )
         for run, checkpoint, step in distinct.iter_rows()
     ]
     prints = distinct.with_columns(pl.Series("fingerprint", [m.fingerprint for m in measured]))
@@ -232,14 +294,18 @@ def write(store: Store, places: pl.DataFrame, row_ids: list[str], columns: Mappi
     twice = keys.is_duplicated()
     if twice.any():
         first = int(twice.arg_max() or 0)
-        same = keys.with_row_index().filter((pl.col("fingerprint") == keys["fingerprint"][first]) & (pl.col("row_id") == keys["row_id"][first]))
+        same = keys.with_row_index().filter(
+            (pl.col("fingerprint") == keys["fingerprint"][first]) & (pl.col("row_id") == keys["row_id"][first])
+        )
         raise ValidationError(
             f"{file}: rows {same['index'][0]} and {same['index'][1]} are about the same row, run and checkpoint. "
             "Map what tells them apart with run= or checkpoint=, or remove one."
         )
     from curate.storage.shards import arrow_column
 
-    table = pa.table({**keys.to_dict(as_series=True), **{name: arrow_column(values) for name, values in columns.items()}})
+    table = pa.table(
+        {**keys.to_dict(as_series=True), **{name: arrow_column(values) for name, values in columns.items()}}
+    )
     store.put_values(measured, table)
 
 
@@ -250,20 +316,27 @@ def dataset_values(places: pl.DataFrame, columns: Mapping[str, np.ndarray]) -> l
     found = []
     for i, (run, checkpoint, step) in enumerate(places.iter_rows()):
         n = columns["n"][i] if "n" in columns and not np.isnan(columns["n"][i]) else None
-        limits = {key: None if np.isnan(values[i]) else float(values[i]) for key, values in about.items()}
+        low, high = (
+            None if key not in about or np.isnan(about[key][i]) else float(about[key][i]) for key in ("low", "high")
+        )
         for name in names:
             value = columns[name][i]
             unknown = value is np.ma.masked or np.isnan(value)
-            found.append(DatasetValue(name, None if unknown else float(value), n=None if n is None else int(n), run=run, checkpoint=checkpoint, step=step, **limits))
+            size = None if n is None else int(n)
+            known = None if unknown else float(value)
+            found.append(DatasetValue(name, known, low, high, size, run=run, checkpoint=checkpoint, step=step))
     return found
 
 
-def _rows_at(store: Store, unique: pl.Series, source: str | None, known: list[str], column: str, file: str) -> list[str]:
+def _rows_at(
+    store: Store, unique: pl.Series, source: str | None, known: list[str], column: str, file: str
+) -> list[str]:
     if source is None and len(known) == 1:
         source = known[0]
     if source not in known:
         near = difflib.get_close_matches(source or "", known, 1)
-        hint = f"Did you mean --source {near[0]}?" if near else f"Sources that have been read: {', '.join(known) or 'none; `curate run RECIPE` reads one'}."
+        listed = ", ".join(known) or "none; `curate run RECIPE` reads one"
+        hint = f"Did you mean --source {near[0]}?" if near else f"Sources that have been read: {listed}."
         raise UsageError(f"index= needs the source that the numbers count in; found {source or 'none'}. {hint}")
     frame = store.sql("SELECT index::VARCHAR AS key, row_id FROM data.occurrences WHERE source = ?", [source])
     of = dict(zip(frame["key"], frame["row_id"], strict=True))
@@ -278,7 +351,9 @@ def _rows_at(store: Store, unique: pl.Series, source: str | None, known: list[st
 
 def _spread(text: pl.Series, unique: pl.Series, ids: list[str]) -> list[str]:
     """The ids of the distinct keys back to every line."""
-    frame = pl.DataFrame({"key": text}).join(pl.DataFrame({"key": unique, "id": ids}), on="key", how="left", maintain_order="left")
+    frame = pl.DataFrame({"key": text}).join(
+        pl.DataFrame({"key": unique, "id": ids}), on="key", how="left", maintain_order="left"
+    )
     found: list[str] = frame["id"].to_list()
     return found
 
@@ -295,5 +370,6 @@ def _check(bad: np.ndarray, column: pl.Series, file: str, expected: str) -> None
         row = int(np.flatnonzero(bad)[0])
         value = column[row]
         raise ValidationError(
-            f"{file}, row {row}: {column.name!r} is {value!r} ({type(value).__name__}), expected {expected}. {int(bad.sum()):,} of {len(column):,} rows are like this."
+            f"{file}, row {row}: {column.name!r} is {value!r} ({type(value).__name__}), expected {expected}. "
+            f"{int(bad.sum()):,} of {len(column):,} rows are like this."
         )

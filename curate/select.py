@@ -109,7 +109,10 @@ def select(
         check_expression(group, "select.per")
     tokens = [n for n in TOKENS if n in available]
     if spec.keep and "tokens" in spec.keep and not tokens:
-        raise UsageError("select.keep.tokens: no token counts are measured for these rows. Measure them with `curate measure RECIPE`, or keep rows or a share.")
+        raise UsageError(
+            "select.keep.tokens: no token counts are measured for these rows. "
+            "Measure them with `curate measure RECIPE`, or keep rows or a share."
+        )
 
     # alias -> (SQL, the recipe's key that it comes from): asked in one query, and one by one only to say which of them is wrong
     asked: dict[str, tuple[str, str]] = {"row_id": ("row_id", "select"), "weight": ("n_occurrences::DOUBLE", "select")}
@@ -120,7 +123,10 @@ def select(
         if name in known_as:
             asked[f"excused {name}"] = (f"coalesce(({known_as[name]}), false)", "null_is_known")
     if keys:
-        asked["order"] = (f"row_number() OVER (ORDER BY {', '.join(_ordered(*key) for key in keys)}, row_id)", "select.order_by")
+        asked["order"] = (
+            f"row_number() OVER (ORDER BY {', '.join(_ordered(*key) for key in keys)}, row_id)",
+            "select.order_by",
+        )
     for i, (expression, _) in enumerate(keys):
         excuse = f"AND NOT coalesce(({known_as[expression]}), false)" if expression in known_as else ""
         asked[f"gap {i}"] = (f"((\n{expression}\n) IS NULL {excuse})", "select.order_by")
@@ -133,7 +139,9 @@ def select(
 
     def ask(wanted: Mapping[str, tuple[str, str]]) -> Any:
         picked = ", ".join(f"{text} AS {_quoted(alias)}" for alias, (text, _) in wanted.items())
-        return store.sql(f"SELECT {picked} FROM scored WHERE role = 'train' ORDER BY position", recipe=recipe, source=sources)
+        return store.sql(
+            f"SELECT {picked} FROM scored WHERE role = 'train' ORDER BY position", recipe=recipe, source=sources
+        )
 
     try:
         base = ask(asked)
@@ -157,7 +165,9 @@ def select(
     groups = base["group"].to_list() if group is not None else [None] * n
     counts = _number(base["tokens"]) if "tokens" in asked else np.zeros(n)
     weight = base["weight"].to_numpy().astype(np.float64) if spec.duplicates == "as_found" else np.ones(n)
-    return decide(Candidates(row_ids, passed, scores, order, order_unknown, groups, counts, weight, excused), spec, worst)
+    return decide(
+        Candidates(row_ids, passed, scores, order, order_unknown, groups, counts, weight, excused), spec, worst
+    )
 
 
 def decide(rows: Candidates, spec: SelectSpec, worst: Mapping[str, str]) -> Decisions:
@@ -197,9 +207,9 @@ def decide(rows: Candidates, spec: SelectSpec, worst: Mapping[str, str]) -> Deci
         values = rows.scores[name]
         known = after_where & ~np.isnan(values)
         sign = -1.0 if worst[name] == "high" else 1.0
-        by_badness = sorted(np.flatnonzero(known).tolist(), key=lambda i: (sign * values[i], rows.row_ids[i]))  # noqa: B023
-        budget = whole(share * candidates)
-        taken = np.cumsum(rows.weight[by_badness]) <= budget
+        by_badness = sorted(np.flatnonzero(known).tolist(), key=lambda i: (sign * values[i], rows.row_ids[i]))
+        most = whole(share * candidates)
+        taken = np.cumsum(rows.weight[by_badness]) <= most
         bad = np.zeros(n, bool)
         bad[np.asarray(by_badness, int)[taken]] = True
         percent = f"{share * 100:.4g}%"
@@ -217,14 +227,18 @@ def decide(rows: Candidates, spec: SelectSpec, worst: Mapping[str, str]) -> Deci
     for i in np.flatnonzero(left)[np.argsort(rows.order[left], kind="stable")]:
         members.setdefault(rows.groups[i], []).append(int(i))
     if shares is not None:
-        _check_groups(shares, {g for g in rows.groups}, column or "", spec)
+        _check_groups(shares, set(rows.groups), column or "", spec)
     by_group: dict[str, int] = {}
     for group, ordered in members.items():
         index = np.asarray(ordered)
-        cost = np.cumsum(np.where(np.isnan(rows.tokens[index]), 0, rows.tokens[index]) * rows.weight[index] if counting else rows.weight[index])
+        cost = np.cumsum(
+            np.where(np.isnan(rows.tokens[index]), 0, rows.tokens[index]) * rows.weight[index]
+            if counting
+            else rows.weight[index]
+        )
         keep = {"share": shares[str(group)]} if shares is not None and str(group) in shares else spec.keep
         kind, amount = next(iter(keep.items())) if keep else ("share", 1.0)
-        budget = whole(amount * cost[-1]) if kind == "share" else amount
+        budget: float = whole(amount * cost[-1]) if kind == "share" else amount
         chosen = cost <= budget
         n_kept = int(chosen.sum())
         rank[index] = np.arange(1, len(index) + 1)
@@ -237,14 +251,18 @@ def decide(rows: Candidates, spec: SelectSpec, worst: Mapping[str, str]) -> Deci
             if chosen[place - 1]:
                 reasons[i] = f"kept: rank {place:,} of {len(ordered):,}{where_from}{how}"
             elif kind == "tokens":
-                reasons[i] = f"beyond keep {limit}{where_from}: rank {place:,} ends at token {int(cost[place - 1]):,}, {n_kept:,} are kept"
+                reasons[i] = (
+                    f"beyond keep {limit}{where_from}: rank {place:,} ends at token {int(cost[place - 1]):,}, {n_kept:,} are kept"
+                )
             else:
                 reasons[i] = f"beyond keep {limit}{where_from}: rank {place:,}, {n_kept:,} are kept"
     counts = {
         "rows": n,
         "kept": int(kept.sum()),
         "dropped": int(n - kept.sum()),
-        "dropped_by": dict(Counter(_step(r) for r, k in zip(reasons, kept.tolist(), strict=True) if not k).most_common()),
+        "dropped_by": dict(
+            Counter(_step(r) for r, k in zip(reasons, kept.tolist(), strict=True) if not k).most_common()
+        ),
     }
     if column:
         counts["kept_per_group"] = by_group
@@ -287,7 +305,14 @@ def check_expression(text: str, key: str) -> None:
             break
         i += 1
     if depth or not text.strip():
-        raise UsageError(f"{key}: " + (f"the brackets of {text!r} do not match." if depth else "the condition is empty. Leave it out, or give one."))
+        raise UsageError(
+            f"{key}: "
+            + (
+                f"the brackets of {text!r} do not match."
+                if depth
+                else "the condition is empty. Leave it out, or give one."
+            )
+        )
 
 
 def split_top(text: str) -> list[str]:
@@ -315,7 +340,10 @@ def check_worst(name: str, worst: Mapping[str, str], available: Sequence[str]) -
         hint = f"did you mean {near[0]!r}?" if near else f"this recipe has {', '.join(worst) or 'none'}."
         raise UsageError(f"select.drop_worst: {name!r} is not a score of this recipe; {hint}")
     if worst[name] not in ("high", "low"):
-        raise UsageError(f"select.drop_worst: neither end of {name!r} is bad in itself. Use `where` with a bound of your own, or `order_by` and `keep`.")
+        raise UsageError(
+            f"select.drop_worst: neither end of {name!r} is bad in itself. "
+            "Use `where` with a bound of your own, or `order_by` and `keep`."
+        )
     if name not in available:
         raise UsageError(f"select.drop_worst: {name!r} has not been computed yet. Run `curate score RECIPE` first.")
 
@@ -324,10 +352,14 @@ def _check_groups(shares: Mapping[str, float], found: set[str | None], column: s
     names = {str(g) for g in found}
     strange = sorted(set(shares) - names)
     if strange:
-        raise UsageError(f"select.per.{column}: no row has {column} = {strange[0]!r}; found {', '.join(sorted(names)) or 'no rows'}.")
+        raise UsageError(
+            f"select.per.{column}: no row has {column} = {strange[0]!r}; found {', '.join(sorted(names)) or 'no rows'}."
+        )
     without = sorted(names - set(shares))
     if without and not spec.keep:
-        raise UsageError(f"select.per.{column}: no share for {without[0]!r}; give it one, or `keep` for all that are not named.")
+        raise UsageError(
+            f"select.per.{column}: no share for {without[0]!r}; give it one, or `keep` for all that are not named."
+        )
 
 
 def _quoted(name: str) -> str:
@@ -352,5 +384,9 @@ def _step(reason: str) -> str:
     """The step that dropped a row, for counting: the reason without its numbers."""
     for word in ("where", "worst", "beyond keep"):
         if reason.startswith(word):
-            return "unknown" if reason.endswith("is unknown") else {"where": "where", "worst": "drop_worst", "beyond keep": "keep"}[word]
+            return (
+                "unknown"
+                if reason.endswith("is unknown")
+                else {"where": "where", "worst": "drop_worst", "beyond keep": "keep"}[word]
+            )
     return "unknown"

@@ -59,8 +59,16 @@ class Store:
         self.shards = Shards(self.folder / "shards")
         if not self.database.path.exists():
             if not create:
-                found = "a file" if self.folder.is_file() else "a folder without curate.duckdb" if self.folder.is_dir() else "nothing"
-                raise StoreError(f"{self.folder}: no store there (found {found}). `curate run RECIPE` and `curate import` make one.")
+                found = (
+                    "a file"
+                    if self.folder.is_file()
+                    else "a folder without curate.duckdb"
+                    if self.folder.is_dir()
+                    else "nothing"
+                )
+                raise StoreError(
+                    f"{self.folder}: no store there (found {found}). `curate run RECIPE` and `curate import` make one."
+                )
             self._create()
         elif self.database.needs_migration():
             self.database.migrate()
@@ -85,7 +93,9 @@ class Store:
             found = one(con, "SELECT fingerprint FROM data.source_state WHERE source = ? AND role = ?", [source, role])
         return found is not None and found[0] == fingerprint
 
-    def add_source(self, source: str, fingerprint: str, records: Iterable[SourceRecord], *, role: Role = "train") -> Ingested:
+    def add_source(
+        self, source: str, fingerprint: str, records: Iterable[SourceRecord], *, role: Role = "train"
+    ) -> Ingested:
         """Read a source in: new rows are appended, and the source's earlier occurrences (of this role) are replaced, in one transaction.
 
         `records` is streamed to disk first, so the database is locked only for the transaction itself. Records with defects (row None) are
@@ -102,7 +112,9 @@ class Store:
         with self.database.read() as con:
             return query.dicts(con, "SELECT * FROM data.source_state ORDER BY read_at, source")
 
-    def row_ids_of(self, sources: Sequence[str] | None = None, *, kind: str | None = None, role: Role | None = None) -> list[str]:
+    def row_ids_of(
+        self, sources: Sequence[str] | None = None, *, kind: str | None = None, role: Role | None = None
+    ) -> list[str]:
         """The distinct rows that occur in these sources (all, if None), by position. Rows without text are in."""
         with self.database.read() as con:
             return [row_id for _, row_id in query.rows_of(con, sources, kind=kind, role=role)]
@@ -133,13 +145,18 @@ class Store:
         with self.database.read() as con:
             positions = query.positions(con, row_ids)
         if len(positions) and positions.min() < 0:
-            raise StoreError(f"{self.folder}: no row {row_ids[int(positions.argmin())]} in this store. Row ids: `curate sql STORE 'SELECT row_id FROM rows'`.")
+            raise StoreError(
+                f"{self.folder}: no row {row_ids[int(positions.argmin())]} in this store. "
+                "Row ids: `curate sql STORE 'SELECT row_id FROM rows'`."
+            )
         for start in range(0, len(row_ids), batch):
             with self.database.read() as con:
                 found = query.rows_at(con, positions[start : start + batch])
             yield from found
 
-    def occurrence_counts(self, row_ids: Sequence[str], sources: Sequence[str] | None = None, *, role: Role | None = None) -> np.ndarray:
+    def occurrence_counts(
+        self, row_ids: Sequence[str], sources: Sequence[str] | None = None, *, role: Role | None = None
+    ) -> np.ndarray:
         """(rows,) float64: how often each row occurs in these sources."""
         with self.database.read() as con:
             return query.occurrence_counts(con, row_ids, sources, role)
@@ -163,7 +180,8 @@ class Store:
             except OSError:
                 holder = self.measured_by()
                 raise StoreError(
-                    f"{self.folder}: process {holder or 'of another machine'} is measuring into this store. Wait for it (`curate status {self.folder}`), "
+                    f"{self.folder}: process {holder or 'of another machine'} is measuring into this store. "
+                    f"Wait for it (`curate status {self.folder}`), "
                     "or give this recipe a store of its own with --store."
                 ) from None
             lock.seek(0)
@@ -236,7 +254,9 @@ class Store:
     def measured_columns(self) -> dict[str, list[str]]:
         """measurement -> the names of its columns, for everything measured or imported."""
         with self.database.read() as con:
-            names = [row[0] for row in con.execute("SELECT DISTINCT measurement FROM data.measured ORDER BY 1").fetchall()]
+            names = [
+                row[0] for row in con.execute("SELECT DISTINCT measurement FROM data.measured ORDER BY 1").fetchall()
+            ]
             return {name: list(tables.columns_of(con, tables.table_of(name))) for name in names}
 
     def columns(self, fingerprint: str, names: Sequence[str], row_ids: Sequence[str]) -> dict[str, np.ndarray]:
@@ -247,7 +267,9 @@ class Store:
         series = self.series([fingerprint], names, row_ids)
         return {name: values[:, 0] for name, values in series.items()}
 
-    def series(self, fingerprints: Sequence[str | None], names: Sequence[str], row_ids: Sequence[str]) -> dict[str, np.ndarray]:
+    def series(
+        self, fingerprints: Sequence[str | None], names: Sequence[str], row_ids: Sequence[str]
+    ) -> dict[str, np.ndarray]:
         """name -> (rows, K) float64 for K fingerprints of one measurement, in their order; a fingerprint of None is all NaN."""
         with self.database.read() as con:
             return tables.series(con, fingerprints, names, row_ids)
@@ -305,9 +327,13 @@ class Store:
             con.execute("DELETE FROM data.dataset_values WHERE origin = ?", [origin])
             for value in values:
                 row = [origin, *(None if isinstance(v, float) and not np.isfinite(v) else v for v in astuple(value))]
-                con.execute(f"INSERT INTO data.dataset_values (origin, {VALUE_FIELDS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
+                con.execute(
+                    f"INSERT INTO data.dataset_values (origin, {VALUE_FIELDS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row
+                )
 
-    def write_selection(self, name: str, decisions: Decisions, *, recipe: str | None = None, spec: Mapping[str, Any] | None = None) -> Selection:
+    def write_selection(
+        self, name: str, decisions: Decisions, *, recipe: str | None = None, spec: Mapping[str, Any] | None = None
+    ) -> Selection:
         """Keep what was decided, in place of an earlier selection of this name."""
         with self.database.write() as con:
             tables.write_selection(con, name, decisions, recipe, spec)
@@ -321,21 +347,28 @@ class Store:
         if not chosen:
             names = ", ".join(s["name"] for s in found)
             wanted = f"no selection {name!r}" if name is not None else "no selection"
-            raise UsageError(f"{self.folder}: {wanted} in this store. " + (f"There are: {names}." if names else "Make one with `curate select RECIPE`."))
+            hint = f"There are: {names}." if names else "Make one with `curate select RECIPE`."
+            raise UsageError(f"{self.folder}: {wanted} in this store. {hint}")
         first = chosen[0]
-        return Selection(self, first["name"], first["recipe"], json.loads(first["spec"] or "{}"), json.loads(first["counts"]), first["created"])
+        spec, counts = json.loads(first["spec"] or "{}"), json.loads(first["counts"])
+        return Selection(self, first["name"], first["recipe"], spec, counts, first["created"])
 
     def begin_run(self, recipe: str, command: str, version: str) -> int:
         """Note the start of a command; returns the run's id. Unfinished runs whose process is gone are marked as killed."""
         host, pid = socket.gethostname(), os.getpid()
         with self.database.write() as con:
-            open_runs = con.execute("SELECT id, pid FROM data.runs WHERE outcome IS NULL AND host = ?", [host]).fetchall()
+            open_runs = con.execute(
+                "SELECT id, pid FROM data.runs WHERE outcome IS NULL AND host = ?", [host]
+            ).fetchall()
             for run, other in open_runs:
                 if not _alive(other):
-                    con.execute("UPDATE data.runs SET outcome = 'killed', finished = now()::TIMESTAMP WHERE id = ?", [run])
+                    con.execute(
+                        "UPDATE data.runs SET outcome = 'killed', finished = now()::TIMESTAMP WHERE id = ?", [run]
+                    )
             run = con.execute("SELECT coalesce(max(id), 0) + 1 FROM data.runs").fetchall()[0][0]
             con.execute(
-                "INSERT INTO data.runs VALUES (?, ?, ?, ?, now()::TIMESTAMP, NULL, NULL, NULL, NULL, ?, ?)", [run, recipe, command, version, host, pid]
+                "INSERT INTO data.runs VALUES (?, ?, ?, ?, now()::TIMESTAMP, NULL, NULL, NULL, NULL, ?, ?)",
+                [run, recipe, command, version, host, pid],
             )
         return int(run)
 
@@ -350,7 +383,12 @@ class Store:
     # ---- reading ------------------------------------------------------------------------------------------------------------------------
 
     def sql(
-        self, text: str, params: Sequence[Any] | Mapping[str, Any] | None = None, *, recipe: str | None = None, source: str | Sequence[str] | None = None
+        self,
+        text: str,
+        params: Sequence[Any] | Mapping[str, Any] | None = None,
+        *,
+        recipe: str | None = None,
+        source: str | Sequence[str] | None = None,
     ) -> pl.DataFrame:
         """Query the views; reading only. recipe, source: narrow every view to a recipe (its sources, scores and fingerprints) or to sources.
 
@@ -375,7 +413,12 @@ class Store:
         """What is in the store: counts by table, sources, measurements with rows done, shards not taken in yet, runs, who is measuring."""
         with self.database.read() as con:
             found = query.status(con)
-        return {"folder": str(self.folder), **found, "shards_pending": len(self.shards.pending()), "measured_by_process": self.measured_by()}
+        return {
+            "folder": str(self.folder),
+            **found,
+            "shards_pending": len(self.shards.pending()),
+            "measured_by_process": self.measured_by(),
+        }
 
 
 def _alive(pid: int) -> bool:

@@ -90,13 +90,18 @@ class Database:
             with _explained(self.path):
                 con = duckdb.connect(str(new))
                 con.execute(SCHEMA)
-                con.execute("INSERT INTO data.meta VALUES ('schema_version', ?), ('created_by', ?)", [str(SCHEMA_VERSION), created_by])
+                con.execute(
+                    "INSERT INTO data.meta VALUES ('schema_version', ?), ('created_by', ?)",
+                    [str(SCHEMA_VERSION), created_by],
+                )
                 con.close()
             os.link(new, self.path)
         except FileExistsError:
             return False  # another process was faster
         except OSError as error:
-            raise StoreError(f"{self.path}: cannot be made ({error.strerror}). Check the folder and its free space.") from None
+            raise StoreError(
+                f"{self.path}: cannot be made ({error.strerror}). Check the folder and its free space."
+            ) from None
         finally:
             new.unlink(missing_ok=True)
         return True
@@ -161,7 +166,8 @@ class Database:
                 return duckdb.connect(str(self.path), read_only=read_only)
             except duckdb.ConnectionException:
                 raise StoreError(
-                    f"{self.path}: this process has it open through a DuckDB connection of its own. Close that connection first, or query with Store.sql."
+                    f"{self.path}: this process has it open through a DuckDB connection of its own. "
+                    "Close that connection first, or query with Store.sql."
                 ) from None
             except duckdb.Error as error:
                 text = str(error)
@@ -172,7 +178,8 @@ class Database:
             waited = time.monotonic() - start
             if waited > patience:
                 raise StoreError(
-                    f"{self.path}: {who} has had it open for {waited:.0f} s. Close it there (a notebook or a DuckDB shell, perhaps), then run this again."
+                    f"{self.path}: {who} has had it open for {waited:.0f} s. "
+                    "Close it there (a notebook or a DuckDB shell, perhaps), then run this again."
                 )
             if waited > 1 and not said and self.on_wait:
                 self.on_wait(f"waiting for {self.path}: {who} has it open")
@@ -186,7 +193,9 @@ class Database:
         except duckdb.CatalogException:
             found = None
         if found is None:
-            raise StoreError(f"{self.path} is a DuckDB database but not a store of curate. Name another folder with --store.")
+            raise StoreError(
+                f"{self.path} is a DuckDB database but not a store of curate. Name another folder with --store."
+            )
         return int(found[0])
 
     def _check_version(self, con: Connection) -> None:
@@ -197,7 +206,8 @@ class Database:
         by = f" (made by curate {made[0]})" if made else ""
         if version > SCHEMA_VERSION:
             raise StoreError(
-                f"{self.path} is a store of version {version}{by}, this curate reads version {SCHEMA_VERSION}. Upgrade: pip install -U curate-dynamics."
+                f"{self.path} is a store of version {version}{by}, this curate reads version {SCHEMA_VERSION}. "
+                "Upgrade: pip install -U curate-dynamics."
             )
         raise StoreError(
             f"{self.path} is a store of the older version {version}{by}, this curate needs version {SCHEMA_VERSION}. Nothing was changed. Rename "
@@ -221,14 +231,22 @@ def _explain(error: duckdb.Error, path: Path) -> Exception:
     text = str(error)
     first = text.splitlines()[0]
     if "no space left" in text.lower() or "not enough space" in text.lower() or "disk quota" in text.lower():
-        return StoreError(f"{path}: the disk is full. Nothing was lost; free some space and run the same command again. ({first})")
-    if "corrupt" in text.lower() or "not a valid duckdb" in text.lower() or isinstance(error, duckdb.SerializationException):
+        return StoreError(
+            f"{path}: the disk is full. Nothing was lost; free some space and run the same command again. ({first})"
+        )
+    if (
+        "corrupt" in text.lower()
+        or "not a valid duckdb" in text.lower()
+        or isinstance(error, duckdb.SerializationException)
+    ):
         return StoreError(
             f"{path} is damaged ({first}). Rename it and run the recipe again: rows come from the sources, and finished measurements from "
             f"{path.parent.name}/shards; only what was imported has to be imported again."
         )
     if isinstance(error, duckdb.IOException):
-        return StoreError(f"{path}: cannot be read or written ({first}). Check that the file exists and that you may write it.")
+        return StoreError(
+            f"{path}: cannot be read or written ({first}). Check that the file exists and that you may write it."
+        )
     if isinstance(error, duckdb.OutOfMemoryException):
         return StoreError(f"{path}: not enough memory for this ({first}). Ask for fewer rows or columns at a time.")
     return error

@@ -60,10 +60,14 @@ def rows_of(
         conditions.append("r.prompt IS NOT NULL")
         found = one(con, "SELECT measurement FROM data.measured WHERE fingerprint = ?", [without])
         if found:
-            conditions.append(f"r.row_id NOT IN (SELECT row_id FROM data.{quote(table_of(found[0]))} WHERE fingerprint = ?)")
+            conditions.append(
+                f"r.row_id NOT IN (SELECT row_id FROM data.{quote(table_of(found[0]))} WHERE fingerprint = ?)"
+            )
             params.append(without)
     where = f"WHERE {' AND '.join(conditions)}" if conditions else ""
-    found_rows = con.sql(f"SELECT r.position, r.row_id FROM data.rows r {where} ORDER BY r.position", params=params).to_arrow_table()
+    found_rows = con.sql(
+        f"SELECT r.position, r.row_id FROM data.rows r {where} ORDER BY r.position", params=params
+    ).to_arrow_table()
     return list(zip(found_rows.column(0).to_pylist(), found_rows.column(1).to_pylist(), strict=True))
 
 
@@ -89,7 +93,9 @@ def rows_at(con: Connection, wanted: np.ndarray) -> list[Row | None]:
     return [_row(*values[1:]) for values in found]
 
 
-def _row(kind: str, style: Any, prompt: Any, chosen: Any, rejected: Any, completion: Any, answer: Any, label: Any) -> Row | None:
+def _row(
+    kind: str, style: Any, prompt: Any, chosen: Any, rejected: Any, completion: Any, answer: Any, label: Any
+) -> Row | None:
     if prompt is None:
         return None
     first = text_from_column(prompt, style)
@@ -101,7 +107,9 @@ def _row(kind: str, style: Any, prompt: Any, chosen: Any, rejected: Any, complet
     return Example(first, text_from_column(completion, style), answer, label)
 
 
-def occurrence_counts(con: Connection, row_ids: Sequence[str], sources: Sequence[str] | None, role: str | None) -> np.ndarray:
+def occurrence_counts(
+    con: Connection, row_ids: Sequence[str], sources: Sequence[str] | None, role: str | None
+) -> np.ndarray:
     """See `Store.occurrence_counts`."""
     result = np.zeros(len(row_ids))
     ids_view(con, row_ids)
@@ -120,8 +128,14 @@ def run(con: Connection, text: str, params: Sequence[Any] | Mapping[str, Any] | 
     """A user's query to polars. Raises UsageError for what is wrong in it."""
     try:
         for statement in con.extract_statements(text):
-            if statement.type not in (duckdb.StatementType.SELECT, duckdb.StatementType.EXPLAIN, duckdb.StatementType.PRAGMA):
-                raise UsageError("a store is only read through SQL: use SELECT. What a store keeps is written by curate's own commands.")
+            if statement.type not in (
+                duckdb.StatementType.SELECT,
+                duckdb.StatementType.EXPLAIN,
+                duckdb.StatementType.PRAGMA,
+            ):
+                raise UsageError(
+                    "a store is only read through SQL: use SELECT. What a store keeps is written by curate's own commands."
+                )
         relation = con.sql(text, params=params) if params else con.sql(text)
         if relation is None:
             raise UsageError("expected a query that returns rows, such as SELECT row_id FROM rows LIMIT 5.")
@@ -138,22 +152,34 @@ def explain(con: Connection, error: duckdb.Error) -> UsageError | None:
     text = str(error)
     first = text.splitlines()[0]
     if "read-only mode" in text:
-        return UsageError("a store is only read through SQL: use SELECT. What a store keeps is written by curate's own commands.")
-    column = re.search(r'Referenced column "([^"]+)"|does not have a column named "([^"]+)"|column named "([^"]+)"', text)
+        return UsageError(
+            "a store is only read through SQL: use SELECT. What a store keeps is written by curate's own commands."
+        )
+    column = re.search(
+        r'Referenced column "([^"]+)"|does not have a column named "([^"]+)"|column named "([^"]+)"', text
+    )
     if isinstance(error, duckdb.BinderException) and column:
         name = next(g for g in column.groups() if g)
-        listed = "SELECT DISTINCT column_name FROM duckdb_columns() WHERE schema_name = 'main' OR database_name = 'temp'"
+        listed = (
+            "SELECT DISTINCT column_name FROM duckdb_columns() WHERE schema_name = 'main' OR database_name = 'temp'"
+        )
         names = [row[0] for row in con.execute(listed).fetchall()]
         near = difflib.get_close_matches(name.lower(), [n.lower() for n in names], 3, 0.6)
         shown = [n for m in near for n in names if n.lower() == m]
-        hint = f"The nearest: {', '.join(dict.fromkeys(shown))}." if shown else "`curate sql STORE 'DESCRIBE scored'` lists the columns."
+        hint = (
+            f"The nearest: {', '.join(dict.fromkeys(shown))}."
+            if shown
+            else "`curate sql STORE 'DESCRIBE scored'` lists the columns."
+        )
         return UsageError(f"no column {name!r}. {hint}")
     table = re.search(r"Table with name (\S+) does not exist", text)
     if isinstance(error, duckdb.CatalogException) and table:
         near = difflib.get_close_matches(table[1].lower(), VIEWS, 1)
         hint = f"Did you mean {near[0]}?" if near else f"There are: {', '.join(VIEWS)}."
         return UsageError(f"no view {table[1]!r} in a store. {hint}")
-    if isinstance(error, duckdb.ProgrammingError | duckdb.DataError | duckdb.NotSupportedError | duckdb.InvalidInputException):
+    if isinstance(
+        error, duckdb.ProgrammingError | duckdb.DataError | duckdb.NotSupportedError | duckdb.InvalidInputException
+    ):
         line = re.search(r"^LINE \d+: .*$", text, re.M)
         return UsageError(f"{first}{' ' + line[0] if line else ''}")
     return None
@@ -163,11 +189,17 @@ def find_row(con: Connection, text: str, folder: str) -> str:
     """See `Store.find_row`."""
     source, colon, index = text.rpartition(":")
     if colon and index.isdigit():
-        found = con.execute("SELECT DISTINCT row_id FROM data.occurrences WHERE source = ? AND index = ?", [source, int(index)]).fetchall()
+        found = con.execute(
+            "SELECT DISTINCT row_id FROM data.occurrences WHERE source = ? AND index = ?", [source, int(index)]
+        ).fetchall()
         known = [row[0] for row in con.execute("SELECT DISTINCT source FROM data.occurrences").fetchall()]
         hint = f"Sources are: {', '.join(known)}."
     else:
-        found = con.execute("SELECT row_id FROM data.rows WHERE starts_with(row_id, ?) LIMIT 3", [text]).fetchall() if len(text) >= 6 else []
+        found = (
+            con.execute("SELECT row_id FROM data.rows WHERE starts_with(row_id, ?) LIMIT 3", [text]).fetchall()
+            if len(text) >= 6
+            else []
+        )
         hint = "Give a row id, 6 or more of its first digits, or source:index."
     if len(found) == 1:
         return str(found[0][0])
@@ -179,7 +211,9 @@ def status(con: Connection) -> dict[str, Any]:
     measured = dicts(con, "SELECT * EXCLUDE (params) FROM data.measured ORDER BY run, step, created")
     counts: dict[str, int] = {}
     for table in sorted({table_of(m["measurement"]) for m in measured}):
-        counts.update(con.execute(f"SELECT fingerprint, count(*) FROM data.{quote(table)} GROUP BY fingerprint").fetchall())
+        counts.update(
+            con.execute(f"SELECT fingerprint, count(*) FROM data.{quote(table)} GROUP BY fingerprint").fetchall()
+        )
     for m in measured:
         m["n_rows"] = counts.get(m["fingerprint"], 0)
     n_rows, n_text = con.execute("SELECT count(*), count(prompt) FROM data.rows").fetchall()[0]

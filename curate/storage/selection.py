@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from curate.errors import StoreError
+from curate.rows import content_id
 from curate.storage import query
 from curate.storage.database import Connection, one, quote
 from curate.storage.entries import SelectedRow
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from curate.store import Store
 
 BATCH = 20_000
+Occurrence = tuple[str | None, int | None, dict[str, Any]]  # source, index, the user's columns
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,8 @@ class Selection:
     def table(self) -> pl.DataFrame:
         """row_id, kept, rank, reason: one line a row, by position."""
         return self.store.sql(
-            "SELECT row_id, kept, rank, reason FROM data.decisions JOIN data.rows USING (row_id) WHERE selection = ? ORDER BY position", [self.name]
+            "SELECT row_id, kept, rank, reason FROM data.decisions JOIN data.rows USING (row_id) WHERE selection = ? ORDER BY position",
+            [self.name],
         )
 
     def kept(self, columns: Sequence[str] = ()) -> Iterator[SelectedRow]:
@@ -57,12 +60,24 @@ class Selection:
             yield from self._rows(table.filter(pl.col("kept")), columns, first=False, skip_first=True)
 
     def to_dataset(self, columns: Sequence[str] = ()) -> Any:
-        """The kept rows as a `datasets.Dataset` in the style they came in. Raises StoreError for rows that have no text here."""
-        from curate.data import to_dataset
+        """The kept rows as a `datasets.Dataset` of TRL's columns, in the style they came in, memory-mapped from `<store>/datasets`.
 
-        return to_dataset(map(require_text, self.kept(columns)))
+        Raises ValidationError for rows that have no text here, or of which some are text and some messages.
+        """
+        from curate.data.exported import ExportRow
+        from curate.data.selected import to_dataset
 
-    def _rows(self, decided: pl.DataFrame, columns: Sequence[str], *, first: bool, skip_first: bool = False) -> Iterator[SelectedRow]:
+        folder = (
+            self.store.folder
+            / "datasets"
+            / (re.sub(r"\W+", "-", self.name).strip("-") + "-" + content_id(self.name)[:6])
+        )
+        folder.parent.mkdir(exist_ok=True)
+        return to_dataset((ExportRow(kept.row, kept.row_id, kept.columns) for kept in self.kept(columns)), folder)
+
+    def _rows(
+        self, decided: pl.DataFrame, columns: Sequence[str], *, first: bool, skip_first: bool = False
+    ) -> Iterator[SelectedRow]:
         names = [n for n in dict.fromkeys(columns) if n != "row_id"]
         if names:
             picked = ", ".join(f"s.{quote(n)} AS {quote(f'+{n}')}" for n in names)
@@ -78,9 +93,13 @@ class Selection:
             for row, line in zip(rows, part.iter_rows(named=True), strict=True):
                 row_id = line["row_id"]
                 asked = {n: line[f"+{n}"] for n in names}
-                occurrences = found.get(row_id) or [(None, None, {})]
+                occurrences: list[Occurrence] = found.get(row_id) or [(None, None, {})]
                 for source, index, own in occurrences[1:] if skip_first else occurrences[:1] if first else occurrences:
-                    why = f"duplicate of {row_id}, which is kept from {occurrences[0][0]}:{occurrences[0][1]}" if skip_first else line["reason"]
+                    why = (
+                        f"duplicate of {row_id}, which is kept from {occurrences[0][0]}:{occurrences[0][1]}"
+                        if skip_first
+                        else line["reason"]
+                    )
                     yield SelectedRow(row_id, row, source, index, {**own, **asked}, line["rank"], why)
 
     def _sources(self, con: Connection) -> list[str] | None:
@@ -90,26 +109,19 @@ class Selection:
         return list(found[0]) if found and found[0] else None
 
 
-def _occurrences(con: Connection, row_ids: Sequence[str], sources: list[str] | None) -> dict[str, list[tuple[str, int, dict[str, Any]]]]:
+def _occurrences(con: Connection, row_ids: Sequence[str], sources: list[str] | None) -> dict[str, list[Occurrence]]:
     """row_id -> its training occurrences in reading order: source, index, the user's columns."""
     ids_view(con, row_ids)
     narrowed = "" if sources is None else "AND list_contains(?, o.source)"
     found = query.dicts(
         con,
-        f"SELECT o.row_id, o.source, o.index, o.columns FROM data.occurrences o JOIN wanted_ids USING (row_id) WHERE o.role = 'train' {narrowed} ORDER BY o.seq",
+        "SELECT o.row_id, o.source, o.index, o.columns FROM data.occurrences o JOIN wanted_ids USING (row_id) "
+        f"WHERE o.role = 'train' {narrowed} ORDER BY o.seq",
         [] if sources is None else [sources],
     )
-    result: dict[str, list[tuple[str, int, dict[str, Any]]]] = {}
+    result: dict[str, list[Occurrence]] = {}
     for line in found:
-        result.setdefault(line["row_id"], []).append((line["source"], line["index"], json.loads(line["columns"] or "{}")))
-    return result
-
-
-def require_text(selected: SelectedRow) -> SelectedRow:
-    """Raises StoreError for a row known only by somebody else's id."""
-    if selected.row is None:
-        raise StoreError(
-            f"row {selected.row_id} is known only by somebody else's id ({selected.source}:{selected.index}); it has no text to export. "
-            "Read its source into the store first, and import by index."
+        result.setdefault(line["row_id"], []).append(
+            (line["source"], line["index"], json.loads(line["columns"] or "{}"))
         )
-    return selected
+    return result

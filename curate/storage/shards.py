@@ -27,7 +27,15 @@ from curate.rows import content_id
 from curate.storage.entries import Measured
 
 RECORD = b"curate.measured"
-SAMPLE = pa.struct([("text", pa.string()), ("correct", pa.bool_()), ("n_tokens", pa.int32()), ("logp", pa.float64()), ("finished", pa.bool_())])
+SAMPLE = pa.struct(
+    [
+        ("text", pa.string()),
+        ("correct", pa.bool_()),
+        ("n_tokens", pa.int32()),
+        ("logp", pa.float64()),
+        ("finished", pa.bool_()),
+    ]
+)
 
 
 def arrow_column(values: Any) -> pa.Array:
@@ -82,12 +90,17 @@ class Shards:
         samples: Sequence[Sequence[Any]] | None = None,
     ) -> Path:
         """Write one shard; when this returns it is on disk for good. Raises StoreError when the disk is full, leaving no trace."""
-        arrays = {"row_id": pa.array(list(row_ids), pa.string()), **{name: arrow_column(values) for name, values in columns.items()}}
+        arrays = {
+            "row_id": pa.array(list(row_ids), pa.string()),
+            **{name: arrow_column(values) for name, values in columns.items()},
+        }
         if samples is not None:
             arrays["samples"] = pa.array([[_sample(s) for s in row] for row in samples], pa.list_(SAMPLE))
         for name, array in arrays.items():
             if len(array) != len(row_ids):
-                raise ValueError(f"shard of {measured.measurement}: {name} has {len(array)} values for {len(row_ids)} rows")
+                raise ValueError(
+                    f"shard of {measured.measurement}: {name} has {len(array)} values for {len(row_ids)} rows"
+                )
         table = pa.table(arrays).replace_schema_metadata({RECORD: measured.to_json().encode()})
         name = f"{measured.fingerprint}-{index:06d}-{content_id(list(row_ids))[:8]}.parquet"
         path = self.pending_folder / name
@@ -111,7 +124,7 @@ class Shards:
 
     def sweep(self) -> list[str]:
         """Remove what a killed process left half-written. Only for the one process that measures. Returns the names removed."""
-        left = [p for p in self.folder.glob("**/*.tmp")]
+        left = list(self.folder.glob("**/*.tmp"))
         for path in left:
             path.unlink(missing_ok=True)
         return [p.name for p in left]
@@ -145,7 +158,9 @@ def write_parquet(table: pa.Table, path: Path) -> None:
             os.close(folder)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise StoreError(f"{path.parent}: the disk is full. What was finished is kept; free some space and run the same command again.") from None
+            raise StoreError(
+                f"{path.parent}: the disk is full. What was finished is kept; free some space and run the same command again."
+            ) from None
         raise StoreError(f"{path.parent}: cannot write there ({error.strerror or error}).") from None
     finally:
         temporary.unlink(missing_ok=True)

@@ -34,7 +34,9 @@ STAGED = pa.schema(
 )
 
 
-def add(folder: Path, database: Database, source: str, fingerprint: str, records: Iterable[SourceRecord], *, role: Role) -> Ingested:
+def add(
+    folder: Path, database: Database, source: str, fingerprint: str, records: Iterable[SourceRecord], *, role: Role
+) -> Ingested:
     """See `Store.add_source`."""
     types: dict[str, str] = {}
     bad = 0
@@ -82,7 +84,9 @@ def add_foreign(folder: Path, database: Database, source: str, keys: Sequence[An
         _stage(staging, lines)
         with database.write() as con:
             _ingest(con, staging, source, "train", replace=False)
-            known = con.execute("SELECT count(*) FROM data.source_columns WHERE source = ? AND name = 'key'", [source]).fetchall()
+            known = con.execute(
+                "SELECT count(*) FROM data.source_columns WHERE source = ? AND name = 'key'", [source]
+            ).fetchall()
             if not known[0][0]:
                 con.execute("INSERT INTO data.source_columns VALUES (?, 'train', 0, 'key', 'VARCHAR')", [source])
             from curate.storage import views
@@ -97,7 +101,17 @@ def row_columns(row: Pair | Example) -> tuple[Any, ...]:
     """A row as the values of ROW_COLUMNS."""
     prompt = text_to_column(row.prompt)
     if isinstance(row, Pair):
-        return (row.row_id, row.kind, row.style, prompt, text_to_column(row.chosen), text_to_column(row.rejected), None, None, None)
+        return (
+            row.row_id,
+            row.kind,
+            row.style,
+            prompt,
+            text_to_column(row.chosen),
+            text_to_column(row.rejected),
+            None,
+            None,
+            None,
+        )
     return (row.row_id, row.kind, row.style, prompt, None, None, text_to_column(row.completion), row.answer, row.label)
 
 
@@ -145,7 +159,9 @@ def _staging(folder: Path) -> Path:
         (folder / "staging").mkdir(exist_ok=True)
         return Path(tempfile.mkdtemp(prefix=f"{os.getpid()}-", dir=folder / "staging"))
     except OSError as error:
-        raise StoreError(f"{folder}: cannot write there ({error.strerror}). Free some space or choose another folder with --store.") from None
+        raise StoreError(
+            f"{folder}: cannot write there ({error.strerror}). Free some space or choose another folder with --store."
+        ) from None
 
 
 def _stage(staging: Path, lines: Iterable[tuple[Any, ...]]) -> int:
@@ -163,7 +179,7 @@ def _stage(staging: Path, lines: Iterable[tuple[Any, ...]]) -> int:
 
 
 def _write(staging: Path, batch: list[tuple[Any, ...]]) -> None:
-    values = list(zip(*batch, strict=True)) if batch else [[] for _ in STAGED]
+    values: list[Any] = list(zip(*batch, strict=True)) if batch else [[] for _ in STAGED]
     arrays = []
     for field, column in zip(STAGED, values, strict=True):
         try:

@@ -24,7 +24,18 @@ from curate.storage.shards import arrow_column, read_shard
 if TYPE_CHECKING:
     from curate.select import Decisions
 
-MEASURED = ("fingerprint", "measurement", "reads", "model", "model_fingerprint", "run", "checkpoint", "step", "engine", "params")
+MEASURED = (
+    "fingerprint",
+    "measurement",
+    "reads",
+    "model",
+    "model_fingerprint",
+    "run",
+    "checkpoint",
+    "step",
+    "engine",
+    "params",
+)
 
 
 def table_of(measurement: str) -> str:
@@ -36,7 +47,8 @@ def table_of(measurement: str) -> str:
 def columns_of(con: Connection, table: str) -> dict[str, str]:
     """name -> SQL type of a table's columns, without fingerprint and row_id; {} when there is no such table."""
     found = con.execute(
-        "SELECT column_name, data_type FROM duckdb_columns() WHERE schema_name = 'data' AND table_name = ? ORDER BY column_index", [table]
+        "SELECT column_name, data_type FROM duckdb_columns() WHERE schema_name = 'data' AND table_name = ? ORDER BY column_index",
+        [table],
     ).fetchall()
     return {name: kind for name, kind in found if name not in ("fingerprint", "row_id")}
 
@@ -60,9 +72,12 @@ def measured(con: Connection, wanted: Mapping[str, Any]) -> list[Measured]:
         raise UsageError(f"no field {unknown[0]!r} of a measurement; there are {', '.join(MEASURED)}.")
     where = " AND ".join(f"{name} IS NOT DISTINCT FROM ?" for name in wanted) or "true"
     found = con.execute(
-        f"SELECT {', '.join(MEASURED)} FROM data.measured WHERE {where} ORDER BY run, step NULLS FIRST, created, fingerprint", list(wanted.values())
+        f"SELECT {', '.join(MEASURED)} FROM data.measured WHERE {where} ORDER BY run, step NULLS FIRST, created, fingerprint",
+        list(wanted.values()),
     ).fetchall()
-    return [Measured(*row[:-1], params=json.loads(row[-1] or "{}")) for row in found]
+    return [
+        Measured(**{**dict(zip(MEASURED, row, strict=True)), "params": json.loads(row[-1] or "{}")}) for row in found
+    ]
 
 
 def ingest(con: Connection, paths: Sequence[Path]) -> bool:
@@ -96,9 +111,14 @@ def ingest(con: Connection, paths: Sequence[Path]) -> bool:
 
 def put(con: Connection, measurement: str, values: pa.Table) -> None:
     """A table with fingerprint, row_id and columns into the measurement's table."""
-    arrays = {name: values[name] if name in ("fingerprint", "row_id") else arrow_column(values[name]) for name in values.column_names}
+    arrays = {
+        name: values[name] if name in ("fingerprint", "row_id") else arrow_column(values[name])
+        for name in values.column_names
+    }
     con.register("values_view", pa.table(arrays))
-    con.execute("CREATE OR REPLACE TEMP TABLE incoming AS SELECT * FROM values_view QUALIFY row_number() OVER (PARTITION BY fingerprint, row_id) = 1")
+    con.execute(
+        "CREATE OR REPLACE TEMP TABLE incoming AS SELECT * FROM values_view QUALIFY row_number() OVER (PARTITION BY fingerprint, row_id) = 1"
+    )
     con.unregister("values_view")
     _merge(con, table_of(measurement), "incoming")
     con.execute("DROP TABLE incoming")
@@ -112,7 +132,9 @@ def _merge(con: Connection, table: str, incoming: str) -> bool:
         if name not in ("fingerprint", "row_id")
     }
     there = columns_of(con, table)
-    exists = con.execute("SELECT count(*) FROM duckdb_tables() WHERE schema_name = 'data' AND table_name = ?", [table]).fetchall()[0][0]
+    exists = con.execute(
+        "SELECT count(*) FROM duckdb_tables() WHERE schema_name = 'data' AND table_name = ?", [table]
+    ).fetchall()[0][0]
     if not exists:
         con.execute(f"CREATE TABLE data.{quote(table)} (fingerprint VARCHAR, row_id VARCHAR)")
     lower = {name.lower(): name for name in there}
@@ -125,7 +147,9 @@ def _merge(con: Connection, table: str, incoming: str) -> bool:
             con.execute(f"ALTER TABLE data.{quote(table)} ALTER COLUMN {quote(name)} TYPE VARCHAR")
             changed = True
     same = "t.fingerprint = i.fingerprint AND t.row_id = i.row_id"
-    overlap = con.execute(f"SELECT count(*) FROM {incoming} i WHERE EXISTS (FROM data.{quote(table)} t WHERE {same})").fetchall()[0][0]
+    overlap = con.execute(
+        f"SELECT count(*) FROM {incoming} i WHERE EXISTS (FROM data.{quote(table)} t WHERE {same})"
+    ).fetchall()[0][0]
     if overlap and arriving:
         sets = ", ".join(f"{quote(n)} = i.{quote(n)}" for n in arriving)
         con.execute(f"UPDATE data.{quote(table)} t SET {sets} FROM {incoming} i WHERE {same}")
@@ -141,7 +165,9 @@ def _column_type(kind: str) -> str:
 
 
 def _ingest_samples(con: Connection, fingerprint: str, source: str) -> None:
-    con.execute(f"DELETE FROM data.samples WHERE fingerprint = {literal(fingerprint)} AND row_id IN (SELECT row_id FROM {source})")
+    con.execute(
+        f"DELETE FROM data.samples WHERE fingerprint = {literal(fingerprint)} AND row_id IN (SELECT row_id FROM {source})"
+    )
     con.execute(
         f"INSERT INTO data.samples SELECT {literal(fingerprint)}, row_id, i::INTEGER - 1, s.text, s.correct, s.n_tokens, s.logp, s.finished FROM "
         f"(SELECT row_id, unnest(samples) AS s, generate_subscripts(samples, 1) AS i FROM "
@@ -151,14 +177,18 @@ def _ingest_samples(con: Connection, fingerprint: str, source: str) -> None:
 
 def ids_view(con: Connection, row_ids: Sequence[str], name: str = "wanted_ids") -> None:
     """Make `row_ids` queryable as a table (i, row_id)."""
-    con.register(name, pa.table({"i": pa.array(np.arange(len(row_ids))), "row_id": pa.array(list(row_ids), pa.string())}))
+    con.register(
+        name, pa.table({"i": pa.array(np.arange(len(row_ids))), "row_id": pa.array(list(row_ids), pa.string())})
+    )
 
 
 def _table_with(con: Connection, fingerprints: Sequence[str | None], names: Sequence[str]) -> str | None:
     """The one table where these fingerprints' columns are; None where nothing of them was ever measured."""
     known = [f for f in fingerprints if f is not None]
     marks = ", ".join("?" * len(known)) or "NULL"
-    found = con.execute(f"SELECT DISTINCT measurement FROM data.measured WHERE fingerprint IN ({marks})", known).fetchall()
+    found = con.execute(
+        f"SELECT DISTINCT measurement FROM data.measured WHERE fingerprint IN ({marks})", known
+    ).fetchall()
     if len(found) > 1:
         raise ValueError(f"one measurement at a time, found {sorted(f[0] for f in found)}")
     if not found:
@@ -173,7 +203,9 @@ def _table_with(con: Connection, fingerprints: Sequence[str | None], names: Sequ
     return table
 
 
-def series(con: Connection, fingerprints: Sequence[str | None], names: Sequence[str], row_ids: Sequence[str]) -> dict[str, np.ndarray]:
+def series(
+    con: Connection, fingerprints: Sequence[str | None], names: Sequence[str], row_ids: Sequence[str]
+) -> dict[str, np.ndarray]:
     """See `Store.series`."""
     result = {name: np.full((len(row_ids), len(fingerprints)), np.nan) for name in names}
     table = _table_with(con, fingerprints, names)
@@ -202,7 +234,11 @@ def texts(con: Connection, fingerprint: str, name: str, row_ids: Sequence[str]) 
     table = _table_with(con, [fingerprint], [name])
     if table is not None and len(row_ids):
         ids_view(con, row_ids)
-        query = f"SELECT i, {quote(name)}::VARCHAR FROM data.{quote(table)} JOIN wanted_ids USING (row_id) WHERE fingerprint = ? AND {quote(name)} IS NOT NULL"
+        column = quote(name)
+        query = (
+            f"SELECT i, {column}::VARCHAR FROM data.{quote(table)} JOIN wanted_ids USING (row_id) "
+            f"WHERE fingerprint = ? AND {column} IS NOT NULL"
+        )
         for i, value in con.execute(query, [fingerprint]).fetchall():
             result[i] = value
     return result
@@ -219,7 +255,9 @@ def samples(con: Connection, fingerprint: str, row_ids: Sequence[str]) -> list[l
     return result
 
 
-def register_recipe(con: Connection, name: str, text: str, sources: Sequence[str], uses: Sequence[str], plain: Sequence[str]) -> None:
+def register_recipe(
+    con: Connection, name: str, text: str, sources: Sequence[str], uses: Sequence[str], plain: Sequence[str]
+) -> None:
     """See `Store.register_recipe`."""
     of = dict(con.execute("SELECT fingerprint, measurement FROM data.measured").fetchall())
     named = [of[f] for f in plain if f in of]
@@ -238,15 +276,22 @@ def write_scores(con: Connection, recipe: str, row_ids: Sequence[str], scores: M
     """See `Store.write_scores`."""
     found = one(con, "SELECT scores_table FROM data.recipes WHERE name = ?", [recipe])
     if found is None:
-        raise StoreError(f"no recipe {recipe!r} is registered in this store; `curate run` does that before it writes scores.")
-    arrays = {"row_id": pa.array(list(row_ids), pa.string()), **{name: arrow_column(values) for name, values in scores.items()}}
+        raise StoreError(
+            f"no recipe {recipe!r} is registered in this store; `curate run` does that before it writes scores."
+        )
+    arrays = {
+        "row_id": pa.array(list(row_ids), pa.string()),
+        **{name: arrow_column(values) for name, values in scores.items()},
+    }
     con.register("scores_view", pa.table(arrays))
     con.execute(f"CREATE OR REPLACE TABLE data.{quote(found[0])} AS SELECT * FROM scores_view")
     con.unregister("scores_view")
     con.execute("UPDATE data.recipes SET updated = now()::TIMESTAMP WHERE name = ?", [recipe])
 
 
-def write_selection(con: Connection, name: str, decisions: Decisions, recipe: str | None, spec: Mapping[str, Any] | None) -> None:
+def write_selection(
+    con: Connection, name: str, decisions: Decisions, recipe: str | None, spec: Mapping[str, Any] | None
+) -> None:
     """See `Store.write_selection`."""
     con.execute("DELETE FROM data.selections WHERE name = ?", [name])
     con.execute("DELETE FROM data.decisions WHERE selection = ?", [name])

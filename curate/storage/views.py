@@ -17,11 +17,33 @@ from curate.storage.database import Connection, literal, quote
 from curate.storage.tables import columns_of, table_of
 
 FIRST = "1152921504606846976"  # 2**60: a held-out occurrence comes after every training one
-TRAJECTORY = {"n_samples": "DOUBLE", "n_correct": "DOUBLE", "accuracy": "DOUBLE", "target_nll": "DOUBLE", "trained": "BOOLEAN"}
-BASE = ("row_id", "kind", "source", "prompt", "chosen", "rejected", "completion", "answer", "label", "style", "role", "n_occurrences", "position")
+TRAJECTORY = {
+    "n_samples": "DOUBLE",
+    "n_correct": "DOUBLE",
+    "accuracy": "DOUBLE",
+    "target_nll": "DOUBLE",
+    "trained": "BOOLEAN",
+}
+BASE = (
+    "row_id",
+    "kind",
+    "source",
+    "prompt",
+    "chosen",
+    "rejected",
+    "completion",
+    "answer",
+    "label",
+    "style",
+    "role",
+    "n_occurrences",
+    "position",
+)
 
 
-def define(con: Connection, *, recipe: str | None = None, sources: Sequence[str] | None = None, temporary: bool = False) -> None:
+def define(
+    con: Connection, *, recipe: str | None = None, sources: Sequence[str] | None = None, temporary: bool = False
+) -> None:
     """(Re)make every view. recipe None: the last one. Raises UsageError naming the nearest recipe or source."""
     name, scores_table, uses, plain = _recipe(con, recipe)
     if sources is not None:
@@ -29,7 +51,9 @@ def define(con: Connection, *, recipe: str | None = None, sources: Sequence[str]
     elif recipe is not None:
         sources = con.execute("SELECT sources FROM data.recipes WHERE name = ?", [recipe]).fetchall()[0][0] or None
     if recipe is None:
-        imported = con.execute("SELECT fingerprint FROM data.measured WHERE reads = 'import' ORDER BY created").fetchall()
+        imported = con.execute(
+            "SELECT fingerprint FROM data.measured WHERE reads = 'import' ORDER BY created"
+        ).fetchall()
         uses = [*uses, *(row[0] for row in imported)]
         plain = [*plain, *_lone_imports(con, plain)]
     occurs = f"data.occurrences WHERE source IN ({_list(sources)})" if sources is not None else "data.occurrences"
@@ -50,7 +74,11 @@ def define(con: Connection, *, recipe: str | None = None, sources: Sequence[str]
         + (f" WHERE recipe = {literal(recipe)}" if recipe is not None else ""),
         "selections": _narrowed(
             "SELECT d.selection, d.row_id, d.kept, d.rank, d.reason FROM data.decisions d"
-            + (f" WHERE d.selection IN (SELECT name FROM data.selections WHERE recipe = {literal(recipe)})" if recipe is not None else ""),
+            + (
+                f" WHERE d.selection IN (SELECT name FROM data.selections WHERE recipe = {literal(recipe)})"
+                if recipe is not None
+                else ""
+            ),
             near,
         ),
     }
@@ -59,7 +87,9 @@ def define(con: Connection, *, recipe: str | None = None, sources: Sequence[str]
 
 
 def _recipe(con: Connection, recipe: str | None) -> tuple[str | None, str | None, list[str], list[str]]:
-    found = con.execute("SELECT name, scores_table, uses, plain FROM data.recipes ORDER BY updated DESC, name").fetchall()
+    found = con.execute(
+        "SELECT name, scores_table, uses, plain FROM data.recipes ORDER BY updated DESC, name"
+    ).fetchall()
     for name, table, uses, plain in found:
         if recipe is None or name == recipe:
             return name, table, list(uses), list(plain)
@@ -85,7 +115,12 @@ def _lone_imports(con: Connection, plain: Sequence[str]) -> list[str]:
     found = con.execute(
         "SELECT measurement, any_value(fingerprint) FROM data.measured WHERE reads = 'import' GROUP BY measurement HAVING count(*) = 1 ORDER BY 1"
     ).fetchall()
-    taken = {row[0] for row in con.execute(f"SELECT measurement FROM data.measured WHERE fingerprint IN ({_list(plain)})").fetchall()}
+    taken = {
+        row[0]
+        for row in con.execute(
+            f"SELECT measurement FROM data.measured WHERE fingerprint IN ({_list(plain)})"
+        ).fetchall()
+    }
     return [fingerprint for measurement, fingerprint in found if measurement not in taken]
 
 
@@ -107,12 +142,16 @@ def _scored(con: Connection, occurs: str, narrowed: bool, scores_table: str | No
         names = _free(scores, taken)
         picked += [f"s.{quote(n)}" for n in names]
         joins.append(f"LEFT JOIN data.{quote(scores_table)} s ON s.row_id = r.row_id")
-    found = con.execute(f"SELECT fingerprint, measurement FROM data.measured WHERE fingerprint IN ({_list(plain)}) ORDER BY measurement").fetchall()
+    found = con.execute(
+        f"SELECT fingerprint, measurement FROM data.measured WHERE fingerprint IN ({_list(plain)}) ORDER BY measurement"
+    ).fetchall()
     for i, (fingerprint, measurement) in enumerate(found):
         names = _free(columns_of(con, table_of(measurement)), taken)
         picked += [f"p{i}.{quote(n)}" for n in names]
         table = f"data.{quote(table_of(measurement))}"
-        joins.append(f"LEFT JOIN (SELECT * FROM {table} WHERE fingerprint = {literal(fingerprint)}) p{i} ON p{i}.row_id = r.row_id")
+        joins.append(
+            f"LEFT JOIN (SELECT * FROM {table} WHERE fingerprint = {literal(fingerprint)}) p{i} ON p{i}.row_id = r.row_id"
+        )
     picked += _user_columns(con, "r.columns", taken)
     return f"SELECT {', '.join(picked)} FROM ({_rows(occurs, narrowed)}) r {' '.join(joins)}"
 
@@ -129,7 +168,9 @@ def _free(names: Iterable[str], taken: set[str]) -> list[str]:
 
 def _user_columns(con: Connection, columns: str, taken: set[str]) -> list[str]:
     """The user's columns out of the JSON, typed. One whose name is taken is called user_<name>."""
-    found = con.execute("SELECT name, list(DISTINCT type) FROM data.source_columns GROUP BY name ORDER BY min(ordinal), name").fetchall()
+    found = con.execute(
+        "SELECT name, list(DISTINCT type) FROM data.source_columns GROUP BY name ORDER BY min(ordinal), name"
+    ).fetchall()
     picked = []
     for name, types in found:
         known = sorted(t for t in types if t != "NULL")
@@ -139,7 +180,11 @@ def _user_columns(con: Connection, columns: str, taken: set[str]) -> list[str]:
             shown = f"user_{shown}"
         taken.add(shown.lower())
         key = literal("/" + name.replace("~", "~0").replace("/", "~1"))  # a JSON pointer
-        value = f"json_extract({columns}, {key})" if kind == "JSON" else f"TRY_CAST(json_extract_string({columns}, {key}) AS {kind})"
+        value = (
+            f"json_extract({columns}, {key})"
+            if kind == "JSON"
+            else f"TRY_CAST(json_extract_string({columns}, {key}) AS {kind})"
+        )
         picked.append(f"{value} AS {quote(shown)}")
     return picked
 
