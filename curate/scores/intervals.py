@@ -50,6 +50,8 @@ def mean_value(name: str, values: Array, *, at: int | None = None, bounds: tuple
         low, high = bounds
         below, above = wilson(min(max((mean - low) / (high - low), 0.0), 1.0), n)
         return Value(name, mean, low + below * (high - low), low + above * (high - low), n, at)
-    half = Z * spread / math.sqrt(n) if n > 1 else math.nan
+    if n == 1:
+        return Value(name, mean, math.nan, math.nan, 1, at)
+    half = Z * spread / math.sqrt(n)
     least, most = bounds if bounds is not None else (-math.inf, math.inf)
     return Value(name, mean, max(least, mean - half), min(most, mean + half), n, at)

@@ -1,0 +1,308 @@
+"""Graders: hand tables, the real right and wrong answers of GSM8K, and comparisons that would never end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+
+import polars as pl
+import pytest
+
+from curate.errors import UsageError
+from curate.grading import as_number, boxed, final_answer, grader, last_number
+from curate.grading_math import MathEquality
+from curate.rows import Example
+
+
+@pytest.mark.parametrize(
+    "text, last, alone",
+    [
+        ("10-5", "5", None),
+        ("x - 3", "3", None),
+        ("so -3", "-3", None),
+        ("$1,234.50.", "1234.50", 1234.5),
+        ("1,2", "2", None),
+        ("1,2345", "2345", None),
+        ("-$5", "-5", -5),
+        ("$-5", "-5", -5),
+        ("−7", "-7", -7),
+        ("f(-4)", "-4", None),
+        (".5", ".5", 0.5),
+        ("1{,}000", "1000", 1000),
+        ("1,000,000", "1000000", 1000000),
+        ("\\$18", "18", 18),
+        ("1 2", "2", None),
+        ("none", None, None),
+        ("", None, None),
+        ("-", None, None),
+    ],
+)
+def test_numbers(text, last, alone):
+    assert last_number(text) == last
+    found = as_number(text)
+    assert found is None if alone is None else float(found) == alone
+
+
+@pytest.mark.parametrize(
+    "text, answer, right",
+    [
+        ("The answer is 42.", "42", True),
+        ("The answer is $1,234.", "1234", True),
+        ("The answer is 42.0", "42", True),
+        ("The answer is 42 dollars.", "42", True),
+        ("The answer is 3 * 5 = 15.", "15", True),
+        ("The answer is 3.\nThe answer is 4.", "4", True),  # the last one
+        ("The answer is 3.\nThe answer is 4.", "3", False),
+        ("The answer is 7.\n#### 8", "7", True),  # words before hashes
+        ("6*7\n#### 42", "6*7 = 42\n#### 42", True),  # the reference as the dataset has it
+        ("#### 1,000", "1000", True),
+        ("The answer is:\n42", "42", True),
+        ("The answer is blue.", "blue", True),
+        ("It is 42", "42", False),  # no mark, no answer
+        ("The answer is ", "42", False),
+        ("", "42", False),
+        ("The answer is 420", "42", False),
+        ("The answer is -42", "42", False),
+    ],
+)
+def test_gsm8k(text, answer, right):
+    assert grader("gsm8k").grade(text, answer) is right
+
+
+def test_what_gsm8k_reads():
+    assert final_answer("a\n#### 5\n#### 6") == "6"
+    assert final_answer("no mark") is None
+
+
+def test_real_answers_are_graded_as_their_authors_did(shared):
+    """2,640 sampled solutions of four models, 989 of them right. They end in "A: 90,000", which for gsm8k is written as it is marked."""
+    rows = pl.read_parquet(shared / "data" / "gsm8k" / "model_solutions.parquet")
+    number, gsm8k = grader("number"), grader("gsm8k")
+    agree = {"number": 0, "####": 0, "The answer is": 0}
+    for solution, truth, correct in rows.select("solution", "ground_truth", "is_correct").iter_rows():
+        agree["number"] += number.grade(solution, truth) == correct
+        for mark in ("####", "The answer is"):
+            agree[mark] += (
+                gsm8k.grade(solution.replace("\nA:", f"\n{mark}"), truth.replace("\nA:", "\n####")) == correct
+            )
+    assert rows.height == 2640 and rows["is_correct"].sum() == 989
+    assert agree == {"number": 2640, "####": 2640, "The answer is": 2640}
+
+
+def test_real_references_grade_themselves(shared):
+    """Every reference solution of the train half is right by gsm8k and by number, and equals its own final answer."""
+    rows = pl.read_parquet(shared / "data" / "gsm8k" / "train_half.parquet").head(1000)
+    for answer, final in rows.select("answer", "final_answer").iter_rows():
+        assert grader("gsm8k").grade(answer, str(final)) and grader("number").grade(answer, str(final))
+
+
+@pytest.mark.parametrize(
+    "text, inside",
+    [
+        (r"\boxed{1} then \boxed{\frac{1}{2}}.", r"\frac{1}{2}"),
+        (r"\boxed{\{1,2\}}", r"\{1,2\}"),
+        (r"\boxed 7", "7"),
+        (r"\boxed\pi", r"\pi"),
+        (r"\boxed{3} and \boxed{unclosed", "3"),
+        (r"\fbox{x}", "x"),
+        ("nothing", None),
+    ],
+)
+def test_boxed(text, inside):
+    assert boxed(text) == inside
+
+
+@pytest.fixture(scope="module")
+def math_grader():
+    g = grader({"math": {"timeout": 2}})
+    yield g
+    g.close()
+
+
+@pytest.mark.parametrize(
+    "text, answer, right",
+    [
+        (r"so \boxed{\frac{1}{2}}", "0.5", True),
+        (r"\boxed{x^2+2x+1}", "(x+1)^2", True),
+        (r"\boxed{(1,2)}", "(1, 2)", True),
+        (r"\boxed{(1,2)}", "(2, 1)", False),
+        (r"\boxed{\{1,2\}}", r"\{2,1\}", True),
+        (r"\boxed{\text{Saturday}}", r"\text{Saturday}", True),
+        (r"I get $\sqrt{8}$.", r"2\sqrt{2}", True),
+        ("final answer: 1/3", r"\frac13", True),
+        (r"\boxed{1,000}", "1000", True),
+        (r"\boxed{3}", r"We find that \boxed{3}.", True),
+        (r"\boxed{3}", "4", False),
+        (r"\boxed{}", "4", False),
+        ("", "4", False),
+        (r"\boxed{\frac{1}{", "4", False),
+    ],
+)
+def test_math(math_grader, text, answer, right):
+    assert math_grader.grade(text, answer) is right
+
+
+def test_math_ends_what_would_never_end(math_grader):
+    """A power larger than memory: wrong within the deadline, and the next comparison works."""
+    start = time.monotonic()
+    assert math_grader.grade(r"\boxed{9^{9^{9^{9}}}}", "7") is False
+    assert time.monotonic() - start < 30
+    assert math_grader.grade(r"\boxed{0.25}", r"\frac{1}{4}") is True
+
+
+def test_a_comparing_process_that_hangs_or_dies():
+    """One that does not answer is ended and counted, one that died is replaced; either way the next comparison works."""
+    equality = MathEquality(timeout=0.5)
+    try:
+        assert equality("0.5", r"\frac{1}{2}") and equality.timed_out == 0
+        os.kill(equality._child.pid, signal.SIGSTOP)
+        assert equality("x+1", "1+x") is False and equality.timed_out == 1
+        assert equality("y+1", "1+y") is True
+        os.kill(equality._child.pid, signal.SIGKILL)
+        equality._child.wait()
+        assert equality("z+1", "1+z") is True and equality.timed_out == 1
+    finally:
+        equality.close()
+
+
+def test_math_outside_the_main_thread(math_grader):
+    """math-verify's own time limit is a signal, which only the main thread can set."""
+    found = []
+    threads = [
+        threading.Thread(
+            target=lambda k=k: found.append((k, math_grader.grade(rf"\boxed{{\frac{{{k}}}{{7}}}}", f"{2 * k}/14")))
+        )
+        for k in (1, 2, 3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(found) == [(1, True), (2, True), (3, True)]
+
+
+@pytest.mark.parametrize(
+    "text, letter",
+    [
+        ("A", "A"),
+        ("b", "B"),
+        ("(B)", "B"),
+        ("Answer: B", "B"),
+        ("The answer is (C).", "C"),
+        ("A train leaves. The answer is D", "D"),
+        (r"I think \boxed{\text{B}}", "B"),
+        ("B. Paris", "B"),
+        ("**C**", "C"),
+        ("the answer is A, because B is wrong", "A"),
+        ("So it must be C.", "C"),
+        ("(A) fails, so (D)", "D"),
+        ("A dog", None),
+        ("Answer: Berlin", None),
+        ("E", None),
+        ("", None),
+    ],
+)
+def test_choice(text, letter):
+    assert grader("choice").extract(text) == letter
+
+
+def test_choice_against_references():
+    assert grader("choice").grade("(B)", "B. Paris") and not grader("choice").grade("(B)", "C")
+    assert grader({"choice": "ABCDE"}).grade("answer: E", "(E)")
+    with pytest.raises(UsageError, match="none of the letters ABCD"):
+        grader("choice").grade("(B)", "Paris")
+
+
+def test_exact():
+    assert grader("exact").grade("  a \n b ", "a b") and not grader("exact").grade("A b", "a b")
+    assert grader({"exact": {"ignore_case": True}}).grade("A b", "a B")
+    assert grader("exact").grade("e\u0301", "\u00e9")  # the same letter, composed or not
+    assert not grader("exact").grade("1.0", "1")
+
+
+def test_regex():
+    g = grader({"regex": r"x\s*=\s*(-?\d+)"})
+    assert g.grade("x = 1, no: x = 5", "5.0") and not g.grade("x = 1", "5") and not g.grade("y = 5", "5")
+    assert grader({"regex": {"pattern": r"(a)(?P<answer>b+)"}}).grade("abb", "bb")
+
+
+OWN = """
+def short(text, answer):
+    return len(text) < 3
+
+def by_row(text, answer, row):
+    return row is not None and row.prompt == text
+
+def number(text, answer):
+    return 0.7
+
+def broken(text, answer):
+    return text[99]
+
+def one(text):
+    return True
+"""
+
+
+@pytest.fixture
+def own(tmp_path):
+    (tmp_path / "own_grader_for_test.py").write_text(OWN)
+    yield tmp_path
+    sys.modules.pop("own_grader_for_test", None)
+
+
+def test_a_grader_of_ones_own(own):
+    row = Example(prompt="p")
+    short = grader("own_grader_for_test:short", folder=own)
+    assert short.grade("ab", None) is True and short.grade("abc", "x", row) is False
+    assert grader("own_grader_for_test:by_row", folder=own).grade("p", None, row) is True
+    for name, words in (("number", "expected True or False"), ("broken", "failed on row .*IndexError")):
+        with pytest.raises(UsageError, match=words):
+            grader(f"own_grader_for_test:{name}", folder=own).grade("ab", "x", row)
+    with pytest.raises(UsageError, match=r"function of \(text, answer\)"):
+        grader("own_grader_for_test:one", folder=own)
+    before = short.fingerprint
+    (own / "own_grader_for_test.py").write_text(OWN.replace("< 3", "< 44"))
+    sys.modules.pop("own_grader_for_test")
+    assert grader("own_grader_for_test:short", folder=own).fingerprint != before  # its source is its version
+
+
+@pytest.mark.parametrize(
+    "spec, words",
+    [
+        ("gsm8", "did you mean 'gsm8k'"),
+        ("regex", "'pattern' is missing"),
+        ({"regex": "("}, "no regular expression"),
+        ({"regex": "a"}, "has no group"),
+        ({"regex": 3}, "expected a pattern"),
+        ({"exact": {"ignorecase": True}}, "did you mean 'ignore_case'"),
+        ({"exact": {"ignore_case": 1}}, "expected true or false"),
+        ({"gsm8k": 3}, "takes no settings"),
+        ({"choice": "abc"}, "capitals"),
+        ({"math": {"timeout": -1}}, "seconds above 0"),
+        ({"math": {}, "exact": {}}, "one name"),
+        ("no_such_module_xyz:f", "no module 'no_such_module_xyz'"),
+    ],
+)
+def test_wrong_graders(spec, words):
+    with pytest.raises(UsageError, match=words):
+        grader(spec)
+
+
+@pytest.mark.parametrize("answer", [None, "", "  "])
+def test_a_row_without_an_answer(answer):
+    row = Example(prompt="p")
+    with pytest.raises(UsageError, match=f"row {row.row_id} has no answer"):
+        grader("gsm8k").grade("The answer is 5.", answer, row)
+
+
+def test_fingerprints():
+    specs = ["gsm8k", "number", "math", "choice", "exact", {"exact": {"ignore_case": True}}, {"choice": "ABCDE"}, {"math": {"timeout": 9}},
+             {"regex": "(a)"}, {"regex": "(b)"}]  # fmt: skip
+    found = [grader(spec).fingerprint for spec in specs]
+    assert len(set(found)) == len(specs)
+    assert found == [grader(spec).fingerprint for spec in specs] and found[0] == "gsm8k/1"
+    assert "math-verify-" in found[2]
