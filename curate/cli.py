@@ -229,7 +229,7 @@ def explain(
     json: Json = False,
 ) -> None:
     """Why this row scored and was kept or dropped as it was."""
-    from curate.workflow import explain_row
+    from curate.summary import explain_row
 
     result = explain_row(_store(store), row, selection)
     out(to_json(result.to_json()) if json else result.text())
@@ -238,7 +238,7 @@ def explain(
 @app.command()
 def summary(store: StorePath, recipe: OfRecipe = None, json: Json = False, quiet: Quiet = False) -> None:
     """Dataset-level values with intervals: ranking accuracies, pre-memorization accuracy per run and checkpoint, calibration, R²."""
-    from curate.workflow import summarise
+    from curate.summary import summarise
 
     result = summarise(_store(store), recipe=recipe)
     out(to_json(result.to_json()) if json else result.text())
@@ -247,7 +247,7 @@ def summary(store: StorePath, recipe: OfRecipe = None, json: Json = False, quiet
 @app.command()
 def status(store: StorePath, json: Json = False) -> None:
     """What a store holds, and what ran on it."""
-    from curate.workflow import store_status
+    from curate.summary import store_status
 
     result = store_status(_store(store))
     out(to_json(result.to_json()) if json else result.text())

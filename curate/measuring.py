@@ -226,12 +226,16 @@ class SampleRunner(Runner):
         drawn: list[list[Any]] = [[] for _ in rows]
         for i, found in zip(asked, answers, strict=True):
             drawn[i] = found
-        graded = [[Graded(sample, self._correct(sample.text, row)) for sample in found] for row, found in zip(rows, drawn, strict=True)]
+        marks = [[self._correct(sample.text, row) for sample in found] for row, found in zip(rows, drawn, strict=True)]
+        graded = [
+            [Graded(mark, s.n_tokens, s.logp, s.finished) for s, mark in zip(found, mark_of, strict=True) if mark is not None]
+            for found, mark_of in zip(drawn, marks, strict=True)
+        ]  # a row without an answer to compare with has no accuracy; its samples are kept all the same
         columns: dict[str, Any] = {}
         for measurement in measurements:
             columns |= measurement.function(graded)
-        kept = [[{**asdict(g.sample), "correct": g.correct} for g in found] for found in graded]
-        tokens = sum(len(prompts[i].ids) for i in asked) + sum(g.sample.n_tokens or 0 for found in graded for g in found)
+        kept = [[{**asdict(s), "correct": mark} for s, mark in zip(found, mark_of, strict=True)] for found, mark_of in zip(drawn, marks, strict=True)]
+        tokens = sum(len(prompts[i].ids) for i in asked) + sum(s.n_tokens or 0 for found in drawn for s in found)
         return columns, kept, tokens
 
     def _prompt(self, row: Row, row_id: str) -> Any:

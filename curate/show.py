@@ -27,9 +27,9 @@ def table(rows: Iterable[Sequence[Any]], *, head: Sequence[str], width: int | No
         shown = [v.rjust(widths[i]) if numeric[i] else v.ljust(widths[i]) for i, v in enumerate(values[:-1])]
         end = folded[0].rjust(min(widths[-1], last)) if numeric[-1] else folded[0]
         lines.append("  ".join([*shown, end]).rstrip())
-        lines.extend(" " * (before + 0) + part for part in folded[1:])
+        lines.extend(" " * before + part for part in folded[1:])
         if is_head:
-            lines.append("  ".join("-" * min(w, last) for w in widths))
+            lines.append("  ".join("-" * w for w in [*widths[:-1], min(widths[-1], last)]))
 
     line([str(h) for h in head], is_head=True)
     for row in cells:

@@ -55,7 +55,7 @@ class Result:
         lines = []
         if self.measured:
             lines.append("Measured " + ", ".join(f"{n:,} rows ({name})" for name, n in self.measured.items()) + ".")
-        elif self.plan is not None:
+        elif self.plan is not None and self.plan.steps and not self.plan.missing:
             lines.append("Nothing to measure: everything was measured before.")
         if self.scores:
             lines.append(f"Scored: {', '.join(self.scores)}.")
