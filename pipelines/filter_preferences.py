@@ -16,6 +16,7 @@ from pathlib import Path
 import curate
 from curate.errors import CurateError, UsageError
 from curate.progress import Progress
+from curate.recipe import load_recipe
 from curate.rows import Pair, Text
 from curate.show import cell, out, table
 
@@ -27,12 +28,13 @@ def filter_preferences(
     recipe: str | Path, *, overrides: list[str] | None = None, show: int = SHOWN, quiet: bool = False
 ) -> str:
     """Run a preference recipe. What it came to, as text: how many pairs each rule dropped, and the first `show` dropped pairs with their scores."""
-    result = curate.run(recipe, set=overrides, progress=Progress(quiet=quiet))
-    selection = result.selection
-    if selection is None:
+    if load_recipe(recipe, set=overrides).recipe.select is None:
         raise UsageError(
             f"{recipe}: nothing is filtered without a `select:` section. `curate init preference` writes one."
         )
+    result = curate.run(recipe, set=overrides, progress=Progress(quiet=quiet))
+    selection = result.selection
+    assert selection is not None
     counts = selection.counts
     lines = [f"{counts['kept']:,} of {counts['rows']:,} pairs kept."]
     if counts["dropped_by"]:

@@ -16,6 +16,7 @@ from pathlib import Path
 import curate
 from curate.errors import CurateError, UsageError
 from curate.progress import Progress
+from curate.recipe import load_recipe
 from curate.show import out, table
 
 SERIES = """
@@ -34,15 +35,17 @@ def prioritize_sft(recipe: str | Path, *, overrides: list[str] | None = None, qu
 
     Raises UsageError where the recipe does not score `premem_accuracy` and `fluent`, or selects nothing.
     """
-    result = curate.run(recipe, set=overrides, progress=Progress(quiet=quiet))
-    missing = [name for name in ("premem_accuracy", "fluent") if name not in result.scores]
-    if missing or result.selection is None:
+    asked = load_recipe(recipe, set=overrides).recipe
+    missing = [name for name in ("premem_accuracy", "fluent") if name not in {wanted.name for wanted in asked.scores}]
+    if missing or asked.select is None:
         wanted = " and ".join(f"`{name}`" for name in missing) or "a `select:` section"
         raise UsageError(f"{recipe}: prioritising needs {wanted}. `curate init sft` writes a recipe that has them.")
-    store, name = result.store, result.selection.name
+    result = curate.run(recipe, set=overrides, progress=Progress(quiet=quiet))
+    store, selection = result.store, result.selection
+    assert selection is not None
     series = store.sql(SERIES, recipe=result.recipe)
-    found = store.sql(PICKED, [name], recipe=result.recipe).row(0, named=True)
-    counts = result.selection.counts
+    found = store.sql(PICKED, [selection.name], recipe=result.recipe).row(0, named=True)
+    counts = selection.counts
     lines = []
     if len(series):
         lines += [table(series.rows(), head=("checkpoint", "train accuracy", "pre-memorization accuracy")), ""]
