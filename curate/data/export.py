@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 from curate.data.card import Card, write_card
-from curate.data.exported import ExportRow, Plan, checked_weight, own_columns, resampled
+from curate.data.exported import ExportRow, Plan, checked_weight, no_text, own_columns, resampled
 from curate.data.replace import MARK, carry_over, check_target, replace_folder
 from curate.data.sources import first_line
 from curate.data.spool import Spool, write_parquet
@@ -98,51 +98,43 @@ def write_export(
     seed: int,
 ) -> ExportResult:
     first = next(records, None)
-    if first is None or first.row is None:
+    if first is None:
         raise ValidationError(
             "nothing to export: the selection kept no row. Loosen `select`; `curate explain` says why a row was dropped."
         )
+    if first.row is None:
+        raise no_text(first)
     plan = Plan.of(first.row, format)
     renamed: dict[str, str] = {}
-    kept_rows, dropped_rows = (
-        Spool(staging / "work" / name, plan.schema(name == "dropped")) for name in ("kept", "dropped")
-    )
-    total = 0.0
-    weighted = False
-    for number, record in enumerate(with_first(first, records)):
-        if record.weight is not None:
-            weighted = True
+    total, weighted = 0.0, False
+    work = staging / "work"
+    with Spool(work / "kept", plan.schema(False)) as kept, Spool(work / "dropped", plan.schema(True)) as left:
+        for record in with_first(first, records):
+            weighted = weighted or record.weight is not None
+            if resample is not None:
+                total += checked_weight(record)
+            kept.add(plan.kept(record) | own_columns(record, renamed))
+        for record in dropped:
+            left.add(plan.dropped(record) | own_columns(record, renamed) | {"reason": record.reason})
+        schema = kept.schema()
+        if not weighted:
+            schema = schema.remove(schema.get_field_index("weight"))
+        rows = kept.rows()
         if resample is not None:
-            total += checked_weight(record)
-        kept_rows.add(plan.columns(record, number) | own_columns(record, renamed))
-    n_dropped = 0
-    for record in dropped:
-        n_dropped += 1
-        texts = plan.columns(record, None) if record.row is not None else {"row_id": record.row_id}
-        dropped_rows.add(texts | own_columns(record, renamed) | {"reason": record.reason})
-    schema = kept_rows.schema()
-    if not weighted:
-        schema = schema.remove(schema.get_field_index("weight"))
-    rows = kept_rows.rows()
-    if resample is not None:
-        rows = resampled(rows, kept_rows.n_rows, resample, total, seed)
-    parquet = staging / "data" / f"{split}-00000.parquet"
-    n_rows = write_parquet(rows, schema, parquet)
-    save_to_disk(parquet, staging, split)
-    write_parquet(dropped_rows.rows(), dropped_rows.schema(), staging / "dropped" / "dropped-00000.parquet")
+            rows = resampled(rows, kept.n_rows, resample, total, seed)
+        parquet = staging / "data" / f"{split}-00000.parquet"
+        n_rows = write_parquet(rows, schema, parquet)
+        write_parquet(left.rows(), left.schema(), staging / "dropped" / "dropped-00000.parquet")
+        save_to_disk(parquet, staging, split)
     notes = [
         f"Column `{old}` is called `{new}` here: a trainer would take `{old}` for its own."
         for old, new in sorted(renamed.items())
     ]
-    notes += [
-        f"Column `{name}` holds values of several types and is kept as text." for name in sorted(kept_rows.as_text)
-    ]
+    notes += [f"Column `{name}` holds values of several types and is kept as text." for name in sorted(kept.as_text)]
     if resample is not None:
-        drawn = f"{n_rows:,} rows were drawn from {kept_rows.n_rows:,} in proportion to `weight` (seed {seed})"
+        drawn = f"{n_rows:,} rows were drawn from {kept.n_rows:,} in proportion to `weight` (seed {seed})"
         notes.append(f"{drawn}; do not weight them again.")
-    kept_rows.close()
-    dropped_rows.close()
-    shutil.rmtree(staging / "work")
+    shutil.rmtree(work)
     (staging / MARK).write_text("An export of curate: the next export to this folder replaces it.\n")
     existing = target / "README.md"
     write_card(
@@ -151,13 +143,13 @@ def write_export(
         existing=existing.read_text(encoding="utf-8") if existing.is_file() else None,
         split=split,
         n_rows=n_rows,
-        n_dropped=n_dropped,
+        n_dropped=left.n_rows,
         kind=first.row.kind,
         layout=plan.layout,
         notes=notes,
     )
     carry_over(target, staging)
-    return ExportResult(target, n_rows, n_dropped, plan.layout, tuple(schema.names), renamed, tuple(notes))
+    return ExportResult(target, n_rows, left.n_rows, plan.layout, tuple(schema.names), renamed, tuple(notes))
 
 
 def with_first(first: ExportRow, others: Iterator[ExportRow]) -> Iterator[ExportRow]:

@@ -84,44 +84,51 @@ class Plan:
         types: dict[str, pa.DataType] = {name: pa.bool_() if name == "label" else text for name in self.names}
         return types | {"row_id": pa.string(), "weight": pa.float64()} | ({"reason": pa.string()} if is_dropped else {})
 
-    def columns(self, record: ExportRow, number: int | None) -> dict[str, Any]:
-        """The text columns of a kept row (`number` in the export), or of a dropped one (None): there what does not fit is left empty."""
+    def kept(self, record: ExportRow) -> dict[str, Any]:
+        """Text columns, row_id and weight. ValidationError where the row has not the columns or the style of the first."""
+        texts = self.texts(record)
+        for name in self.names:
+            if texts.get(name) is None:
+                raise ValidationError(f"row {record.row_id} has no {name}, which the rows before it have. {ONE_SORT}")
+            if name != "label" and isinstance(texts[name], str) != (self.style == "standard"):
+                style = "standard" if isinstance(texts[name], str) else "conversational"
+                raise ValidationError(
+                    f"row {record.row_id} is {style}, the rows before it are {self.style}. {ONE_SORT}"
+                )
+        return texts
+
+    def dropped(self, record: ExportRow) -> dict[str, Any]:
+        """The same of a dropped row; what does not fit is left empty."""
+        if record.row is None:
+            return {"row_id": record.row_id, "weight": record.weight}
+        texts = self.texts(record)
+        unfit = [n for n in self.names if n != "label" and isinstance(texts.get(n), str) != (self.style == "standard")]
+        return texts | dict.fromkeys(unfit)
+
+    def texts(self, record: ExportRow) -> dict[str, Any]:
         row = record.row
-        texts: dict[str, Any] = {"row_id": record.row_id, "weight": record.weight}
         if isinstance(row, Pair):
-            values: dict[str, Text | bool | None] = {
-                "prompt": row.prompt,
-                "chosen": row.chosen,
-                "rejected": row.rejected,
-            }
             reply: Text | None = row.chosen
+            values: dict[str, Text | bool | None] = {"chosen": row.chosen, "rejected": row.rejected}
         elif isinstance(row, Example):
-            values, reply = {"prompt": row.prompt, "label": row.label}, row.completion
+            reply = row.completion
+            values = {"label": row.label}
         else:
-            raise ValidationError(
-                f"row {record.row_id}: no text is known of it (an imported id), it cannot be exported."
-            )
-        values["completion"] = reply
+            raise no_text(record)
+        values |= {"prompt": row.prompt, "completion": reply}
         if "messages" in self.names and reply is not None:
             values["messages"] = (*turns(row.prompt, "user"), *turns(reply, "assistant"))
+        texts: dict[str, Any] = {"row_id": record.row_id, "weight": record.weight}
         for name in self.names:
             value = values.get(name)
-            style = "standard" if isinstance(value, str) else "conversational"
-            if value is None or (name != "label" and style != self.style):
-                if number is None:
-                    value = None
-                elif value is None:
-                    raise ValidationError(
-                        f"row {record.row_id} has no {name}, which the rows before it have. {ONE_SORT}"
-                    )
-                else:
-                    raise ValidationError(
-                        f"row {record.row_id} is {style}, the rows before it are {self.style}. {ONE_SORT}"
-                    )
             texts[name] = list(value) if isinstance(value, tuple) else value
         if isinstance(row, Example) and row.answer is not None and row.label is None:
             texts["answer"] = row.answer
         return texts
+
+
+def no_text(record: ExportRow) -> ValidationError:
+    return ValidationError(f"row {record.row_id}: no text is known of it (an imported id), it cannot be exported.")
 
 
 ONE_SORT = "An export holds one sort of rows: choose them with `select.where`, or take `--set export.format=messages`."

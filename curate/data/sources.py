@@ -135,7 +135,8 @@ def nearest(path: Path) -> str | None:
         names = [entry.name for entry in path.parent.iterdir()]
     except OSError:
         return None
-    return next(iter(difflib.get_close_matches(path.name, names, n=1, cutoff=0.7)), None)
+    without_suffix = [name for name in names if name.split(".")[0] == path.name.split(".")[0]]
+    return next(iter([*difflib.get_close_matches(path.name, names, n=1, cutoff=0.7), *without_suffix]), None)
 
 
 def check_type(source: Source) -> Source:

@@ -73,7 +73,10 @@ class Spool:
                 row[name] = value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False)
             yield row
 
-    def close(self) -> None:
+    def __enter__(self) -> Spool:
+        return self
+
+    def __exit__(self, *error: object) -> None:
         self._file.close()
 
 

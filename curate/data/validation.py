@@ -9,7 +9,7 @@ from pathlib import Path
 
 from curate.data.reading import Kind, Paths, Reading, read
 from curate.data.records import Defect, SourceInfo
-from curate.rows import Example, Pair, Row, content_id
+from curate.rows import Example, Pair, Row, Text
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def validate(
 def validate_reading(reading: Reading) -> Validation:
     """`validate` of a reading that is open already."""
     ids: set[bytes] = set()
-    prompts: Counter[bytes] = Counter()
+    prompts: Counter[int] = Counter()
     seen: Counter[str] = Counter()
     defects: list[Defect] = []
     n_rows = n_bad = duplicates = 0
@@ -68,7 +68,7 @@ def validate_reading(reading: Reading) -> Validation:
             duplicates += 1
             continue
         ids.add(row_id)
-        prompts[bytes.fromhex(content_id(record.row.prompt)[:16])] += 1
+        prompts[prompt_key(record.row.prompt)] += 1
         seen.update(traits(record.row))
     return Validation(
         n_rows=n_rows,
@@ -82,11 +82,19 @@ def validate_reading(reading: Reading) -> Validation:
     )
 
 
+def prompt_key(prompt: Text) -> int:
+    """64 bits: enough to count prompts with, within one process."""
+    return hash(prompt if isinstance(prompt, str) else tuple((turn["role"], turn["content"]) for turn in prompt))
+
+
 def traits(row: Row) -> list[str]:
     """What the notes count."""
     found: list[str] = [row.style]
     replies = [reply for reply in ((row.chosen, row.rejected) if isinstance(row, Pair) else (row.completion,)) if reply]
-    if any("\n\nHuman:" in reply if isinstance(reply, str) else len(reply) > 1 for reply in replies):
+    headers = ("\n\nHuman:", "\n\nAssistant:")
+    if any(
+        any(header in reply for header in headers) if isinstance(reply, str) else len(reply) > 1 for reply in replies
+    ):
         found.append("several turns")
     texts = [reply for reply in replies if isinstance(reply, str)]
     if isinstance(row.prompt, str) and not row.prompt[-1].isspace() and any(not text[0].isspace() for text in texts):
@@ -98,7 +106,7 @@ def traits(row: Row) -> list[str]:
     return found
 
 
-def notes(seen: Counter[str], prompts: Counter[bytes], n_distinct: int, prompt_column: str) -> list[str]:
+def notes(seen: Counter[str], prompts: Counter[int], n_distinct: int, prompt_column: str) -> list[str]:
     """What is worth knowing, a sentence each."""
     found = []
     if unpaired := seen["desirable"] + seen["undesirable"]:
@@ -113,9 +121,7 @@ def notes(seen: Counter[str], prompts: Counter[bytes], n_distinct: int, prompt_c
             f"{max(repeated)} of them."
         )
     if seen["several turns"]:
-        found.append(
-            f"{seen['several turns']} rows have a reply of several turns; all of it counts as the reply, the user's turns in it too."
-        )
+        found.append(f"{seen['several turns']} rows have a reply of several turns; all of it counts as the reply.")
     if seen["glued"]:
         found.append(
             f"In {seen['glued']} rows prompt and reply follow each other without white space, as they are. If that is not meant, end the "
