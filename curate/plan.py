@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -161,6 +161,11 @@ def wanted_scores(loaded: Loaded) -> list[Wanted]:
         if score.kind not in ("any", loaded.recipe.kind):
             raise UsageError(f"{loaded.path or 'recipe'}: scores: {request.score} is for {score.kind} rows, this recipe's kind is {loaded.recipe.kind}.")
         found.append(Wanted(request.name, score, params))
+    for want in list(found):  # where a NULL is the right value, the score that says so comes along
+        excuse = want.score.null_where
+        if excuse and not any(w.score.name == excuse for w in found):
+            score = resolve(excuse)
+            found.append(Wanted(excuse, score, score.check({k: v for k, v in want.params.items() if k in score.parameters})))
     return found
 
 
@@ -176,8 +181,9 @@ def find_subjects(loaded: Loaded, cache: FingerprintCache) -> Subjects:
     reference = single_model(models.reference, folder, cache) if models.reference else None
     policy = single_model(models.policy, folder, cache) if models.policy else None
     if reference and series and loaded.recipe.kind == "sft":
-        base = Subject(reference.path, reference.fingerprint, series[0].run, reference.checkpoint, 0)
-        series = (base, *series)
+        series = (replace(reference, run=series[0].run, step=0), *series)
+    elif reference and loaded.recipe.kind == "sft":
+        series = (replace(reference, step=0),)
     if server and len(series) > 1:
         raise UsageError("engine.sampler is openai and there are several checkpoints, but a server serves one model. Use sampler vllm, or one model.")
     return Subjects(reference, policy, series)
@@ -307,7 +313,7 @@ class Identity:
                 from curate.passes.sampling import sampler_identity
 
                 server, path = self.recipe.server.model_dump(), subject.path if Path(subject.path).is_dir() else None
-                self._engines[key] = sampler_identity(engine.sampler, path, dtype=engine.dtype, device=engine.device, server=server)
+                self._engines[key], _ = sampler_identity(engine.sampler, path, dtype=engine.dtype, device=engine.device, server=server)
             else:
                 from curate.passes.model import engine_identity
 

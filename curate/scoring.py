@@ -118,7 +118,9 @@ class Columns:
 
     def __init__(self, store: Store, plan: Plan, row_ids: list[str], sources: list[str]):
         self.store, self.plan, self.row_ids, self.sources = store, plan, row_ids, sources
-        self.measured = store.measured()
+        known = {m.fingerprint: m for m in store.measured()}  # and what is planned but not measured yet: its values are NULL
+        known |= {task.fingerprint: task.measured for step in plan.steps for task in step.tasks}
+        self.measured = list(known.values())
         self.names = store.measured_columns()
         self._of = {m.fingerprint: m for m in self.measured}
         self._known: dict[tuple[str, ...], np.ndarray] = {}

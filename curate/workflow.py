@@ -234,8 +234,9 @@ def _select(loaded: Loaded, result: Result, sources: dict[str, list[str]]) -> No
         raise UsageError(f"Nothing is scored yet for {loaded.name!r}: `curate run {loaded.path}` does all steps, `curate score {loaded.path}` only that one.")
     given = chosen.model_dump()
     given["keep"] = {key: value for key, value in (given["keep"] or {}).items() if value is not None} or None
-    worst = {want.name: want.score.worst for want in wanted_scores(loaded)}
-    known = {want.name: "never_learned = 1" for want in wanted_scores(loaded) if want.score.name == "first_learned_step"}
+    wanted = wanted_scores(loaded)
+    worst = {want.name: want.score.worst for want in wanted}
+    known = {w.name: f"{other.name} = 1" for w in wanted for other in wanted if w.score.null_where == other.score.name}
     decisions = select(store, SelectSpec(**given), worst=worst, recipe=loaded.name, sources=sources.get("train"), null_is_known=known)
     result.selection = store.write_selection(loaded.name, decisions, recipe=loaded.name, spec=given)
 

@@ -27,9 +27,13 @@ if TYPE_CHECKING:
     import numpy as np
 
 SAMPLERS = ("auto", "vllm", "openai", "transformers")
-CPU_HEAD_SIZES = frozenset({32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512})  # vLLM 0.32; the installed one's own list is read first
+CPU_HEAD_SIZES = frozenset(
+    {32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512}
+)  # vLLM 0.32; the installed one's own list is read first
 TORCHVISION_BROKEN = "operator torchvision::nms does not exist"
-TORCHVISION_HINT = "pip uninstall -y torchvision torchaudio torchcodec  (not needed here; this build of them does not fit torch)"
+TORCHVISION_HINT = (
+    "pip uninstall -y torchvision torchaudio torchcodec  (not needed here; this build of them does not fit torch)"
+)
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,9 @@ class Sampling:
         ]
         for name, found, fine, wanted in bounds:
             if not fine:
-                raise UsageError(f"sampling.{name}: wanted {wanted}, found {found!r}. Change it in the recipe, or with `--set sampling.{name}=…`.")
+                raise UsageError(
+                    f"sampling.{name}: wanted {wanted}, found {found!r}. Change it in the recipe, or with `--set sampling.{name}=…`."
+                )
 
 
 @dataclass(frozen=True)
@@ -140,31 +146,22 @@ def choose_sampler(which: str, model_path: str | Path | None, *, device: str = "
     if which == "openai":
         return "openai", "sampling through the server of the recipe (engine.sampler: openai)"
     if model_path is None:
-        raise UsageError("Sampling needs a model: set models.reference or models.checkpoints in the recipe, or engine.sampler=openai.")
+        raise UsageError(
+            "Sampling needs a model: set models.reference or models.checkpoints in the recipe, or engine.sampler=openai."
+        )
     if which == "transformers":
         return "transformers", "sampling with transformers (engine.sampler: transformers)"
     why_not = refusal(model_path, device=device)
     if why_not is None:
-        return "vllm", f"sampling with {vllm_distribution()} {importlib.metadata.version(vllm_distribution() or 'vllm')}"
+        return (
+            "vllm",
+            f"sampling with {vllm_distribution()} {importlib.metadata.version(vllm_distribution() or 'vllm')}",
+        )
     if which == "vllm":
         raise EngineError(
             f"engine.sampler is vllm, but {why_not}. Sample with transformers instead: `--set engine.sampler=transformers`."
         )
     return "transformers", f"sampling with transformers: {why_not}"
-
-
-def sampler_identity(
-    which: str, model_path: str | Path | None, *, dtype: str = "auto", device: str = "auto", server: dict[str, Any] | None = None
-) -> str:
-    """What would sample, before anything starts: engine, version and dtype, or the server and its model. Enters fingerprints."""
-    name, _ = choose_sampler(which, model_path, device=device)
-    if name == "openai":
-        given = server or {}
-        return f"openai {given.get('url')} {given.get('model')}"
-    assert model_path is not None
-    kind = config_dtype(read_config(model_path), dtype)
-    package = vllm_distribution() if name == "vllm" else "transformers"
-    return f"{package} {importlib.metadata.version(package or name)} {target_device(device)} {kind}"
 
 
 def refusal(model_path: str | Path, *, device: str = "auto") -> str | None:
@@ -259,7 +256,7 @@ def head_sizes(text_config: Any) -> list[int]:
 
 
 def target_device(device: str = "auto") -> str:
-    """"cuda", "mps" or "cpu": what `device` means on this machine."""
+    """ "cuda", "mps" or "cpu": what `device` means on this machine."""
     if device != "auto":
         return device.split(":")[0]
     import torch
