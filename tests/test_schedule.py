@@ -6,6 +6,7 @@ for a fixed time: everything waits for a fact, with a deadline.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -322,3 +323,30 @@ def test_the_command_schedules_real_runs_and_says_what_came_of_them(tmp_path):
             process.wait()
     assert "gone.jsonl" in said(tmp_path)  # the child's own message
     assert "(exit code 1)" in said(tmp_path) or "(exit code 2)" in said(tmp_path)
+
+
+def test_a_source_that_grew_is_measured_only_where_it_is_new(tmp_path):
+    """Two real runs, as the clock makes them; each leaves its version and outcome in the store."""
+    import curate
+    from tests.tiny_models import make_llama
+
+    make_llama(tmp_path / "model", seed=1)
+    pairs = [f'{{"prompt": "add {a}.", "chosen": " it is {a}.", "rejected": " no."}}\n' for a in range(9)]
+    (tmp_path / "pairs.jsonl").write_text("".join(pairs[:6]))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "kind: preference\nsource: pairs.jsonl\nmodels: {reference: model}\nscores: [ranking_gap]\nselect: {}\n"
+    )
+    lines: list[str] = []
+    command = [sys.executable, "-m", "curate", "run", str(recipe), "--quiet"]
+    runs = Runs(command, name="recipe.yaml", lock=lock_file(tmp_path / "store", recipe), say=lines.append)
+    assert runs() == 0
+    with (tmp_path / "pairs.jsonl").open("a") as file:
+        file.write("".join(pairs[6:]))
+    assert runs() == 0
+    store = curate.Store(tmp_path / "store")
+    rows = store.sql("SELECT version, outcome, counts FROM runs ORDER BY started").rows()
+    assert [row[:2] for row in rows] == [(curate.__version__, "done")] * 2
+    measured = [json.loads(counts)["measured"]["forward"] for _, _, counts in rows]
+    assert measured == [6, 3]
+    assert store.sql("SELECT count(ranking_gap) AS n FROM scored").item() == 9
