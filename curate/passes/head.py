@@ -32,8 +32,11 @@ STATISTICS = {
     "other_logp": "largest log-probability among tokens other than y, nats",
     "rank": "how many tokens are more probable than y",
     "gap": "z_y − largest other logit",
-    "below_line": "share of the vocabulary, y apart, with π_i ≤ Σπ² − π_y (a second sweep)",
+    "error": "‖π − onehot(y)‖₂, in [0, √2]",
+    "lse": "log Σ_v exp z_v",
+    "below_line": "share of the vocabulary with π_i < Σπ² − π_y (a second sweep)",
 }
+_SQUARES = {"square", "error", "below_line"}  # what needs Σπ²
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class Head:
 
     def logits(self, states: torch.Tensor, columns: slice = slice(None)) -> torch.Tensor:
         """(n, d) states -> (n, width) logits of a block of the vocabulary, in float32 or wider."""
-        weight = self.weight[columns]
+        weight = self.weight[columns].to(states.dtype)
         z = states @ weight.T if self.bias is None else torch.addmm(self.bias[columns], states, weight.T)
         return self._shaped(z.to(torch.promote_types(z.dtype, torch.float32)))
 
@@ -80,7 +83,8 @@ class Head:
             parts.append(self._of_rows(h, tokens[i : i + ROWS], wanted))
         return {name: torch.cat([part[name] for part in parts]) for name in wanted}
 
-    def _blocks(self) -> list[slice]:
+    def blocks(self) -> list[slice]:
+        """The vocabulary in slices of at most COLUMNS."""
         return [slice(i, min(i + COLUMNS, len(self.weight))) for i in range(0, len(self.weight), COLUMNS)]
 
     def _others(self, states: torch.Tensor, tokens: torch.Tensor, block: slice) -> torch.Tensor:
@@ -97,7 +101,7 @@ class Head:
         total = torch.zeros(n, dtype=torch.float64, device=device)  # Σ exp(z − best)
         square, weighted, rank = torch.zeros_like(total), torch.zeros_like(total), torch.zeros_like(total)
         best_token = torch.zeros_like(tokens)
-        for block in self._blocks():
+        for block in self.blocks():
             z = self._others(states, tokens, block)  # (n, width)
             if "rank" in wanted:
                 rank += (z > own[:, None].to(z.dtype)).sum(1)
@@ -119,7 +123,7 @@ class Head:
                 weighted += torch.linalg.vecdot(e, differences).double()
             else:
                 e = e.exp_()
-            if "square" in wanted or "below_line" in wanted:
+            if wanted & _SQUARES:
                 square = square * shrink**2 + torch.linalg.vecdot(e, e).double()
             total = total * shrink + e.sum(1).double()
             best = new
@@ -142,21 +146,24 @@ class Head:
         others = best + total.log()  # log Σ_{v≠y} exp z_v
         logp = -softplus(others - own)
         lse = torch.logaddexp(others, own)
-        found = {"logp": logp, "rank": rank, "gap": own - best, "other_logp": best - lse}
+        found = {"logp": logp, "lse": lse, "rank": rank, "gap": own - best, "other_logp": best - lse}
         found["top_logp"] = torch.maximum(logp, best - lse)
         found["top_token"] = torch.where(own >= best, tokens, best_token)
         pi = logp.exp()
         if "entropy" in wanted:  # −Σ π log π = lse − Σ π z
             rest = torch.exp(best - lse) * (weighted + total * best)  # Σ_{v≠y} π z
             found["entropy"] = lse - rest - pi * own
-        if "square" in wanted or "below_line" in wanted:
-            found["square"] = torch.exp(2 * (best - lse)) * square + pi**2
+        if wanted & _SQUARES:
+            of_others = torch.exp(2 * (best - lse)) * square  # Σ_{v≠y} π²
+            found["square"] = of_others + pi**2
+            found["error"] = (of_others + torch.expm1(logp) ** 2).sqrt()  # 1 − π from log π: exact where π is near 1
         if "below_line" in wanted:
             line = found["square"] - pi
             limit = torch.where(line > 0, line.clamp_min(1e-300).log() + lse, torch.full_like(lse, float("-inf")))
-            count = torch.zeros_like(lse)
-            for block in self._blocks():
+            count = (own < limit).double()
+            for block in self.blocks():
                 z = self._others(states, tokens, block)
-                count += ((z <= limit[:, None].to(z.dtype)) & (z > float("-inf"))).sum(1)
-            found["below_line"] = count / (len(self.weight) - 1)
+                count += (z < limit[:, None].to(z.dtype)).sum(1)
+            count -= (limit > float("-inf")).double()  # y's own logit stands at −inf in its block
+            found["below_line"] = count / len(self.weight)
         return {name: found[name] for name in wanted}
