@@ -1,0 +1,105 @@
+"""What `curate demo` prints at the end: three tables in a newcomer's words, and commands to try next."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from curate.progress import span
+from curate.show import table
+
+ARMS = {"all": "all pairs", "selected": "selected: ches_ln's worst 10% dropped", "random": "as many, dropped at random"}
+
+
+def report(found: dict[str, Any]) -> str:
+    """The text of a demo's result (`DemoResult.to_json`)."""
+    return "\n\n".join([_checkpoints(found), _cells(found), _pairs(found), _next(found)])
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _checkpoints(found: dict[str, Any]) -> str:
+    rows = [
+        (line["checkpoint"], _share(line["train"]), _share(line["premem"]), _share(line["test"]), _share(line["nll"]))
+        for line in found["checkpoints"]
+    ]
+    r2 = found["r2"]
+    return "\n".join(
+        [
+            f"Fine-tuning, checkpoint by checkpoint (answers sampled by {found['engine']})",
+            "",
+            table(
+                rows, head=("checkpoint", "train accuracy", "pre-memorization accuracy", "test accuracy", "target NLL")
+            ),
+            "",
+            "Train accuracy counts what is merely recited. Pre-memorization accuracy looks at the same training rows, but only counts an answer",
+            "given before the model had memorised that row's solution: it tells from the training run alone how well the model does on new problems.",
+            f"How well each predicts test accuracy (R², 1 is exact): pre-memorization accuracy {r2['premem']:.2f}, train accuracy {r2['train']:.2f}.",
+        ]
+    )
+
+
+def _cells(found: dict[str, Any]) -> str:
+    rows = [
+        (line["cell"], _share(line["train"]), _share(line["premem"]), _share(line["test"])) for line in found["cells"]
+    ]
+    return "\n".join(
+        [
+            "At the last checkpoint, by kind of problem",
+            "",
+            table(rows, head=("cell", "train accuracy", "pre-memorization accuracy", "test accuracy")),
+            "",
+            f"{found['hard_rows']} training rows were answered right only once memorised, or not at all.",
+            f"They are in {found['folder']}/hard: rows like these are what to collect more of.",
+        ]
+    )
+
+
+def _pairs(found: dict[str, Any]) -> str:
+    before = found["checkpoints"][-1]["test"]
+    rows: list[tuple[Any, ...]] = [("before DPO", "-", "-", "-", "-", _share(before))]
+    rows += [
+        (
+            ARMS[line["arm"]],
+            line["pairs"],
+            f"{line['chosen']:+.1f}",
+            f"{line['rejected']:+.1f}",
+            f"{line['displaced']:.0%}",
+            _share(line["test"]),
+        )
+        for line in found["pairs"]
+    ]
+    return "\n".join(
+        [
+            f"DPO on pairs of a right and a wrong answer ({found['n_pairs']} pairs, {found['kept_pairs']} of them selected)",
+            "",
+            table(rows, head=("trained on", "pairs", "chosen", "rejected", "chosen fell", "test accuracy")),
+            "",
+            "chosen, rejected: mean change of the answers' log-probability over all pairs, in nats. The margin grows, and yet right answers become",
+            "less likely too (likelihood displacement). One seed of a tiny model: test accuracy is uncertain by about 0.03, so judge a filter only",
+            "from many seeds and against the random line.",
+        ]
+    )
+
+
+def _next(found: dict[str, Any]) -> str:
+    folder = found["folder"]
+    commands = [
+        (f"curate summary {folder}/store --recipe sft", "every dataset-level value with its interval"),
+        (
+            f'curate sql {folder}/store "SELECT prompt, text, correct FROM samples JOIN rows USING (row_id) LIMIT 5"',
+            "what the model answered",
+        ),
+        (
+            f"curate run {folder}/sft.yaml --set select.where='accuracy < 0.5'",
+            "select otherwise: nothing is measured again",
+        ),
+        (f"curate run {folder}/preference.yaml --set select.drop_worst='{{flip_loss: 0.2}}'", "another score decides"),
+        ("curate scores", "what else there is to measure"),
+        ("curate init sft my.yaml", "a recipe for your own data"),
+    ]
+    width = max(len(command) for command, _ in commands)
+    lines = [f"  {command.ljust(width)}   {what}" for command, what in commands]
+    exports = f"Curated datasets: {folder}/hard, {folder}/pairs. All of it took {span(found['seconds'])}."
+    return "\n".join([exports, "", "What to try next", *lines])
