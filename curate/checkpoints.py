@@ -47,9 +47,13 @@ def find_model(name: str, folder: Path) -> Path:
         raise ModelError(f"{name} is a file, expected a model's folder (config.json, *.safetensors, tokenizer.json).")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("."):
         return _from_hub(name)
-    near = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir()], 1) if path.parent.is_dir() else []
+    near = (
+        difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir()], 1) if path.parent.is_dir() else []
+    )
     hint = f" Did you mean {Path(name).with_name(near[0]).as_posix()}?" if near else ""
-    raise ModelError(f"{name}: no such model folder (looked beside the recipe), and not a hub id like `owner/name`.{hint}")
+    raise ModelError(
+        f"{name}: no such model folder (looked beside the recipe), and not a hub id like `owner/name`.{hint}"
+    )
 
 
 def find_checkpoints(spec: str | list[str], folder: Path, cache: FingerprintCache | None = None) -> list[Subject]:
@@ -67,8 +71,14 @@ def find_checkpoints(spec: str | list[str], folder: Path, cache: FingerprintCach
     else:
         root = (folder / Path(spec).expanduser()).resolve()
         if not root.is_dir():
-            raise ModelError(f"models.checkpoints: {spec} is not a folder; give a trainer's output folder (with checkpoint-<step>/ in it) or a list.")
-        found = [p for p in root.iterdir() if p.is_dir() and (p / "config.json").is_file() | bool(re.fullmatch(r"checkpoint-\d+", p.name))]
+            raise ModelError(
+                f"models.checkpoints: {spec} is not a folder; give a trainer's output folder (with checkpoint-<step>/ in it) or a list."
+            )
+        found = [
+            p
+            for p in root.iterdir()
+            if p.is_dir() and (p / "config.json").is_file() | bool(re.fullmatch(r"checkpoint-\d+", p.name))
+        ]
         if not found:
             raise ModelError(
                 f"models.checkpoints: {spec} holds no checkpoint (a folder checkpoint-<step> with config.json and weights). "
@@ -85,7 +95,9 @@ def find_checkpoints(spec: str | list[str], folder: Path, cache: FingerprintCach
 def single_model(name: str, folder: Path, cache: FingerprintCache | None = None, *, step: int | None = None) -> Subject:
     """The subject of a lone model, such as `models.reference`."""
     path = find_model(name, folder)
-    return Subject(str(path), weights_fingerprint(path, cache), "", path.name if path.parent.name != "snapshots" else name, step)
+    return Subject(
+        str(path), weights_fingerprint(path, cache), "", path.name if path.parent.name != "snapshots" else name, step
+    )
 
 
 class FingerprintCache:
@@ -121,7 +133,9 @@ def weights_fingerprint(path: Path, cache: FingerprintCache | None = None) -> st
         for file in [path / "config.json", *_weight_files(path)]:
             digest.update(f"{file.name}:{cache.of(file)}\n".encode())
     except OSError as error:
-        raise ModelError(f"{path.name}: {Path(error.filename or path).name} cannot be read ({error.strerror}).") from None
+        raise ModelError(
+            f"{path.name}: {Path(error.filename or path).name} cannot be read ({error.strerror})."
+        ) from None
     return digest.hexdigest()[:20]
 
 
@@ -150,17 +164,23 @@ def _weight_files(path: Path) -> list[Path]:
 def _check_folder(path: Path) -> None:
     """A model folder has a readable config, and every weight file that its index names, each as long as its header says."""
     if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
-        raise ModelError(f"{path.name} is a LoRA adapter, not a model. Merge it into its base first (`peft`: model.merge_and_unload(), then save).")
+        raise ModelError(
+            f"{path.name} is a LoRA adapter, not a model. Merge it into its base first (`peft`: model.merge_and_unload(), then save)."
+        )
     try:
         json.loads((path / "config.json").read_text())
     except FileNotFoundError:
         inside = ", ".join(_names(path)[:6]) or "nothing"
-        raise ModelError(f"{path.name}: no config.json in this folder, so it is not a model (found: {inside}).") from None
+        raise ModelError(
+            f"{path.name}: no config.json in this folder, so it is not a model (found: {inside})."
+        ) from None
     except (OSError, ValueError) as error:
         raise ModelError(f"{path.name}/config.json cannot be read: {error}.") from None
     files = _weight_files(path)
     if not files:
-        raise ModelError(f"{path.name}: no weights (*.safetensors) beside config.json; the checkpoint is incomplete (found: {', '.join(_names(path)[:6])}).")
+        raise ModelError(
+            f"{path.name}: no weights (*.safetensors) beside config.json; the checkpoint is incomplete (found: {', '.join(_names(path)[:6])})."
+        )
     index = path / "model.safetensors.index.json"
     if index.is_file():
         try:
@@ -169,10 +189,14 @@ def _check_folder(path: Path) -> None:
             raise ModelError(f"{path.name}/{index.name} cannot be read: {error!r}.") from None
         missing = sorted(wanted - {f.name for f in files})
         if missing:
-            raise ModelError(f"{path.name}: {missing[0]} is missing ({len(missing)} of {len(wanted)} weight files); the checkpoint is incomplete.")
+            raise ModelError(
+                f"{path.name}: {missing[0]} is missing ({len(missing)} of {len(wanted)} weight files); the checkpoint is incomplete."
+            )
     for file in files:
         if file.suffix == ".safetensors" and not _is_whole(file):
-            raise ModelError(f"{path.name}/{file.name} is cut short or not a safetensors file; the checkpoint is half-written. Remove it or name the others.")
+            raise ModelError(
+                f"{path.name}/{file.name} is cut short or not a safetensors file; the checkpoint is half-written. Remove it or name the others."
+            )
 
 
 def _is_whole(file: Path) -> bool:
@@ -201,6 +225,8 @@ def _from_hub(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]))
     except LocalEntryNotFoundError:
-        raise ModelError(f"{name}: not a folder here, and the hub cannot be reached (or HF_HUB_OFFLINE is set) and has no cached copy.") from None
+        raise ModelError(
+            f"{name}: not a folder here, and the hub cannot be reached (or HF_HUB_OFFLINE is set) and has no cached copy."
+        ) from None
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise ModelError(f"{name}: not a folder here, and the hub refused it: {str(error).splitlines()[0]}") from None

@@ -10,7 +10,7 @@ import signal
 import sys
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -31,11 +31,20 @@ app = typer.Typer(
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="a recipe (YAML)")]
 StorePath = Annotated[Path, typer.Argument(metavar="STORE", help="a store's folder")]
-Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="put a value over the recipe's, e.g. select.keep.share=0.5")]
-StoreOption = Annotated[Path | None, typer.Option("--store", metavar="DIR", help="the store's folder, over the recipe's")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="put a value over the recipe's, e.g. select.keep.share=0.5"),
+]
+StoreOption = Annotated[
+    Path | None, typer.Option("--store", metavar="DIR", help="the store's folder, over the recipe's")
+]
 Json = Annotated[bool, typer.Option("--json", help="print JSON, for machines")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress")]
-OfRecipe = Annotated[str | None, typer.Option("--recipe", metavar="NAME", help="as this recipe measured it (default: the one scored last)")]
+Kind = Literal["preference", "sft"]
+OfRecipe = Annotated[
+    str | None,
+    typer.Option("--recipe", metavar="NAME", help="as this recipe measured it (default: the one scored last)"),
+]
 OfSource = Annotated[str | None, typer.Option("--source", metavar="NAME", help="only rows of this source")]
 
 
@@ -53,7 +62,10 @@ def main() -> None:
         os._exit(0)
     except Exception:
         traceback.print_exc()
-        print("This is a bug in curate: nothing that was measured is lost. Please report the lines above.", file=sys.stderr)
+        print(
+            "This is a bug in curate: nothing that was measured is lost. Please report the lines above.",
+            file=sys.stderr,
+        )
         sys.exit(1)
 
 
@@ -96,12 +108,19 @@ def init(
         out(to_json(recipe.schema()))
         return
     if kind not in ("preference", "sft"):
-        raise UsageError(f"curate init takes preference or sft; found {kind!r}. Try `curate init preference recipe.yaml`.")
+        raise UsageError(
+            f"curate init takes preference or sft; found {kind!r}. Try `curate init preference recipe.yaml`."
+        )
     if file.exists() and not force:
         raise UsageError(f"{file} exists. Give another name, or write over it with --force.")
     package = files("curate")
     schema_file = Path(str(package / "recipe.schema.json"))
-    text = (package / "starters" / f"{kind}.yaml").read_text().replace("SCHEMA", schema_file.as_uri()).replace("FILE", file.name)
+    text = (
+        (package / "starters" / f"{kind}.yaml")
+        .read_text()
+        .replace("SCHEMA", schema_file.as_uri())
+        .replace("FILE", file.name)
+    )
     try:
         file.write_text(text)
     except OSError as error:
@@ -121,7 +140,12 @@ def doctor(
     if json:
         out(to_json(findings))
     else:
-        out(table([(f.state, f.topic, f.text + (f" → {f.hint}" if f.hint else "")) for f in findings], head=("state", "what", "found")))
+        out(
+            table(
+                [(f.state, f.topic, f.text + (f" → {f.hint}" if f.hint else "")) for f in findings],
+                head=("state", "what", "found"),
+            )
+        )
     if any(f.state == "missing" for f in findings):
         raise typer.Exit(1)
 
@@ -129,8 +153,8 @@ def doctor(
 @app.command()
 def validate(
     source: Annotated[str, typer.Argument(metavar="SOURCE|RECIPE", help="data, or a recipe (.yaml)")],
-    kind: Annotated[str | None, typer.Option(help="preference or sft (default: what the rows look like)")] = None,
-    format: Annotated[str, typer.Option(help="the rows' format")] = "auto",  # noqa: A002
+    kind: Annotated[Kind | None, typer.Option(help="the kind of rows (default: what they look like)")] = None,
+    format: Annotated[str, typer.Option(help="the rows' format")] = "auto",
     split: Annotated[str, typer.Option(help="of a hub dataset or a saved folder")] = "train",
     column: Annotated[list[str] | None, typer.Option(metavar="OURS=THEIRS", help="e.g. prompt=question")] = None,
     limit: Annotated[int, typer.Option(help="how many bad rows to print (0: all)")] = 50,
@@ -139,25 +163,28 @@ def validate(
     quiet: Quiet = False,
 ) -> None:
     """Name every bad row, with file, row, column and what was found. Exit 1 if there is any."""
+    from curate.summary import validation_text
     from curate.workflow import validate_source
 
     columns = dict(_split(entry, "--column") for entry in column or [])
     result = validate_source(source, kind=kind, format=format, split=split, columns=columns, set=overrides)
     if json:
-        out(to_json(result.to_json()))
+        out(to_json(result))
     else:
         shown = result.defects if limit == 0 else result.defects[:limit]
         for defect in shown:
             out(str(defect))
         if len(result.defects) > len(shown):
             out(f"… and {len(result.defects) - len(shown):,} more (--limit 0 prints all)")
-        out(result.text())
+        out(validation_text(result))
     if result.defects:
         raise typer.Exit(1)
 
 
 @app.command()
-def plan(recipe: RecipePath, overrides: Set = None, store: StoreOption = None, json: Json = False, quiet: Quiet = False) -> None:
+def plan(
+    recipe: RecipePath, overrides: Set = None, store: StoreOption = None, json: Json = False, quiet: Quiet = False
+) -> None:
     """What would run: passes × checkpoints × rows still missing, tokens, estimated time. Runs nothing."""
     from curate.workflow import make_plan
 
@@ -168,7 +195,9 @@ def plan(recipe: RecipePath, overrides: Set = None, store: StoreOption = None, j
 def _step(name: str, steps: tuple[str, ...], text: str) -> None:
     """Add a command that runs some steps of a recipe."""
 
-    def command(recipe: RecipePath, overrides: Set = None, store: StoreOption = None, json: Json = False, quiet: Quiet = False) -> None:
+    def command(
+        recipe: RecipePath, overrides: Set = None, store: StoreOption = None, json: Json = False, quiet: Quiet = False
+    ) -> None:
         from curate.workflow import run_steps
 
         result = run_steps(_recipe(recipe, overrides, store), steps, progress=_progress(quiet), command=name)
@@ -178,7 +207,11 @@ def _step(name: str, steps: tuple[str, ...], text: str) -> None:
     app.command(name)(command)
 
 
-_step("run", ("measure", "score", "select", "export"), "All of it: measure, score, select, export. Safe to stop and start again.")
+_step(
+    "run",
+    ("measure", "score", "select", "export"),
+    "All of it: measure, score, select, export. Safe to stop and start again.",
+)
 _step("measure", ("measure",), "Run the passes that the recipe's scores need, for the rows that still miss something.")
 _step("score", ("score",), "Compute the recipe's scores from what is measured. No model is run.")
 _step("select", ("select",), "Decide which rows are kept, with a reason for every dropped one.")
@@ -189,7 +222,12 @@ _step("export", ("export",), "Write the kept rows as a dataset that trainers tak
 def import_(
     store: StorePath,
     file: Annotated[Path, typer.Argument(metavar="FILE", help="parquet, csv, jsonl(.gz)")],
-    mapping: Annotated[list[str], typer.Option("--map", metavar="OURS=THEIRS", help="row=example_id run=run checkpoint=step samples=n correct=k …")],
+    mapping: Annotated[
+        list[str],
+        typer.Option(
+            "--map", metavar="OURS=THEIRS", help="row=example_id run=run checkpoint=step samples=n correct=k …"
+        ),
+    ],
     more: Annotated[list[str] | None, typer.Argument(metavar="OURS=THEIRS…", help="further pairs of --map")] = None,
     source: Annotated[str | None, typer.Option(help="the source that row numbers or foreign ids belong to")] = None,
     json: Json = False,
@@ -210,12 +248,13 @@ def scores(
 ) -> None:
     """Every score: what it means when high, which end is worst, unit, needs, cost, source."""
     from curate.scores import SCORES, resolve
+    from curate.summary import describe_score, score_json
 
     chosen = [resolve(name)] if name else [SCORES[key] for key in sorted(SCORES, key=lambda k: (SCORES[k].kind, k))]
     if json:
-        out(to_json([s.to_json() for s in chosen]))
+        out(to_json([score_json(s) for s in chosen]))
     elif name:
-        out(chosen[0].text())
+        out(describe_score(chosen[0]))
     else:
         head = ("kind", "score", "worst", "unit", "cost", "high means")
         out(table([(s.kind, s.name, s.worst, s.unit, s.cost, s.high_means) for s in chosen], head=head))
@@ -236,7 +275,8 @@ def explain(
 
 
 @app.command()
-def summary(store: StorePath, recipe: OfRecipe = None, json: Json = False, quiet: Quiet = False) -> None:
+def summary(store: StorePath, recipe: Kind = Literal["preference", "sft"]
+OfRecipe = None, json: Json = False, quiet: Quiet = False) -> None:
     """Dataset-level values with intervals: ranking accuracies, pre-memorization accuracy per run and checkpoint, calibration, R²."""
     from curate.summary import summarise
 
@@ -256,8 +296,11 @@ def status(store: StorePath, json: Json = False) -> None:
 @app.command()
 def sql(
     store: StorePath,
-    query: Annotated[str, typer.Argument(metavar="QUERY", help="e.g. SELECT row_id, ches_ln FROM scored ORDER BY 2 DESC LIMIT 10")],
-    recipe: OfRecipe = None,
+    query: Annotated[
+        str, typer.Argument(metavar="QUERY", help="e.g. SELECT row_id, ches_ln FROM scored ORDER BY 2 DESC LIMIT 10")
+    ],
+    recipe: Kind = Literal["preference", "sft"]
+OfRecipe = None,
     source: OfSource = None,
     json: Json = False,
     csv: Annotated[bool, typer.Option("--csv", help="print CSV")] = False,

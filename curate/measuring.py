@@ -79,7 +79,9 @@ class Runner:
         """Get ready for a step's subject."""
         self.tokenizer = self._tokenizer(step)
 
-    def run(self, rows: list[Row], row_ids: Sequence[str], measurements: list[Any]) -> tuple[Mapping[str, Any], list[Any] | None, int]:
+    def run(
+        self, rows: list[Row], row_ids: Sequence[str], measurements: list[Any]
+    ) -> tuple[Mapping[str, Any], list[Any] | None, int]:
         raise AssertionError(self.reads)
 
     def notes(self) -> list[str]:
@@ -121,7 +123,9 @@ class TokensRunner(Runner):
         super().__init__(loaded, progress)
         self.truncated = self.problems = self.seen = 0
 
-    def run(self, rows: list[Row], row_ids: Sequence[str], measurements: list[Any]) -> tuple[Mapping[str, Any], None, int]:
+    def run(
+        self, rows: list[Row], row_ids: Sequence[str], measurements: list[Any]
+    ) -> tuple[Mapping[str, Any], None, int]:
         from curate.measurements import measure_tokens
 
         encoded = self._encode(rows)
@@ -141,7 +145,9 @@ class TokensRunner(Runner):
                 f"truncation {policy} {'leaves them unmeasured' if policy == 'drop' else 'cuts them'}."
             )
         if self.problems:
-            found.append(f"{self.problems:,} rows cannot be measured; the column token_problem of `scored` says why (selection: select.unknown).")
+            found.append(
+                f"{self.problems:,} rows cannot be measured; the column token_problem of `scored` says why (selection: select.unknown)."
+            )
         self.truncated = self.problems = self.seen = 0
         return found
 
@@ -167,7 +173,9 @@ class ForwardRunner(Runner):
                 self.close()
         self.model = load_model(step.subject.path, dtype=self.recipe.engine.dtype, device=self.recipe.engine.device)
 
-    def run(self, rows: list[Row], row_ids: Sequence[str], measurements: list[Any]) -> tuple[Mapping[str, Any], None, int]:
+    def run(
+        self, rows: list[Row], row_ids: Sequence[str], measurements: list[Any]
+    ) -> tuple[Mapping[str, Any], None, int]:
         from curate.passes import forward
 
         encoded = self._encode(rows)
@@ -214,7 +222,9 @@ class SampleRunner(Runner):
             server=self.recipe.server.model_dump(),
         )
 
-    def run(self, rows: list[Row], row_ids: Sequence[str], measurements: list[Any]) -> tuple[Mapping[str, Any], list[Any], int]:
+    def run(
+        self, rows: list[Row], row_ids: Sequence[str], measurements: list[Any]
+    ) -> tuple[Mapping[str, Any], list[Any], int]:
         from curate.measurements.accuracy import Graded
         from curate.passes.sampling import Prompt, Sampling
 
@@ -228,13 +238,20 @@ class SampleRunner(Runner):
             drawn[i] = found
         marks = [[self._correct(sample.text, row) for sample in found] for row, found in zip(rows, drawn, strict=True)]
         graded = [
-            [Graded(mark, s.n_tokens, s.logp, s.finished) for s, mark in zip(found, mark_of, strict=True) if mark is not None]
+            [
+                Graded(mark, s.n_tokens, s.logp, s.finished)
+                for s, mark in zip(found, mark_of, strict=True)
+                if mark is not None
+            ]
             for found, mark_of in zip(drawn, marks, strict=True)
         ]  # a row without an answer to compare with has no accuracy; its samples are kept all the same
         columns: dict[str, Any] = {}
         for measurement in measurements:
             columns |= measurement.function(graded)
-        kept = [[{**asdict(s), "correct": mark} for s, mark in zip(found, mark_of, strict=True)] for found, mark_of in zip(drawn, marks, strict=True)]
+        kept = [
+            [{**asdict(s), "correct": mark} for s, mark in zip(found, mark_of, strict=True)]
+            for found, mark_of in zip(drawn, marks, strict=True)
+        ]
         tokens = sum(len(prompts[i].ids) for i in asked) + sum(s.n_tokens or 0 for found in drawn for s in found)
         return columns, kept, tokens
 
@@ -255,7 +272,8 @@ class SampleRunner(Runner):
         return None if answer is None else self.grader.grade(text, answer, row)
 
     def notes(self) -> list[str]:
-        return list(dict.fromkeys(getattr(self.sampler, "notes", [])))
+        notes: list[str] = self.sampler.notes
+        return list(dict.fromkeys(notes))
 
     def close(self) -> None:
         if self.sampler is not None:
@@ -268,7 +286,9 @@ def _plain_prompt(row: Row, seed: int, system: str | None, few_shot: str | None)
     from curate.passes.sampling import Prompt
 
     if isinstance(row.prompt, str):
-        return Prompt([], "".join(part for part in (system and system + "\n\n", few_shot, row.prompt) if part), None, seed)
+        return Prompt(
+            [], "".join(part for part in (system and system + "\n\n", few_shot, row.prompt) if part), None, seed
+        )
     messages = ({"role": "system", "content": system}, *row.prompt) if system else tuple(row.prompt)
     return Prompt([], "\n".join(m["content"] for m in messages), messages, seed)
 

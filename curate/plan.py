@@ -58,7 +58,9 @@ class Subjects:
                 raise UsageError("A score needs a second model: set models.policy in the recipe.")
             return (self.policy,)
         if role:
-            raise UsageError(f"{role!r} is not a model of a recipe; a need is a column, `policy.column` or `row.column`.")
+            raise UsageError(
+                f"{role!r} is not a model of a recipe; a need is a column, `policy.column` or `row.column`."
+            )
         if over == "checkpoints":
             return self.series
         plain = self.series[-1] if self.series else self.reference
@@ -123,8 +125,14 @@ class Plan:
             if not self.missing:
                 lines.append("Everything is measured already.")
             elif known:
-                partly = "" if len(known) == sum(1 for s in self.steps if s.missing) else " for the passes that could be estimated"
-                rough = ", a rough guess before anything ran here" if any(s.rough for s in self.steps if s.missing) else ""
+                partly = (
+                    ""
+                    if len(known) == sum(1 for s in self.steps if s.missing)
+                    else " for the passes that could be estimated"
+                )
+                rough = (
+                    ", a rough guess before anything ran here" if any(s.rough for s in self.steps if s.missing) else ""
+                )
                 lines.append(f"About {span(sum(known))} in all{partly}{rough}.")
         return "\n".join(lines)
 
@@ -159,13 +167,17 @@ def wanted_scores(loaded: Loaded) -> list[Wanted]:
         except UsageError as error:
             raise UsageError(f"{loaded.path or 'recipe'}: scores: {error}") from None
         if score.kind not in ("any", loaded.recipe.kind):
-            raise UsageError(f"{loaded.path or 'recipe'}: scores: {request.score} is for {score.kind} rows, this recipe's kind is {loaded.recipe.kind}.")
+            raise UsageError(
+                f"{loaded.path or 'recipe'}: scores: {request.score} is for {score.kind} rows, this recipe's kind is {loaded.recipe.kind}."
+            )
         found.append(Wanted(request.name, score, params))
     for want in list(found):  # where a NULL is the right value, the score that says so comes along
         excuse = want.score.null_where
         if excuse and not any(w.score.name == excuse for w in found):
             score = resolve(excuse)
-            found.append(Wanted(excuse, score, score.check({k: v for k, v in want.params.items() if k in score.parameters})))
+            found.append(
+                Wanted(excuse, score, score.check({k: v for k, v in want.params.items() if k in score.parameters}))
+            )
     return found
 
 
@@ -185,7 +197,9 @@ def find_subjects(loaded: Loaded, cache: FingerprintCache) -> Subjects:
     elif reference and loaded.recipe.kind == "sft":
         series = (replace(reference, step=0),)
     if server and len(series) > 1:
-        raise UsageError("engine.sampler is openai and there are several checkpoints, but a server serves one model. Use sampler vllm, or one model.")
+        raise UsageError(
+            "engine.sampler is openai and there are several checkpoints, but a server serves one model. Use sampler vllm, or one model."
+        )
     return Subjects(reference, policy, series)
 
 
@@ -214,13 +228,21 @@ def make_plan(loaded: Loaded, store: Store, sources: dict[str, list[str]]) -> Pl
         if measurement is None:
             if optional:
                 return
-            near = difflib.get_close_matches(column, [c for m in MEASUREMENTS.values() for c in m.columns if m.kind in (recipe.kind, "any")], 1)
-            raise UsageError(f"A score needs the column {column}, which nothing measures on {recipe.kind} rows{f'; did you mean {near[0]}?' if near else '.'}")
+            near = difflib.get_close_matches(
+                column, [c for m in MEASUREMENTS.values() for c in m.columns if m.kind in (recipe.kind, "any")], 1
+            )
+            raise UsageError(
+                f"A score needs the column {column}, which nothing measures on {recipe.kind} rows{f'; did you mean {near[0]}?' if near else '.'}"
+            )
         who = subjects.of(role, over) if not (optional and role == "policy" and subjects.policy is None) else ()
         if not who:
             if optional:
                 return
-            where = "of a training run: set models.checkpoints" if over == "checkpoints" else "of a model: set models.reference"
+            where = (
+                "of a training run: set models.checkpoints"
+                if over == "checkpoints"
+                else "of a model: set models.reference"
+            )
             raise UsageError(f"A score needs {column} {where} in the recipe.")
         found = [(subject, identity.task(measurement, subject)) for subject in who]
         if optional and not all(task.fingerprint in planned for _, task in found):
@@ -254,7 +276,10 @@ def make_plan(loaded: Loaded, store: Store, sources: dict[str, list[str]]) -> Pl
                 need(column, role, value.over, optional=True)
 
     names = [name for group in sources.values() for name in group]
-    order = {subject.path: i for i, subject in enumerate((*subjects.series, *(s for s in (subjects.reference, subjects.policy) if s)))}
+    order = {
+        subject.path: i
+        for i, subject in enumerate((*subjects.series, *(s for s in (subjects.reference, subjects.policy) if s)))
+    }
     for reads, path in sorted(tasks, key=lambda place: (ORDER.index(place[0]), order.get(place[1], -1))):
         step = _step(reads, lone[reads, path], tuple(tasks[reads, path].values()), store, names, recipe.kind)
         plan.steps.append(_with_cost(step, loaded, store))
@@ -272,7 +297,11 @@ class Identity:
     def task(self, measurement: Measurement, subject: Subject) -> Task:
         recipe = self.recipe
         engine = "" if measurement.reads == "tokens" else self.engine(measurement.reads, subject)
-        params: dict[str, Any] = {"tokenizer": self.tokenizer(subject), "max_length": recipe.tokens.max_length, "truncation": recipe.tokens.truncation}
+        params: dict[str, Any] = {
+            "tokenizer": self.tokenizer(subject),
+            "max_length": recipe.tokens.max_length,
+            "truncation": recipe.tokens.truncation,
+        }
         if measurement.reads == "sample":
             from curate.grading import grader
 
@@ -293,7 +322,18 @@ class Identity:
         run, checkpoint, step = (subject.run, subject.checkpoint, subject.step) if weights else ("", "", None)
         return Task(
             measurement,
-            Measured(fingerprint, measurement.name, measurement.reads, subject.label, weights, run, checkpoint, step, engine, params),
+            Measured(
+                fingerprint,
+                measurement.name,
+                measurement.reads,
+                subject.label,
+                weights,
+                run,
+                checkpoint,
+                step,
+                engine,
+                params,
+            ),
         )
 
     def tokenizer(self, subject: Subject) -> str:
@@ -313,7 +353,9 @@ class Identity:
                 from curate.passes.sampling import sampler_identity
 
                 server, path = self.recipe.server.model_dump(), subject.path if Path(subject.path).is_dir() else None
-                self._engines[key], _ = sampler_identity(engine.sampler, path, dtype=engine.dtype, device=engine.device, server=server)
+                self._engines[key], _ = sampler_identity(
+                    engine.sampler, path, dtype=engine.dtype, device=engine.device, server=server
+                )
             else:
                 from curate.passes.model import engine_identity
 
@@ -333,7 +375,9 @@ def imported_uses(store: Store, wanted: Iterable[Wanted]) -> dict[tuple[str, str
     """Without models in the recipe, scores are computed from what was imported: every fingerprint that has the column."""
     known = store.measured(reads="import")
     if not known:
-        raise UsageError("This recipe names no model, and nothing was imported into its store. Set models.reference, or `curate import STORE FILE --map …`.")
+        raise UsageError(
+            "This recipe names no model, and nothing was imported into its store. Set models.reference, or `curate import STORE FILE --map …`."
+        )
     columns = store.measured_columns()
     uses: dict[tuple[str, str, str | None], list[str]] = {}
     for want in wanted:
@@ -374,7 +418,9 @@ def _with_cost(step: Step, loaded: Loaded, store: Store) -> Step:
     """The step with an estimate of its tokens and time."""
     if not step.missing:
         return step
-    found = store.sql("SELECT avg(length(concat(prompt, chosen, rejected, completion))), avg(length(prompt)) FROM rows WHERE prompt IS NOT NULL").row(0)
+    found = store.sql(
+        "SELECT avg(length(concat(prompt, chosen, rejected, completion))), avg(length(prompt)) FROM rows WHERE prompt IS NOT NULL"
+    ).row(0)
     length, prompt = (float(x or 0) / CHARACTERS_PER_TOKEN for x in found)
     per_row = length
     if step.reads == "sample":
@@ -390,7 +436,11 @@ def _with_cost(step: Step, loaded: Loaded, store: Store) -> Step:
 def _size(subject: Subject) -> int:
     """Bytes of a subject's weights; 0 for a server's model."""
     path = Path(subject.path)
-    return sum(f.stat().st_size for pattern in ("*.safetensors", "*.bin") for f in path.glob(pattern)) if path.is_dir() else 0
+    return (
+        sum(f.stat().st_size for pattern in ("*.safetensors", "*.bin") for f in path.glob(pattern))
+        if path.is_dir()
+        else 0
+    )
 
 
 def _guess(step: Step) -> float | None:
@@ -406,12 +456,34 @@ def _guess(step: Step) -> float | None:
 
 
 def _line(step: Step) -> tuple[Any, ...]:
-    time = "-" if not step.missing else "?" if step.seconds is None else f"{'≈ ' if step.rough else ''}{span(max(step.seconds, 0.1))}"
+    time = (
+        "-"
+        if not step.missing
+        else "?"
+        if step.seconds is None
+        else f"{'≈ ' if step.rough else ''}{span(max(step.seconds, 0.1))}"
+    )
     atmost = "≤ " if step.reads == "sample" else "≈ "
     tokens = f"{atmost}{_short(step.tokens)}" if step.missing else "-"
-    return step.reads, step.subject.label, ", ".join(t.measurement.name for t in step.tasks), step.rows, step.missing, tokens, time
+    return (
+        step.reads,
+        step.subject.label,
+        ", ".join(t.measurement.name for t in step.tasks),
+        step.rows,
+        step.missing,
+        tokens,
+        time,
+    )
 
 
 def _short(n: int) -> str:
     digits = int(math.log10(n)) if n > 0 else 0
-    return f"{n:,}" if digits < 4 else f"{n / 1e3:.0f} k" if digits < 6 else f"{n / 1e6:.1f} M" if digits < 9 else f"{n / 1e9:.1f} G"
+    return (
+        f"{n:,}"
+        if digits < 4
+        else f"{n / 1e3:.0f} k"
+        if digits < 6
+        else f"{n / 1e6:.1f} M"
+        if digits < 9
+        else f"{n / 1e9:.1f} G"
+    )

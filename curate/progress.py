@@ -28,13 +28,19 @@ class Progress:
     @contextmanager
     def bar(self, title: str, total: int, *, done: int = 0, unit: str = "rows") -> Iterator[Count]:
         """`with progress.bar("forward", 900) as count: count(256)`; done: how many were there before."""
-        count: Count
         if self.terminal:
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
             from rich.progress import Progress as Bars
 
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeElapsedColumn(), TimeRemainingColumn())
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn(unit),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+            )
             with Bars(*columns, console=Console(stderr=True)) as bars:
                 self._bars = bars
                 task = bars.add_task(title, total=total or None, completed=done)

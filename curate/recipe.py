@@ -24,7 +24,9 @@ class Strict(BaseModel):
 class Source(Strict):
     """Where rows come from."""
 
-    path: str | list[str] = Field(description="a file, a folder written by save_to_disk, a glob, a hub id, or a list of them")
+    path: str | list[str] = Field(
+        description="a file, a folder written by save_to_disk, a glob, a hub id, or a list of them"
+    )
     split: str = "train"
     revision: str | None = Field(None, description="a hub dataset's revision")
     format: str = Field("auto", description="auto, or a format that `curate validate` names")
@@ -99,12 +101,16 @@ class ScoreRequest(Strict):
         if isinstance(entry, ScoreRequest):
             return entry
         if isinstance(entry, str):
-            score, params = entry, {}
+            score = entry
+            params: dict[str, Any] = {}
         elif isinstance(entry, dict) and len(entry) == 1:
             score, params = next(iter(entry.items()))
             params = params or {}
         elif isinstance(entry, dict) and "score" in entry:
-            score, params = entry["score"], {**entry.get("params", {}), **({"as": entry["name"]} if "name" in entry else {})}
+            score, params = (
+                entry["score"],
+                {**entry.get("params", {}), **({"as": entry["name"]} if "name" in entry else {})},
+            )
         else:
             raise ValueError("a score is a name, or a name with its settings: `flip_loss: {beta: 0.1}`")
         if not isinstance(score, str) or not isinstance(params, dict):
@@ -112,7 +118,9 @@ class ScoreRequest(Strict):
         params = dict(params)
         name = params.pop("as", None) or score.rpartition(":")[2]
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", str(name)):
-            raise ValueError(f"{name!r} cannot name a column; use letters, digits and underscores (`as: {re.sub(r'[^A-Za-z0-9_]', '_', str(name))}`)")
+            raise ValueError(
+                f"{name!r} cannot name a column; use letters, digits and underscores (`as: {re.sub(r'[^A-Za-z0-9_]', '_', str(name))}`)"
+            )
         return cls(score=score, params=params, name=str(name))
 
 
@@ -163,8 +171,22 @@ class Export(Strict):
 
     to: str
     format: Literal["trl", "prompt_completion", "messages"] = "trl"
-    columns: Literal["scores", "none"] | list[str] = Field("none", description="extra columns: every score, none, or a list")
-    push_to_hub: str | None = None
+    columns: Literal["scores", "none"] | list[str] = Field(
+        "none", description="extra columns: every score, none, or a list"
+    )
+    weight: str | None = Field(None, description="a column of `scored` that becomes the column `weight`")
+    resample: int | None = Field(
+        None, ge=1, description="so many rows, drawn in proportion to their weight (TRL's trainers take no weights)"
+    )
+    push_to_hub: str | None = Field(None, description="also to this hub dataset")
+
+    @model_validator(mode="after")
+    def resampling_needs_weights(self) -> Export:
+        if self.resample and not self.weight:
+            raise ValueError(
+                "export.resample draws rows in proportion to their weight: say which column that is with export.weight"
+            )
+        return self
 
 
 class Report(Strict):
@@ -183,7 +205,9 @@ class Recipe(Strict):
     engine: Engine = Engine()
     server: Server = Server()
     sampling: Sampling = Sampling()
-    scores: Annotated[list[ScoreRequest], BeforeValidator(lambda v: [ScoreRequest.read(e) for e in v] if isinstance(v, list) else v)] = []
+    scores: Annotated[
+        list[ScoreRequest], BeforeValidator(lambda v: [ScoreRequest.read(e) for e in v] if isinstance(v, list) else v)
+    ] = []
     select: Select | None = None
     export: Export | None = None
     report: Report | None = None
@@ -217,7 +241,9 @@ class Loaded:
         return self.folder / Path(path).expanduser()
 
 
-def load_recipe(path: str | Path | dict[str, Any], *, set: dict[str, Any] | list[str] | None = None, store: str | Path | None = None) -> Loaded:  # noqa: A002
+def load_recipe(
+    path: str | Path | dict[str, Any], *, set: dict[str, Any] | list[str] | None = None, store: str | Path | None = None
+) -> Loaded:
     """Read and check a recipe. `set` overrides keys: {"select.keep.share": 0.5} or ["select.keep.share=0.5"].
 
     Raises UsageError naming file, line, key and the nearest right key.
@@ -227,15 +253,25 @@ def load_recipe(path: str | Path | dict[str, Any], *, set: dict[str, Any] | list
     else:
         file = Path(path)
         if file.is_dir():
-            raise UsageError(f"{path} is a folder, expected a recipe (YAML). Start one with `curate init preference recipe.yaml`.")
+            raise UsageError(
+                f"{path} is a folder, expected a recipe (YAML). Start one with `curate init preference recipe.yaml`."
+            )
         try:
             text = file.read_text(encoding="utf-8")
         except OSError as error:
-            near = difflib.get_close_matches(file.name, [p.name for p in file.parent.glob("*.y*ml")] if file.parent.is_dir() else [], 1)
-            hint = f"Did you mean {file.with_name(near[0])}?" if near else "Start one with `curate init preference recipe.yaml`."
+            near = difflib.get_close_matches(
+                file.name, [p.name for p in file.parent.glob("*.y*ml")] if file.parent.is_dir() else [], 1
+            )
+            hint = (
+                f"Did you mean {file.with_name(near[0])}?"
+                if near
+                else "Start one with `curate init preference recipe.yaml`."
+            )
             raise UsageError(f"{path}: cannot read this recipe ({error.strerror}). {hint}") from None
         except UnicodeDecodeError as error:
-            raise UsageError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); a recipe is a YAML file.") from None
+            raise UsageError(
+                f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); a recipe is a YAML file."
+            ) from None
         try:
             raw = yaml.safe_load(text)
             lines = _lines(yaml.compose(text))
@@ -244,7 +280,9 @@ def load_recipe(path: str | Path | dict[str, Any], *, set: dict[str, Any] | list
             where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
             raise UsageError(f"{path}{where}: not valid YAML: {getattr(error, 'problem', None) or error}.") from None
         if not isinstance(raw, dict):
-            raise UsageError(f"{path}: a recipe is a mapping with `kind: preference` or `kind: sft`; found {_found(raw)}.")
+            raise UsageError(
+                f"{path}: a recipe is a mapping with `kind: preference` or `kind: sft`; found {_found(raw)}."
+            )
     for key, value in _overrides(set):
         _put(raw, key, value)
     try:
@@ -260,7 +298,9 @@ def schema() -> dict[str, Any]:
     shown: dict[str, Any] = {"anyOf": [{"type": "string"}, {"type": "object", "minProperties": 1, "maxProperties": 1}]}
     result["properties"]["scores"]["items"] = shown
     for key in ("source", "heldout"):
-        result["properties"][key].setdefault("anyOf", []).extend([{"type": "string"}, {"type": "array", "items": {"type": "string"}}])
+        result["properties"][key].setdefault("anyOf", []).extend(
+            [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]
+        )
     result["$defs"].pop("ScoreRequest", None)
     result["title"] = "curate recipe"
     return result
@@ -347,7 +387,12 @@ def _explain(error: ValidationError, raw: Any, lines: dict[tuple[Any, ...], int]
     seen: set[str] = set()
     for item in error.errors():
         path = tuple(part for part in item["loc"])
-        while path and path not in lines and len(path) > 1 and not (isinstance(path[-1], int) or item["type"] == "extra_forbidden"):
+        while (
+            path
+            and path not in lines
+            and len(path) > 1
+            and not (isinstance(path[-1], int) or item["type"] == "extra_forbidden")
+        ):
             path = path[:-1]  # pydantic adds the names of union members
         key = ".".join(str(p) for p in path)
         if key in seen:

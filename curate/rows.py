@@ -24,9 +24,12 @@ Text = str | tuple[Message, ...]  # plain text (standard style) or messages (con
 ID_DIGITS = 20  # 80 bits: one chance in 10**10 of a collision among ten million rows
 
 
+_canonical = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode
+
+
 def content_id(*parts: object) -> str:
     """20 hex digits over the parts' canonical JSON."""
-    canonical = json.dumps(parts, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+    canonical = _canonical(parts)
     return hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).hexdigest()[:ID_DIGITS]
 
 

@@ -30,7 +30,9 @@ class Series:
     columns: dict[str, list[str | None]]
 
 
-def series_of(measured: Sequence[Measured], uses: dict[tuple[str, str, str | None], list[str]], over: str | None) -> list[Series]:
+def series_of(
+    measured: Sequence[Measured], uses: dict[tuple[str, str, str | None], list[str]], over: str | None
+) -> list[Series]:
     """The runs that the columns of these uses come from, each in step order."""
     by_fingerprint = {m.fingerprint: m for m in measured}
     runs: dict[str, dict[tuple[int, str], dict[str, str]]] = {}
@@ -71,7 +73,9 @@ def compute_scores(store: Store, plan: Plan, row_ids: list[str], sources: list[s
     return result
 
 
-def compute_dataset_values(store: Store, plan: Plan, row_ids: list[str], sources: list[str], prefix: str = "") -> list[DatasetValue]:
+def compute_dataset_values(
+    store: Store, plan: Plan, row_ids: list[str], sources: list[str], prefix: str = ""
+) -> list[DatasetValue]:
     """Every dataset value whose columns are known, with its interval, per run and checkpoint where it is over checkpoints.
 
     A threshold or β that the recipe sets for a score is used for the dataset values that share the parameter.
@@ -118,7 +122,9 @@ class Columns:
 
     def __init__(self, store: Store, plan: Plan, row_ids: list[str], sources: list[str]):
         self.store, self.plan, self.row_ids, self.sources = store, plan, row_ids, sources
-        known = {m.fingerprint: m for m in store.measured()}  # and what is planned but not measured yet: its values are NULL
+        known = {
+            m.fingerprint: m for m in store.measured()
+        }  # and what is planned but not measured yet: its values are NULL
         known |= {task.fingerprint: task.measured for step in plan.steps for task in step.tasks}
         self.measured = list(known.values())
         self.names = store.measured_columns()
@@ -141,14 +147,22 @@ class Columns:
         given: dict[str, Any] = {}
         for text in (*want.score.needs, *want.score.optional):
             role, _, column = text.rpartition(".")
-            values = self.own(column, text in want.score.needs) if role == "row" else self.column(role, column, want.score.over, series)
+            values = (
+                self.own(column, text in want.score.needs)
+                if role == "row"
+                else self.column(role, column, want.score.over, series)
+            )
             if values is None:
                 if text in want.score.needs:
                     return None
                 continue
             if trained_only and series is not None and role != "row":
                 trained = self.trained(series)
-                values = values if trained is None else np.where(trained if values.ndim == 2 else trained[:, -1], values, np.nan)
+                values = (
+                    values
+                    if trained is None
+                    else np.where(trained if values.ndim == 2 else trained[:, -1], values, np.nan)
+                )
             given[text] = values
         return given
 
@@ -160,7 +174,13 @@ class Columns:
             values = self._read(tuple(f or "" for f in prints), column)
             return values if over == "checkpoints" else values[:, -1]
         found = self.plan.uses.get((role, column, over))
-        return None if not found else self._read(tuple(found), column)[:, -1] if over is None else self._read(tuple(found), column)
+        return (
+            None
+            if not found
+            else self._read(tuple(found), column)[:, -1]
+            if over is None
+            else self._read(tuple(found), column)
+        )
 
     def own(self, column: str, needed: bool = True) -> np.ndarray | None:
         """A user's own column, aligned to the rows: its first occurrence's value. None where there is no such column and it is not needed."""
@@ -170,17 +190,29 @@ class Columns:
                 return None
             name = column.replace('"', '""')  # a column that is needed and not there: the store names the nearest
             frame = self.store.sql(
-                f'SELECT row_id, first("{name}" ORDER BY source, index) AS value FROM occurrences GROUP BY row_id', source=self.sources or None
+                f'SELECT row_id, first("{name}" ORDER BY source, index) AS value FROM occurrences GROUP BY row_id',
+                source=self.sources or None,
             )
             found = dict(zip(frame["row_id"], frame["value"], strict=True))
             values = [found.get(row_id) for row_id in self.row_ids]
             text = any(isinstance(v, str) for v in values)
-            self._own[column] = np.array(values, dtype=object) if text else np.array([np.nan if v is None else float(v) for v in values])
+            self._own[column] = (
+                np.array(values, dtype=object)
+                if text
+                else np.array([np.nan if v is None else float(v) for v in values])
+            )
         return self._own[column]
 
     def trained(self, series: Series) -> np.ndarray | None:
         """(rows, K) bool: whether the run trained on the row; None where nobody said, which means it did."""
-        prints = next((p for p in series.columns.values() if any(f and "trained" in self.names.get(self._of[f].measurement, ()) for f in p)), None)
+        prints = next(
+            (
+                p
+                for p in series.columns.values()
+                if any(f and "trained" in self.names.get(self._of[f].measurement, ()) for f in p)
+            ),
+            None,
+        )
         if prints is None:
             return None
         return self._read(tuple(f or "" for f in prints), "trained") != 0.0

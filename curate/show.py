@@ -15,7 +15,9 @@ from typing import Any
 def table(rows: Iterable[Sequence[Any]], *, head: Sequence[str], width: int | None = None) -> str:
     """An aligned table as text: numbers to the right, text to the left, the last column folded to the terminal's width."""
     cells = [[cell(v) for v in row] for row in rows]
-    numeric = [all(_is_number(v) for v in column) and bool(column) for column in zip(*cells, strict=True)] or [False] * len(head)
+    numeric = [all(_is_number(v) for v in column) and bool(column) for column in zip(*cells, strict=True)] or [
+        False
+    ] * len(head)
     widths = [max([len(str(head[i])), *(len(row[i]) for row in cells)]) for i in range(len(head))]
     total = width or shutil.get_terminal_size((140, 24)).columns
     before = sum(widths[:-1]) + 2 * (len(widths) - 1)
@@ -59,7 +61,7 @@ def out(text: str) -> None:
     try:
         print(text, flush=True)
     except BrokenPipeError:
-        sys.stdout = None  # type: ignore[assignment]
+        sys.stdout = None
 
 
 def _plain(value: Any) -> Any:
@@ -75,7 +77,16 @@ def _plain(value: Any) -> Any:
 
 
 def _is_number(text: str) -> bool:
-    return text == "-" or text.replace(",", "").replace(".", "").replace("-", "").replace("+", "").replace("e", "").replace("%", "").isdigit()
+    return (
+        text == "-"
+        or text.replace(",", "")
+        .replace(".", "")
+        .replace("-", "")
+        .replace("+", "")
+        .replace("e", "")
+        .replace("%", "")
+        .isdigit()
+    )
 
 
 def _fold(text: str, width: int) -> list[str]:

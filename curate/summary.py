@@ -18,6 +18,8 @@ from curate.show import cell, table
 from curate.store import Measured, Store
 
 if TYPE_CHECKING:
+    from curate.data import Validation
+    from curate.scores import Score
     from curate.scores.calibration import Calibration
 
 HELDOUT = ("test_accuracy", "heldout_accuracy")
@@ -36,7 +38,15 @@ class Summary:
         lines = []
         if self.values:
             head = ("value", "run", "checkpoint", "", "95% interval", "n")
-            lines.append(table([(v["name"], v["run"] or "-", v["checkpoint"] or "-", v["value"], _interval(v), v["n"]) for v in self.values], head=head))
+            lines.append(
+                table(
+                    [
+                        (v["name"], v["run"] or "-", v["checkpoint"] or "-", v["value"], _interval(v), v["n"])
+                        for v in self.values
+                    ],
+                    head=head,
+                )
+            )
         else:
             lines.append("No dataset values yet: `curate score RECIPE` computes them.")
         if self.calibration is not None:
@@ -44,12 +54,19 @@ class Summary:
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
-        return {"recipe": self.recipe, "values": self.values, "calibration": None if self.calibration is None else _plain(asdict(self.calibration))}
+        return {
+            "recipe": self.recipe,
+            "values": self.values,
+            "calibration": None if self.calibration is None else _plain(asdict(self.calibration)),
+        }
 
 
 def summarise(store: Store, *, recipe: str | None = None) -> Summary:
     """Dataset-level values with intervals, and τ against held-out accuracy. recipe: as this one measured (None: the one scored last)."""
-    values = store.sql("SELECT name, run, checkpoint, step, value, low, high, n FROM dataset_values ORDER BY run, name, step", recipe=recipe).to_dicts()
+    values = store.sql(
+        "SELECT name, run, checkpoint, step, value, low, high, n FROM dataset_values ORDER BY run, name, step",
+        recipe=recipe,
+    ).to_dicts()
     known = store.recipes()
     mine = next((r for r in known if recipe in (None, r["name"])), None)
     threshold = _threshold(mine)
@@ -67,10 +84,17 @@ def _threshold(recipe: dict[str, Any] | None) -> float | None:
     return None
 
 
-def _calibrate(store: Store, recipe: dict[str, Any] | None, values: list[dict[str, Any]], threshold: float | None) -> Calibration | None:
+def _calibrate(
+    store: Store, recipe: dict[str, Any] | None, values: list[dict[str, Any]], threshold: float | None
+) -> Calibration | None:
     from curate.scores.calibration import Run, calibrate
 
-    heldout = {(v["run"], v["step"]): v["value"] for name in reversed(HELDOUT) for v in values if v["name"] == name and v["value"] is not None}
+    heldout = {
+        (v["run"], v["step"]): v["value"]
+        for name in reversed(HELDOUT)
+        for v in values
+        if v["name"] == name and v["value"] is not None
+    }
     if not heldout:
         return None
     uses = set(recipe["uses"]) if recipe else None
@@ -91,7 +115,9 @@ def _calibrate(store: Store, recipe: dict[str, Any] | None, values: list[dict[st
             continue
         read = {c: store.series([steps[s][c] for s in order], [c], row_ids)[c] for c in ("accuracy", "target_nll")}
         if all("trained" in steps[s] for s in order):
-            trained = (store.series([steps[s]["trained"] for s in order], ["trained"], row_ids)["trained"] != 0).all(axis=1)
+            trained = (store.series([steps[s]["trained"] for s in order], ["trained"], row_ids)["trained"] != 0).all(
+                axis=1
+            )
             read = {c: v[trained] for c, v in read.items()}
         known = np.isfinite(read["accuracy"]).any(axis=1)
         heldout_of = np.array([heldout.get((run, s), math.nan) for s in order], float)
@@ -101,14 +127,18 @@ def _calibrate(store: Store, recipe: dict[str, Any] | None, values: list[dict[st
 
 def _calibration_lines(c: Calibration, threshold: float | None) -> list[str]:
     runs = len(c.left_out) or 1
-    lines = [f"Does pre-memorization accuracy predict held-out accuracy? {c.in_sample.n} checkpoints of {runs} run{'s' * (runs > 1)}; R² is about y = x."]
+    lines = [
+        f"Does pre-memorization accuracy predict held-out accuracy? {c.in_sample.n} checkpoints of {runs} run{'s' * (runs > 1)}; R² is about y = x."
+    ]
     rows = []
     if c.given is not None:
         rows.append((f"pre-memorization accuracy, τ = {threshold:.4g} as in the recipe", c.given))
     rows.append((f"pre-memorization accuracy, best τ in-sample = {c.threshold:.4g}", c.in_sample))
     if c.leave_one_run_out is not None:
         low, high = min(c.left_out.values()), max(c.left_out.values())
-        rows.append((f"pre-memorization accuracy, τ from the other runs ({low:.4g} to {high:.4g})", c.leave_one_run_out))
+        rows.append(
+            (f"pre-memorization accuracy, τ from the other runs ({low:.4g} to {high:.4g})", c.leave_one_run_out)
+        )
     rows += list(c.baselines.items())
     head = ("predictor", "R²", "95% interval", "correlation²", "mean |error|")
     lines.append(table([(n, f.r2, _span(f.low, f.high), f.correlation2, f.mean_error) for n, f in rows], head=head))
@@ -132,10 +162,21 @@ class Explanation:
             if self.row.get(name):
                 lines.append(f"{name:>10}  {_excerpt(str(self.row[name]))}")
         if self.decision is not None:
-            lines.append(f"{'kept' if self.decision['kept'] else 'dropped'} by selection {self.selection!r}: {self.decision['reason']}")
+            lines.append(
+                f"{'kept' if self.decision['kept'] else 'dropped'} by selection {self.selection!r}: {self.decision['reason']}"
+            )
         if self.scores:
             head = ("score", "value", "unit", "percentile", "worst", "high means")
-            lines += ["", table([(s["name"], s["value"], s["unit"], s["percentile"], s["worst"], s["high_means"]) for s in self.scores], head=head)]
+            lines += [
+                "",
+                table(
+                    [
+                        (s["name"], s["value"], s["unit"], s["percentile"], s["worst"], s["high_means"])
+                        for s in self.scores
+                    ],
+                    head=head,
+                ),
+            ]
         if self.measured:
             lines += ["", "measured: " + ", ".join(f"{k} {cell(v)}" for k, v in self.measured.items())]
         return "\n".join(lines)
@@ -154,14 +195,18 @@ def explain_row(store: Store, row: str, selection: str | None = None) -> Explana
     try:
         chosen = store.selection(selection)
         name, recipe = chosen.name, chosen.recipe
-        found = store.sql("SELECT kept, rank, reason FROM data.decisions WHERE selection = ? AND row_id = ?", [name, row_id]).to_dicts()
+        found = store.sql(
+            "SELECT kept, rank, reason FROM data.decisions WHERE selection = ? AND row_id = ?", [name, row_id]
+        ).to_dicts()
         decision = found[0] if found else None
     except UsageError:
         if selection is not None:
             raise
     frame = store.sql("SELECT * FROM scored WHERE row_id = ?", [row_id], recipe=recipe)
     if frame.is_empty():
-        raise UsageError(f"{store.folder}: row {row_id} is not among the rows of recipe {recipe!r}. Name another selection with --selection.")
+        raise UsageError(
+            f"{store.folder}: row {row_id} is not among the rows of recipe {recipe!r}. Name another selection with --selection."
+        )
     line = frame.to_dicts()[0]
     known = next((r for r in store.recipes() if recipe in (None, r["name"])), None)
     requests = {}
@@ -175,7 +220,9 @@ def explain_row(store: Store, row: str, selection: str | None = None) -> Explana
             continue
         declared = SCORES.get(request.score)
         share = store.sql(
-            f'SELECT count(*) FILTER ("{column}" <= ?) / nullif(count("{column}"), 0) AS p FROM scored', [line[column]], recipe=recipe
+            f'SELECT count(*) FILTER ("{column}" <= ?) / nullif(count("{column}"), 0) AS p FROM scored',
+            [line[column]],
+            recipe=recipe,
         )["p"][0]
         scores.append(
             {
@@ -188,10 +235,82 @@ def explain_row(store: Store, row: str, selection: str | None = None) -> Explana
                 "params": request.params,
             }
         )
-    base = ("kind", "source", "index", "prompt", "chosen", "rejected", "completion", "answer", "label", "style", "role", "n_occurrences")
+    base = (
+        "kind",
+        "source",
+        "index",
+        "prompt",
+        "chosen",
+        "rejected",
+        "completion",
+        "answer",
+        "label",
+        "style",
+        "role",
+        "n_occurrences",
+    )
     own = set(store.sql("SELECT * FROM occurrences LIMIT 0").columns)
-    measured = {k: v for k, v in line.items() if k not in (*base, "row_id", "position") and k not in requests and k not in own and v is not None}
+    measured = {
+        k: v
+        for k, v in line.items()
+        if k not in (*base, "row_id", "position") and k not in requests and k not in own and v is not None
+    }
     return Explanation(row_id, {k: line.get(k) for k in base}, scores, measured, decision, name)
+
+
+def describe_score(score: Score) -> str:
+    """A score in full: formula's docstring, what it needs, its parameters."""
+    import inspect
+
+    lines = [f"{score.name}  ({score.kind}, {score.unit or 'no unit'}, cost: {score.cost})", ""]
+    lines += (inspect.getdoc(score.function) or "").splitlines()
+    lines += [
+        "",
+        f"high means: {score.high_means}",
+        f"worst end:  {score.worst}",
+        f"needs:      {', '.join(score.needs)}" + (" over checkpoints" if score.over else ""),
+    ]
+    if score.optional:
+        lines.append(f"optional:   {', '.join(score.optional)}")
+    if score.parameters:
+        shown = ", ".join(
+            f"{p.name}: {p.default}" if not p.required else f"{p.name} (no default)" for p in score.parameters.values()
+        )
+        lines.append(f"parameters: {shown}")
+    return "\n".join([*lines, f"source:     {score.source}"])
+
+
+def score_json(score: Score) -> dict[str, Any]:
+    """A score's declaration, for machines."""
+    names = (
+        "name",
+        "kind",
+        "over",
+        "unit",
+        "worst",
+        "high_means",
+        "cost",
+        "needs",
+        "optional",
+        "source",
+        "description",
+        "defaults",
+    )
+    return {name: getattr(score, name) for name in names}
+
+
+def validation_text(found: Validation) -> str:
+    """What a source holds, in a few lines."""
+    files = ", ".join(s.name for s in found.sources)
+    lines = [
+        f"{files}: {found.n_rows:,} rows, kind {found.kind}, format {found.format}; {found.n_bad:,} bad, {found.n_distinct:,} distinct."
+    ]
+    if found.duplicates:
+        lines.append(f"{found.duplicates:,} rows repeat an earlier one; they are measured once.")
+    lines += found.notes
+    if found.n_bad:
+        lines.append("Drop the bad ones with `on_bad_row: drop` in the recipe's source, or mend the file.")
+    return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -204,24 +323,59 @@ class Status:
         f = self.found
         lines = [
             f"{f['folder']}: {f['rows']:,} rows, {f['samples']:,} samples"
-            + (f", {f['rows_without_text']:,} of the rows known only by somebody else's id" if f["rows_without_text"] else "")
+            + (
+                f", {f['rows_without_text']:,} of the rows known only by somebody else's id"
+                if f["rows_without_text"]
+                else ""
+            )
         ]
         if f["measured_by_process"]:
             lines.append(f"Process {f['measured_by_process']} is measuring now.")
         if f["shards_pending"]:
-            lines.append(f"{f['shards_pending']} finished shards wait to be taken in; the next `curate run` or `measure` does.")
+            lines.append(
+                f"{f['shards_pending']} finished shards wait to be taken in; the next `curate run` or `measure` does."
+            )
         if f["sources"]:
-            head = ("source", "role", "rows", "bad", "distinct", "read")
-            lines += ["", table([(s["source"], s["role"], s["n_records"], s["n_bad"], s["n_rows"], _time(s["read_at"])) for s in f["sources"]], head=head)]
+            heading = ("source", "role", "rows", "bad", "distinct", "read")
+            lines += [
+                "",
+                table(
+                    [
+                        (s["source"], s["role"], s["n_records"], s["n_bad"], s["n_rows"], _time(s["read_at"]))
+                        for s in f["sources"]
+                    ],
+                    head=heading,
+                ),
+            ]
         if f["measured"]:
             head = ("measurement", "run", "checkpoint", "rows", "engine")
-            rows = [(m["measurement"], m["run"] or "-", m["checkpoint"] or m["model"] or "-", m["n_rows"], m["engine"]) for m in f["measured"]]
-            lines += ["", table(rows[:60], head=head), *([f"… and {len(rows) - 60} more (--json prints all)"] if len(rows) > 60 else [])]
+            rows = [
+                (m["measurement"], m["run"] or "-", m["checkpoint"] or m["model"] or "-", m["n_rows"], m["engine"])
+                for m in f["measured"]
+            ]
+            lines += [
+                "",
+                table(rows[:60], head=head),
+                *([f"… and {len(rows) - 60} more (--json prints all)"] if len(rows) > 60 else []),
+            ]
         if f["selections"]:
-            lines += ["", "selections: " + ", ".join(f"{s['name']} ({json.loads(s['counts'])['kept']:,} kept)" for s in f["selections"])]
+            lines += [
+                "",
+                "selections: "
+                + ", ".join(f"{s['name']} ({json.loads(s['counts'])['kept']:,} kept)" for s in f["selections"]),
+            ]
         if f["runs"]:
-            head = ("run", "recipe", "command", "version", "started", "outcome")
-            lines += ["", table([(r["id"], r["recipe"], r["command"], r["version"], _time(r["started"]), _outcome(r)) for r in f["runs"]], head=head)]
+            columns = ("run", "recipe", "command", "version", "started", "outcome")
+            lines += [
+                "",
+                table(
+                    [
+                        (r["id"], r["recipe"], r["command"], r["version"], _time(r["started"]), _outcome(r))
+                        for r in f["runs"]
+                    ],
+                    head=columns,
+                ),
+            ]
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:

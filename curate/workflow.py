@@ -1,7 +1,7 @@
 """The wiring of the steps: source → rows → plan → measure → store → score → select → export.
 
-    result = curate.run("recipe.yaml", set={"select.keep.share": 0.5})
-    result.selection, result.dataset, result.values
+result = curate.run("recipe.yaml", set={"select.keep.share": 0.5})
+result.selection, result.dataset, result.values
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from curate.errors import CurateError, UsageError
 from curate.plan import Plan, wanted_scores
@@ -18,7 +18,6 @@ from curate.plan import make_plan as _make_plan
 from curate.progress import Progress
 from curate.recipe import Loaded, Source, load_recipe
 from curate.rows import content_id
-from curate.show import table
 from curate.store import DatasetValue, Store
 
 if TYPE_CHECKING:
@@ -62,8 +61,12 @@ class Result:
         if self.selection is not None:
             lines.append(selection_text(self.selection))
         if self.exported is not None:
-            lines.append(f"Exported to {self.exported.path}.")
-        lines.append(f"Ask it: curate sql {self.store.folder} 'SELECT * FROM scored LIMIT 10' · curate summary {self.store.folder}")
+            lines.append(
+                f"Exported {self.exported.n_rows:,} rows ({self.exported.layout}) to {self.exported.path}, the dropped ones beside them."
+            )
+        lines.append(
+            f"Ask it: curate sql {self.store.folder} 'SELECT * FROM scored LIMIT 10' · curate summary {self.store.folder}"
+        )
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
@@ -81,7 +84,7 @@ class Result:
 def run(
     recipe: str | Path | dict[str, Any],
     *,
-    set: dict[str, Any] | list[str] | None = None,  # noqa: A002
+    set: dict[str, Any] | list[str] | None = None,
     store: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Result:
@@ -131,7 +134,9 @@ def selection_text(selection: Selection) -> str:
     """One line: how many rows are kept, and which step dropped the others."""
     counts = selection.counts
     why = ", ".join(f"{n:,} {step}" for step, n in counts["dropped_by"].items())
-    return f"Selection {selection.name!r}: {counts['kept']:,} of {counts['rows']:,} rows kept" + (f"; dropped: {why}." if why else ".")
+    return f"Selection {selection.name!r}: {counts['kept']:,} of {counts['rows']:,} rows kept" + (
+        f"; dropped: {why}." if why else "."
+    )
 
 
 def make_plan(loaded: Loaded, *, progress: Progress) -> Plan:
@@ -149,7 +154,9 @@ def read_sources(loaded: Loaded, store: Store, progress: Progress) -> dict[str, 
         if source is not None:
             names[role] = _read_source(loaded, source, role, store, progress)
     if recipe.source is None and not store.measured(reads="import"):
-        raise UsageError(f"{loaded.path or 'recipe'}: there is no `source`, and nothing was imported into {store.folder}. Name your data: `source: {{path: …}}`.")
+        raise UsageError(
+            f"{loaded.path or 'recipe'}: there is no `source`, and nothing was imported into {store.folder}. Name your data: `source: {{path: …}}`."
+        )
     return names
 
 
@@ -165,7 +172,15 @@ def _read_source(loaded: Loaded, source: Source, role: str, store: Store, progre
         columns=source.columns,
         base=loaded.folder,
     )
-    settings = [loaded.recipe.kind, source.on_bad_row, source.split, source.revision, source.format, source.columns, source.limit]
+    settings = [
+        loaded.recipe.kind,
+        source.on_bad_row,
+        source.split,
+        source.revision,
+        source.format,
+        source.columns,
+        source.limit,
+    ]
     prints = {info.name: content_id(info.fingerprint, *settings) for info in reading.sources}
     if all(store.source_is_current(name, key, role=role) for name, key in prints.items()):  # type: ignore[arg-type]
         return list(prints)
@@ -206,7 +221,9 @@ def _score(loaded: Loaded, result: Result, sources: dict[str, list[str]], progre
     store, plan = result.store, result.plan
     assert plan is not None
     if plan.missing and not result.measured:
-        progress.say(f"Some rows are not measured yet, their scores are NULL: `curate plan {loaded.path}` says which, `curate measure {loaded.path}` measures them.")
+        progress.say(
+            f"Some rows are not measured yet and their scores are NULL: `curate measure {loaded.path}` measures them."
+        )
     train = sources.get("train", [])
     row_ids = store.row_ids_of(train or None, kind=loaded.recipe.kind, role="train" if train else None)
     uses = list(dict.fromkeys(f for found in plan.uses.values() for f in found))
@@ -231,13 +248,17 @@ def _select(loaded: Loaded, result: Result, sources: dict[str, list[str]]) -> No
     chosen, store = loaded.recipe.select, result.store
     assert chosen is not None
     if loaded.name not in {known["name"] for known in store.recipes()}:
-        raise UsageError(f"Nothing is scored yet for {loaded.name!r}: `curate run {loaded.path}` does all steps, `curate score {loaded.path}` only that one.")
+        raise UsageError(
+            f"Nothing is scored yet for {loaded.name!r}: `curate run {loaded.path}` does all steps, `curate score {loaded.path}` only that one."
+        )
     given = chosen.model_dump()
     given["keep"] = {key: value for key, value in (given["keep"] or {}).items() if value is not None} or None
     wanted = wanted_scores(loaded)
     worst = {want.name: want.score.worst for want in wanted}
     known = {w.name: f"{other.name} = 1" for w in wanted for other in wanted if w.score.null_where == other.score.name}
-    decisions = select(store, SelectSpec(**given), worst=worst, recipe=loaded.name, sources=sources.get("train"), null_is_known=known)
+    decisions = select(
+        store, SelectSpec(**given), worst=worst, recipe=loaded.name, sources=sources.get("train"), null_is_known=known
+    )
     result.selection = store.write_selection(loaded.name, decisions, recipe=loaded.name, spec=given)
 
 
@@ -246,16 +267,21 @@ def _export(loaded: Loaded, result: Result, sources: dict[str, list[str]], progr
 
     result.selection = result.selection or result.store.selection(loaded.name)
     result.exported = export_selection(loaded, result.store, result.selection, sources.get("train", []))
-    progress.say(result.exported.text())
+    for note in result.exported.notes:
+        progress.say(note)
 
 
 def _check_steps(loaded: Loaded, steps: Sequence[str], command: str) -> None:
     recipe = loaded.recipe
     for name in ("select", "export"):
         if command == name and getattr(recipe, name) is None:
-            raise UsageError(f"{loaded.path or 'recipe'}: there is no `{name}:` section. `curate init {recipe.kind}` writes a recipe that has one.")
+            raise UsageError(
+                f"{loaded.path or 'recipe'}: there is no `{name}:` section. `curate init {recipe.kind}` writes a recipe that has one."
+            )
     if recipe.export is not None and recipe.select is None and "export" in steps:
-        raise UsageError(f"{loaded.path or 'recipe'}: `export:` needs a `select:` section that says which rows are kept (`select: {{}}` keeps all).")
+        raise UsageError(
+            f"{loaded.path or 'recipe'}: `export:` needs a `select:` section that says which rows are kept (`select: {{}}` keeps all)."
+        )
 
 
 def _open_store(loaded: Loaded, progress: Progress) -> Store:
@@ -278,11 +304,11 @@ def _finish(store: Store, number: int, outcome: str, message: str, result: Resul
 def validate_source(
     source: str,
     *,
-    kind: str | None = None,
-    format: str = "auto",  # noqa: A002
+    kind: Literal["preference", "sft"] | None = None,
+    format: str = "auto",
     split: str = "train",
     columns: dict[str, str] | None = None,
-    set: list[str] | None = None,  # noqa: A002
+    set: list[str] | None = None,
 ) -> Any:
     """Every bad row of some data, or of a recipe's source."""
     from curate.data import validate
@@ -303,6 +329,3 @@ def validate_source(
             base=loaded.folder,
         )
     return validate(source, kind=kind, format=format, split=split, columns=columns or {})
-
-
-__all__ = ["Result", "make_plan", "read_sources", "run", "run_steps", "table", "validate_source"]

@@ -57,7 +57,7 @@ def test_the_cache_reads_weights_once_and_sees_a_change(tmp_path):
     first = weights_fingerprint(folder, FingerprintCache(store))
     assert len(json.loads(store.read_text())) == 2
     known = FingerprintCache(store)
-    known.known = {key: "0" * 64 for key in known.known}
+    known.known = dict.fromkeys(known.known, "0" * 64)
     assert weights_fingerprint(folder, known) != first  # it came from the cache
     shutil.rmtree(folder)
     save(folder, 2)
@@ -78,7 +78,9 @@ def broken(tmp_path: Path, how: str) -> Path:
     elif how == "bad config":
         (folder / "config.json").write_text("{")
     elif how == "shard missing":
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}))
+        (folder / "model.safetensors.index.json").write_text(
+            json.dumps({"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}})
+        )
     elif how == "adapter":
         (folder / "config.json").unlink()
         (folder / "adapter_config.json").write_text("{}")

@@ -28,13 +28,22 @@ def write(tmp_path):
     ("text", "says"),
     [
         ("kind: preference\nsorce: a.jsonl", "line 2: 'sorce' is not a key of a recipe; did you mean 'source'?"),
-        ("kind: preference\nselect:\n  dropworst: {}", "line 3: 'select.dropworst' is not a key of a recipe; did you mean 'drop_worst'?"),
+        (
+            "kind: preference\nselect:\n  dropworst: {}",
+            "line 3: 'select.dropworst' is not a key of a recipe; did you mean 'drop_worst'?",
+        ),
         ("kind: sft\nsampling: {tempreature: 1}", "did you mean 'temperature'?"),
         ("kind: pairs", "line 1: kind: input should be 'preference' or 'sft'; found 'pairs'"),
         ("source: a.jsonl", "'kind' is missing"),
         ("kind: sft\nsampling: {samples: many}", "line 2: sampling.samples: input should be a valid integer"),
-        ("kind: sft\nselect: {keep: {share: 1.5}}", "select.keep.share: input should be less than or equal to 1; found 1.5"),
-        ("kind: sft\nselect: {keep: {share: 0.5, rows: 3}}", "keep takes exactly one of share, rows, tokens; found share, rows"),
+        (
+            "kind: sft\nselect: {keep: {share: 1.5}}",
+            "select.keep.share: input should be less than or equal to 1; found 1.5",
+        ),
+        (
+            "kind: sft\nselect: {keep: {share: 0.5, rows: 3}}",
+            "keep takes exactly one of share, rows, tokens; found share, rows",
+        ),
         ("kind: preference\nscores: [ches, ches]", "two entries are called 'ches'"),
         ("kind: preference\nscores: [{ches: {as: 'a b'}}]", "`as: a_b`"),
         ("kind: [", "line 1, column 8: not valid YAML"),
@@ -72,14 +81,19 @@ def test_set_overrides_nested_keys_and_lists(write):
     assert load_recipe(path, set={"tokens.max_length": 12}).recipe.tokens.max_length == 12
 
 
-@pytest.mark.parametrize(("entry", "says"), [("nosign", "expected key=value"), ("kind.x=1", "it has no key 'x'"), ("a.b=1", "did you mean|allowed")])
+@pytest.mark.parametrize(
+    ("entry", "says"),
+    [("nosign", "expected key=value"), ("kind.x=1", "it has no key 'x'"), ("a.b=1", "did you mean|allowed")],
+)
 def test_a_wrong_override_says_so(write, entry, says):
     with pytest.raises(UsageError, match=says):
         load_recipe(write("kind: sft"), set=[entry])
 
 
 def test_two_settings_of_a_score_and_a_users_own(write):
-    loaded = load_recipe(write("kind: preference\nscores: [flip_loss, {flip_loss: {beta: 0.5, as: flip_loss_b5}}, 'my.scores:novelty']"))
+    loaded = load_recipe(
+        write("kind: preference\nscores: [flip_loss, {flip_loss: {beta: 0.5, as: flip_loss_b5}}, 'my.scores:novelty']")
+    )
     assert [(s.score, s.name, s.params) for s in loaded.recipe.scores] == [
         ("flip_loss", "flip_loss", {}),
         ("flip_loss", "flip_loss_b5", {"beta": 0.5}),
@@ -96,11 +110,17 @@ def test_paths_are_relative_to_the_recipe(write):
 
 def test_the_shipped_schema_is_the_models_schema():
     shipped = REPOSITORY / "curate" / "recipe.schema.json"
-    assert json.loads(shipped.read_text()) == schema(), "write it anew: python -m curate init --schema > curate/recipe.schema.json"
+    assert json.loads(shipped.read_text()) == schema(), (
+        "write it anew: python -m curate init --schema > curate/recipe.schema.json"
+    )
 
 
 def test_every_recipe_that_ships_is_valid():
-    files = [*REPOSITORY.glob("configs/*.yaml"), *REPOSITORY.glob("curate/starters/*.yaml"), *REPOSITORY.glob("curate/demo/*.yaml")]
+    files = [
+        *REPOSITORY.glob("configs/*.yaml"),
+        *REPOSITORY.glob("curate/starters/*.yaml"),
+        *REPOSITORY.glob("curate/demo/*.yaml"),
+    ]
     assert len(files) >= 5
     for file in files:
         assert isinstance(load_recipe(file).recipe, Recipe), file

@@ -1,0 +1,97 @@
+"""The export step: a selection's rows, the scores beside them, and the card that says where they come from."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from curate.checkpoints import FingerprintCache
+from curate.errors import UsageError
+from curate.plan import find_subjects
+from curate.recipe import Loaded
+
+if TYPE_CHECKING:
+    from curate.data import ExportResult, ExportRow
+    from curate.store import Selection, Store
+
+
+def export_selection(loaded: Loaded, store: Store, selection: Selection, sources: list[str]) -> ExportResult:
+    """Write the kept rows where the recipe says, the dropped ones beside them. Raises ValidationError where nothing is kept."""
+    from curate.data import export
+
+    asked = loaded.recipe.export
+    assert asked is not None
+    columns = _columns(loaded, store)
+    extra = [*columns, *([asked.weight] if asked.weight and asked.weight not in columns else [])]
+    return export(
+        loaded.resolve(asked.to),
+        _rows(selection.kept(extra), asked.weight, columns),
+        _rows(selection.dropped(extra), None, columns),
+        format=asked.format,
+        split=loaded.recipe.source.split if loaded.recipe.source else "train",
+        card=_card(loaded, store, selection, sources, columns),
+        sources=[loaded.resolve(name) for name in sources],
+        resample=asked.resample,
+        seed=loaded.recipe.engine.seed,
+        push_to_hub=asked.push_to_hub,
+    )
+
+
+def _columns(loaded: Loaded, store: Store) -> list[str]:
+    """The extra columns that the recipe asks for; UsageError for one that `scored` does not have."""
+    asked = loaded.recipe.export
+    assert asked is not None
+    if asked.columns == "none":
+        return []
+    if asked.columns == "scores":
+        return [request.name for request in loaded.recipe.scores]
+    known = store.sql("SELECT * FROM scored LIMIT 0", recipe=loaded.name).columns
+    for name in [*asked.columns, *([asked.weight] if asked.weight else [])]:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            raise UsageError(
+                f"export.columns: {name!r} is not a column of `scored`"
+                + (f"; did you mean {near[0]!r}?" if near else ".")
+            )
+    return list(asked.columns)
+
+
+def _rows(selected: Iterator[Any], weight: str | None, columns: list[str]) -> Iterator[ExportRow]:
+    from curate.data import ExportRow
+
+    for row in selected:
+        own = dict(row.columns)
+        value = own.get(weight) if weight else None
+        if weight and weight not in columns:
+            own.pop(weight, None)
+        yield ExportRow(row.row, row.row_id, own, None if value is None else float(value), row.reason)
+
+
+def _card(loaded: Loaded, store: Store, selection: Selection, sources: list[str], columns: list[str]) -> Any:
+    from curate import __version__
+    from curate.data import Card, distribution
+
+    source = loaded.recipe.source
+    known = {s["source"]: s["fingerprint"] for s in store.sources()}
+    about = f"revision {source.revision}" if source and source.revision else None
+    subjects = find_subjects(loaded, FingerprintCache(store.folder / "weights.json"))
+    models = {
+        role: subject for role, subject in (("reference", subjects.reference), ("policy", subjects.policy)) if subject
+    }
+    models |= {f"checkpoint {s.label}": s for s in subjects.series}
+    names = [request.name for request in loaded.recipe.scores]
+    frame = store.sql("SELECT * FROM scored WHERE role = 'train'", recipe=loaded.name)
+    counts = {"rows": selection.counts["rows"], "kept": selection.counts["kept"]}
+    counts |= {f"dropped: {step}": n for step, n in selection.counts["dropped_by"].items()}
+    return Card(
+        title=f"{loaded.name}, curated",
+        sources={name: about or f"fingerprint {known.get(name, 'unknown')}" for name in sources},
+        models={role: f"{subject.label} (weights {subject.fingerprint})" for role, subject in models.items()},
+        recipe=loaded.text,
+        counts=counts,
+        scores={name: distribution(frame[name].to_list()) for name in names if name in frame.columns},
+        notes=[
+            f"Made by curate {__version__}; `curate explain {store.folder.name} <row_id>` says why a row was kept or dropped."
+        ],
+    )
