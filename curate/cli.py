@@ -275,8 +275,7 @@ def explain(
 
 
 @app.command()
-def summary(store: StorePath, recipe: Kind = Literal["preference", "sft"]
-OfRecipe = None, json: Json = False, quiet: Quiet = False) -> None:
+def summary(store: StorePath, recipe: OfRecipe = None, json: Json = False, quiet: Quiet = False) -> None:
     """Dataset-level values with intervals: ranking accuracies, pre-memorization accuracy per run and checkpoint, calibration, R²."""
     from curate.summary import summarise
 
@@ -299,8 +298,7 @@ def sql(
     query: Annotated[
         str, typer.Argument(metavar="QUERY", help="e.g. SELECT row_id, ches_ln FROM scored ORDER BY 2 DESC LIMIT 10")
     ],
-    recipe: Kind = Literal["preference", "sft"]
-OfRecipe = None,
+    recipe: OfRecipe = None,
     source: OfSource = None,
     json: Json = False,
     csv: Annotated[bool, typer.Option("--csv", help="print CSV")] = False,
