@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Literal
 
 from curate.errors import CurateError
-from curate.passes.sampling import TORCHVISION_HINT, refusal, target_device, vllm_distribution
+from curate.passes.sampling import TORCHVISION_HINT, refusal, target_device
+from curate.passes.vllm_facts import vllm_distribution
 
 State = Literal["ok", "warn", "missing"]
 GIB = 1 << 30
@@ -47,21 +48,29 @@ class Finding:
     hint: str = ""
 
 
-def examine(model: str | Path | None = None, *, store: str | Path = ".", constraints: str | Path | None = None) -> list[Finding]:
+def examine(
+    model: str | Path | None = None, *, store: str | Path = ".", constraints: str | Path | None = None
+) -> list[Finding]:
     """What this machine can run; with `model`, also what runs it. `store`: the folder whose disk is looked at.
 
     constraints: the file of measured versions; None: that of the checkout, when this is one. Never raises for what it looks at.
     """
     if constraints is None:
         constraints = Path(__file__).resolve().parent.parent / "constraints.txt"
-    findings = [_python(), *_packages(), *_versions(Path(constraints)), *_torchvision(), *_devices(), *_engines(), _disk(Path(store))]
+    findings = [
+        _python(),
+        *_packages(),
+        *_versions(Path(constraints)),
+        *_torchvision(),
+        *_devices(),
+        *_engines(),
+        _disk(Path(store)),
+    ]
     return findings + (_model(model) if model is not None else [])
 
 
 def _python() -> Finding:
-    version = platform.python_version()
-    if sys.version_info < (3, 11):
-        return Finding("python", "missing", f"{version}, wanted 3.11 or newer", "make PYTHON=python3.11 demo")
+    version = platform.python_version()  # an older one than 3.11 does not come this far
     return Finding("python", "ok", f"{version} on {platform.system()} {platform.machine()}")
 
 
@@ -99,7 +108,13 @@ def _torchvision() -> Iterator[Finding]:
     if importlib.util.find_spec("torchvision") is None:
         return
     try:
-        tried = subprocess.run([sys.executable, "-c", "import torchvision"], capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL)
+        tried = subprocess.run(
+            [sys.executable, "-c", "import torchvision"],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            stdin=subprocess.DEVNULL,
+        )
     except subprocess.TimeoutExpired:
         yield Finding("torchvision", "warn", "importing it takes more than two minutes", "run `curate doctor` again")
         return
@@ -111,17 +126,27 @@ def _torchvision() -> Iterator[Finding]:
 
 def _devices() -> Iterator[Finding]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    from curate.passes.sample_vllm import free_memory
+    from curate.passes.vllm_memory import free_memory
 
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     free = free_memory()
     memory = f"{cores} cores, {total / GIB:.1f} GiB of memory, {free / GIB:.1f} GiB free"
     state: State = "warn" if free < 2 * GIB else "ok"
-    yield Finding("cpu", state, memory, "close other programs: a small model with its engine takes 2 GiB" if state == "warn" else "")
+    yield Finding(
+        "cpu",
+        state,
+        memory,
+        "close other programs: a small model with its engine takes 2 GiB" if state == "warn" else "",
+    )
     try:
         import torch
     except Exception as error:  # a broken build fails in ways of its own
-        yield Finding("torch", "missing", f"cannot be imported ({type(error).__name__}: {error})", "pip install torch -c constraints.txt")
+        yield Finding(
+            "torch",
+            "missing",
+            f"cannot be imported ({type(error).__name__}: {error})",
+            "pip install torch -c constraints.txt",
+        )
         return
     for index in range(torch.cuda.device_count()):
         card = torch.cuda.get_device_properties(index)
@@ -131,8 +156,17 @@ def _devices() -> Iterator[Finding]:
         card_text = "MPS" if torch.backends.mps.is_available() else "none that torch can use: models run on the CPU"
         yield Finding("gpu", "ok", card_text)
         fast = _cpu_bf16()
-        speed = "this CPU computes in it: 2.7–3 times float32's speed" if fast else "this CPU has no instructions for it: slower than float32"
-        yield Finding("bfloat16", "ok", speed, "`--set engine.dtype=bfloat16`, with log-probs off by about 1e-3 a token" if fast else "")
+        speed = (
+            "this CPU computes in it: 2.7–3 times float32's speed"
+            if fast
+            else "this CPU has no instructions for it: slower than float32"
+        )
+        yield Finding(
+            "bfloat16",
+            "ok",
+            speed,
+            "`--set engine.dtype=bfloat16`, with log-probs off by about 1e-3 a token" if fast else "",
+        )
 
 
 def _engines() -> Iterator[Finding]:
@@ -145,7 +179,12 @@ def _engines() -> Iterator[Finding]:
     extra = EXTRA.get(target)
     install = f"pip install -e '.[{extra}]' -c constraints.txt" if extra else ""
     if distribution is None:
-        yield Finding("sampler vllm", "warn", "not installed: answers are sampled with transformers, several times slower", install)
+        yield Finding(
+            "sampler vllm",
+            "warn",
+            "not installed: answers are sampled with transformers, several times slower",
+            install,
+        )
     else:
         version = importlib.metadata.version(distribution)
         cpu_build = "cpu" in distribution or "cpu" in version
@@ -154,9 +193,9 @@ def _engines() -> Iterator[Finding]:
         else:
             text = f"{distribution} {version} is the build for {'CPUs' if cpu_build else 'CUDA'}, this machine's device is {target}"
             yield Finding("sampler vllm", "warn", text, install)
-    version = _version("transformers")
-    if version:
-        yield Finding("sampler transformers", "ok", f"transformers {version} on {target}")
+    fallback = _version("transformers")
+    if fallback:
+        yield Finding("sampler transformers", "ok", f"transformers {fallback} on {target}")
     if _version("openai"):
         yield Finding("sampler openai", "ok", "any OpenAI-compatible server, named in the recipe's section `server`")
 

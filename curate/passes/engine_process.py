@@ -46,7 +46,7 @@ class EngineProcess:
     def __init__(self, module: str, *, environment: dict[str, str], label: str):
         self.label = label
         ours, theirs = socket.socketpair()
-        self._log = tempfile.TemporaryFile()
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the child
         root = str(Path(__file__).resolve().parent.parent.parent)
         paths = [root, *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
         self._process = subprocess.Popen(
@@ -165,7 +165,7 @@ def serve(open_engine: Callable[..., Any]) -> None:
 
 
 def _with_causes(error: BaseException) -> str:
-    parts = []
+    parts: list[str] = []
     seen: BaseException | None = error
     while seen is not None and len(parts) < 4:
         parts.append(str(seen).strip())

@@ -45,7 +45,7 @@ class HfSampler:
 
         self.notes: list[str] = []
         self._tokenizer = load_tokenizer(model_path)
-        self._model = load_model(model_path, dtype=dtype, device=device)
+        self._model: Any = load_model(model_path, dtype=dtype, device=device)
         self.context = min(filter(None, (max_length, context_length(model_path))), default=None)
         self._token_budget = token_budget
         self._stop_ids = _stop_ids(self._tokenizer, self._model.module)
@@ -57,7 +57,11 @@ class HfSampler:
         self._check_open()
         rooms = [room(len(prompt.ids), sampling.max_new_tokens, self.context) for prompt in prompts]
         samples: list[list[Sample]] = [[] for _ in prompts]
-        order = [row for row in np.argsort([len(p.ids) for p in prompts], kind="stable")[::-1] if rooms[row] > 0 and prompts[row].ids]
+        order = [
+            row
+            for row in np.argsort([len(p.ids) for p in prompts], kind="stable")[::-1]
+            if rooms[row] > 0 and prompts[row].ids
+        ]
         while order:
             part = order[: self._fitting(prompts, order, sampling)]
             try:
@@ -78,7 +82,9 @@ class HfSampler:
         from curate.measurements import MEASUREMENTS
         from curate.passes.forward import measure
 
-        return np.asarray(measure(self._model, encoded, [MEASUREMENTS["target_likelihood"]])["target_logp"], dtype=np.float64)
+        return np.asarray(
+            measure(self._model, encoded, [MEASUREMENTS["target_likelihood"]])["target_logp"], dtype=np.float64
+        )
 
     def use(self, weights_path: str | Path) -> None:
         """Another checkpoint's weights, in place."""
@@ -145,10 +151,14 @@ class HfSampler:
         limits = np.repeat(rooms, n)
         with torch.inference_mode():
             positions = (mask.cumsum(1) - 1).clamp_min(0)
-            out = module(input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
+            out = module(
+                input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1
+            )
             cache = out.past_key_values
             if cache is None or not hasattr(cache, "batch_repeat_interleave"):
-                raise ModelError(f"{type(module).__name__}: wanted a model with a KV cache, found {type(cache).__name__}. Sample it through a server.")
+                raise ModelError(
+                    f"{type(module).__name__}: wanted a model with a KV cache, found {type(cache).__name__}. Sample it through a server."
+                )
             if n > 1:
                 cache.batch_repeat_interleave(n)
             logits = out.logits[:, -1].repeat_interleave(n, 0)  # (B, V)
@@ -172,7 +182,13 @@ class HfSampler:
                     chosen, mask, positions, live = chosen[kept], mask[kept], positions[kept], live[going]
                 mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
                 positions = positions + 1
-                out = module(input_ids=chosen[:, None], attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
+                out = module(
+                    input_ids=chosen[:, None],
+                    attention_mask=mask,
+                    position_ids=positions,
+                    past_key_values=cache,
+                    use_cache=True,
+                )
                 logits = out.logits[:, -1]
         return generated, logps
 
@@ -217,7 +233,11 @@ def _draw(logits: Any, sampling: Sampling, uniform: Any) -> Any:
 
 def _uniforms(prompts: list[Prompt], n: int, steps: int) -> np.ndarray:
     """(prompts × n, steps) float64 in [0, 1): each sample's own stream, whatever its neighbours and max_new_tokens."""
-    rows = [np.random.Generator(np.random.PCG64([engine_seed(prompt.seed), k])).random(steps) for prompt in prompts for k in range(n)]
+    rows = [
+        np.random.Generator(np.random.PCG64([engine_seed(prompt.seed), k])).random(steps)
+        for prompt in prompts
+        for k in range(n)
+    ]
     return np.stack(rows)
 
 

@@ -22,7 +22,9 @@ import numpy as np
 from curate.errors import EngineError, UsageError
 from curate.passes.sampling import Prompt, Sample, Sampling, engine_seed, room, sampler_identity
 
-CONTEXT_WORDS = re.compile(r"context length|context_length|maximum.{0,20}(tokens|length)|max_model_len|too long", re.IGNORECASE)
+CONTEXT_WORDS = re.compile(
+    r"context length|context_length|maximum.{0,20}(tokens|length)|max_model_len|too long", re.IGNORECASE
+)
 WITHOUT = {
     "logprobs": "log-probs of samples are unknown (NULL)",
     "seed": "samples are not seeded: a repeated shard will differ",
@@ -42,7 +44,9 @@ class OpenAISampler:
 
     def __init__(self, server: dict[str, Any], *, max_length: int | None = None):
         if not server.get("url"):
-            raise UsageError("server.url: wanted the address of an OpenAI-compatible server, found none. `--set server.url=http://localhost:8000/v1`")
+            raise UsageError(
+                "server.url: wanted the address of an OpenAI-compatible server, found none. `--set server.url=http://localhost:8000/v1`"
+            )
         self.url = str(server["url"]).rstrip("/")
         self.key_env = str(server.get("key_env") or "OPENAI_API_KEY")
         self.concurrency = int(server.get("concurrency") or 16)
@@ -61,7 +65,9 @@ class OpenAISampler:
 
     def likelihood(self, encoded: list[Any]) -> np.ndarray:
         """Never: a server's token boundaries cannot be checked against ours."""
-        raise EngineError("Log-probabilities are measured with torch or a local vLLM, not through a server: `--set engine.sampler=auto`.")
+        raise EngineError(
+            "Log-probabilities are measured with torch or a local vLLM, not through a server: `--set engine.sampler=auto`."
+        )
 
     def use(self, weights_path: str | Path) -> None:
         """Another of the models this server serves, by its name or its folder's name."""
@@ -88,7 +94,9 @@ class OpenAISampler:
         try:
             from openai import AsyncOpenAI
         except ImportError as error:
-            raise EngineError("engine.sampler is openai, which needs its client library: `pip install openai`.") from error
+            raise EngineError(
+                "engine.sampler is openai, which needs its client library: `pip install openai`."
+            ) from error
         key = os.environ.get(self.key_env) or "none"  # servers of one's own often want no key
         return AsyncOpenAI(base_url=self.url, api_key=key, timeout=self.timeout, max_retries=self.retries)
 
@@ -109,10 +117,16 @@ class OpenAISampler:
         if wanted and (not self._served or wanted in self._served):
             return wanted
         if wanted:
-            raise EngineError(f"server.model: wanted one that {self.url} serves ({_listed(self._served)}), found {wanted!r}.")
+            raise EngineError(
+                f"server.model: wanted one that {self.url} serves ({_listed(self._served)}), found {wanted!r}."
+            )
         if len(self._served) == 1:
             return next(iter(self._served))
-        found = f"{len(self._served)}: {_listed(self._served)}" if self._served else "no list of models (does the url end in /v1?)"
+        found = (
+            f"{len(self._served)}: {_listed(self._served)}"
+            if self._served
+            else "no list of models (does the url end in /v1?)"
+        )
         raise EngineError(f"{self.url}: wanted a server of one model, found {found}. Name one: `--set server.model=…`.")
 
     async def _all(self, prompts: list[Prompt], sampling: Sampling) -> list[list[Sample]]:
@@ -129,14 +143,18 @@ class OpenAISampler:
         samples: list[Sample] = []
         while len(samples) < wanted:
             n = 1 if "n" in self._lacking else wanted - len(samples)
-            seed = engine_seed(prompt.seed) + len(samples)  # vLLM gives sample k of a request seed + k: the same either way
+            seed = engine_seed(prompt.seed) + len(
+                samples
+            )  # vLLM gives sample k of a request seed + k: the same either way
             answer = await self._request(client, gate, prompt, sampling, n, seed, most)
             if answer is None:
                 return []
             if len(answer) < n:
                 self._lack("n")
             if not answer:
-                raise EngineError(f"{self.url} answered a request without any choice. Is it an OpenAI-compatible server?")
+                raise EngineError(
+                    f"{self.url} answered a request without any choice. Is it an OpenAI-compatible server?"
+                )
             samples += answer
         return samples[:wanted] * (sampling.n if sampling.temperature == 0 else 1)
 
@@ -147,7 +165,11 @@ class OpenAISampler:
         import openai
 
         while True:
-            arguments: dict[str, Any] = {"model": self.model, "temperature": sampling.temperature, "top_p": sampling.top_p}
+            arguments: dict[str, Any] = {
+                "model": self.model,
+                "temperature": sampling.temperature,
+                "top_p": sampling.top_p,
+            }
             limit = "max_completion_tokens" if "max_tokens" in self._lacking else "max_tokens"
             arguments[limit] = most
             if sampling.stop:
@@ -189,7 +211,13 @@ class OpenAISampler:
         for choice in choices:
             text = (choice.message.content or "") if chat else choice.text
             logps = _token_logps(choice, chat=chat)
-            tokens = len(logps) if logps is not None else answer.usage.completion_tokens if answer.usage and len(choices) == 1 else None
+            tokens = (
+                len(logps)
+                if logps is not None
+                else answer.usage.completion_tokens
+                if answer.usage and len(choices) == 1
+                else None
+            )
             logp = float(np.sum(logps)) if logps is not None else None
             samples.append(Sample(text=text, n_tokens=tokens, logp=logp, finished=choice.finish_reason == "stop"))
         if samples and samples[0].logp is None:
@@ -220,11 +248,18 @@ class OpenAISampler:
             )
         if isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError):
             state = "is set, but refused" if os.environ.get(self.key_env) else "is not set"
-            return EngineError(f"{self.url}: wanted a valid key, and the environment variable {self.key_env} {state} ({text}). Set it, or `--set server.key_env=…`.")
+            return EngineError(
+                f"{self.url}: wanted a valid key, and the environment variable {self.key_env} {state} ({text}). Set it, or `--set server.key_env=…`."
+            )
         if isinstance(error, openai.NotFoundError):
-            return EngineError(f"{self.url}: the server does not know the model {getattr(self, 'model', '?')!r} or this path ({text}). Name one with `--set server.model=…`; the url usually ends in /v1.")
+            return EngineError(
+                f"{self.url}: the server does not know the model {getattr(self, 'model', '?')!r} or this path ({text}). "
+                "Name one with `--set server.model=…`; the url usually ends in /v1."
+            )
         if isinstance(error, openai.RateLimitError):
-            return EngineError(f"{self.url}: too many requests {tried} ({text}). Lower `--set server.concurrency=…` (now {self.concurrency}).")
+            return EngineError(
+                f"{self.url}: too many requests {tried} ({text}). Lower `--set server.concurrency=…` (now {self.concurrency})."
+            )
         return EngineError(f"{self.url}: failed {tried} ({text}). Look at the server's log; what is measured is kept.")
 
 
@@ -234,7 +269,11 @@ def _token_logps(choice: Any, *, chat: bool) -> list[float] | None:
         return None
     if chat:
         return [token.logprob for token in logprobs.content] if logprobs.content is not None else None
-    return [value for value in logprobs.token_logprobs if value is not None] if logprobs.token_logprobs is not None else None
+    return (
+        [value for value in logprobs.token_logprobs if value is not None]
+        if logprobs.token_logprobs is not None
+        else None
+    )
 
 
 def _named(message: str, arguments: dict[str, Any]) -> str | None:

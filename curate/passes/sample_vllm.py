@@ -4,7 +4,7 @@
 - One `sample()` is one generate call, with the row's own seed; the n samples of a prompt share its prefix through the prefix cache.
 - `likelihood()` reads prompt_logprobs, which agree with transformers' float32 log-softmax to 1e-5.
 - When memory is short the engine is started again with less (KV cache, sequences and tokens at a time) and the call is repeated; `notes`
-  says each step. `less_memory` is the whole ladder.
+  says each step. vllm_memory.py is the whole ladder.
 
 Source: Kwon et al. 2023, arXiv:2309.06180 (vLLM); settings: measured on 2 cores, see `cpu_environment`.
 """
@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +27,6 @@ from curate.passes.sampling import (
     Sample,
     Sampling,
     engine_seed,
-    head_sizes,
     read_config,
     refusal,
     resolve_dtype,
@@ -37,88 +34,24 @@ from curate.passes.sampling import (
     sampler_identity,
     target_device,
 )
+from curate.passes.vllm_memory import MEMORY_WORDS, Memory, first_memory, free_memory, less_memory
 from curate.tokens import context_length
 
 START_TIMEOUT = 1800.0  # seconds; loading a large model from a slow disk takes its time
 CALL_TIMEOUT = 900.0  # seconds, plus what the tokens of the call may take at worst:
 SLOWEST = 20.0  # tokens per second, below which an engine counts as hung
 LIKELIHOOD_TOKENS = 65_536  # tokens per likelihood call
-MIB = 1 << 20
 UNBOUNDED = 8192  # context of a model whose config names none
 
-MEMORY_WORDS = re.compile(
-    r"out of memory|outofmemory|memoryerror|can't allocate memory|cannot allocate memory|not enough memory|insufficient memory"
-    r"|free memory on device|available memory on node|no available memory|available kv cache memory|memory for the cache blocks",
-    re.IGNORECASE,
-)
-WANTS_MORE_CACHE = re.compile(r"available kv cache memory|no available memory|memory for the cache blocks", re.IGNORECASE)
-FREE_ON_DEVICE = re.compile(r"free memory on device[^(]*\(([\d.]+)/([\d.]+) GiB\)", re.IGNORECASE)
-
 # Fields of config.json that differ between checkpoints of one architecture
-NOT_ARCHITECTURE = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "_attn_implementation"}
-
-
-@dataclass(frozen=True)
-class Memory:
-    """What an engine may take: the rungs of the ladder."""
-
-    device: str  # "cpu" or "cuda"
-    max_num_seqs: int = 256
-    max_num_batched_tokens: int = 4096
-    fewest_tokens: int = 256  # at a time; on the CPU the context, see _settings
-    kv_cache_bytes: int = 0  # CPU
-    kv_cache_floor: int = 0  # CPU: one sequence of full length
-    utilization: float = 0.9  # GPU: share of its memory
-    eager: bool = False  # GPU: no CUDA graphs
-
-
-def less_memory(memory: Memory, failure: str, *, during: str) -> tuple[Memory, str] | None:
-    """The next rung after a failure for want of memory, and what to say; None when nothing is left to give up.
-
-    during: "open", "sample" or "likelihood". Log-probs over whole prompts need (tokens at a time × vocabulary), so there the tokens at a
-    time are halved first.
-    """
-    if during == "likelihood" and memory.max_num_batched_tokens > memory.fewest_tokens:
-        tokens = max(memory.max_num_batched_tokens // 2, memory.fewest_tokens)
-        return replace(memory, max_num_batched_tokens=tokens), f"{tokens} tokens at a time"
-    sequences, tokens = max(memory.max_num_seqs // 2, 8), max(memory.max_num_batched_tokens // 2, memory.fewest_tokens)
-    if memory.device == "cpu":
-        cache = max(memory.kv_cache_bytes // 2, memory.kv_cache_floor)
-        smaller = replace(memory, kv_cache_bytes=cache, max_num_seqs=sequences, max_num_batched_tokens=tokens)
-        words = f"{cache // MIB} MiB of KV cache, {sequences} sequences and {tokens} tokens at a time"
-        return (smaller, words) if smaller != memory else None
-    free = FREE_ON_DEVICE.search(failure)
-    if free:
-        share = int(0.95 * 100 * float(free[1]) / float(free[2])) / 100
-    elif WANTS_MORE_CACHE.search(failure):  # the weights and the working memory left too little: the working memory gives way
-        share = 0.95
-    else:
-        share = round(memory.utilization - 0.15, 2)
-    if share < 0.1:
-        return None
-    smaller = replace(memory, utilization=share, eager=True, max_num_seqs=sequences, max_num_batched_tokens=tokens)
-    words = f"{share:.0%} of the GPU's memory, no CUDA graphs, {sequences} sequences and {tokens} tokens at a time"
-    return (smaller, words) if smaller != memory else None
-
-
-def first_memory(config: Any, *, device: str, dtype: str, max_model_len: int, free_bytes: int) -> Memory:
-    """Where the ladder starts. On the CPU: a KV cache for 256 sequences of full length, but at most 30% of the free memory."""
-    if device != "cpu":
-        return Memory(device="cuda")
-    text = config.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or getattr(text, "num_attention_heads", 1)
-    size = (head_sizes(text) or [128])[0]
-    width = {"float32": 4, "float64": 8}.get(dtype, 2)
-    tokens = -(-(max_model_len + 1) // 128) * 128 + 256  # whole blocks, and the engine's own spare ones
-    one = 2 * getattr(text, "num_hidden_layers", 1) * heads * size * width * tokens
-    floor = max(one, 16 * MIB)
-    return Memory(
-        device="cpu",
-        kv_cache_bytes=max(min(256 * one, int(0.3 * free_bytes)), floor),
-        kv_cache_floor=floor,
-        max_num_batched_tokens=max(4096, max_model_len),
-        fewest_tokens=max_model_len,
-    )
+NOT_ARCHITECTURE = {
+    "_name_or_path",
+    "transformers_version",
+    "torch_dtype",
+    "dtype",
+    "use_cache",
+    "_attn_implementation",
+}
 
 
 def cpu_environment() -> dict[str, str]:
@@ -155,7 +88,9 @@ class VllmSampler:
     ):
         why_not = refusal(model_path, device=device)
         if why_not:
-            raise EngineError(f"{model_path}: {why_not}. Sample with transformers instead: `--set engine.sampler=transformers`.")
+            raise EngineError(
+                f"{model_path}: {why_not}. Sample with transformers instead: `--set engine.sampler=transformers`."
+            )
         config = read_config(model_path)
         self.notes: list[str] = []
         self._device = target_device(device)
@@ -214,7 +149,9 @@ class VllmSampler:
         path = _absolute(weights_path)
         if not self._process or not _same_architecture(self._path, path):
             if self._process:
-                self.notes.append(f"{path}: its config.json differs from the running model's, so the engine was started anew.")
+                self.notes.append(
+                    f"{path}: its config.json differs from the running model's, so the engine was started anew."
+                )
             self._close_process()
             self._path = self._weights = path
             self._open()
@@ -240,7 +177,9 @@ class VllmSampler:
             if self._device == "cpu":
                 environment |= cpu_environment()
                 environment.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would override kv_cache_memory_bytes, in whole GiB
-            self._process = EngineProcess(self.module, environment=environment, label=f"The vLLM engine of {Path(self._path).name}")
+            self._process = EngineProcess(
+                self.module, environment=environment, label=f"The vLLM engine of {Path(self._path).name}"
+            )
             try:
                 about = self._process.call("open", timeout=START_TIMEOUT, **self._settings())
             except ChildFailure as failure:
@@ -305,20 +244,6 @@ class VllmSampler:
         if self._process:
             self._process.close(patience=patience) if patience else self._process.kill()
             self._process = None
-
-
-def free_memory() -> int:
-    """Bytes a process may still take: the kernel's estimate, or what the container leaves if that is less."""
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    try:
-        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-        free = int(lines["MemAvailable"].split()[0]) * 1024
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        if limit != "max":
-            free = min(free, int(limit) - int(Path("/sys/fs/cgroup/memory.current").read_text()))
-    except (OSError, KeyError, ValueError):
-        pass  # another kernel: the first figure stands
-    return max(free, 0)
 
 
 def _by_tokens(rows: list[int], lengths: list[int], budget: int) -> list[list[int]]:

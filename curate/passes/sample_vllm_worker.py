@@ -49,7 +49,10 @@ class Engine:
         ]
         outputs = self.llm.generate([{"prompt_token_ids": row} for row in ids], parameters, use_tqdm=False)
         return [
-            [(o.text, len(o.token_ids), o.cumulative_logprob, o.finish_reason == "stop") for o in sorted(output.outputs, key=lambda o: o.index)]
+            [
+                (o.text, len(o.token_ids), o.cumulative_logprob, o.finish_reason == "stop")
+                for o in sorted(output.outputs, key=lambda o: o.index)
+            ]
             for output in outputs
         ]
 

@@ -28,7 +28,9 @@ class Fake:
 
     def likelihood(self, rows):
         if self.settings["max_num_batched_tokens"] > 1024:
-            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes. Error code 12")
+            raise RuntimeError(
+                "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes. Error code 12"
+            )
         return [float(self.weights.endswith("b"))] * len(rows)
 
     def sample(self, ids, **_):

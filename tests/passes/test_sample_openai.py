@@ -45,7 +45,9 @@ def server(tmp_path_factory):
     environment = {
         **os.environ, **cpu_environment(), "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1",
     }  # fmt: skip
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
     lines = deque(maxlen=30)
     for line in process.stdout:  # blocks until the server says it is up, or ends
         lines.append(line)
@@ -79,7 +81,9 @@ def test_served_greedy_equals_transformers(server, prompts):
     greedy = Sampling(n=2, temperature=0, max_new_tokens=10)
     messages = ({"role": "user", "content": "what is 3 plus 4?"},)
     tokenizer = load_tokenizer(model)
-    ids = tokenizer.apply_chat_template([dict(m) for m in messages], add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"]
+    ids = tokenizer.apply_chat_template(
+        [dict(m) for m in messages], add_generation_prompt=True, tokenize=True, return_dict=True
+    )["input_ids"]
     asked = [*prompts, Prompt(list(ids), "", messages, 5)]
     with opened(url) as sampler, HfSampler(model) as fallback:
         served, ours = sampler.sample(asked, greedy), fallback.sample(asked, greedy)
@@ -105,7 +109,10 @@ def test_served_samples_repeat_with_their_seeds_and_end_at_stop_strings(server, 
 @pytest.mark.slow
 def test_a_prompt_without_room_on_the_server_gives_no_samples(server):
     text = "a" * (CONTEXT + 5)
-    known, unknown = Prompt([1] * (CONTEXT + 6), text, None, 1), Prompt([], text, None, 1)  # ids [] : the server's own tokenizer counts
+    known, unknown = (
+        Prompt([1] * (CONTEXT + 6), text, None, 1),
+        Prompt([], text, None, 1),
+    )  # ids [] : the server's own tokenizer counts
     with opened(server[0]) as sampler:
         assert sampler.sample([known, unknown], Sampling(max_new_tokens=4)) == [[], []]
 
@@ -156,7 +163,13 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def do_GET(self):
-        self.answer(200, {"object": "list", "data": [{"id": name, "object": "model", "created": 0, "owned_by": "x"} for name in self.server.models]})
+        self.answer(
+            200,
+            {
+                "object": "list",
+                "data": [{"id": name, "object": "model", "created": 0, "owned_by": "x"} for name in self.server.models],
+            },
+        )
 
     def do_POST(self):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -177,9 +190,28 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def choices(request, n, *, logprobs=True):
-    logps = {"tokens": ["a", "b"], "token_logprobs": [-0.5, -0.25], "top_logprobs": None, "text_offset": [0, 1]} if logprobs else None
-    found = [{"index": k, "text": f"{request['prompt']}:{request.get('seed', 0) % 97}+{k}", "finish_reason": "stop", "logprobs": logps} for k in range(n)]
-    return {"id": "1", "object": "text_completion", "created": 0, "model": "m", "choices": found, "usage": {"prompt_tokens": 3, "completion_tokens": 2 * n, "total_tokens": 9}}
+    logps = (
+        {"tokens": ["a", "b"], "token_logprobs": [-0.5, -0.25], "top_logprobs": None, "text_offset": [0, 1]}
+        if logprobs
+        else None
+    )
+    found = [
+        {
+            "index": k,
+            "text": f"{request['prompt']}:{request.get('seed', 0) % 97}+{k}",
+            "finish_reason": "stop",
+            "logprobs": logps,
+        }
+        for k in range(n)
+    ]
+    return {
+        "id": "1",
+        "object": "text_completion",
+        "created": 0,
+        "model": "m",
+        "choices": found,
+        "usage": {"prompt_tokens": 3, "completion_tokens": 2 * n, "total_tokens": 9},
+    }
 
 
 def texts(n):
@@ -206,7 +238,10 @@ def test_what_stays_broken_says_what_to_do(status, says):
 
 
 def test_an_answer_that_does_not_come_is_a_timeout():
-    with Scripted("hang") as server, pytest.raises(EngineError, match=r"no answer within 0.2 s at the first attempt.*server.timeout"):
+    with (
+        Scripted("hang") as server,
+        pytest.raises(EngineError, match=r"no answer within 0.2 s at the first attempt.*server.timeout"),
+    ):
         opened(server.url, retries=0, timeout=0.2).sample(texts(2), Sampling())
 
 
@@ -224,7 +259,10 @@ def test_several_models_want_a_name():
     with Scripted("ok", models=("one", "two")) as server:
         with pytest.raises(EngineError, match=r"found 2: one, two.*server.model"):
             opened(server.url)
-        assert opened(server.url, model="two").engine == sampler_identity("openai", None, server={"url": server.url, "model": "two"})[0]
+        assert (
+            opened(server.url, model="two").engine
+            == sampler_identity("openai", None, server={"url": server.url, "model": "two"})[0]
+        )
 
 
 def test_order_and_bounded_concurrency():
@@ -246,7 +284,11 @@ def test_order_and_bounded_concurrency():
 
 def test_a_server_without_n_seed_or_logprobs_is_asked_without_them():
     def plain(server, request):
-        for name, complaint in (("logprobs", "logprobs are not supported"), ("n", "'n' must be 1"), ("seed", "unknown field: seed")):
+        for name, complaint in (
+            ("logprobs", "logprobs are not supported"),
+            ("n", "'n' must be 1"),
+            ("seed", "unknown field: seed"),
+        ):
             if name in request:
                 return 400, complaint
         return "ok"
@@ -255,13 +297,25 @@ def test_a_server_without_n_seed_or_logprobs_is_asked_without_them():
         sampler = opened(server.url)
         samples = sampler.sample(texts(5), Sampling(n=3, max_new_tokens=2))
         assert [len(row) for row in samples] == [3] * 5
-        assert [[word in note for note in sampler.notes].count(True) for word in ("`n`", "`seed`", "`logprobs`")] == [1, 1, 1]
+        assert [[word in note for note in sampler.notes].count(True) for word in ("`n`", "`seed`", "`logprobs`")] == [
+            1,
+            1,
+            1,
+        ]
 
 
 def test_a_server_that_ignores_n_is_asked_again_with_the_seed_of_the_next_sample():
     asked_alone = Sampling(n=3, max_new_tokens=2)
     with Scripted("ok") as server:
-        server.RequestHandlerClass = type("One", (Handler,), {"answer": lambda self, status, body: Handler.answer(self, status, {**body, "choices": body["choices"][:1]} if "choices" in body else body)})
+        server.RequestHandlerClass = type(
+            "One",
+            (Handler,),
+            {
+                "answer": lambda self, status, body: Handler.answer(
+                    self, status, {**body, "choices": body["choices"][:1]} if "choices" in body else body
+                )
+            },
+        )
         sampler = opened(server.url)
         (samples,) = sampler.sample(texts(1), asked_alone)
         seeds = [request["seed"] for request in server.requests]

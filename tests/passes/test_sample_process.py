@@ -15,8 +15,9 @@ import pytest
 pytest.importorskip("vllm", reason="the parent's side asks whether vLLM is installed")
 
 from curate.errors import EngineError
-from curate.passes.sample_vllm import Memory, VllmSampler, _by_tokens, less_memory
+from curate.passes.sample_vllm import VllmSampler, _by_tokens
 from curate.passes.sampling import Prompt, Sampling
+from curate.passes.vllm_memory import Memory, less_memory
 from curate.tokens import Encoded
 from tests.conftest import REPOSITORY
 from tests.tiny_models import make_llama
@@ -72,7 +73,9 @@ def test_next_rung_of_the_memory_ladder(memory, failure, during, changes):
     assert step is None if changes is None else step[0] == replace(memory, **changes)
 
 
-@pytest.mark.parametrize("failure", [OOM, "Free memory on device cuda:0 (8.0/16.0 GiB)", "No available memory for the cache blocks"])
+@pytest.mark.parametrize(
+    "failure", [OOM, "Free memory on device cuda:0 (8.0/16.0 GiB)", "No available memory for the cache blocks"]
+)
 @pytest.mark.parametrize("start", [CPU, GPU])
 def test_the_ladder_ends(start, failure):
     for during in ("open", "sample", "likelihood"):

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
-torch = pytest.importorskip("torch")
 
+import torch
 from transformers import AutoModelForCausalLM
 
 from curate.errors import EngineError
@@ -185,7 +185,9 @@ def test_a_swapped_engine_equals_a_fresh_one_and_a_killed_one_is_an_error(engine
     engine.use(models[1])
     with VllmSampler(models[1]) as fresh:
         np.testing.assert_allclose(fresh.likelihood(rows), engine.likelihood(rows), rtol=0, atol=1e-5)
-        assert [[s.text for s in r] for r in fresh.sample(prompts, STORY)] == [[s.text for s in r] for r in engine.sample(prompts, STORY)]
+        assert [[s.text for s in r] for r in fresh.sample(prompts, STORY)] == [
+            [s.text for s in r] for r in engine.sample(prompts, STORY)
+        ]
         pid = fresh.pid
         os.kill(pid, signal.SIGKILL)
         with pytest.raises(EngineError, match=r"killed by signal 9.*during `sample`"):
