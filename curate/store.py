@@ -13,18 +13,19 @@ import fcntl
 import json
 import os
 import socket
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
 from curate.errors import StoreError, UsageError
 from curate.rows import Row
 from curate.storage import query, sources, tables, views
-from curate.storage.database import Database, one
+from curate.storage.database import Database, one, process_alive
 from curate.storage.entries import DatasetValue, Ingested, Measured, Role, SelectedRow, SourceRecord
 from curate.storage.selection import Selection
 from curate.storage.shards import Shards
@@ -70,8 +71,8 @@ class Store:
                     f"{self.folder}: no store there (found {found}). `curate run RECIPE` and `curate import` make one."
                 )
             self._create()
-        elif self.database.needs_migration():
-            self.database.migrate()
+        else:
+            self.database.open_once()
 
     def _create(self) -> None:
         from curate import __version__
@@ -175,9 +176,7 @@ class Store:
         except OSError as error:
             raise StoreError(f"{path}: cannot be written ({error.strerror}).") from None
         try:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            if not _lock_soon(lock):
                 holder = self.measured_by()
                 raise StoreError(
                     f"{self.folder}: process {holder or 'of another machine'} is measuring into this store. "
@@ -361,7 +360,7 @@ class Store:
                 "SELECT id, pid FROM data.runs WHERE outcome IS NULL AND host = ?", [host]
             ).fetchall()
             for run, other in open_runs:
-                if not _alive(other):
+                if not process_alive(other):
                     con.execute(
                         "UPDATE data.runs SET outcome = 'killed', finished = now()::TIMESTAMP WHERE id = ?", [run]
                     )
@@ -421,11 +420,14 @@ class Store:
         }
 
 
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
+def _lock_soon(file: IO[str], patience: float = 0.5) -> bool:
+    """Lock a file for this process alone. Not at the first try only: `measured_by` of another process holds it for an instant."""
+    until = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except OSError:
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.02)

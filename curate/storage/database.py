@@ -71,6 +71,17 @@ def one(con: Connection, text: str, params: Sequence[Any] = ()) -> tuple[Any, ..
     return found[0] if found else None
 
 
+def process_alive(pid: int) -> bool:
+    """Whether a process of this machine has this id."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
 class Database:
     """`<store>/curate.duckdb`. `read` and `write` are context managers that yield a connection inside one transaction."""
 
@@ -129,21 +140,20 @@ class Database:
                     pass  # the failure itself has ended the transaction
                 raise
 
-    def migrate(self) -> None:
-        """Bring an older file to this version, one transaction a step."""
-        with self._open(read_only=False) as con, _explained(self.path):
-            version = self._version(con)
-            while version < SCHEMA_VERSION and version in MIGRATIONS:
-                con.execute("BEGIN")
-                con.execute(MIGRATIONS[version])
-                version += 1
-                con.execute("UPDATE data.meta SET value = ? WHERE key = 'schema_version'", [str(version)])
-                con.execute("COMMIT")
-
-    def needs_migration(self) -> bool:
+    def open_once(self) -> None:
+        """Check that the file is a store of this version; bring an older one to it where that is known how, one transaction a step."""
         with self._open(read_only=True) as con, _explained(self.path):
             version = self._version(con)
-        return version < SCHEMA_VERSION and all(v in MIGRATIONS for v in range(version, SCHEMA_VERSION))
+            steps = range(version, SCHEMA_VERSION)
+            if not steps or any(v not in MIGRATIONS for v in steps):
+                self._check_version(con)
+                return
+        with self._open(read_only=False) as con, _explained(self.path):
+            for v in range(self._version(con), SCHEMA_VERSION):
+                con.execute("BEGIN")
+                con.execute(MIGRATIONS[v])
+                con.execute("UPDATE data.meta SET value = ? WHERE key = 'schema_version'", [str(v + 1)])
+                con.execute("COMMIT")
 
     @contextmanager
     def _open(self, *, read_only: bool) -> Iterator[Connection]:

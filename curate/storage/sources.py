@@ -21,7 +21,7 @@ import pyarrow as pa
 
 from curate.errors import StoreError
 from curate.rows import Example, Pair, foreign_id, text_to_column
-from curate.storage.database import Connection, Database, literal
+from curate.storage.database import Connection, Database, literal, process_alive
 from curate.storage.entries import Ingested, Role, SourceRecord
 from curate.storage.shards import clean_text, write_parquet
 
@@ -140,18 +140,8 @@ def sweep(folder: Path) -> None:
     """Remove staging folders of processes that are gone."""
     for left in (folder / "staging").glob("*-*"):
         pid = left.name.split("-")[0]
-        if pid.isdigit() and not Path(f"/proc/{pid}").exists() and not _alive(int(pid)):
+        if pid.isdigit() and not process_alive(int(pid)):
             shutil.rmtree(left, ignore_errors=True)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
 
 
 def _staging(folder: Path) -> Path:

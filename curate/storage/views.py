@@ -102,7 +102,12 @@ def _recipe(con: Connection, recipe: str | None) -> tuple[str | None, str | None
 
 
 def _check_sources(con: Connection, sources: Sequence[str]) -> None:
-    known = [row[0] for row in con.execute("SELECT DISTINCT source FROM data.occurrences ORDER BY source").fetchall()]
+    known = [
+        row[0]
+        for row in con.execute(
+            "SELECT source FROM data.occurrences UNION SELECT source FROM data.source_state ORDER BY 1"
+        ).fetchall()
+    ]
     for source in sources:
         if source not in known:
             near = difflib.get_close_matches(source, known, 1)
