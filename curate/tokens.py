@@ -50,12 +50,15 @@ class Encoded:
 
     `start` is at least 1: a first token with nothing before it cannot be predicted and counts as context.
     `problem` says why nothing can be measured (None: all is well); `truncated` whether max_length took tokens away.
+    `question`, of SFT rows: first and last + 1 index of the last user message's text in the prompt (plain text: all but BOS).
+    A row without a completion keeps its prompt's ids, with start = len(ids) and a problem.
     """
 
     ids: np.ndarray  # (length,) int32
     start: int
     truncated: bool = False
     problem: str | None = None
+    question: tuple[int, int] | None = None
 
     @property
     def n_response(self) -> int:
@@ -180,11 +183,11 @@ def encode(row: Row, tokenizer: PreTrainedTokenizerBase, limits: Limits = Limits
     a row longer than max_length under `drop`, messages that the chat template refuses. ValidationError, naming the
     row, under truncation `error`; ModelError when a conversational row meets a tokenizer without a chat template.
     """
-    if isinstance(row, Example) and row.completion is None:
-        return Encoded(np.zeros(0, np.int32), 0, problem="the row has no completion")
     responses = (row.chosen, row.rejected) if isinstance(row, Pair) else (row.completion,)
     try:
         prompt = _ids(tokenizer, row.prompt)
+        if isinstance(row, Example) and row.completion is None:
+            return _prompt_only(row, prompt, tokenizer, limits)
         full = [_ids(tokenizer, row.prompt, response) for response in responses]
     except _Refused as refused:
         nothing = Encoded(np.zeros(0, np.int32), 0, problem=str(refused))
@@ -192,7 +195,7 @@ def encode(row: Row, tokenizer: PreTrainedTokenizerBase, limits: Limits = Limits
     start = min(common_prefix(prompt, ids) for ids in full)
     sides = [_limited(ids, start, limits, row) for ids in full]
     if isinstance(row, Example):
-        return sides[0]
+        return _with_question(sides[0], row, prompt, tokenizer, cut=len(full[0]) - len(sides[0].ids), limits=limits)
     if limits.truncation == "drop":  # one side too long: the pair is not measured, and both sides say so
         longer = next((side.problem for side in sides if side.problem), None)
         sides = [replace(side, problem=side.problem or longer) for side in sides]
@@ -250,6 +253,45 @@ _NEXT_LENGTH = (
 
 class _Refused(Exception):
     """The chat template refuses these messages; a row's problem, not the run's."""
+
+
+def _prompt_only(row: Example, prompt: list[int], tokenizer: PreTrainedTokenizerBase, limits: Limits) -> Encoded:
+    """A row that has a prompt and perhaps an answer: something can still be read off its prompt."""
+    problem = "the row has no completion"
+    if limits.max_length is not None and len(prompt) > limits.max_length:
+        return Encoded(np.zeros(0, np.int32), 0, truncated=True, problem=problem)
+    encoded = Encoded(np.asarray(prompt, np.int32), len(prompt), problem=problem)
+    return _with_question(encoded, row, prompt, tokenizer, cut=0, limits=limits)
+
+
+def _with_question(
+    encoded: Encoded, row: Example, prompt: list[int], tokenizer: PreTrainedTokenizerBase, *, cut: int, limits: Limits
+) -> Encoded:
+    """The same with the span of its question, as far as truncation left it. cut: how many ids truncation took."""
+    span = _question_span(row.prompt, prompt, tokenizer)
+    if span is None:
+        return encoded
+    shift = cut if limits.truncation == "keep_end" else 0
+    low, high = (min(max(at - shift, 0), encoded.start) for at in span)
+    return replace(encoded, question=(low, high)) if high > low else encoded
+
+
+def _question_span(prompt: Text, ids: list[int], tokenizer: PreTrainedTokenizerBase) -> tuple[int, int] | None:
+    """Where the last user message's text stands in the prompt's ids: what changes when that text is left out."""
+    if isinstance(prompt, str):
+        low = int(bool(ids) and ids[0] == tokenizer.bos_token_id)
+        return (low, len(ids)) if low < len(ids) else None
+    last = max((i for i, m in enumerate(prompt) if m["role"] == "user"), default=None)
+    if last is None:
+        return None
+    emptied = tuple({**m, "content": ""} if i == last else m for i, m in enumerate(prompt))
+    try:
+        without = _ids(tokenizer, emptied)  # type: ignore[arg-type]
+    except _Refused:
+        return None
+    low = common_prefix(ids, without)
+    after = min(common_prefix(ids[::-1], without[::-1]), len(without) - low, len(ids) - low)
+    return (low, len(ids) - after) if len(ids) - after > low else None
 
 
 def _limited(ids: list[int], start: int, limits: Limits, row: Row) -> Encoded:

@@ -149,7 +149,28 @@ def test_template_that_refuses_is_the_rows_problem():
 
 
 def test_no_completion():
-    assert encode(Example("hi", None, answer="4"), make_tokenizer()).problem == "the row has no completion"
+    encoded = encode(Example("hi there", None, answer="4"), make_tokenizer())
+    assert encoded.problem == "the row has no completion"
+    assert (words(encoded.ids), encoded.start, encoded.n_response) == ("<s> hi there", 3, 0)
+
+
+@pytest.mark.parametrize(
+    "prompt, limits, wanted",
+    [
+        ("hi there", Limits(), "hi there"),
+        (messages("user: hi there"), Limits(), "hi there"),
+        (messages("system: be kind", "user: hi there you"), Limits(), "hi there you"),
+        (messages("user: hi", "assistant: good", "user: you"), Limits(), "you"),
+        (messages("user: hi hi"), Limits(), "hi hi"),  # what is left out may begin and end alike
+        (messages("assistant: hi"), Limits(), None),
+        (messages("user: hi there you"), Limits(5, "keep_end"), "you"),  # you <end> <assistant> good <end>
+    ],
+)
+def test_question(prompt, limits, wanted):
+    response = " good" if isinstance(prompt, str) else messages("assistant: good")
+    encoded = encode(Example(prompt, response), make_tokenizer(), limits)
+    found = encoded.question and words(encoded.ids[slice(*encoded.question)])
+    assert found == wanted
 
 
 LONG = Pair("hi there", " good you be", " bad")  # 7 and 5 tokens, start 3

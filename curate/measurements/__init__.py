@@ -46,6 +46,7 @@ class Measurement:
     function: Callable[..., Any]
     head: tuple[str, ...] = ()
     without_prompt: bool = False
+    prompt_only: bool = False
 
     @property
     def description(self) -> str:
@@ -69,18 +70,27 @@ def measurement(
     version: int = 1,
     head: Sequence[str] = (),
     without_prompt: bool = False,
+    prompt_only: bool = False,
     name: str | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a function as a measurement under its own name. Two of one name, or one column from two for one kind:
     CurateError.
 
-    `without_prompt`: the forward pass also runs each response without its prompt, as side `chosen_alone`,
-    `completion_alone`, …
+    `without_prompt`: the forward pass also runs each response without its prompt, as sides `chosen_alone`, `rejected_alone`,
+    `completion_alone`. `prompt_only`: it reads the prompt's states alone, and is taken of SFT rows without a completion too.
     """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         made = Measurement(
-            name or function.__name__, reads, kind, dict(columns), version, function, tuple(head), without_prompt
+            name=name or function.__name__,
+            reads=reads,
+            kind=kind,
+            columns=dict(columns),
+            version=version,
+            function=function,
+            head=tuple(head),
+            without_prompt=without_prompt,
+            prompt_only=prompt_only,
         )
         known = MEASUREMENTS.get(made.name)
         if known is not None and _home(known.function) != _home(function):

@@ -19,6 +19,7 @@ import torch
 from curate.errors import CurateError
 from curate.passes.head import STATISTICS, Head
 from curate.passes.packing import Item
+from curate.tokens import Encoded, EncodedPair
 
 CHUNK = 1024  # states per float64 copy while summing
 
@@ -38,6 +39,7 @@ class Side:
         counts = np.asarray([len(item.ids) - item.start for item in items])
         at = np.concatenate([w[i.start - 1 : len(i.ids) - 1] for i, w in zip(items, where)])
         targets = np.concatenate([item.ids[item.start :] for item in items]).astype(np.int64)
+        self._where = where
         self.tokens = torch.from_numpy(targets).to(device)
         self.at = torch.from_numpy(at).to(device)  # (N,) the predicting position of each, in all_states
         self.row = torch.from_numpy(np.repeat(np.arange(len(items)), counts)).to(device)
@@ -55,6 +57,11 @@ class Side:
     def end_states(self) -> torch.Tensor:
         """(rows, d) the state at the last response token itself (at EOS), which predicts nothing."""
         return self._batch.all_states[self._final]
+
+    def states_of(self, row: int, start: int, stop: int) -> torch.Tensor:
+        """(stop − start, d) final states at positions start..stop of one row's own sequence, prompt included."""
+        at = torch.from_numpy(self._where[row][start:stop]).to(self._batch.all_states.device)
+        return self._batch.all_states[at]
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Sum over each row's tokens, in float64: (N,) -> (rows,), (N, d) -> (rows, d)."""
@@ -87,6 +94,7 @@ class Batch:
         self,
         head: Head,
         rows: Sequence[int],
+        encoded: Sequence[Encoded | EncodedPair],
         items: Sequence[Item],
         where: Sequence[np.ndarray],
         all_states: torch.Tensor,
@@ -94,6 +102,7 @@ class Batch:
     ) -> None:
         self.head = head
         self.rows = tuple(rows)
+        self.encoded = tuple(encoded)
         self.all_states = all_states
         self._wanted = frozenset(statistics)
         by_side: dict[str, dict[int, tuple[Item, np.ndarray]]] = {}

@@ -44,24 +44,41 @@ def measure(
     """Run the model once over the rows and read off every measurement: {column: (len(encoded),) float64}, in the rows'
     order.
 
-    NaN where a row has a `problem`, or is of another kind than the measurement. A row longer than `token_budget` runs
+    NaN where a row has a `problem` (measurements of the prompt alone are taken of rows without a completion too), or is of
+    another kind than the measurement. A row longer than `token_budget` runs
     alone; a batch that does not fit into memory is halved until it does. ModelError when a single row does not fit, or
     is longer than learned positions allow.
     """
     out = {column: np.full(len(encoded), np.nan) for m in measurements for column in m.columns}
     for kind, name in ((EncodedPair, "preference"), (Encoded, "sft")):
         wanted = [m for m in measurements if m.kind in (name, "any")]
-        alone = any(m.without_prompt for m in wanted)
-        rows = {
-            i: _items(i, row, alone, model.bos)
-            for i, row in enumerate(encoded)
-            if isinstance(row, kind) and row.problem is None
-        }
-        if wanted and rows:
-            _check_lengths(model, rows)
-            for batch in _batches(model, rows, token_budget):
-                _measure_batch(model, batch, wanted, out)
+        rows = [i for i, row in enumerate(encoded) if isinstance(row, kind)]
+        _measure_rows(model, encoded, [i for i in rows if encoded[i].problem is None], wanted, token_budget, out)
+        prompt_only = [i for i in rows if _is_prompt(encoded[i])]
+        _measure_rows(model, encoded, prompt_only, [m for m in wanted if m.prompt_only], token_budget, out)
     return out
+
+
+def _measure_rows(
+    model: Model,
+    encoded: Sequence[Encoded | EncodedPair],
+    indices: list[int],
+    wanted: list[Measurement],
+    token_budget: int,
+    out: dict[str, np.ndarray],
+) -> None:
+    if not wanted or not indices:
+        return
+    alone = any(m.without_prompt for m in wanted)
+    rows = {i: _items(i, encoded[i], alone, model.bos) for i in indices}
+    _check_lengths(model, rows)
+    for bundle in _batches(model, rows, token_budget):
+        _measure_batch(model, bundle, encoded, wanted, out)
+
+
+def _is_prompt(row: Encoded | EncodedPair) -> bool:
+    """Whether a row has no completion but a whole prompt."""
+    return isinstance(row, Encoded) and row.problem is not None and 0 < len(row.ids) == row.start and not row.truncated
 
 
 def tokens_to_run(encoded: Sequence[Encoded | EncodedPair], *, without_prompt: bool = False) -> int:
@@ -177,12 +194,19 @@ def _join(bundles: list[_Bundle]) -> _Bundle:
     )
 
 
-def _measure_batch(model: Model, bundle: _Bundle, wanted: Sequence[Measurement], out: dict[str, np.ndarray]) -> None:
+def _measure_batch(
+    model: Model,
+    bundle: _Bundle,
+    encoded: Sequence[Encoded | EncodedPair],
+    wanted: Sequence[Measurement],
+    out: dict[str, np.ndarray],
+) -> None:
     """Run one bundle and write every measurement's columns; halved and run again where memory is short."""
     try:
         with torch.inference_mode():
             states, where = _states(model, bundle)
-            batch = Batch(model.head, bundle.rows, bundle.items, where, states, {s for m in wanted for s in m.head})
+            of = [encoded[row] for row in bundle.rows]
+            batch = Batch(model.head, bundle.rows, of, bundle.items, where, states, {s for m in wanted for s in m.head})
             for m in wanted:
                 _write(m, batch, out)
             return
@@ -200,7 +224,7 @@ def _measure_batch(model: Model, bundle: _Bundle, wanted: Sequence[Measurement],
     half = len(bundle.rows) // 2
     for part in (bundle.rows[:half], bundle.rows[half:]):
         smaller = _join(_bundles({row: rows[row] for row in part}, 2**62))
-        _measure_batch(model, smaller, wanted, out)
+        _measure_batch(model, smaller, encoded, wanted, out)
 
 
 def _write(m: Measurement, batch: Batch, out: dict[str, np.ndarray]) -> None:

@@ -361,4 +361,13 @@ def _as_column(values: Any, name: str, of: Columns) -> Any:
 
 
 # The families, last because each imports the decorators from here. Light: numpy only.
-from curate.scores import answers, displacement, premem, ranking, ranking_values, trajectories  # noqa: E402, F401
+from curate.scores import (  # noqa: E402
+    answers,  # noqa: F401
+    displacement,  # noqa: F401
+    hardness,  # noqa: F401
+    premem,  # noqa: F401
+    ranking,  # noqa: F401
+    ranking_values,  # noqa: F401
+    squeezing,  # noqa: F401
+    trajectories,  # noqa: F401
+)

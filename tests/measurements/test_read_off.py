@@ -99,3 +99,29 @@ def test_nothing_unasked_is_computed(monkeypatch):
     assert asked == []
     forward.measure(model, pairs, [MEASUREMENTS[m] for m in ("hidden", "likelihood", "entropy", "valley_depth")])
     assert asked == [{"logp", "entropy", "top_logp"}]
+
+
+def test_angles():
+    """Means over explicit two-dimensional slices of the cosine matrix; rows without a completion have them too."""
+    module = make("llama")
+    prompt = np.asarray([1, 7, 8, 9, 10, 11, 12, 3], np.int32)
+    full = np.concatenate([prompt, [20, 21, 2]]).astype(np.int32)
+    rows = [
+        Encoded(full, 8, question=(3, 7)),
+        Encoded(prompt, 8, problem="the row has no completion", question=(3, 7)),
+        Encoded(full, 8),
+        Encoded(prompt, 8, problem="the row has no completion", question=(0, 8)),
+        Encoded(np.zeros(0, np.int32), 0, problem="the template refuses"),
+    ]
+    measurements = [MEASUREMENTS["angles"], MEASUREMENTS["target_likelihood"]]
+    found = forward.measure(Model(module), rows, measurements)
+    states = double(module)(torch.from_numpy(prompt.astype(np.int64))[None], output_hidden_states=True).hidden_states[
+        -1
+    ][0]
+    unit = torch.nn.functional.normalize(states.detach(), dim=1)
+    cosines = unit @ unit.T
+    rest = [0, 1, 2, 7]
+    intra, inter = float(cosines[3:7, 3:7].mean()), float(cosines[rest, 3:7].mean())
+    np.testing.assert_allclose(found["angle_intra"], [intra, intra, np.nan, float(cosines.mean()), np.nan], rtol=1e-5)
+    np.testing.assert_allclose(found["angle_inter"], [inter, inter, np.nan, np.nan, np.nan], rtol=1e-5)
+    assert np.isnan(found["target_logp"]).tolist() == [False, True, False, True, True]

@@ -1,0 +1,67 @@
+"""How hard an SFT example is for the model, from one forward pass, or from one at each checkpoint.
+
+el2n = mean_t ‖π − onehot(y_t)‖₂                              Paul et al. 2021, arXiv:2107.07075
+aum  = mean over checkpoints of mean_t (z_y − largest other)  Pleiss et al. 2020, arXiv:2001.10528
+ifd  = mean CE(y | x) / mean CE(y)                            Li et al. 2023, arXiv:2308.12032
+angle_concentration = intra + inter                           GAIN-RL 2025, arXiv:2506.02281
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from curate.scores import Array, score
+from curate.scores.arithmetic import ratio
+
+
+@score(
+    needs=("target_error",),
+    kind="sft",
+    unit="probability",
+    worst="none",
+    high_means="far from learned, or mislabelled",
+    source="Paul et al. 2021, arXiv:2107.07075",
+)
+def el2n(target_error: Array) -> Array:
+    """Mean norm of the prediction's error, 0..√2, (rows,). NULL where unmeasured. Meant for a checkpoint early in training."""
+    return target_error.copy()
+
+
+@score(
+    needs=("target_gap",),
+    kind="sft",
+    over="checkpoints",
+    unit="logits",
+    worst="low",
+    high_means="learned with a margin; low values are hard or mislabelled",
+    source="Pleiss et al. 2020, arXiv:2001.10528",
+)
+def aum(target_gap: Array) -> Array:
+    """Area under the margin: mean over checkpoints, (rows, K) -> (rows,). NULL where a checkpoint is unmeasured."""
+    return np.asarray(target_gap.mean(1)) if target_gap.shape[1] else np.full(len(target_gap), np.nan)
+
+
+@score(
+    needs=("target_nll", "alone_nll"),
+    kind="sft",
+    unit="ratio",
+    worst="none",
+    high_means="the prompt helps little; above 1 it does not help at all",
+    source="Li et al. 2023, arXiv:2308.12032",
+)
+def ifd(target_nll: Array, alone_nll: Array) -> Array:
+    """Instruction-following difficulty, (rows,) ≥ 0. NULL where one is unmeasured or the completion alone costs nothing."""
+    return ratio(target_nll, alone_nll)
+
+
+@score(
+    needs=("angle_intra", "angle_inter"),
+    kind="sft",
+    unit="cosine",
+    worst="none",
+    high_means="its gradient is large and it is learned early; GAIN-RL trains on high values first",
+    source="GAIN-RL 2025, arXiv:2506.02281",
+)
+def angle_concentration(angle_intra: Array, angle_inter: Array) -> Array:
+    """Angle concentration within the question plus between question and the rest of the prompt, −2..2, (rows,). NULL where one is."""
+    return angle_intra + angle_inter
