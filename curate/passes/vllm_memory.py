@@ -94,7 +94,10 @@ def first_memory(config: Any, *, device: str, dtype: str, max_model_len: int, fr
 
 def free_memory() -> int:
     """Bytes a process may still take: the kernel's estimate, or what the container leaves if that is less."""
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    pages = (
+        "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"
+    )  # macOS knows the second only
+    free = os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
     try:
         lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
         free = int(lines["MemAvailable"].split()[0]) * 1024

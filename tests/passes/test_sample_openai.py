@@ -143,6 +143,9 @@ class Scripted(ThreadingHTTPServer):
     def url(self):
         return f"http://127.0.0.1:{self.server_address[1]}/v1"
 
+    def handle_error(self, request, client_address):
+        """A client that gave up on a request has closed its end: no news."""
+
     def __exit__(self, *exception):
         self.release.set()
         self.shutdown()
