@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import difflib
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -27,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from curate.errors import UsageError, ValidationError
+from curate.storage.expressions import check_expression, order_keys
 
 if TYPE_CHECKING:
     from curate.store import Store
@@ -94,10 +94,16 @@ def select(
     """Decide on every row that occurs in the (recipe's) sources for training.
 
     worst: score name -> "high" | "low" | "none", as the scores declare it. null_is_known: column -> SQL that is true where its NULL is a value
-    and not a gap, such as {"first_learned_step": "never_learned"}. Raises UsageError for a condition that is not SQL or names no column (the
+    and not a gap, such as {"first_learned_step": "never_learned"}; one that cannot be asked here is left out. Raises UsageError for a condition that is not SQL or names no column (the
     nearest is named), for drop_worst of a score without a worst end; ValidationError where `unknown: error` meets an unknown value.
     """
-    known_as = dict(null_is_known or {})
+    known_as = {}
+    for column, condition in (null_is_known or {}).items():
+        try:  # the condition may name a score that this recipe does not have: then nothing excuses the NULL
+            store.sql(f"SELECT {condition} FROM scored LIMIT 0", recipe=recipe, source=sources)
+            known_as[column] = condition
+        except UsageError:
+            continue
     available = store.sql("SELECT * FROM scored LIMIT 0", recipe=recipe, source=sources).columns
     if spec.where is not None:
         check_expression(spec.where, "select.where")
@@ -272,65 +278,6 @@ def decide(rows: Candidates, spec: SelectSpec, worst: Mapping[str, str]) -> Deci
 def whole(x: float) -> int:
     """The nearest whole number, halves up; a hair below a half counts as the half (0.3 · 5 is 1.5 however it was computed)."""
     return math.floor(x + 0.5 + 1e-9)
-
-
-def order_keys(order_by: str) -> list[tuple[str, str]]:
-    """ "flip_loss desc, ches" -> [("flip_loss", "DESC"), ("ches", "ASC")]. Raises UsageError for text that is not a list of expressions."""
-    check_expression(order_by, "select.order_by")
-    keys = []
-    for part in split_top(order_by):
-        match = re.fullmatch(r"(?is)\s*(.*?)(?:\s+(asc|desc))?(?:\s+nulls\s+(?:first|last))?\s*", part)
-        if match is None or not match[1]:
-            raise UsageError(f"select.order_by: expected columns such as `flip_loss desc, ches`; found {order_by!r}.")
-        keys.append((match[1], (match[2] or "asc").upper()))
-    return keys
-
-
-def check_expression(text: str, key: str) -> None:
-    """One SQL expression: no second statement, nothing that leaves its brackets, no comment that swallows what follows."""
-    depth, i = 0, 0
-    while i < len(text):
-        char = text[i]
-        if char in "'\"":
-            end = text.find(char, i + 1)
-            if end < 0:
-                raise UsageError(f"{key}: the quote {char} in {text!r} is not closed.")
-            i = end
-        elif char == ";":
-            raise UsageError(f"{key}: expected one SQL condition; found `;` in {text!r}.")
-        elif text.startswith("--", i) or text.startswith("/*", i):
-            raise UsageError(f"{key}: no comments in here; found one in {text!r}.")
-        depth += (char == "(") - (char == ")")
-        if depth < 0:
-            break
-        i += 1
-    if depth or not text.strip():
-        raise UsageError(
-            f"{key}: "
-            + (
-                f"the brackets of {text!r} do not match."
-                if depth
-                else "the condition is empty. Leave it out, or give one."
-            )
-        )
-
-
-def split_top(text: str) -> list[str]:
-    """Split at commas outside brackets and quotes."""
-    parts, depth, quoted, start = [], 0, "", 0
-    for i, char in enumerate(text):
-        if quoted:
-            quoted = "" if char == quoted else quoted
-        elif char in "'\"":
-            quoted = char
-        elif char in "([":
-            depth += 1
-        elif char in ")]":
-            depth -= 1
-        elif char == "," and depth == 0:
-            parts.append(text[start:i])
-            start = i + 1
-    return [*parts, text[start:]]
 
 
 def check_worst(name: str, worst: Mapping[str, str], available: Sequence[str]) -> None:

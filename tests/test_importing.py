@@ -55,8 +55,8 @@ def test_by_hand(tmp_path, name):
         found = import_file(store, written(tmp_path / name), MAP)
     assert (found.lines, found.rows, found.new_rows, found.runs, found.checkpoints) == (3, 2, 0, 1, 2)
     store = Store(store)
-    picked = "SELECT o.key, t.checkpoint, t.step, n_samples, n_correct, accuracy, trained FROM trajectories t JOIN occurrences o USING (row_id) ORDER BY 1, 3"
-    assert store.sql(picked).rows() == [
+    picked = "o.key, t.checkpoint, t.step, n_samples, n_correct, accuracy, trained"
+    assert store.sql(f"SELECT {picked} FROM trajectories t JOIN occurrences o USING (row_id) ORDER BY 1, 3").rows() == [
         ("7", "10", 10, 4.0, 1.0, 0.25, True),
         ("7", "20", 20, 4.0, 4.0, 1.0, False),
         ("8", "10", 10, 0.0, 0.0, None, True),
@@ -149,7 +149,7 @@ def test_rows_by_number_and_by_our_id(store, tmp_path):
     ({"row": "id", "a": "k"}, LOGS, ValidationError, "rows 0 and 1 are about the same row, run and checkpoint"),
     ({"row": "id", "a": "x"}, {"id": [1, 2], "x": ["0.5", "abc"]}, ValidationError, r"row 1: 'x' is 'abc' \(str\), expected a number"),
     ({"row": "id", "a": "x"}, {"id": [1, None], "x": [1, 2]}, ValidationError, "row 1: 'id' is empty"),
-    ({"row": "id", "correct": "k", "samples": "n"}, {"id": [1, 2], "k": [1, 5], "n": [4, 4]}, ValidationError, "row 1: 'k' is 5 .int., expected a count from 0 to n"),
+    ({"row": "id", "correct": "k", "samples": "n"}, {"id": [1, 2], "k": [1, 5], "n": [4, 4]}, ValidationError, "row 1: 'k' is 5 .int., expected a count"),
     ({"row": "id", "perplexity": "x"}, {"id": [1], "x": [0.5]}, ValidationError, "row 0: 'x' is 0.5"),
     ({"row": "id", "trained": "x"}, {"id": [1], "x": [2]}, ValidationError, "expected true or false"),
 ])  # fmt: skip

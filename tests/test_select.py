@@ -9,7 +9,8 @@ import pytest
 
 from curate.errors import UsageError, ValidationError
 from curate.rows import Pair
-from curate.select import Candidates, SelectSpec, check_expression, decide, order_keys, select, split_top, whole
+from curate.select import Candidates, SelectSpec, decide, select, whole
+from curate.storage.expressions import check_expression, order_keys, split_top
 from curate.store import Measured, Store
 
 nan = float("nan")
@@ -266,6 +267,8 @@ def test_a_null_that_is_a_value(store):
     with pytest.raises(ValidationError, match="first is unknown for 2 of 7 rows"):
         kept(store, spec)
     assert kept(store, spec, null_is_known={"first": "never"}) == "456"
+    with pytest.raises(ValidationError, match="first is unknown"):
+        kept(store, spec, null_is_known={"first": "a_score_of_another_recipe"})
 
 
 @pytest.mark.parametrize("spec, told", [
