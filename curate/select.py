@@ -94,7 +94,8 @@ def select(
     """Decide on every row that occurs in the (recipe's) sources for training.
 
     worst: score name -> "high" | "low" | "none", as the scores declare it. null_is_known: column -> SQL that is true where its NULL is a value
-    and not a gap, such as {"first_learned_step": "never_learned"}; one that cannot be asked here is left out. Raises UsageError for a condition that is not SQL or names no column (the
+    and not a gap, such as {"first_learned_step": "never_learned"}; one that
+    cannot be asked here is left out. Raises UsageError for a condition that is not SQL or names no column (the
     nearest is named), for drop_worst of a score without a worst end; ValidationError where `unknown: error` meets an unknown value.
     """
     known_as = {}

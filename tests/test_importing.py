@@ -149,7 +149,7 @@ def test_rows_by_number_and_by_our_id(store, tmp_path):
     ({"row": "id", "a": "k"}, LOGS, ValidationError, "rows 0 and 1 are about the same row, run and checkpoint"),
     ({"row": "id", "a": "x"}, {"id": [1, 2], "x": ["0.5", "abc"]}, ValidationError, r"row 1: 'x' is 'abc' \(str\), expected a number"),
     ({"row": "id", "a": "x"}, {"id": [1, None], "x": [1, 2]}, ValidationError, "row 1: 'id' is empty"),
-    ({"row": "id", "correct": "k", "samples": "n"}, {"id": [1, 2], "k": [1, 5], "n": [4, 4]}, ValidationError, "row 1: 'k' is 5 .int., expected a count"),
+    ({"row": "id", "correct": "k", "samples": "n"}, {"id": [1], "k": [5], "n": [4]}, ValidationError, "row 0: 'k' is 5 .int., expected a count"),
     ({"row": "id", "perplexity": "x"}, {"id": [1], "x": [0.5]}, ValidationError, "row 0: 'x' is 0.5"),
     ({"row": "id", "trained": "x"}, {"id": [1], "x": [2]}, ValidationError, "expected true or false"),
 ])  # fmt: skip
