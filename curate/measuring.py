@@ -16,7 +16,7 @@ import numpy as np
 from curate.errors import ModelError
 from curate.plan import Plan, Step, few_shot_text
 from curate.progress import Progress
-from curate.rows import Example, Row
+from curate.rows import Example, Message, Row
 
 if TYPE_CHECKING:
     from curate.recipe import Loaded
@@ -286,10 +286,10 @@ def _plain_prompt(row: Row, seed: int, system: str | None, few_shot: str | None)
     from curate.passes.sampling import Prompt
 
     if isinstance(row.prompt, str):
-        return Prompt(
-            [], "".join(part for part in (system and system + "\n\n", few_shot, row.prompt) if part), None, seed
-        )
-    messages = ({"role": "system", "content": system}, *row.prompt) if system else tuple(row.prompt)
+        parts = [f"{system}\n\n" if system else "", few_shot or "", row.prompt]
+        return Prompt([], "".join(parts), None, seed)
+    first: tuple[Message, ...] = ({"role": "system", "content": system},) if system else ()
+    messages = (*first, *row.prompt)
     return Prompt([], "\n".join(m["content"] for m in messages), messages, seed)
 
 

@@ -1,0 +1,459 @@
+"""The whole line on small rows and a tiny model: results, resuming, fingerprints, growing sources, errors. Killed processes are really killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+import yaml
+
+import curate
+from curate.errors import CurateError, ModelError, StoreError, UsageError, ValidationError
+from curate.progress import Progress
+from curate.recipe import load_recipe
+from tests.tiny_models import make_llama
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+WORDS = ["ada", "bea", "cy", "dot", "eve", "fay", "gil", "hal", "ivy", "jo", "kit", "lea"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return make_llama(tmp_path_factory.mktemp("models") / "reference", seed=0)
+
+
+@pytest.fixture(scope="module")
+def other_model(tmp_path_factory) -> Path:
+    return make_llama(tmp_path_factory.mktemp("models") / "reference", seed=1)
+
+
+def pairs(n: int, *, start: int = 0) -> list[dict]:
+    rng = np.random.default_rng(7)
+    words = [" ".join(rng.choice(WORDS, 1 + i % 5)) for i in range(3 * (start + n))]
+    return [
+        {
+            "prompt": f"{words[3 * i]} {i}:",
+            "chosen": f" {words[3 * i + 1]}.",
+            "rejected": f" {words[3 * i + 2]}!",
+            "topic": "ab"[i % 2],
+        }
+        for i in range(start, start + n)
+    ]
+
+
+def write_rows(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def recipe(tmp_path, model):
+    """A recipe file over 40 pairs; keyword arguments go over its keys."""
+
+    def recipe(**over) -> Path:
+        if not (tmp_path / "pairs.jsonl").exists():
+            write_rows(tmp_path / "pairs.jsonl", pairs(40))
+        raw = {
+            "kind": "preference",
+            "source": {"path": "pairs.jsonl"},
+            "models": {"reference": str(model)},
+            "tokens": {"max_length": 128},
+            "scores": [
+                "ranking_gap",
+                {"flip_loss": {"beta": 0.1}},
+                {"flip_loss": {"beta": 0.5, "as": "flip_loss_b5"}},
+                "ches",
+                "ches_ln",
+                "edit_distance",
+            ],
+            "select": {"drop_worst": {"ches_ln": 0.1}, "order_by": "flip_loss desc", "keep": {"share": 0.5}},
+            "export": {"to": "out", "columns": "scores"},
+        }
+        raw.update(over)
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump({k: v for k, v in raw.items() if v is not None}, sort_keys=False))
+        return path
+
+    return recipe
+
+
+def scored(
+    store, columns="row_id, ranking_gap, flip_loss, ches, ches_ln, edit_distance, chosen_logp, rejected_logp"
+) -> pl.DataFrame:
+    return store.sql(f"SELECT {columns} FROM scored ORDER BY row_id")
+
+
+def test_the_line_from_rows_to_a_dataset(recipe, model, tmp_path):
+    result = curate.run(recipe())
+    frame = scored(result.store)
+    assert len(frame) == 40 and frame.null_count().sum_horizontal().item() == 0
+    # the scores are what a plain transformers loop says
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer, module = (
+        AutoTokenizer.from_pretrained(model),
+        AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64),
+    )
+    row = result.store.sql("SELECT * FROM scored WHERE source = 'pairs.jsonl' ORDER BY position LIMIT 1").to_dicts()[0]
+
+    def logp(response: str) -> float:
+        prompt, full = (
+            tokenizer(row["prompt"]).input_ids,
+            [*tokenizer(row["prompt"] + response).input_ids, tokenizer.eos_token_id],
+        )
+        with torch.no_grad():
+            table = module(torch.tensor([full])).logits[0].log_softmax(-1)
+        return sum(float(table[t - 1, full[t]]) for t in range(len(prompt), len(full)))
+
+    assert row["chosen_logp"] == pytest.approx(logp(row["chosen"]), rel=1e-5)
+    assert row["ranking_gap"] == pytest.approx(logp(row["rejected"]) - logp(row["chosen"]), rel=1e-4)
+    assert row["flip_loss"] == pytest.approx(np.log1p(np.exp(-0.1 * row["ranking_gap"])), rel=1e-9)
+    assert row["flip_loss_b5"] == pytest.approx(np.log1p(np.exp(-0.5 * row["ranking_gap"])), rel=1e-9)
+    # 10% of 40 dropped as the worst, then half of the 36 that are left
+    assert result.selection.counts["kept"] == 18
+    worst = result.store.sql(
+        "SELECT min(ches_ln) AS low FROM scored JOIN selections USING (row_id) WHERE reason LIKE 'worst%'"
+    )["low"][0]
+    rest = result.store.sql(
+        "SELECT max(ches_ln) AS high FROM scored JOIN selections USING (row_id) WHERE reason NOT LIKE 'worst%'"
+    )["high"][0]
+    assert worst >= rest
+    assert result.selection.counts["dropped_by"] == {"keep": 18, "drop_worst": 4}
+    import datasets
+
+    exported = datasets.load_from_disk(str(tmp_path / "out"))["train"]
+    assert len(exported) == 18 and {"prompt", "chosen", "rejected", "topic", "flip_loss_b5"} <= set(
+        exported.column_names
+    )
+    assert sorted(exported["row_id"]) == sorted(result.dataset["row_id"])
+    assert result.store.sql("SELECT outcome, version FROM runs").rows() == [("done", curate.__version__)]
+
+
+def test_nothing_measured_once_is_measured_again(recipe, monkeypatch):
+    path = recipe()
+    first = curate.run(path)
+    assert first.measured == {"tokens": 40, "forward": 40}
+    again = curate.run(path, set={"scores": [{"flip_loss": {"beta": 1.0}}, "ches_ln"], "select": {}, "export": None})
+    assert again.measured == {}  # β and the selection are free to change
+    assert scored(again.store, "row_id, chosen_logp").equals(scored(first.store, "row_id, chosen_logp"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"tokens.max_length": 12},
+        {"tokens.truncation": "keep_end"},
+        {"engine.dtype": "bfloat16"},
+        {"models.reference": "other"},
+    ],
+    ids=lambda c: next(iter(c)),
+)
+def test_what_changes_a_value_never_reuses_it(recipe, other_model, change):
+    path = recipe()
+    curate.run(path)
+    change = {k: str(other_model) if v == "other" else v for k, v in change.items()}
+    plan = curate.run(path, set={**change, "select": None, "export": None}).plan
+    assert {s.reads: s.missing for s in plan.steps}["forward"] == 40
+
+
+def test_a_new_chat_template_is_a_new_tokenizer(recipe, model, tmp_path):
+    import shutil
+
+    copy = shutil.copytree(model, tmp_path / "copy")
+    path = recipe(models={"reference": str(copy)}, select=None, export=None)
+    curate.run(path)
+    assert (
+        curate.run(recipe(select=None, export=None)).measured == {}
+    )  # the same content in another place is the same model
+    (copy / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    changed = curate.run(recipe(models={"reference": str(copy)}, select=None, export=None))
+    assert changed.measured == {"tokens": 40, "forward": 40}
+
+
+def test_a_source_that_grew_is_measured_only_where_it_is_new(recipe, tmp_path):
+    path = recipe(select=None, export=None)
+    before = scored(curate.run(path).store)
+    write_rows(tmp_path / "pairs.jsonl", pairs(47))
+    grown = curate.run(path)
+    assert grown.measured == {"tokens": 7, "forward": 7}
+    after = scored(grown.store)
+    assert len(after) == 47
+    assert after.filter(pl.col("row_id").is_in(before["row_id"].to_list())).equals(before)
+
+
+def test_duplicate_rows_are_measured_once_and_said(recipe, tmp_path, capsys):
+    write_rows(tmp_path / "pairs.jsonl", pairs(10) + pairs(4))
+    result = curate.run(recipe(select={}, export=None), progress=Progress())
+    assert result.measured == {"tokens": 10, "forward": 10}
+    assert "4 of them occur more than once" in capsys.readouterr().err
+    assert result.store.sql("SELECT sum(n_occurrences)::INT FROM scored").item() == 14
+
+
+def test_two_recipes_of_one_store_stay_apart(recipe, tmp_path):
+    curate.run(recipe(select=None, export=None))
+    write_rows(tmp_path / "more.jsonl", pairs(5, start=100))
+    other = tmp_path / "second.yaml"
+    other.write_text(recipe().read_text().replace("pairs.jsonl", "more.jsonl"))
+    second = curate.run(other, set={"select": None, "export": None})
+    assert second.measured == {"tokens": 5, "forward": 5}
+    assert len(second.store.scored(recipe="second")) == 5 and len(second.store.scored(recipe="recipe")) == 40
+    assert len(second.store.scored(recipe="recipe", source="pairs.jsonl")) == 40
+
+
+def test_order_and_token_budget_change_no_value(recipe, tmp_path):
+    first = scored(curate.run(recipe(select=None, export=None)).store)
+    write_rows(tmp_path / "pairs.jsonl", pairs(40)[::-1])
+    small = curate.run(recipe(select=None, export=None), set={"engine.token_budget": 64}, store=tmp_path / "other")
+    second = scored(small.store)
+    assert first["row_id"].equals(second["row_id"])
+    scale = np.abs(first["ches"].to_numpy()).max()
+    for name in ("ranking_gap", "chosen_logp"):
+        np.testing.assert_allclose(first[name].to_numpy(), second[name].to_numpy(), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(first["ches"].to_numpy(), second["ches"].to_numpy(), atol=1e-5 * scale)
+
+
+DRIVER = """
+    import os, signal, sys
+    import curate.plan, curate.store, curate.storage.shards as shards
+    from curate.passes import forward
+    curate.plan.SHARD_ROWS.update(tokens=8, forward=8)
+    how, at, log = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+    rows_run, writes = forward.measure, shards.write_parquet
+    done = 0
+
+    def measured(model, encoded, *args, **kwargs):
+        with open(log, "a") as file:
+            file.write(f"{len(encoded)}\\n")
+        return rows_run(model, encoded, *args, **kwargs)
+
+    def written(table, path):
+        global done
+        done += 1
+        if done == at and how == "before the rename":
+            path.with_name("." + path.name + ".1-x.tmp").parent.mkdir(parents=True, exist_ok=True)
+            path.with_name("." + path.name + ".1-x.tmp").write_bytes(b"half")
+            os.kill(os.getpid(), signal.SIGKILL)
+        writes(table, path)
+        if done == at and how == "after the rename":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    forward.measure, shards.write_parquet = measured, written
+    sys.argv = ["curate", "run", sys.argv[4], "--quiet"]
+    from curate.cli import main
+    main()
+"""
+
+
+def drive(tmp_path: Path, path: Path, how: str, at: int, log: Path) -> int:
+    script = tmp_path / "driver.py"
+    script.write_text(textwrap.dedent(DRIVER))
+    command = [sys.executable, str(script), how, str(at), str(log), str(path)]
+    return subprocess.run(
+        command, cwd=REPOSITORY, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, capture_output=True
+    ).returncode
+
+
+@pytest.mark.parametrize(("how", "at"), [("before the rename", 7), ("after the rename", 7), ("after the rename", 12)])
+def test_killed_at_any_moment_the_same_command_goes_on(recipe, tmp_path, how, at):
+    """40 rows in shards of 8: 5 token shards, then likelihood and hidden for each of 5 forward shards."""
+    path, log = recipe(select=None, export=None), tmp_path / "log"
+    assert drive(tmp_path, path, how, at, log) == -signal.SIGKILL
+    kept = len(list((tmp_path / "store" / "shards").glob("*/*.parquet")))
+    assert kept == (at - 1 if how == "before the rename" else at)
+    assert drive(tmp_path, path, "never", 0, log) == 0
+    assert not list((tmp_path / "store" / "shards").glob("**/*.tmp"))
+    rows = [int(n) for n in log.read_text().split()]
+    assert 40 <= sum(rows) <= 48  # at most one shard was run twice
+    killed = curate.Store(tmp_path / "store")
+    assert [r for (r,) in killed.sql("SELECT outcome FROM runs ORDER BY id").rows()] == ["killed", "done"]
+    clean = tmp_path / "clean"
+    clean.mkdir()
+    write_rows(clean / "pairs.jsonl", pairs(40))
+    (clean / "recipe.yaml").write_text(path.read_text())
+    assert drive(clean, clean / "recipe.yaml", "never", 0, clean / "log") == 0
+    assert scored(killed).equals(scored(curate.Store(clean / "store")))  # to the last bit
+
+
+def test_a_second_process_reads_while_the_first_measures(recipe, tmp_path, monkeypatch):
+    import curate.plan
+
+    monkeypatch.setitem(curate.plan.SHARD_ROWS, "forward", 10)
+    path, seen = recipe(select=None, export=None), []
+    write = curate.Store.write_shard
+
+    def write_and_look(self, measured, index, *args, **kwargs):
+        found = write(self, measured, index, *args, **kwargs)
+        if measured.measurement == "hidden":
+            command = [
+                sys.executable,
+                "-m",
+                "curate",
+                "sql",
+                str(self.folder),
+                "SELECT count(*) AS n FROM rows",
+                "--json",
+            ]
+            seen.append(
+                json.loads(subprocess.run(command, capture_output=True, check=True, cwd=REPOSITORY).stdout)[0]["n"]
+            )
+            command = [sys.executable, "-m", "curate", "measure", str(path)]
+            second = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
+            assert second.returncode == 1 and f"process {os.getpid()} is measuring" in second.stderr
+        return found
+
+    monkeypatch.setattr(curate.Store, "write_shard", write_and_look)
+    monkeypatch.setattr("curate.plan.SHARD_ROWS", {**curate.plan.SHARD_ROWS, "forward": 40})
+    curate.run(path)
+    assert seen == [40]
+
+
+def test_a_full_disk_loses_nothing(recipe, tmp_path, monkeypatch):
+    import errno
+
+    import curate.plan
+    import curate.storage.shards as shards
+
+    monkeypatch.setattr("curate.plan.SHARD_ROWS", {**curate.plan.SHARD_ROWS, "forward": 8})
+    real, calls = shards.pq.write_table, []
+
+    def full(table, file, **kwargs):
+        calls.append(1)
+        if len(calls) == 6:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(table, file, **kwargs)
+
+    path = recipe(select=None, export=None)
+    monkeypatch.setattr(shards.pq, "write_table", full)
+    with pytest.raises(StoreError, match="disk is full. What was finished is kept"):
+        curate.run(path)
+    store = curate.Store(tmp_path / "store")
+    assert store.sql("SELECT outcome, message FROM runs").row(0)[0] == "failed"
+    monkeypatch.setattr(shards.pq, "write_table", real)
+    assert 0 < curate.run(path).measured["forward"] < 40
+    assert scored(store).null_count().sum_horizontal().item() == 0
+
+
+def test_rows_that_cannot_be_measured_are_null_with_a_reason(recipe, tmp_path):
+    long = {"prompt": "ada " * 60, "chosen": " bea", "rejected": " cy", "topic": "a"}
+    write_rows(tmp_path / "pairs.jsonl", [*pairs(5), long])
+    path = recipe(select={"drop_worst": {"ches_ln": 0.2}}, export=None)
+    with pytest.raises(ValidationError, match=r"ches_ln is unknown for 1 of 6 rows .*select.unknown=drop"):
+        curate.run(path)
+    result = curate.run(path, set={"select.unknown": "drop"})
+    row = result.store.sql("SELECT ches_ln, token_problem FROM scored WHERE length(prompt) > 200").row(0)
+    assert row[0] is None and "nothing of the response is left" in row[1]
+
+
+@pytest.mark.parametrize(
+    ("over", "error", "says"),
+    [
+        ({"scores": ["flip_los"]}, UsageError, "did you mean 'flip_loss'"),
+        ({"scores": [{"flip_loss": {"bta": 1}}]}, UsageError, "did you mean 'beta'"),
+        ({"scores": ["accuracy"]}, UsageError, "accuracy is for sft rows, this recipe's kind is preference"),
+        ({"scores": ["nowhere.at_all:score"]}, UsageError, "no module 'nowhere'"),
+        ({"models": {"reference": "no/where/model"}}, ModelError, "no such model folder"),
+        ({"source": {"path": "paris.jsonl"}}, ValidationError, "pairs.jsonl"),
+        ({"select": {"where": "chosen_token < 5"}}, UsageError, "chosen_tokens"),
+        ({"select": {"drop_worst": {"ranking_gp": 0.1}}}, UsageError, "did you mean 'ranking_gap'"),
+        ({"select": None}, UsageError, "needs a `select:` section"),
+        ({"source": None}, UsageError, "there is no `source`"),
+    ],
+    ids=lambda v: str(v)[:40] if isinstance(v, dict) else "",
+)
+def test_a_mistake_is_one_clear_error(recipe, over, error, says):
+    path = recipe(**over)
+    with pytest.raises(error) as raised:
+        curate.run(path)
+    assert says in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("rows", "says"),
+    [
+        ([], "no rows at all"),
+        ([{"prompt": "a", "chosen": True, "rejected": "b"}] * 2, "none of the 2 rows can be used"),
+        (
+            [*pairs(3), {"prompt": "a", "chosen": True, "rejected": "b"}],
+            "row 3: 'chosen' is true (bool), expected text or messages.",
+        ),
+    ],
+)
+def test_bad_rows_are_named_with_the_next_command(recipe, tmp_path, rows, says):
+    write_rows(tmp_path / "pairs.jsonl", rows)
+    with pytest.raises(ValidationError) as raised:
+        curate.run(recipe())
+    assert says in str(raised.value)
+    if len(rows) == 4:
+        assert "--set source.on_bad_row=drop" in str(raised.value)
+        result = curate.run(recipe(), set={"source.on_bad_row": "drop"})
+        assert result.measured["forward"] == 3
+
+
+def test_a_policy_measures_flips_and_implicit_rewards(recipe, model, other_model, tmp_path):
+    scores = ["implicit_reward_gap", "ranking_gap"]
+    alone = curate.run(recipe(models={"reference": str(other_model)}, scores=["ranking_gap"], select=None, export=None))
+    policy_gap = scored(alone.store, "row_id, ranking_gap")["ranking_gap"].to_numpy()
+    both = recipe(
+        models={"reference": str(model), "policy": str(other_model)}, scores=scores, select=None, export=None
+    ).rename(tmp_path / "both.yaml")
+    again = curate.run(both)
+    assert again.measured == {"forward": 40}  # the policy was measured before, as the other recipe's reference
+    frame = again.store.sql("SELECT * FROM scored ORDER BY row_id")
+    expected = 0.1 * (policy_gap - frame["ranking_gap"].to_numpy())
+    np.testing.assert_allclose(frame["implicit_reward_gap"], -expected, rtol=1e-9, atol=1e-9)
+    names = set(again.store.sql("SELECT DISTINCT name FROM dataset_values")["name"])
+    assert {"flips_wrong_right", "flips_right_wrong", "flipped_to_right", "ranking_accuracy"} <= names
+
+
+def test_a_score_of_the_users_own(recipe, tmp_path, monkeypatch):
+    (tmp_path / "my_scores.py").write_text(
+        "import curate\n\n\n@curate.score(needs=('chosen_tokens', 'rejected_tokens', 'row.topic'), kind='preference', unit='tokens', worst='high')\n"
+        "def longer(chosen_tokens, rejected_tokens, topic, *, plus: float = 0.0):\n    return (chosen_tokens - rejected_tokens) * (topic == 'a') + plus\n"
+    )
+    result = curate.run(
+        recipe(scores=[{"my_scores:longer": {"plus": 2}}], select={"drop_worst": {"longer": 0.1}}, export=None)
+    )
+    frame = result.store.sql("SELECT longer, chosen_tokens - rejected_tokens AS d, topic FROM scored")
+    expected = [2.0 + (d if topic == "a" else 0) for d, topic in frame.select("d", "topic").iter_rows()]
+    assert frame["longer"].to_list() == expected
+    assert result.measured == {"tokens": 40}  # it needs no model run
+
+
+def test_limit_takes_the_first_rows(recipe):
+    result = curate.run(recipe(select=None, export=None), set={"source.limit": 6})
+    assert result.measured == {"tokens": 6, "forward": 6}
+
+
+def test_groups_weights_and_resampling(recipe, tmp_path):
+    path = recipe(
+        select={"keep": {"share": 1.0}, "per": {"topic": {"a": 0.5, "b": 1.0}}},
+        export={"to": "out", "columns": ["ches"], "weight": "edit_distance", "resample": 60},
+    )
+    result = curate.run(path)
+    assert result.selection.counts["kept_per_group"] == {"a": 10, "b": 20}
+    import datasets
+
+    assert len(datasets.load_from_disk(str(tmp_path / "out"))["train"]) == 60
+
+
+def test_results_speak_json_and_text(recipe):
+    result = curate.run(recipe())
+    from curate.show import to_json
+
+    shown = json.loads(to_json(result.to_json()))
+    assert shown["selection"]["kept"] == 18 and shown["measured"] == {"tokens": 40, "forward": 40}
+    assert "18 of 40 rows kept" in result.text()
+    from curate.workflow import make_plan
+
+    plan = make_plan(load_recipe(recipe()), progress=Progress(quiet=True))
+    assert plan.missing == 0 and "Everything is measured already." in plan.text()
+    assert all(issubclass(e, CurateError) for e in (ModelError, StoreError, UsageError, ValidationError))
