@@ -143,10 +143,10 @@ def read_sft(ran: workflow.Result, result: DemoResult) -> None:
     test = values["test"].to_numpy()
     result.r2 = {name: float(r_squared(values[name].to_numpy(), test)) for name in ("train", "premem")}
     result.cells = store.sql(
-        "SELECT cell, avg(accuracy) FILTER (role = 'train') AS train, avg(premem_accuracy) FILTER (role = 'train') AS premem, "
-        "avg(t.last) FILTER (role = 'heldout') AS test FROM scored "
-        "LEFT JOIN (SELECT row_id, arg_max(accuracy, step) AS last FROM trajectories GROUP BY row_id) t USING (row_id) "
-        "GROUP BY cell ORDER BY premem DESC",
+        "SELECT cell, avg(t.accuracy) FILTER (source = 'train.jsonl') AS train, "
+        "avg(premem_accuracy) FILTER (source = 'train.jsonl') AS premem, avg(t.accuracy) FILTER (source = 'test.jsonl') AS test "
+        "FROM scored JOIN (SELECT row_id, arg_max(accuracy, step) AS accuracy FROM trajectories GROUP BY row_id) t USING (row_id) "
+        "GROUP BY cell ORDER BY test DESC, cell",
         recipe="sft",
     ).to_dicts()
     result.engine = ", ".join(sorted({measured.engine for measured in store.measured(reads="sample")}))
@@ -156,11 +156,11 @@ def read_sft(ran: workflow.Result, result: DemoResult) -> None:
 def build_pairs(ran: workflow.Result, out: Path) -> list[tuple[str, str, str]]:
     """One (prompt, right answer, wrong answer) for every prompt that got both, written to `out/pairs.jsonl`.
 
-    The first right and the first wrong sample that ended on their own; a sample that ran on is no answer.
+    The first right and the first wrong sample that ended on their own and say anything at all.
     """
     answered = ran.store.sql(
         "SELECT r.prompt, arg_min(s.text, s.sample) FILTER (s.correct) AS chosen, arg_min(s.text, s.sample) FILTER (NOT s.correct) AS rejected "
-        "FROM samples s JOIN scored r USING (row_id) WHERE s.finished GROUP BY r.position, r.prompt "
+        "FROM samples s JOIN scored r USING (row_id) WHERE s.finished AND trim(s.text) <> '' GROUP BY r.position, r.prompt "
         "HAVING chosen IS NOT NULL AND rejected IS NOT NULL ORDER BY r.position",
         recipe="pool",
     ).to_dicts()

@@ -14,7 +14,7 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
-from curate.demo.model import build_config, build_tokenizer
+from curate.demo.model import build_config, build_tokenizer, save_checkpoint
 from curate.demo.task import CELLS, FILLERS, GAINS, LARGEST, LOSSES, NAMES, OBJECTS, problem
 
 STEPS = 900
@@ -134,10 +134,7 @@ def make_base(out: Path, *, seed: int = 0, steps: int = STEPS, say: Callable[[st
             optimizer.zero_grad()
         if (step + 1) % 50 == 0 or step + 1 == steps:
             say(f"step {step + 1}/{steps}  loss {loss.item():.3f}")
-    out.mkdir(parents=True, exist_ok=True)
-    model.half().save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    return out
+    return save_checkpoint(model.half(), tokenizer, out)
 
 
 def main() -> None:

@@ -76,9 +76,9 @@ def _pairs(found: dict[str, Any]) -> str:
             "",
             table(rows, head=("trained on", "pairs", "chosen", "rejected", "chosen fell", "test accuracy")),
             "",
-            "chosen, rejected: mean change of the answers' log-probability over all pairs, in nats. The margin grows, and yet right answers become",
-            "less likely too (likelihood displacement). One seed of a tiny model: test accuracy is uncertain by about 0.03, so judge a filter only",
-            "from many seeds and against the random line.",
+            "chosen, rejected: mean change of the answers' log-probability over all pairs, in nats; chosen fell: in how many pairs the right answer",
+            "became less likely although the margin was trained to grow (likelihood displacement). One seed of a tiny model, whose test accuracy is",
+            "uncertain by about 0.03: judge a filter only from many seeds, and against the random line.",
         ]
     )
 

@@ -47,14 +47,14 @@ def test_the_seed_determines_the_rows(rows):
 
 
 def test_a_larger_pool_of_rows_starts_with_the_smaller(rows):
-    more = task.splits(seed=3, train=800)
+    more = task.splits(seed=3, train=600)
     assert more["test"] == rows["test"]
     assert {row.prompt for row in more["train"]}.isdisjoint(row.prompt for row in rows["pool"])
 
 
 def test_no_prompt_occurs_twice(rows):
     prompts = [row.prompt for part in rows.values() for row in part]
-    assert len(prompts) == len(set(prompts)) == 700 + 400 + 600
+    assert len(prompts) == len(set(prompts)) == 500 + 300 + 600
 
 
 def test_cells_are_equally_frequent(rows):
