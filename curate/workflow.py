@@ -109,6 +109,7 @@ def run_steps(loaded: Loaded, steps: Sequence[str], *, progress: Progress, comma
         with store.measuring():
             sources = read_sources(loaded, store, progress)
             result.plan = _make_plan(loaded, store, sources)
+            _register(loaded, store, result.plan, sources)
             if "measure" in steps:
                 _measure(loaded, result, progress)
             if "score" in steps:
@@ -207,6 +208,14 @@ def _counted(records: Iterator[Any], count: Any) -> Iterator[Any]:
         yield record
 
 
+def _register(loaded: Loaded, store: Store, plan: Plan, sources: dict[str, list[str]]) -> None:
+    """Say which values are the recipe's, before they are there: whoever reads while it measures sees what is done so far."""
+    uses = list(dict.fromkeys(f for found in plan.uses.values() for f in found))
+    plain = list(dict.fromkeys(found[-1] for (role, _, over), found in plan.uses.items() if over is None and not role))
+    names = [name for group in sources.values() for name in group]
+    store.register_recipe(loaded.name, loaded.text, sources=names, uses=uses, plain=plain if plan.steps else [])
+
+
 def _measure(loaded: Loaded, result: Result, progress: Progress) -> None:
     from curate.measuring import measure
 
@@ -226,10 +235,6 @@ def _score(loaded: Loaded, result: Result, sources: dict[str, list[str]], progre
         )
     train = sources.get("train", [])
     row_ids = store.row_ids_of(train or None, kind=loaded.recipe.kind, role="train" if train else None)
-    uses = list(dict.fromkeys(f for found in plan.uses.values() for f in found))
-    plain = list(dict.fromkeys(found[-1] for (role, _, over), found in plan.uses.items() if over is None and not role))
-    names = [name for group in sources.values() for name in group]
-    store.register_recipe(loaded.name, loaded.text, sources=names, uses=uses, plain=plain if plan.steps else [])
     scores = compute_scores(store, plan, row_ids, train)
     store.write_scores(loaded.name, row_ids, scores)
     result.scores = list(scores)
@@ -247,13 +252,13 @@ def _select(loaded: Loaded, result: Result, sources: dict[str, list[str]]) -> No
 
     chosen, store = loaded.recipe.select, result.store
     assert chosen is not None
-    if loaded.name not in {known["name"] for known in store.recipes()}:
+    wanted = wanted_scores(loaded)
+    if not {w.name for w in wanted} <= set(store.sql("SELECT * FROM scored LIMIT 0", recipe=loaded.name).columns):
         raise UsageError(
-            f"Nothing is scored yet for {loaded.name!r}: `curate run {loaded.path}` does all steps, `curate score {loaded.path}` only that one."
+            f"Not every score of {loaded.name!r} is computed yet: `curate score {loaded.path}` does that, `curate run {loaded.path}` does all steps."
         )
     given = chosen.model_dump()
     given["keep"] = {key: value for key, value in (given["keep"] or {}).items() if value is not None} or None
-    wanted = wanted_scores(loaded)
     worst = {want.name: want.score.worst for want in wanted}
     known = {w.name: f"{other.name} = 1" for w in wanted for other in wanted if w.score.null_where == other.score.name}
     decisions = select(

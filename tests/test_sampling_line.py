@@ -1,0 +1,103 @@
+"""An SFT recipe over checkpoints with real vLLM: one engine for the series, a killed run goes on with the very same answers."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import curate
+from tests.tiny_models import make_llama
+
+pytest.importorskip(
+    "vllm", reason="vLLM is not installed here; sampling with transformers is tested in test_real_data.py"
+)
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+RECIPE = """
+    kind: sft
+    source: rows.jsonl
+    heldout: heldout.jsonl
+    models: {checkpoints: run}
+    tokens: {max_length: 64}
+    engine: {sampler: vllm}
+    sampling: {samples: 3, temperature: 1.0, top_p: 1.0, max_new_tokens: 6, grader: {regex: "([a-z])"}}
+    scores: [accuracy, target_nll, {premem_accuracy: {threshold: 0.5}}, fluent]
+"""
+DRIVER = """
+    import os, signal, sys
+    import curate.plan, curate.storage.shards as shards
+    curate.plan.SHARD_ROWS.update(sample=4)
+    kill_at, writes, done = int(sys.argv[1]), shards.write_parquet, 0
+
+    def written(table, path):
+        global done
+        writes(table, path)
+        done += "samples" in table.column_names
+        if done == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    shards.write_parquet = written
+    sys.argv = ["curate", "measure", sys.argv[2], "--quiet"]
+    from curate.cli import main
+    main()
+"""
+
+
+def folder(path: Path, runs: Path) -> Path:
+    path.mkdir()
+    rows = [
+        {"prompt": f"{word} says", "completion": f" {word[0]}", "answer": word[0]}
+        for word in ["ada", "bea", "cy", "dot", "eve", "fay", "gil", "hal", "ivy", "jo"]
+    ]
+    (path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (path / "heldout.jsonl").write_text(json.dumps({"prompt": "kit says", "completion": " k", "answer": "k"}) + "\n")
+    (path / "recipe.yaml").write_text(textwrap.dedent(RECIPE))
+    (path / "run").symlink_to(runs)
+    (path / "driver.py").write_text(textwrap.dedent(DRIVER))
+    return path
+
+
+def drive(path: Path, kill_at: int) -> int:
+    """Measure in another process that is killed after so many shards of samples (-1: never)."""
+    command = [sys.executable, str(path / "driver.py"), str(kill_at), str(path / "recipe.yaml")]
+    return subprocess.run(
+        command, cwd=REPOSITORY, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, capture_output=True
+    ).returncode
+
+
+def test_a_series_is_sampled_by_one_engine_and_a_killed_run_repeats_itself(tmp_path):
+    runs = tmp_path / "run"
+    for step in (10, 20):
+        make_llama(runs / f"checkpoint-{step}", seed=step)
+    killed, whole = folder(tmp_path / "killed", runs), folder(tmp_path / "whole", runs)
+    assert (
+        drive(killed, kill_at=2) == -signal.SIGKILL
+    )  # 11 rows in shards of 4: the third shard of the first checkpoint is under way
+    assert drive(killed, kill_at=-1) == 0
+    assert drive(whole, kill_at=-1) == 0
+    query = "SELECT row_id, checkpoint, sample, text, correct, n_tokens, finished FROM samples ORDER BY ALL"
+    first, second = (curate.Store(path / "store").sql(query) for path in (killed, whole))
+    assert len(first) == 11 * 2 * 3 and first.equals(second)
+    by_checkpoint = first.partition_by("checkpoint")
+    assert by_checkpoint[0]["text"].to_list() != by_checkpoint[1]["text"].to_list()  # the weights were really swapped
+
+    result = curate.run(killed / "recipe.yaml")
+    assert result.measured == {}
+    lines = result.store.sql("SELECT * FROM trajectories ORDER BY row_id, step")
+    assert len(lines) == 22 and lines["run"].unique().to_list() == ["run"]
+    counted = result.store.sql(
+        "SELECT row_id, step, avg(correct::INT) AS a FROM samples s JOIN trajectories t USING (row_id, step) GROUP BY ALL ORDER BY ALL"
+    )
+    np.testing.assert_allclose(lines["accuracy"].to_numpy(), counted["a"].to_numpy())
+    values = result.store.sql("SELECT name, checkpoint, value, n FROM dataset_values WHERE step IS NOT NULL")
+    assert set(values["name"]) >= {"accuracy", "premem_accuracy", "target_nll", "heldout_accuracy"}
+    assert values.filter(values["name"] == "heldout_accuracy")["n"].to_list() == [1, 1]
+    assert len(result.store.sql("SELECT * FROM scored WHERE role = 'train' AND premem_accuracy IS NOT NULL")) == 10
