@@ -1,129 +1,341 @@
-"""The forward pass against a plain batch-1 loop: log-probs and hidden products of preference pairs, one thread, CPU time, interleaved medians.
+"""The forward pass beside what a user would run instead, in one process, interleaved, CPU time, medians, one thread.
 
-    python benchmarks/forward.py [--rounds 5] [--pairs 6]
+    python benchmarks/forward.py            about ten minutes on one core
+    python benchmarks/forward.py --quick    two to three minutes
 
-The loop is how the CHES authors' script works: each response with its prompt, all hidden states and all logits. Both compute the same columns, and
-how far they differ is printed beside the times. A random model: speed does not depend on what it has learned.
+Model: a random Llama of 57M parameters (d = 512, 8 layers, 32,000 tokens, untied), so that nothing has to be downloaded. Pairs of random
+tokens in three length mixes. Rivals:
+
+    loop   one sequence at a time with output_hidden_states and full logits, as the CHES authors' script works: log-probs, hidden sums
+    TRL    DPOTrainer.compute_ref_log_probs of TRL 1.16 on the CPU, batches of 8 pairs in their order: log-probs alone
+    ours   log-probs, entropy, largest log-prob, hidden sums and CHES' inner products in one pass
+
+    compute bound = (2P + R)(body + head) / ((P + R)·body + R·head)        R: both responses' tokens
+    share of peak = floating-point operations of (P + R)·body + R·head and of attention, over ours' time, over the best matrix product's rate
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+import os
 import statistics
+import tempfile
+import threading
 import time
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from curate.measurements import MEASUREMENTS
-from curate.passes.forward import measure
+from curate.passes import forward
 from curate.passes.model import Model
-from curate.passes.packing import register
-from curate.show import out, table
-from curate.tokens import Encoded, EncodedPair
+from curate.tokens import Encoded, EncodedPair, common_prefix
 
-MIXES = {
-    "prompt-heavy": (400, 60, 60),
-    "mixed": (200, 150, 150),
-    "response-heavy": (60, 300, 300),
-}  # tokens: prompt, chosen, rejected
-VOCABULARY = 16_000
-COLUMNS = ("chosen_logp", "rejected_logp", "hidden_cc", "hidden_cr", "hidden_rr")
+VOCABULARY, WIDTH, LAYERS, INNER, HEADS = 32_000, 512, 8, 1376, 8
+BODY = LAYERS * (4 * WIDTH**2 + 3 * WIDTH * INNER)  # weights a token meets in the body
+HEAD = VOCABULARY * WIDTH
+MIXES = {"prompt-heavy": (300, 50), "mixed": (150, 100), "response-heavy": (50, 200)}  # mean prompt, mean response
+ALL = [MEASUREMENTS[name] for name in ("likelihood", "entropy", "hidden")]
 
 
-def make_model() -> Model:
+def make_model(dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     torch.manual_seed(0)
-    register()
     config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=256, intermediate_size=704, num_hidden_layers=6, num_attention_heads=4,
-        num_key_value_heads=4, max_position_embeddings=2048,
-    )  # fmt: skip
-    return Model(LlamaForCausalLM(config).eval().requires_grad_(False))
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        intermediate_size=INNER,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        max_position_embeddings=2048,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return LlamaForCausalLM(config).to(dtype).eval()
 
 
-def make_pairs(lengths: tuple[int, int, int], n: int) -> list[EncodedPair]:
-    random = np.random.default_rng(0)
+def make_pairs(mix: str, n: int, *, seed: int = 0, hard: bool = False) -> list[EncodedPair]:
+    """Pairs whose lengths vary by a half around the mix's means. hard: the rejected response differs in a few tokens only."""
+    rng = np.random.default_rng(seed)
+    prompt_mean, response_mean = MIXES[mix]
+
+    def ids(mean: int) -> np.ndarray:
+        return rng.integers(3, VOCABULARY, int(mean * rng.uniform(0.5, 1.5))).astype(np.int32)
+
     pairs = []
     for _ in range(n):
-        prompt, chosen, rejected = (random.integers(3, VOCABULARY, size).astype(np.int32) for size in lengths)
-        sides = [
-            Encoded(np.concatenate([prompt, response]), len(prompt), False, None) for response in (chosen, rejected)
-        ]
-        pairs.append(EncodedPair(*sides, shared=len(prompt)))
+        prompt, chosen, rejected = ids(prompt_mean), ids(response_mean), ids(response_mean)
+        if hard:
+            rejected = chosen.copy()
+            rejected[rng.integers(0, len(chosen), 3)] = rng.integers(3, VOCABULARY, 3)
+        a, b = np.concatenate([prompt, chosen]), np.concatenate([prompt, rejected])
+        pairs.append(EncodedPair(Encoded(a, len(prompt)), Encoded(b, len(prompt)), common_prefix(a, b)))
     return pairs
 
 
 @torch.no_grad()
-def plain_loop(module: torch.nn.Module, pairs: list[EncodedPair]) -> dict[str, np.ndarray]:
-    """One response at a time: every hidden state, every logit, then what is needed of them."""
+def loop(module: torch.nn.Module, pairs: list[EncodedPair]) -> dict[str, np.ndarray]:
+    """One sequence at a time, full logits, all hidden states kept."""
     rows = []
     for pair in pairs:
-        logps, sums = [], []
+        sums, logps = [], []
         for side in (pair.chosen, pair.rejected):
-            ids = torch.from_numpy(side.ids.astype(np.int64))[None]  # (1, T)
-            result = module(ids, output_hidden_states=True, use_cache=False)
-            logp = torch.log_softmax(result.logits[0, side.start - 1 : -1].float(), -1)  # (responses, vocabulary)
-            logps.append(logp.gather(1, ids[0, side.start :, None]).sum().item())
-            sums.append(result.hidden_states[-1][0, side.start - 1 : -1].double().sum(0))
-        rows.append(
-            [*logps, *(torch.dot(a, b).item() for a, b in ((sums[0], sums[0]), (sums[0], sums[1]), (sums[1], sums[1])))]
-        )
-    return dict(zip(COLUMNS, np.array(rows).T, strict=True))
+            ids = torch.from_numpy(side.ids.astype(np.int64))[None]
+            out = module(input_ids=ids, output_hidden_states=True, use_cache=False)
+            logp = out.logits[0, side.start - 1 : -1].float().log_softmax(-1)
+            logps.append(float(logp.gather(1, ids[0, side.start :, None]).sum()))
+            sums.append(out.hidden_states[-1][0, side.start - 1 : -1].double().sum(0))
+        rows.append((*logps, float(sums[0] @ sums[0]), float(sums[0] @ sums[1])))
+    return dict(zip(("chosen_logp", "rejected_logp", "hidden_cc", "hidden_cr"), np.asarray(rows).T))
+
+
+def ours(model: Model, pairs: list[EncodedPair], names: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
+    return forward.measure(model, pairs, [*ALL, *(MEASUREMENTS[name] for name in names)])
+
+
+def make_trl(module: torch.nn.Module, folder: str) -> Callable[[list[EncodedPair]], dict[str, np.ndarray]] | None:
+    """TRL's own computation over its own collator; None where trl is not installed."""
+    try:
+        from datasets import Dataset
+        from tokenizers import Tokenizer, models, pre_tokenizers
+        from transformers import PreTrainedTokenizerFast
+        from trl import DPOConfig, DPOTrainer
+        from trl.trainer.dpo_trainer import DataCollatorForPreference
+    except ImportError:
+        return None
+    core = Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2, "a": 3}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    config = DPOConfig(
+        output_dir=folder,
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        dataloader_pin_memory=False,
+        disable_tqdm=True,
+        precompute_ref_log_probs=True,
+    )
+    rows = Dataset.from_list([{"prompt": "a", "chosen": " a", "rejected": " a a"}])
+    module = copy.deepcopy(module)  # the trainer patches its model's forward
+    trainer = DPOTrainer(module, args=config, train_dataset=rows, processing_class=tokenizer)
+    collate = DataCollatorForPreference(pad_token_id=0)
+
+    def run(pairs: list[EncodedPair]) -> dict[str, np.ndarray]:
+        found = []
+        for i in range(0, len(pairs), 8):
+            batch = [
+                {
+                    "prompt_ids": p.chosen.ids[: p.chosen.start].tolist(),
+                    "chosen_ids": p.chosen.ids[p.chosen.start :].tolist(),
+                    "rejected_ids": p.rejected.ids[p.rejected.start :].tolist(),
+                }
+                for p in pairs[i : i + 8]
+            ]
+            found.append(torch.stack(trainer.compute_ref_log_probs(module, collate(batch))))
+        both = torch.cat(found, 1).double().numpy()
+        return {"chosen_logp": both[0], "rejected_logp": both[1]}
+
+    return run
+
+
+def seconds(run: Callable[[], object]) -> float:
+    start = time.process_time()
+    run()
+    return time.process_time() - start
+
+
+def extra_memory(run: Callable[[], object]) -> float:
+    """Peak resident memory above what was there before, MB, sampled every two milliseconds."""
+    page, done, peak = os.sysconf("SC_PAGE_SIZE"), threading.Event(), [0]
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * page
+
+    def watch() -> None:
+        while not done.wait(0.002):
+            peak[0] = max(peak[0], resident())
+
+    _give_back_memory()
+    before = resident()
+    thread = threading.Thread(target=watch)
+    thread.start()
+    run()
+    done.set()
+    thread.join()
+    return (peak[0] - before) / 1e6
+
+
+def _give_back_memory() -> None:
+    import ctypes
+    import gc
+
+    gc.collect()
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    except OSError:
+        pass
+
+
+def peak_rate(dtype: torch.dtype) -> float:
+    """Best rate of a matrix product of the head's shape, flop/s of CPU time."""
+    a, b = torch.randn(1024, 1024).to(dtype), torch.randn(1024, 1024).to(dtype)
+    a @ b
+    return max(2 * 1024**3 * 4 / seconds(lambda: [a @ b for _ in range(4)]) for _ in range(5))
+
+
+def operations(pairs: list[EncodedPair]) -> float:
+    """Floating-point operations that the packed pass cannot do without."""
+    total = 0.0
+    for pair in pairs:
+        p, c, r = pair.chosen.start, pair.chosen.n_response, pair.rejected.n_response
+        total += 2 * BODY * (p + c + r) + 2 * HEAD * (c + r)
+        total += 4 * LAYERS * WIDTH * ((p + c) ** 2 / 2 + r * (p + r / 2))  # causal attention, scores and values
+    return total
+
+
+def bound(pairs: list[EncodedPair]) -> float:
+    """What sharing the prompt and restricting the head can gain over two whole sequences with full logits."""
+    p = sum(pair.chosen.start for pair in pairs)
+    r = sum(pair.chosen.n_response + pair.rejected.n_response for pair in pairs)
+    return (2 * p + r) * (BODY + HEAD) / ((p + r) * BODY + r * HEAD)
+
+
+def spearman(a: np.ndarray, b: np.ndarray) -> float:
+    ranks = [np.argsort(np.argsort(x)).astype(float) for x in (a, b)]
+    return float(np.corrcoef(*ranks)[0, 1])
+
+
+def worst(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> tuple[float, float]:
+    """Largest error of log-probs, relative, and of CHES, relative to |⟨h+,h−⟩| + ‖h+‖²."""
+    logp = max(np.abs(found[k] / wanted[k] - 1).max() for k in ("chosen_logp", "rejected_logp"))
+    terms = np.abs(wanted["hidden_cr"]) + wanted["hidden_cc"]
+    ches = [x["hidden_cr"] - x["hidden_cc"] for x in (found, wanted)]
+    return float(logp), float((np.abs(ches[0] - ches[1]) / terms).max())
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--pairs", type=int, default=6)
-    asked = parser.parse_args()
+    parser = argparse.ArgumentParser(description="Forward pass: ours, a plain loop, TRL.")
+    parser.add_argument("--quick", action="store_true", help="fewer pairs and rounds")
+    quick = parser.parse_args().quick
     torch.set_num_threads(1)
-    model = make_model()
-    wanted = [MEASUREMENTS["likelihood"], MEASUREMENTS["hidden"]]
-    lines = []
-    for mix, lengths in MIXES.items():
-        pairs = make_pairs(lengths, asked.pairs)
-        runs = {
-            "loop": lambda pairs=pairs: plain_loop(model.module, pairs),
-            "ours": lambda pairs=pairs: measure(model, pairs, wanted),
-        }
-        seconds: dict[str, list[float]] = {name: [] for name in runs}
-        found = {name: run() for name, run in runs.items()}  # warm-up, and the values to compare
-        for _ in range(asked.rounds):
+    n, rounds = (8, 3) if quick else (16, 5)
+    module = make_model()
+    model = Model(module)
+    print(
+        f"{model.engine}; {sum(p.numel() for p in module.parameters()) / 1e6:.0f}M parameters; {n} pairs, {rounds} rounds"
+    )
+    rate = peak_rate(torch.float32)
+    print(f"best float32 matrix product: {rate / 1e9:.0f} Gflop/s\n")
+    with tempfile.TemporaryDirectory() as folder:
+        trl = make_trl(module, folder)
+        compare(module, model, trl, rate, n, rounds)
+        prices(model, n, rounds)
+        exactness(module, model, 2 if quick else 4)
+        half(module, model, n, rounds)
+        checkpoints(module, folder, n)
+
+
+def compare(module: torch.nn.Module, model: Model, trl, rate: float, n: int, rounds: int) -> None:
+    print(
+        "| mix | loop / ours | compute bound | share of bound | TRL / ours | share of peak | extra MB ours | loop | TRL |"
+    )
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    for mix in MIXES:
+        pairs = make_pairs(mix, n)
+        runs = {"ours": lambda: ours(model, pairs), "loop": lambda: loop(module, pairs)}  # noqa: B023
+        if trl:
+            runs["trl"] = lambda: trl(pairs)  # noqa: B023
+        for run in runs.values():
+            run()
+        times: dict[str, list[float]] = {name: [] for name in runs}
+        for _ in range(rounds):
             for name, run in runs.items():
-                started = time.process_time()
-                run()
-                seconds[name].append(time.process_time() - started)
-        loop, ours = statistics.median(seconds["loop"]), statistics.median(seconds["ours"])
-        apart = max(float(np.max(np.abs(found["ours"][c] / found["loop"][c] - 1))) for c in COLUMNS[:2])
-        scale = np.abs(found["loop"]["hidden_cr"]) + found["loop"]["hidden_cc"]
-        ches = max(float(np.max(np.abs(found["ours"][c] - found["loop"][c]) / scale)) for c in COLUMNS[2:4])
-        tokens = sum(lengths) * asked.pairs
-        lines.append(
-            (
-                mix,
-                "/".join(map(str, lengths)),
-                tokens / loop,
-                tokens / ours,
-                f"{loop / ours:.2f}x",
-                f"{apart:.0e}",
-                f"{ches:.0e}",
-            )
+                times[name].append(seconds(run))
+        ratio = {name: statistics.median(t / o for t, o in zip(times[name], times["ours"])) for name in runs}
+        memory = {name: extra_memory(run) for name, run in runs.items()}
+        limit, share = bound(pairs), operations(pairs) / statistics.median(times["ours"]) / rate
+        beside = f"{ratio['trl']:.2f}" if trl else "not installed"
+        print(
+            f"| {mix} | {ratio['loop']:.2f} | {limit:.2f} | {ratio['loop'] / limit:.0%} | {beside} | {share:.0%} "
+            f"| {memory['ours']:.0f} | {memory['loop']:.0f} | {memory.get('trl', float('nan')):.0f} |",
+            flush=True,
         )
-    head = (
-        "mix",
-        "prompt/chosen/rejected",
-        "loop tokens/s",
-        "ours tokens/s",
-        "speed-up",
-        "log-probs apart",
-        "products apart",
+
+
+def prices(model: Model, n: int, rounds: int) -> None:
+    """What each measurement that sweeps the vocabulary again costs on top."""
+    print("\nOn top of ours (mixed):")
+    pairs = make_pairs("mixed", n)
+    extras = ("valley_depth", "squeezed_mass", "squeezed_vocabulary", "head_products")
+    times: dict[str, list[float]] = {name: [] for name in ("", *extras)}
+    for _ in range(rounds):
+        for name, found in times.items():
+            found.append(seconds(lambda: ours(model, pairs, (name,) if name else ())))  # noqa: B023
+    for name in extras:
+        print(f"  {name}: +{statistics.median(t / o for t, o in zip(times[name], times[''])) - 1:.0%}", flush=True)
+
+
+def exactness(module: torch.nn.Module, model: Model, n: int) -> None:
+    pairs = make_pairs("mixed", n)
+    logp, ches = worst(ours(model, pairs), loop(copy.deepcopy(module).double(), pairs))
+    print(f"\nAgainst float64: log-probs {logp:.1e} relative, CHES {ches:.1e} of |⟨h+,h−⟩| + ‖h+‖²", flush=True)
+
+
+def half(module: torch.nn.Module, model: Model, n: int, rounds: int) -> None:
+    """bf16, where the processor multiplies in it."""
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    if "avx512_bf16" not in flags and "amx_bf16" not in flags:
+        print("\nbf16: this processor has no bf16 products, not measured")
+        return
+    small = Model(copy.deepcopy(module).bfloat16())
+    pairs = make_pairs("mixed", n)
+    wide, narrow = [], []
+    ours(small, pairs)
+    for _ in range(rounds):
+        wide.append(seconds(lambda: ours(model, pairs)))
+        narrow.append(seconds(lambda: ours(small, pairs)))
+    share = operations(pairs) / statistics.median(narrow) / peak_rate(torch.bfloat16)
+    hard = make_pairs("mixed", 24, seed=1, hard=True)
+    a, b = ours(model, hard), ours(small, hard)
+    ches = [
+        [x["hidden_cr"][i] / (p.chosen.n_response * p.rejected.n_response) - x["hidden_cc"][i] / p.chosen.n_response**2
+         for i, p in enumerate(hard)]
+        for x in (a, b)
+    ]  # fmt: skip
+    gap = spearman(a["chosen_logp"] - a["rejected_logp"], b["chosen_logp"] - b["rejected_logp"])
+    speed = statistics.median(w / x for w, x in zip(wide, narrow))
+    print(
+        f"\nbf16: {speed:.2f}× float32, {share:.0%} of its peak; hard pairs: Spearman {spearman(*map(np.asarray, ches)):.4f} "
+        f"of ches_ln, {gap:.4f} of the ranking gap",
+        flush=True,
     )
-    parameters = sum(p.numel() for p in model.module.parameters())
-    out(
-        f"{parameters / 1e6:.1f}M parameters, {model.engine}, one thread, medians of {asked.rounds}; tokens: each prompt counted once"
-    )
-    out(table(lines, head=head))
+
+
+def checkpoints(module: torch.nn.Module, folder: str, n: int, k: int = 3) -> None:
+    """K checkpoints, loading included, against K passes of a model in memory."""
+    pairs = make_pairs("mixed", n)
+    paths = [Path(folder) / f"checkpoint-{i}" for i in range(k)]
+    for path in paths:
+        module.save_pretrained(path)
+    with forward.load_model(paths[0], device="cpu", dtype="float32") as model:
+        ours(model, pairs)
+        single = statistics.median(seconds(lambda: ours(model, pairs)) for _ in range(3))
+
+        def series() -> None:
+            for path in paths:
+                model.use(path)
+                ours(model, pairs)
+
+        print(
+            f"{k} checkpoints: {seconds(series) / (k * single):.2f}× {k} single passes of {n} pairs, loading included"
+        )
 
 
 if __name__ == "__main__":

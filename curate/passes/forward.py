@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Model", "load_model", "measure", "tokens_to_run"]
 
+CPU_BATCH = 2048  # tokens; a CPU gains nothing from longer batches, and their activations leave its cache
 SHARE_FROM = 16  # rows share a prompt of at least this many tokens; below it the bookkeeping costs more than it saves
 
 
@@ -172,11 +173,12 @@ def _batches(model: Model, rows: dict[int, list[Item]], token_budget: int) -> It
     bundles = [_bundle([row], rows) for row in rows] if padded else _bundles(rows, token_budget)
     if padded:
         bundles.sort(key=lambda bundle: bundle.longest, reverse=True)
+    room = min(token_budget, CPU_BATCH) if model.device.type == "cpu" else token_budget
     batch: list[_Bundle] = []
     size = 0
     for bundle in bundles:
         own = len(bundle.items) * (batch[0] if batch else bundle).longest if padded else bundle.n_tokens
-        if batch and size + own > token_budget:
+        if batch and size + own > room:
             yield _join(batch)
             batch, size = [], 0
         batch.append(bundle)

@@ -19,8 +19,10 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import softplus
 
-ROWS = 128  # states per block
-COLUMNS = 4096  # tokens of the vocabulary per block: 2 MB of float32 logits stay in the processor's cache
+ROWS = 512  # states per block
+COLUMNS = 2048  # tokens of the vocabulary per block: 4 MB of float32 logits stay in the processor's cache
+ON_GPU = 8  # blocks this much wider there
+NOTHING = -1e37  # stands for a logit of −∞ where 0 · −∞ must be 0
 
 # What can be asked of the head, each (tokens,) float64. One sweep over the vocabulary serves all but the last.
 STATISTICS = {
@@ -48,10 +50,17 @@ class Head:
     scale: float = 1.0
     cap: float | None = None
 
-    def logits(self, states: torch.Tensor, columns: slice = slice(None)) -> torch.Tensor:
-        """(n, d) states -> (n, width) logits of a block of the vocabulary, in float32 or wider."""
-        weight = self.weight[columns].to(states.dtype)
-        z = states @ weight.T if self.bias is None else torch.addmm(self.bias[columns], states, weight.T)
+    def logits(
+        self, states: torch.Tensor, columns: slice = slice(None), out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """(n, d) states -> (n, width) logits of a block of the vocabulary, in float32 or wider; into `out` where it fits."""
+        weight = self.weight[columns].T
+        if states.dtype != weight.dtype:
+            weight = weight.to(states.dtype)
+        room = None if out is None or out.dtype != states.dtype else out[: len(states), : weight.shape[1]]
+        z = torch.mm(states, weight, out=room)
+        if self.bias is not None:
+            z = z.add_(self.bias[columns])
         return self._shaped(z.to(torch.promote_types(z.dtype, torch.float32)))
 
     def target(self, states: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -78,31 +87,44 @@ class Head:
         """
         wanted = frozenset(wanted)
         parts: list[dict[str, torch.Tensor]] = []
-        for i in range(0, len(tokens), ROWS):
-            h = states[i : i + ROWS] if at is None else states[at[i : i + ROWS]]
-            parts.append(self._of_rows(h, tokens[i : i + ROWS], wanted))
+        rows = ROWS * ON_GPU if states.is_cuda else ROWS
+        wide = torch.promote_types(states.dtype, torch.float32)
+        columns = max((block.stop - block.start for block in self.blocks()), default=0)
+        room = torch.empty(2, min(rows, len(tokens)), columns, dtype=wide, device=states.device)
+        for i in range(0, len(tokens), rows):
+            h = states[i : i + rows] if at is None else states[at[i : i + rows]]
+            parts.append(self._of_rows(h, tokens[i : i + rows], wanted, room))
+        if not parts:
+            parts.append(self._of_rows(states[:0], tokens, wanted, room))
         return {name: torch.cat([part[name] for part in parts]) for name in wanted}
 
     def blocks(self) -> list[slice]:
         """The vocabulary in slices of at most COLUMNS."""
-        return [slice(i, min(i + COLUMNS, len(self.weight))) for i in range(0, len(self.weight), COLUMNS)]
+        width = COLUMNS * ON_GPU if self.weight.is_cuda else COLUMNS
+        return [slice(i, min(i + width, len(self.weight))) for i in range(0, len(self.weight), width)]
 
-    def _others(self, states: torch.Tensor, tokens: torch.Tensor, block: slice) -> torch.Tensor:
-        """Logits of one block, (n, width), the target's own at −inf."""
-        z = self.logits(states, block)
-        inside = ((tokens >= block.start) & (tokens < block.stop)).nonzero()[:, 0]
-        z[inside, tokens[inside] - block.start] = float("-inf")
-        return z
+    def _others(
+        self, states: torch.Tensor, tokens: torch.Tensor, block: slice, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Logits of one block, (n, width), the target's own at NOTHING."""
+        z = self.logits(states, block, out)
+        inside = ((tokens >= block.start) & (tokens < block.stop))[:, None]
+        at = (tokens - block.start).clamp(0, z.shape[1] - 1)[:, None]
+        return z.scatter_(1, at, torch.where(inside, z.new_tensor(NOTHING), z.gather(1, at)))
 
-    def _of_rows(self, states: torch.Tensor, tokens: torch.Tensor, wanted: frozenset[str]) -> dict[str, torch.Tensor]:
-        n, device = len(tokens), states.device
+    def _of_rows(
+        self, states: torch.Tensor, tokens: torch.Tensor, wanted: frozenset[str], room: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """One sweep over the vocabulary for (n, d) states. room: (2, ≥ n, ≥ width), where blocks are worked on."""
+        n = len(tokens)
         own = self.target(states, tokens)  # (n,)
-        best = torch.full((n,), float("-inf"), dtype=torch.float64, device=device)  # running maximum of the others
-        total = torch.zeros(n, dtype=torch.float64, device=device)  # Σ exp(z − best)
-        square, weighted, rank = torch.zeros_like(total), torch.zeros_like(total), torch.zeros_like(total)
+        best = torch.full_like(own, NOTHING)  # running maximum of the others
+        total, square, weighted, rank = (
+            torch.zeros_like(own) for _ in range(4)
+        )  # Σ e, Σ e², Σ e·log e, e = exp(z − best)
         best_token = torch.zeros_like(tokens)
         for block in self.blocks():
-            z = self._others(states, tokens, block)  # (n, width)
+            z = self._others(states, tokens, block, room[0])  # (n, width)
             if "rank" in wanted:
                 rank += (z > own[:, None].to(z.dtype)).sum(1)
             if "top_token" in wanted:
@@ -111,20 +133,13 @@ class Head:
             else:
                 top = z.amax(1)
             new = torch.maximum(best, top.double())
-            shrink = torch.where(total > 0, torch.exp(best - new), torch.zeros_like(best))
-            shift = new.clamp_min(torch.finfo(z.dtype).min).to(
-                z.dtype
-            )  # a block of nothing but the target has no maximum
-            e = z.sub_(shift[:, None])
+            shrink = torch.exp(best - new)
+            z.sub_(new[:, None].to(z.dtype))
+            e = torch.exp(z, out=room[1, :n, : z.shape[1]])
             if "entropy" in wanted:
-                differences = e.nan_to_num(neginf=0.0)
-                e = torch.exp(e)
-                weighted = weighted * shrink + shrink * total * (best - new).nan_to_num(neginf=0.0)
-                weighted += torch.linalg.vecdot(e, differences).double()
-            else:
-                e = e.exp_()
+                weighted = shrink * (weighted + total * (best - new)) + z.mul_(e).sum(1).double()
             if wanted & _SQUARES:
-                square = square * shrink**2 + torch.linalg.vecdot(e, e).double()
+                square = square * shrink**2 + torch.mul(e, e, out=z).sum(1).double()
             total = total * shrink + e.sum(1).double()
             best = new
         return self._read(states, tokens, wanted, own, best, total, square, weighted, rank, best_token)
@@ -164,6 +179,6 @@ class Head:
             for block in self.blocks():
                 z = self._others(states, tokens, block)
                 count += (z < limit[:, None].to(z.dtype)).sum(1)
-            count -= (limit > float("-inf")).double()  # y's own logit stands at −inf in its block
+            count -= (limit > NOTHING).double()  # y's own logit stands at NOTHING in its block
             found["below_line"] = count / len(self.weight)
         return {name: found[name] for name in wanted}

@@ -23,7 +23,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 NAME = "curate_packed"
-QUERY_BLOCK = 256  # queries per attention call on the CPU, whose kernel does not skip the upper triangle by itself
+QUERY_BLOCK = 64  # queries per attention call on the CPU, whose kernel does not skip the upper triangle by itself
 
 # Arguments of the attention interface that are read, or that do not change what attention computes.
 KNOWN = {
