@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from curate.recipe import Loaded
     from curate.store import Store
 
+TEXT = np.dtypes.StringDType(na_object=None)  # text even where all of it is NULL
 INGEST_EVERY = 5.0  # seconds: how long finished shards may wait until readers see them
 
 
@@ -130,7 +131,7 @@ class TokensRunner(Runner):
 
         encoded = self._encode(rows)
         columns: dict[str, Any] = dict(measure_tokens(encoded, measurements))
-        columns["token_problem"] = [e.problem for e in encoded]
+        columns["token_problem"] = np.array([e.problem for e in encoded], TEXT)
         self.seen += len(encoded)
         self.truncated += sum(e.truncated for e in encoded)
         self.problems += sum(e.problem is not None for e in encoded)
@@ -238,13 +239,9 @@ class SampleRunner(Runner):
             drawn[i] = found
         marks = [[self._correct(sample.text, row) for sample in found] for row, found in zip(rows, drawn, strict=True)]
         graded = [
-            [
-                Graded(mark, s.n_tokens, s.logp, s.finished)
-                for s, mark in zip(found, mark_of, strict=True)
-                if mark is not None
-            ]
+            [Graded(mark, s.n_tokens, s.logp, s.finished) for s, mark in zip(found, mark_of, strict=True)]
             for found, mark_of in zip(drawn, marks, strict=True)
-        ]  # a row without an answer to compare with has no accuracy; its samples are kept all the same
+        ]
         columns: dict[str, Any] = {}
         for measurement in measurements:
             columns |= measurement.function(graded)

@@ -417,7 +417,8 @@ def test_a_policy_measures_flips_and_implicit_rewards(recipe, model, other_model
 def test_a_score_of_the_users_own(recipe, tmp_path, monkeypatch):
     (tmp_path / "my_scores.py").write_text(
         "import curate\n\n\n@curate.score(needs=('chosen_tokens', 'rejected_tokens', 'row.topic'), kind='preference', unit='tokens', worst='high')\n"
-        "def longer(chosen_tokens, rejected_tokens, topic, *, plus: float = 0.0):\n    return (chosen_tokens - rejected_tokens) * (topic == 'a') + plus\n"
+        "def longer(chosen_tokens, rejected_tokens, topic, *, plus: float = 0.0):\n    "
+        "return (chosen_tokens - rejected_tokens) * (topic == 'a') + plus\n"
     )
     result = curate.run(
         recipe(scores=[{"my_scores:longer": {"plus": 2}}], select={"drop_worst": {"longer": 0.1}}, export=None)
@@ -457,3 +458,19 @@ def test_results_speak_json_and_text(recipe):
     plan = make_plan(load_recipe(recipe()), progress=Progress(quiet=True))
     assert plan.missing == 0 and "Everything is measured already." in plan.text()
     assert all(issubclass(e, CurateError) for e in (ModelError, StoreError, UsageError, ValidationError))
+
+
+def test_on_policy_gap_samples_the_prompts_of_pairs(recipe):
+    over = {
+        "engine.sampler": "transformers",
+        "sampling": {"samples": 2, "temperature": 1.0, "top_p": 1.0, "max_new_tokens": 5},
+        "source.limit": 8,
+    }
+    result = curate.run(recipe(scores=["on_policy_gap"], select=None, export=None), set=over)
+    assert result.measured == {"tokens": 8, "sample": 8, "forward": 8}
+    drawn = result.store.sql(
+        "SELECT row_id, sum(logp) / sum(n_tokens) AS own FROM samples GROUP BY row_id ORDER BY row_id"
+    )
+    frame = result.store.sql("SELECT * FROM scored ORDER BY row_id")
+    expected = drawn["own"].to_numpy() - (frame["rejected_logp"] / frame["rejected_tokens"]).to_numpy()
+    np.testing.assert_allclose(frame["on_policy_gap"].to_numpy(), expected, rtol=1e-9)

@@ -20,42 +20,55 @@ from curate.measurements import measurement
 
 @dataclass(frozen=True, slots=True)
 class Graded:
-    """One sampled response and its grade.
+    """One sampled response and its grade (None where the row has no answer to compare with).
 
     n_tokens, logp (summed, nats): None where the engine does not return them. finished: ended by itself, not cut at max_new_tokens.
     """
 
-    correct: bool
+    correct: bool | None
     n_tokens: int | None = None
     logp: float | None = None
     finished: bool = True
 
 
+SAMPLED = {"n_samples": "samples", "sample_logp": "mean nats per token", "n_unfinished": "samples"}
+
+
 @measurement(
-    reads="sample",
-    kind="sft",
-    columns={
-        "n_samples": "samples",
-        "n_correct": "samples",
-        "accuracy": "share",
-        "sample_logp": "mean nats per token",
-        "n_unfinished": "samples",
-    },
+    reads="sample", kind="sft", columns={"n_samples": "samples", "n_correct": "samples", "accuracy": "share", **SAMPLED}
 )
 def accuracy(graded: Sequence[Sequence[Graded]]) -> dict[str, np.ndarray]:
     """How many of a row's sampled answers are right.
 
-    graded: one list per row, in the rows' order. Each column is (rows,) float64; a row without samples is NaN in all of them, and
-    sample_logp also where the engine gave a sample no log-probability or no token count.
+    graded: one list per row, in the rows' order. Each column is (rows,) float64; a row without samples is NaN in all of them, one
+    without an answer in n_correct and accuracy, and sample_logp also where the engine gave a sample no log-probability or no token count.
     """
-    out = {column: np.full(len(graded), np.nan) for column in accuracy.measurement.columns}  # type: ignore[attr-defined]
+    out = sampled(graded)
+    out |= {column: np.full(len(graded), np.nan) for column in ("n_correct", "accuracy")}
+    for i, samples in enumerate(graded):
+        marks = [sample.correct for sample in samples]
+        if marks and None not in marks:
+            out["n_correct"][i] = sum(map(bool, marks))
+            out["accuracy"][i] = out["n_correct"][i] / len(marks)
+    return out
+
+
+@measurement(reads="sample", kind="preference", columns=SAMPLED)
+def on_policy(graded: Sequence[Sequence[Graded]]) -> dict[str, np.ndarray]:
+    """How likely the model finds what it says itself to a pair's prompt: n_samples, sample_logp, n_unfinished, each (rows,) float64.
+
+    NaN where nothing was sampled, and sample_logp where the engine gave a sample no log-probability or no token count.
+    """
+    return sampled(graded)
+
+
+def sampled(graded: Sequence[Sequence[Graded]]) -> dict[str, np.ndarray]:
+    """The columns that need no grade: (rows,) float64 each."""
+    out = {column: np.full(len(graded), np.nan) for column in SAMPLED}
     for i, samples in enumerate(graded):
         if not samples:
             continue
-        right = sum(sample.correct for sample in samples)
         out["n_samples"][i] = len(samples)
-        out["n_correct"][i] = right
-        out["accuracy"][i] = right / len(samples)
         out["n_unfinished"][i] = sum(not sample.finished for sample in samples)
         if all(sample.logp is not None and sample.n_tokens is not None for sample in samples):
             tokens = sum(sample.n_tokens or 0 for sample in samples)

@@ -3,12 +3,15 @@
     valley_depth        = mean_t [max_v log π(v) − log π(y−_t)]
     squeezed_mass       = mean_t π*·(π* + π_{y−} − ‖π‖²)       π* the largest probability among tokens other than y−_t
     squeezed_vocabulary = mean_t share of the vocabulary with π_i < ‖π‖² − π_{y−}
+    on_policy_gap       = log-prob of the model's own samples − that of y−, both mean per token
     head_displacement   = ⟨R+ᵀH+, R−ᵀH−⟩ − ‖R+ᵀH+‖²            R = onehot(y) − π(·); CHES replaces every ⟨r, r'⟩ by 1
 
 Source: Ren & Sutherland 2024, arXiv:2407.10490; Razin et al. 2024, arXiv:2410.08847.
 """
 
 from __future__ import annotations
+
+import numpy as np
 
 from curate.scores import Array, score
 
@@ -65,3 +68,17 @@ def squeezed_vocabulary(squeezed_vocabulary: Array) -> Array:
 def head_displacement(head_cc: Array, head_cr: Array) -> Array:
     """The LM-head part of K+− − K++, (rows,). NULL where one is. Judge an error against |head_cr| + head_cc."""
     return head_cr - head_cc
+
+
+@score(
+    needs=("sample_logp", "rejected_logp", "rejected_tokens"),
+    kind="preference",
+    unit="nats per token",
+    worst="high",
+    high_means="the rejected response is far from what the model says itself; squeezing grows with it",
+    source=REN,
+)
+def on_policy_gap(sample_logp: Array, rejected_logp: Array, rejected_tokens: Array) -> Array:
+    """Mean per-token log-prob of sampled responses minus that of the rejected one, (rows,). NULL where one is, or where y− is empty."""
+    tokens = np.where(rejected_tokens > 0, rejected_tokens, np.nan)
+    return sample_logp - rejected_logp / tokens
