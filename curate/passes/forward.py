@@ -212,7 +212,9 @@ def _measure_batch(
             for m in wanted:
                 _write(m, batch, out)
             return
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as problem:
+        if type(problem) is RuntimeError and "can't allocate memory" not in str(problem):  # how torch says it on a CPU
+            raise
         if model.device.type == "cuda":
             torch.cuda.empty_cache()
         if len(bundle.rows) == 1:

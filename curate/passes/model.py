@@ -177,6 +177,8 @@ class Model:
 
     def _why_padded(self) -> str | None:
         """None when packed rows give this model's own states; else why they do not."""
+        if not getattr(self.module, "_can_set_attn_implementation", lambda: True)():
+            return f"{type(self.module).__name__}: does not use transformers' attention interface"
         vocabulary = self.module.config.get_text_config().vocab_size
         first, second, third, fourth = _probe_ids(vocabulary)
         joined = [np.concatenate([first, second]), np.concatenate([first, third])]

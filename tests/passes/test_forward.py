@@ -60,6 +60,21 @@ def test_long_responses_cross_query_blocks(monkeypatch):
         assert_equal(forward.measure(Model(module), pairs, PAIRS), oracle(double(module), pairs))
 
 
+def test_kernels_for_cuda_give_the_same_attention():
+    """What a GPU would run, run here: the last queries of a sequence, grouped key heads."""
+    from curate.passes import packing
+
+    generator = torch.Generator().manual_seed(0)
+    k, v = (torch.randn(1, 2, 30, 8, generator=generator) for _ in range(2))
+    layout = packing.Layout([], np.zeros(0), np.zeros(0), [], [], longest=30)
+    extras = packing._Extras(None, None, None, None, {})
+    for n in (1, 9, 30):
+        q = torch.randn(1, 4, n, 8, generator=generator)
+        with packing.packed(layout):
+            ours = packing._tail(q, k, v, extras)
+        torch.testing.assert_close(packing._tail_on_cuda(q, k, v, None), ours)
+
+
 def test_left_padding_gives_the_same_numbers():
     """What a left-padded batch of the model itself gives: padding is not ours alone to choose."""
     module = make("qwen2")
@@ -150,7 +165,15 @@ def test_memorised_targets_keep_their_digits():
     assert abs(found - exact) < 1e-4 * abs(exact)
 
 
-def test_out_of_memory_halves_the_batch():
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory"),
+    MemoryError(),
+]
+
+
+@pytest.mark.parametrize("problem", OUT_OF_MEMORY, ids=lambda problem: type(problem).__name__)
+def test_out_of_memory_halves_the_batch(problem):
     module = make("llama")
     model = Model(module)
     pairs = random_pairs(8)
@@ -158,14 +181,14 @@ def test_out_of_memory_halves_the_batch():
 
     def short_of_memory(layout):
         if len(layout.items) > 4:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise problem
         return whole(layout)
 
     model.packed_states = short_of_memory
     assert_equal(forward.measure(model, pairs, PAIRS), oracle(double(module), pairs))
 
     def none_at_all(layout):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise problem
 
     model.packed_states = none_at_all
     with pytest.raises(ModelError, match="does not fit into the memory"):
