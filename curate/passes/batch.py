@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from curate.errors import CurateError
-from curate.passes.head import STATISTICS, Head
+from curate.passes.head import SECOND_SWEEP, STATISTICS, Head
 from curate.passes.packing import Item
 from curate.tokens import Encoded, EncodedPair
 
@@ -79,8 +79,15 @@ class Side:
         return values[self._ends]
 
     def __getattr__(self, name: str) -> torch.Tensor:
+        if name in SECOND_SWEEP:
+            self._batch.check(name)
+            first = {needed: getattr(self, needed) for needed in SECOND_SWEEP[name]}
+            second: torch.Tensor = getattr(self._batch.head, name)(
+                self._batch.all_states, self.tokens, first, at=self.at
+            )
+            return second
         if name in STATISTICS:
-            found = self._batch.statistics(name)
+            found = self._batch.statistics(name)  # fills in self.entry
             return found[self.entry]
         raise AttributeError(f"a side has no '{name}'; statistics of the head are {', '.join(STATISTICS)}")
 
@@ -104,7 +111,8 @@ class Batch:
         self.rows = tuple(rows)
         self.encoded = tuple(encoded)
         self.all_states = all_states
-        self._wanted = frozenset(statistics)
+        wanted = set(statistics)
+        self._wanted = frozenset(wanted.union(*(SECOND_SWEEP[name] for name in wanted & SECOND_SWEEP.keys())))
         by_side: dict[str, dict[int, tuple[Item, np.ndarray]]] = {}
         for item, w in zip(items, where):
             by_side.setdefault(item.side, {})[item.row] = item, w
@@ -116,10 +124,14 @@ class Batch:
             return sides[name]
         raise AttributeError(f"this batch has no '{name}'; its sides are {', '.join(sides)}")
 
-    def statistics(self, name: str) -> torch.Tensor:
-        """One head statistic of every distinct (state, token) of the batch; `Side` picks its own."""
+    def check(self, name: str) -> None:
+        """CurateError where a measurement reads a statistic of the head that none declared."""
         if name not in self._wanted:
             raise CurateError(f"a measurement reads '{name}' without declaring it: add head=(\"{name}\", …) to it.")
+
+    def statistics(self, name: str) -> torch.Tensor:
+        """One head statistic of every distinct (state, token) of the batch; `Side` picks its own."""
+        self.check(name)
         return self._statistics[name]
 
     @cached_property
@@ -133,4 +145,6 @@ class Batch:
         unique, entry = torch.unique(at * size + tokens, return_inverse=True)
         for side, own in zip(sides, entry.split([len(s.at) for s in sides])):
             side.entry = own
-        return self.head.statistics(self.all_states, unique % size, self._wanted, at=unique // size)
+        return self.head.statistics(
+            self.all_states, unique % size, self._wanted - SECOND_SWEEP.keys(), at=unique // size
+        )

@@ -13,7 +13,7 @@ and a bf16 head does not round the target's logit. Everything beyond the block's
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +24,8 @@ COLUMNS = 2048  # tokens of the vocabulary per block: 4 MB of float32 logits sta
 ON_GPU = 8  # blocks this much wider there
 NOTHING = -1e37  # stands for a logit of −∞ where 0 · −∞ must be 0
 
-# What can be asked of the head, each (tokens,) float64. One sweep over the vocabulary serves all but the last.
+# What can be asked of the head, each (tokens,) float64. One sweep over the vocabulary serves all of them but the last, which takes a second
+# sweep (`Head.below_line`) over the tokens it is asked for.
 STATISTICS = {
     "logp": "log π(y), nats",
     "top_logp": "largest log-probability, nats",
@@ -36,9 +37,10 @@ STATISTICS = {
     "gap": "z_y − largest other logit",
     "error": "‖π − onehot(y)‖₂, in [0, √2]",
     "lse": "log Σ_v exp z_v",
-    "below_line": "share of the vocabulary with π_i < Σπ² − π_y (a second sweep)",
+    "below_line": "share of the vocabulary with π_i < Σπ² − π_y",
 }
-_SQUARES = {"square", "error", "below_line"}  # what needs Σπ²
+SECOND_SWEEP = {"below_line": ("logp", "lse", "square")}  # and what of the first it needs
+_SQUARES = {"square", "error"}  # what needs Σπ²
 
 
 @dataclass(frozen=True)
@@ -172,13 +174,27 @@ class Head:
             of_others = torch.exp(2 * (best - lse)) * square  # Σ_{v≠y} π²
             found["square"] = of_others + pi**2
             found["error"] = (of_others + torch.expm1(logp) ** 2).sqrt()  # 1 − π from log π: exact where π is near 1
-        if "below_line" in wanted:
-            line = found["square"] - pi
-            limit = torch.where(line > 0, line.clamp_min(1e-300).log() + lse, torch.full_like(lse, float("-inf")))
-            count = (own < limit).double()
-            for block in self.blocks():
-                z = self._others(states, tokens, block)
-                count += (z < limit[:, None].to(z.dtype)).sum(1)
-            count -= (limit > NOTHING).double()  # y's own logit stands at NOTHING in its block
-            found["below_line"] = count / len(self.weight)
         return {name: found[name] for name in wanted}
+
+    def below_line(
+        self,
+        states: torch.Tensor,
+        tokens: torch.Tensor,
+        first: Mapping[str, torch.Tensor],
+        *,
+        at: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """(n,) share of the vocabulary with π_i < Σπ² − π_y, y itself counted like any other. first: `logp`, `lse`, `square`."""
+        line = first["square"] - first["logp"].exp()
+        limit = torch.where(line > 0, line.clamp_min(1e-300).log() + first["lse"], NOTHING)  # of logits
+        count = (first["logp"] + first["lse"] < limit).double() - (
+            limit > NOTHING
+        ).double()  # y stands at NOTHING in its block
+        rows = ROWS * ON_GPU if states.is_cuda else ROWS
+        for i in range(0, len(tokens), rows):
+            part = slice(i, i + rows)
+            h = states[part] if at is None else states[at[part]]
+            for block in self.blocks():
+                z = self._others(h, tokens[part], block)
+                count[part] += (z < limit[part, None].to(z.dtype)).sum(1)
+        return count / len(self.weight)
