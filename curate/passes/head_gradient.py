@@ -1,0 +1,180 @@
+"""The LM head's backward by blocks of the vocabulary: log-probabilities, their gradients at the states, and the head's own inner products.
+
+    q = π − onehot(y), times the head's scale and the soft-cap's slope          per token, over the vocabulary
+    ∂ log π(y)/∂h = −q W          ∂ log π(y)/∂W = −q hᵀ          ∂ log π(y)/∂b = −q
+
+Logits are computed once and kept where tokens × vocabulary is small, otherwise twice; beyond that only a block is in memory. 1 − π comes from log π,
+so a memorised token's residual keeps its digits.
+Source: the chain rule; docs/scores.md, section 4.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch.nn.functional import softplus
+
+from curate.passes import inner_products
+from curate.passes.head import ROWS, Head
+from curate.passes.inner_products import wide
+
+KEEP = 96 << 20  # bytes of logits kept between the two sweeps
+KEEP_ON_GPU = 1 << 30
+
+
+@dataclass(frozen=True)
+class HeadGradient:
+    """Per token: logp, lse (N,) float64, and slope (N, d), ∂logp/∂h. Per row: products (rows, 3) float64 of the head's own gradients."""
+
+    logp: torch.Tensor
+    lse: torch.Tensor
+    slope: torch.Tensor
+    products: torch.Tensor
+
+
+def head_gradient(
+    head: Head, states: torch.Tensor, tokens: torch.Tensor, spans: list[tuple[int, int, int]], *, products: bool = True
+) -> HeadGradient:
+    """states (N, d) that predict tokens (N,). spans: per row, first token of its first response, of its second, and the end; they cover N
+    in order. products=False leaves the head's own gradients out (zeros).
+    """
+    limit = (KEEP_ON_GPU if states.is_cuda else KEEP) // (len(head.weight) * wide(states[:0]).element_size())
+    parts, group = [], list(spans[:1])
+    for span in spans[1:]:  # rows together while their logits can be kept: the weights are read once for all of them
+        if span[2] - group[0][0] > limit:
+            parts.append(_of_rows(head, states, tokens, group, products, limit))
+            group = []
+        group.append(span)
+    parts.append(_of_rows(head, states, tokens, group, products, limit))
+    return HeadGradient(
+        *(torch.cat([getattr(p, name) for p in parts]) for name in ("logp", "lse", "slope", "products"))
+    )
+
+
+def _of_rows(
+    head: Head,
+    states: torch.Tensor,
+    tokens: torch.Tensor,
+    spans: list[tuple[int, int, int]],
+    products: bool,
+    limit: int,
+) -> HeadGradient:
+    start, stop = spans[0][0], spans[-1][2]
+    h, y = states[start:stop], tokens[start:stop]
+    kept: list[torch.Tensor] | None = [] if len(h) <= limit else None
+    logp, lse = _log_probabilities(head, h, y, kept)
+    slope = torch.zeros_like(wide(h))
+    sums = [_Row(head, h, a - start, b - start, c - start) for a, b, c in spans] if products else []
+    for k, block in enumerate(head.blocks()):
+        z = _logits(head, h, block) if kept is None else kept[k]
+        q = _residuals(head, z, y, logp, lse, block)
+        if kept is not None:
+            kept[k] = q[:0]  # its memory goes with the next block
+        weight = head.weight[block]
+        for i in range(0, len(h), ROWS):
+            slope[i : i + ROWS] -= q[i : i + ROWS].to(weight.dtype) @ weight
+        for row in sums:
+            row.add(q)
+    found = (
+        torch.stack([row.products() for row in sums]) if sums else slope.new_zeros(len(spans), 3, dtype=torch.float64)
+    )
+    return HeadGradient(logp, lse, slope, found)
+
+
+def _logits(head: Head, h: torch.Tensor, block: slice) -> torch.Tensor:
+    """(N, width) logits of a block; products of ROWS rows stay in the processor's cache."""
+    pieces = [head.logits(h[i : i + ROWS], block) for i in range(0, len(h), ROWS)]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+def _log_probabilities(
+    head: Head, h: torch.Tensor, y: torch.Tensor, kept: list[torch.Tensor] | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(N,) float64 log π(y) and log Σ exp z; the target's logit apart from the others', as in passes/head.py. Fills `kept` with logits."""
+    own = head.target(h, y)
+    best = torch.full_like(own, float("-inf"))
+    total = torch.zeros_like(own)  # Σ_{v≠y} exp(z_v − best)
+    for block in head.blocks():
+        z = _logits(head, h, block)
+        inside = ((y >= block.start) & (y < block.stop)).nonzero()[:, 0]
+        at = y[inside] - block.start
+        target = z[inside, at]
+        z[inside, at] = float("-inf")
+        new = torch.maximum(best, z.amax(1).double())
+        shift = new.clamp_min(torch.finfo(z.dtype).min).to(z.dtype)
+        shrink = torch.where(total > 0, torch.exp(best - new), torch.zeros_like(best))
+        total = total * shrink + (z - shift[:, None]).exp_().sum(1).double()
+        best = new
+        if kept is not None:
+            z[inside, at] = target
+            kept.append(z)
+    others = best + total.log()
+    return -softplus(others - own), torch.logaddexp(others, own)
+
+
+def _residuals(
+    head: Head, z: torch.Tensor, y: torch.Tensor, logp: torch.Tensor, lse: torch.Tensor, block: slice
+) -> torch.Tensor:
+    """(N, width) q of a block, from its logits, which are overwritten."""
+    slope = None if head.cap is None else 1 - (z / head.cap) ** 2
+    q = z.sub_(lse[:, None].to(z.dtype)).exp_()
+    inside = ((y >= block.start) & (y < block.stop)).nonzero()[:, 0]
+    q[inside, y[inside] - block.start] = torch.expm1(logp[inside]).to(q.dtype)
+    if slope is not None:
+        q *= slope
+    return q.mul_(head.scale) if head.scale != 1.0 else q
+
+
+class _Row:
+    """The head's inner products of one row, gathered block by block in the cheaper of the two forms."""
+
+    def __init__(self, head: Head, h: torch.Tensor, start: int, middle: int, stop: int) -> None:
+        self.span, self.middle = slice(start, stop), middle - start
+        self.states = wide(h[start:stop])
+        self.bias = head.bias is not None
+        self.by_tokens = inner_products.prefers_tokens(len(self.states), h.shape[1], len(head.weight))
+        self.tiles: list[torch.Tensor] = []
+        self.sums = torch.zeros(3, dtype=torch.float64, device=h.device)
+
+    def add(self, q: torch.Tensor) -> None:
+        q = q[self.span]
+        if not self.by_tokens:
+            self.sums += inner_products.matrix_products(self.states, q, self.middle)
+            if self.bias:
+                self.sums += inner_products.vector_products(q[: self.middle].sum(0), q[self.middle :].sum(0))
+            return
+        gram = [tile.double() for tile in inner_products.gram(q, self.middle)]
+        self.tiles = [a.add_(b) for a, b in zip(self.tiles, gram)] if self.tiles else gram
+
+    def products(self) -> torch.Tensor:
+        """(3,) float64."""
+        if not self.by_tokens:
+            return self.sums
+        overlap = [tile.double() + self.bias for tile in inner_products.gram(self.states, self.middle)]
+        return inner_products.weigh(overlap, self.tiles, len(self.states), self.middle)
+
+
+def tied_products(
+    head: Head,
+    states: torch.Tensor,
+    tokens: torch.Tensor,
+    logp: torch.Tensor,
+    lse: torch.Tensor,
+    middle: int,
+    ids: torch.Tensor,
+    sums: tuple[torch.Tensor, torch.Tensor],
+) -> torch.Tensor:
+    """(3,) float64: what a matrix that is head and embedding at once adds beyond the two, both cross terms, for one row.
+
+    states (n, d) predict tokens (n,), the first `middle` of the first sequence; sums: each sequence's gradients per embedded id, (k, d).
+    """
+    some = replace(head, weight=head.weight[ids], bias=None if head.bias is None else head.bias[ids])
+    q = some.logits(states)  # (n, k)
+    slope = None if head.cap is None else 1 - (q / head.cap) ** 2
+    q = (q - lse[:, None].to(q.dtype)).exp()
+    q = torch.where(tokens[:, None] == ids[None, :], torch.expm1(logp)[:, None].to(q.dtype), q)
+    q = q * -head.scale if slope is None else q * slope * -head.scale
+    meet = [(wide(states) @ wide(s).T * q).double().sum(1) for s in sums]  # each (n,)
+    found = [[part.sum() for part in (m[:middle], m[middle:])] for m in meet]  # [embedded in][head of]
+    return torch.stack([2 * found[0][0], found[1][0] + found[0][1], 2 * found[1][1]])

@@ -1,0 +1,240 @@
+"""Which module owns which parameter, and by which rule its gradient's inner products are taken. What has no rule is refused by name.
+
+    linear      torch's Linear, GPT-2's Conv1D                weight, bias
+    embedding   torch's Embedding, and its scaled kin          weight
+    norm        LayerNorm and RMSNorm of any model             weight (or 1 + weight), bias: checked on the spot with a probe
+    head        the LM head                                    weight, bias; tied to the embedding where both are one matrix
+
+Every parameter that was asked for must be owned by exactly one rule (a tied head and embedding apart): expert banks of MoE models, state-space
+layers, adapters of other kinds are refused, never left out.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from curate.errors import ModelError
+from curate.passes.inner_products import wide
+from curate.passes.model import Model
+
+Parameters = Literal["all", "lora"] | int
+
+
+@dataclass(frozen=True)
+class Linear:
+    """y = xWᵀ + b. weight (o, i), whatever way round the module keeps it."""
+
+    module: nn.Module
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    wanted: bool  # its weight's products
+    bias_wanted: bool
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """y = scale · W[ids]. tied: the LM head is the same matrix."""
+
+    module: nn.Module
+    scale: float
+    tied: bool
+
+
+@dataclass(frozen=True)
+class Norm:
+    """y = x̂ ∘ w (or 1 + w) + b; normal(x) is x̂. shape: of w."""
+
+    module: nn.Module
+    normal: Callable[[torch.Tensor], torch.Tensor]
+    shape: tuple[int, ...]
+    bias: bool
+
+
+@dataclass(frozen=True)
+class Rules:
+    """A model's parameters by rule. layers: the decoder layers in order. first: the first layer whose gradients are wanted, None for all of the
+    model and its embeddings. head, head_bias: whether the LM head is among the wanted. names: of all wanted parameters. by_heads: kinds of norms
+    that were seen to get (batch, heads, n, ·).
+    """
+
+    linears: list[Linear]
+    embeddings: list[Embedding]
+    norms: list[Norm]
+    layers: list[nn.Module]
+    first: int | None
+    head: bool
+    names: tuple[str, ...]
+    by_heads: dict[type, bool] = field(default_factory=dict)
+
+
+def find_rules(model: Model, parameters: Parameters = "all") -> Rules:
+    """Sort the model's modules by rule. ModelError naming the first wanted parameter that has none.
+
+    parameters: "all", "lora" (those whose name contains lora_), or k: the last k decoder layers, the final norm and the LM head (of a
+    tied matrix its use as a head).
+    """
+    module = model.module
+    layers = _decoder_layers(module)
+    owners: dict[int, list[tuple[str, nn.Module]]] = {}
+    for prefix, part in module.named_modules():
+        for name, p in part.named_parameters(recurse=False):
+            owners.setdefault(id(p), []).append((f"{prefix}.{name}" if prefix else name, part))
+    wanted = _wanted(module, owners, layers, parameters)
+    head = module.get_output_embeddings()
+    first = len(layers) - min(parameters, len(layers)) if isinstance(parameters, int) else None
+    rules = Rules([], [], [], layers, first, id(head.weight) in wanted, tuple(wanted.values()))
+    done = {id(p) for p in (head.weight, getattr(head, "bias", None)) if p is not None}
+    for part in module.modules():
+        own = dict(part.named_parameters(recurse=False))
+        if part is head or not own:
+            continue
+        mine = {name for name, p in own.items() if id(p) in wanted}
+        if isinstance(part, nn.Embedding) and own.keys() == {"weight"}:
+            if mine and first is None:
+                rules.embeddings.append(Embedding(part, _embedding_scale(part), part.weight is head.weight))
+                done.add(id(part.weight))
+        elif (weight := _linear_weight(part)) is not None and own.keys() <= {"weight", "bias"}:
+            bias = getattr(part, "bias", None)
+            rules.linears.append(Linear(part, weight, bias, "weight" in mine, "bias" in mine))
+            done |= {id(p) for p in own.values()}
+        elif mine and (norm := _norm(part, own)) is not None:
+            rules.norms.append(norm)
+            done |= {id(p) for p in own.values()}
+    if parameters != "all" and first is None and not wanted:
+        raise ModelError(f"{model.path or type(module).__name__}: no LoRA parameter (lora_…) was found in this model.")
+    for key, name in wanted.items():
+        homes = {id(part): part for _, part in owners[key]}
+        shared = [part for part in homes.values() if part is not head and part is not module.get_input_embeddings()]
+        if key not in done or (len(homes) > 1 and shared):
+            kind = type(owners[key][0][1]).__name__
+            why = (
+                f"is shared by {len(homes)} modules"
+                if key in done
+                else f"belongs to a {kind}, for which there is no rule"
+            )
+            raise ModelError(
+                f"{type(module).__name__}: gradients over {_said(parameters)} were asked for, but {name} {why}.\n"
+                "  Scores that read forward passes alone (ches_ln, head_displacement, …) work for this model."
+            )
+    return rules
+
+
+def _said(parameters: Parameters) -> str:
+    if isinstance(parameters, int):
+        return f"the last {parameters} layers"
+    return "all parameters" if parameters == "all" else "the LoRA parameters"
+
+
+def _wanted(
+    module: Any, owners: dict[int, list[tuple[str, nn.Module]]], layers: list[nn.Module], parameters: Parameters
+) -> dict[int, str]:
+    """id -> name of the parameters asked for, in the model's order."""
+    names = {key: found[0][0] for key, found in owners.items()}
+    if parameters == "all":
+        return names
+    if parameters == "lora":
+        return {key: name for key, name in names.items() if "lora_" in name}
+    if isinstance(parameters, bool) or not isinstance(parameters, int) or parameters < 1:
+        raise ModelError(f"parameters: wanted 'all', 'lora' or a number of last layers, found {parameters!r}.")
+    early = {id(p) for layer in layers[:-parameters] for p in layer.parameters()}
+    head = module.get_output_embeddings()
+    early |= {id(p) for part in module.modules() if isinstance(part, nn.Embedding) for p in part.parameters()}
+    early -= {id(p) for p in head.parameters()}
+    before = _before_layers(module, layers)
+    return {key: name for key, name in names.items() if key not in early | before}
+
+
+def _before_layers(module: Any, layers: list[nn.Module]) -> set[int]:
+    """Parameters registered before the decoder layers (norms and projections of embeddings): they act before them."""
+    found: set[int] = set()
+    inside = {id(p) for layer in layers for p in layer.parameters()}
+    for p in module.base_model.parameters():
+        if id(p) in inside:
+            break
+        found.add(id(p))
+    return found - {id(p) for p in module.get_output_embeddings().parameters()}
+
+
+def _decoder_layers(module: Any) -> list[nn.Module]:
+    lists = [part for part in module.base_model.modules() if isinstance(part, nn.ModuleList)]
+    return list(max(lists, key=len)) if lists else []
+
+
+def _linear_weight(part: nn.Module) -> torch.Tensor | None:
+    if type(part) is nn.Linear:
+        return part.weight.detach()
+    if type(part).__name__ == "Conv1D" and hasattr(part, "nf"):
+        return part.weight.detach().T
+    return None
+
+
+def _embedding_scale(part: nn.Embedding) -> float:
+    """The factor between a line of the table and what the module gives. ModelError where it is no factor."""
+    if type(part).forward is nn.Embedding.forward and part.max_norm is None:
+        return 1.0
+    scale = float(getattr(part, "embed_scale", 1.0))
+    ids = torch.arange(min(4, part.num_embeddings), device=part.weight.device)[None]
+    try:
+        with torch.no_grad():
+            ours, theirs = wide(part.weight[ids] * scale), wide(part(ids))
+        good = ours.shape == theirs.shape and bool((ours - theirs).norm() <= 0.01 * theirs.norm())
+    except Exception:  # embeddings of positions take arguments of their own
+        good = False
+    if not good:
+        raise ModelError(
+            f"{type(part).__name__}: an embedding that is no table times a factor; its gradient has no rule."
+        )
+    return scale
+
+
+def _norm(part: nn.Module, own: dict[str, nn.Parameter]) -> Norm | None:
+    """The rule of a norm: which x̂ gives its own gradient, RMS or centred. None where neither does, or it is no norm."""
+    if not own.keys() <= {"weight", "bias"} or "weight" not in own or own["weight"].ndim > 2 or list(part.children()):
+        return None
+    eps = next(
+        (
+            float(getattr(part, name))
+            for name in ("variance_epsilon", "eps", "norm_eps", "epsilon")
+            if getattr(part, name, None) is not None
+        ),
+        None,
+    )
+    shape = tuple(own["weight"].shape)
+    generator = torch.Generator().manual_seed(0)
+    x, g = (torch.randn(3, *shape, generator=generator, dtype=torch.float64) for _ in range(2))
+    try:
+        twin = copy.deepcopy(part).cpu().double()
+        for p in twin.parameters():
+            p.requires_grad_(True)
+        with torch.enable_grad():
+            y = twin(x)
+            wanted = torch.autograd.grad(y, list(twin.parameters()), g.to(y.dtype))
+    except Exception:  # whatever a module that is no norm does with it
+        return None
+    if eps is None:
+        eps = torch.finfo(torch.float32).eps if "RMS" in type(part).__name__ else 1e-5
+    for centred in (False, True):
+        normal = _normal(eps, centred)
+        ours = [
+            (g * normal(x)).sum(0) if p.shape == shape and name == "weight" else g.sum(0) for name, p in own.items()
+        ]
+        if all(a.shape == b.shape and bool((a - b).norm() <= 1e-4 * b.norm()) for a, b in zip(ours, wanted)):
+            return Norm(part, normal, shape, "bias" in own)
+    return None
+
+
+def _normal(eps: float, centred: bool) -> Callable[[torch.Tensor], torch.Tensor]:
+    def normal(x: torch.Tensor) -> torch.Tensor:
+        """x̂ over the last dimension, in float32 or wider."""
+        x = wide(x)
+        if centred:
+            x = x - x.mean(-1, keepdim=True)
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+
+    return normal
