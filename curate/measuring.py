@@ -5,10 +5,12 @@ Killed at any moment, the same command goes on: at most the shard under way is m
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,19 +33,20 @@ def measure(loaded: Loaded, store: Store, plan: Plan, progress: Progress) -> dic
     counts: dict[str, int] = {}
     with ExitStack() as engines:
         runner: Runner | None = None
-        for step in plan.steps:
-            if not step.missing:
-                continue
+        to_do = [step for step in plan.steps if step.missing]
+        for step, following in zip(to_do, [*to_do[1:], None], strict=True):
             if runner is None or runner.reads != step.reads:
                 engines.close()  # one engine at a time: its memory is free before the next one starts
                 runner = engines.enter_context(_runner(step.reads, loaded, progress))
-            _run_step(step, runner, store, progress)
+            _run_step(step, runner, store, progress, following)
             counts[step.reads] = counts.get(step.reads, 0) + step.missing
     return counts
 
 
-def _run_step(step: Step, runner: Runner, store: Store, progress: Progress) -> None:
+def _run_step(step: Step, runner: Runner, store: Store, progress: Progress, following: Step | None) -> None:
     runner.use(step)
+    if following is not None and following.subject.path != step.subject.path and following.reads != "tokens":
+        _read_ahead(Path(following.subject.path))
     title = f"{step.reads} {step.subject.label}" if step.reads != "tokens" else "tokens"
     waiting = time.monotonic()
     with progress.bar(title, step.rows, done=step.rows - step.missing) as count:
@@ -64,6 +67,21 @@ def _run_step(step: Step, runner: Runner, store: Store, progress: Progress) -> N
     store.ingest()
     for note in runner.notes():
         progress.say(note)
+
+
+def _read_ahead(folder: Path) -> None:
+    """Bring the next checkpoint's weights from the disk into the system's file cache while this one computes."""
+
+    def read() -> None:
+        for file in sorted(folder.glob("*.safetensors")):
+            with (
+                suppress(OSError),
+                file.open("rb", buffering=0) as opened,
+            ):  # who loads them says what is wrong with them
+                while opened.read(1 << 24):
+                    pass
+
+    threading.Thread(target=read, daemon=True, name="read-ahead").start()
 
 
 class Runner:
@@ -92,8 +110,6 @@ class Runner:
         pass
 
     def _tokenizer(self, step: Step) -> Any:
-        from pathlib import Path
-
         from curate.tokens import load_tokenizer
 
         path = step.subject.path
