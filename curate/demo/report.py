@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
 from curate.progress import span
@@ -85,21 +86,18 @@ def _pairs(found: dict[str, Any]) -> str:
 
 def _next(found: dict[str, Any]) -> str:
     folder = found["folder"]
+    at = shlex.quote(str(folder))
     commands = [
-        (f"curate summary {folder}/store --recipe sft", "every dataset-level value with its interval"),
+        (f"curate summary {at}/store --recipe sft", "every dataset-level value with its interval"),
         (
-            f'curate sql {folder}/store "SELECT prompt, text, correct FROM samples JOIN rows USING (row_id) LIMIT 5"',
-            "what the model answered",
+            f'curate sql {at}/store --recipe pool "SELECT prompt, text, correct FROM samples JOIN rows USING (row_id) LIMIT 9"',
+            "what the model answers",
         ),
-        (
-            f"curate run {folder}/sft.yaml --set select.where='accuracy < 0.5'",
-            "select otherwise: nothing is measured again",
-        ),
-        (f"curate run {folder}/preference.yaml --set select.drop_worst='{{flip_loss: 0.2}}'", "another score decides"),
+        (f"curate run {at}/sft.yaml --set select.keep.rows=50", "only the 50 hardest: nothing is measured again"),
+        (f"curate run {at}/preference.yaml --set select.drop_worst='{{flip_loss: 0.2}}'", "another score decides"),
         ("curate scores", "what else there is to measure"),
         ("curate init sft my.yaml", "a recipe for your own data"),
     ]
-    width = max(len(command) for command, _ in commands)
-    lines = [f"  {command.ljust(width)}   {what}" for command, what in commands]
+    lines = [line for command, what in commands for line in (f"  {command}", f"      {what}")]
     exports = f"Curated datasets: {folder}/hard, {folder}/pairs. All of it took {span(found['seconds'])}."
     return "\n".join([exports, "", "What to try next", *lines])
