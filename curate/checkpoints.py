@@ -9,12 +9,15 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 
 from curate.errors import ModelError
+from curate.rows import content_id
 
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
@@ -67,7 +70,7 @@ def find_checkpoints(spec: str | list[str], folder: Path, cache: FingerprintCach
         run = parents.pop().name if len(parents) == 1 else "checkpoints"
         subjects = [_subject(path, run, _step(path), cache) for path in paths]
         if any(s.step is None for s in subjects):
-            subjects = [Subject(s.path, s.fingerprint, s.run, s.checkpoint, i) for i, s in enumerate(subjects)]
+            subjects = [replace(s, step=i) for i, s in enumerate(subjects, start=1)]  # step 0 is a reference's
     else:
         root = (folder / Path(spec).expanduser()).resolve()
         if not root.is_dir():
@@ -101,7 +104,10 @@ def single_model(name: str, folder: Path, cache: FingerprintCache | None = None,
 
 
 class FingerprintCache:
-    """Fingerprints of files by path, size and time of change, so that weights are read once. Kept in a JSON file (None: not kept)."""
+    """Fingerprints of files by path, size and time of change, so that weights are read once and a tokenizer need not be loaded to be known.
+
+    Kept in a JSON file (None: not kept), which may be lost at any time.
+    """
 
     def __init__(self, file: Path | None):
         self.file = file
@@ -111,14 +117,40 @@ class FingerprintCache:
             self.known = {}
 
     def of(self, path: Path) -> str:
-        state = path.stat()
-        key = f"{path.resolve()}|{state.st_size}|{state.st_mtime_ns}"
+        """SHA-256 of a file."""
+        key = f"{path.resolve()}|{_state(path)}"
         if key not in self.known:
             with path.open("rb") as file:
-                self.known[key] = hashlib.file_digest(file, "sha256").hexdigest()
-            if self.file and self.file.parent.is_dir():
-                self.file.write_text(json.dumps(self.known))
+                self._keep(key, hashlib.file_digest(file, "sha256").hexdigest())
         return self.known[key]
+
+    def tokenizer(self, folder: Path) -> str:
+        """`tokenizer_fingerprint` of a model folder, which is loaded only where a file of it has changed (weights aside)."""
+        found = (*folder.iterdir(), *folder.glob("*/*.jinja"))
+        files = sorted(p for p in found if p.is_file() and not any(p.match(w) for w in WEIGHTS))
+        state = content_id(version("transformers"), [(p.relative_to(folder).as_posix(), _state(p)) for p in files])
+        key = f"tokenizer|{folder.resolve()}|{state}"
+        if key not in self.known:
+            from curate.tokens import load_tokenizer, tokenizer_fingerprint
+
+            self._keep(key, tokenizer_fingerprint(load_tokenizer(folder)))
+        return self.known[key]
+
+    def _keep(self, key: str, value: str) -> None:
+        self.known[key] = value
+        if self.file is None or not self.file.parent.is_dir():
+            return
+        new = self.file.with_name(f".{self.file.name}.{os.getpid()}")
+        try:  # a store that cannot be written now is not this file's business
+            new.write_text(json.dumps(self.known))
+            new.replace(self.file)
+        except OSError:
+            new.unlink(missing_ok=True)
+
+
+def _state(path: Path) -> str:
+    found = path.stat()
+    return f"{found.st_size}|{found.st_mtime_ns}"
 
 
 def weights_fingerprint(path: Path, cache: FingerprintCache | None = None) -> str:

@@ -12,6 +12,8 @@ import difflib
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,11 +47,15 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Subjects:
-    """Whom the recipe measures. series: in step order, the reference as step 0 of a training run if both are given (kind sft)."""
+    """Whom the recipe measures. series: in step order, the reference as step 0 of a training run if both are given (kind sft).
+
+    plain: whose values plain columns are: the last of the series for kind sft, the reference for preference pairs.
+    """
 
     reference: Subject | None
     policy: Subject | None
     series: tuple[Subject, ...]
+    plain: Subject | None
 
     def of(self, role: str, over: str | None) -> tuple[Subject, ...]:
         """The subjects whose column a need means."""
@@ -63,8 +69,7 @@ class Subjects:
             )
         if over == "checkpoints":
             return self.series
-        plain = self.series[-1] if self.series else self.reference
-        return (plain,) if plain else ()
+        return (self.plain,) if self.plain else ()
 
 
 @dataclass(frozen=True)
@@ -188,19 +193,26 @@ def find_subjects(loaded: Loaded, cache: FingerprintCache) -> Subjects:
     if server and not models.reference and not models.checkpoints:
         name = loaded.recipe.server.model or loaded.recipe.server.url or "server"
         lone = Subject(name, content_id("server", loaded.recipe.server.url, name), "", name)
-        return Subjects(lone, None, ())
+        return Subjects(lone, None, (), lone)
     series = tuple(find_checkpoints(models.checkpoints, folder, cache)) if models.checkpoints else ()
     reference = single_model(models.reference, folder, cache) if models.reference else None
     policy = single_model(models.policy, folder, cache) if models.policy else None
     if reference and series and loaded.recipe.kind == "sft":
-        series = (replace(reference, run=series[0].run, step=0), *series)
+        first = next((s for s in series if s.step == 0), None)
+        if first is not None and first.fingerprint != reference.fingerprint:
+            raise UsageError(
+                f"models.reference would be step 0 of the run, but {first.label} is, with other weights. Leave models.reference out."
+            )
+        series = series if first else (replace(reference, run=series[0].run, step=0), *series)
     elif reference and loaded.recipe.kind == "sft":
         series = (replace(reference, step=0),)
     if server and len(series) > 1:
         raise UsageError(
             "engine.sampler is openai and there are several checkpoints, but a server serves one model. Use sampler vllm, or one model."
         )
-    return Subjects(reference, policy, series)
+    last = series[-1] if series else None
+    plain = reference or last if loaded.recipe.kind == "preference" else last
+    return Subjects(reference, policy, series, plain)
 
 
 def make_plan(loaded: Loaded, store: Store, sources: dict[str, list[str]]) -> Plan:
@@ -209,14 +221,15 @@ def make_plan(loaded: Loaded, store: Store, sources: dict[str, list[str]]) -> Pl
 
     recipe = loaded.recipe
     wanted = wanted_scores(loaded)
-    subjects = find_subjects(loaded, FingerprintCache(store.folder / "weights.json"))
+    cache = FingerprintCache(store.folder / "weights.json")
+    subjects = find_subjects(loaded, cache)
     plan = Plan(wanted, subjects)
     if not subjects.reference and not subjects.series:
         plan.uses = imported_uses(store, wanted)
         return plan
 
-    identity = Identity(loaded)
-    tasks: dict[tuple[str, str], dict[str, Task]] = {}  # (pass, subject's path) -> fingerprint -> task
+    identity = Identity(loaded, cache)
+    tasks: dict[tuple[str, str], dict[str, Task]] = {}  # (pass, subject's path or its tokenizer) -> fingerprint -> task
     lone: dict[tuple[str, str], Subject] = {}
     planned: set[str] = set()
 
@@ -248,7 +261,8 @@ def make_plan(loaded: Loaded, store: Store, sources: dict[str, list[str]]) -> Pl
         if optional and not all(task.fingerprint in planned for _, task in found):
             return  # used where it is measured anyway, never a reason to measure
         for subject, task in found:
-            place = (measurement.reads, subject.path if measurement.reads != "tokens" else "")
+            of_tokens = measurement.reads == "tokens"  # whoever has the same tokenizer has the same tokens
+            place = (measurement.reads, identity.tokenizer(subject) if of_tokens else subject.path)
             tasks.setdefault(place, {})[task.fingerprint] = task
             lone.setdefault(place, subject)
             planned.add(task.fingerprint)
@@ -276,21 +290,21 @@ def make_plan(loaded: Loaded, store: Store, sources: dict[str, list[str]]) -> Pl
                 need(column, role, value.over, optional=True)
 
     names = [name for group in sources.values() for name in group]
-    order = {
-        subject.path: i
-        for i, subject in enumerate((*subjects.series, *(s for s in (subjects.reference, subjects.policy) if s)))
-    }
+    order: dict[str, int] = {}
+    for subject in (*subjects.series, *(s for s in (subjects.reference, subjects.policy) if s)):
+        order.setdefault(subject.path, len(order))
+    rows = Rows(store, names, recipe.kind)
     for reads, path in sorted(tasks, key=lambda place: (ORDER.index(place[0]), order.get(place[1], -1))):
-        step = _step(reads, lone[reads, path], tuple(tasks[reads, path].values()), store, names, recipe.kind)
-        plan.steps.append(_with_cost(step, loaded, store))
+        step = _step(reads, lone[reads, path], tuple(tasks[reads, path].values()), rows)
+        plan.steps.append(_with_cost(step, loaded, rows))
     return plan
 
 
 class Identity:
     """The fingerprints of measurements: everything that their values depend on."""
 
-    def __init__(self, loaded: Loaded):
-        self.loaded, self.recipe = loaded, loaded.recipe
+    def __init__(self, loaded: Loaded, cache: FingerprintCache):
+        self.loaded, self.recipe, self.cache = loaded, loaded.recipe, cache
         self._tokenizers: dict[str, str] = {}
         self._engines: dict[tuple[str, str], str] = {}
 
@@ -340,9 +354,7 @@ class Identity:
         if not Path(subject.path).is_dir():  # a server's model: its tokenizer is its own
             return "server"
         if subject.path not in self._tokenizers:
-            from curate.tokens import load_tokenizer, tokenizer_fingerprint
-
-            self._tokenizers[subject.path] = tokenizer_fingerprint(load_tokenizer(subject.path))
+            self._tokenizers[subject.path] = self.cache.tokenizer(Path(subject.path))
         return self._tokenizers[subject.path]
 
     def engine(self, reads: str, subject: Subject) -> str:
@@ -394,43 +406,79 @@ def imported_uses(store: Store, wanted: Iterable[Wanted]) -> dict[tuple[str, str
     return uses
 
 
-def _step(reads: str, subject: Subject, tasks: tuple[Task, ...], store: Store, sources: list[str], kind: str) -> Step:
-    missing: dict[tuple[int, str], list[Task]] = {}
-    for task in tasks:
-        for place in store.missing(task.fingerprint, sources, kind=kind):
-            missing.setdefault(place, []).append(task)
-    blocks = tuple(_blocks(missing, SHARD_ROWS[reads]))
+class Rows:
+    """The rows of the recipe's sources: how many, how long, and which of them a task misses. Lists that are alike are kept once."""
+
+    def __init__(self, store: Store, sources: list[str], kind: str):
+        self.store, self.sources, self.kind = store, sources, kind
+        self.n = len(store.row_ids_of(sources, kind=kind))
+        self._seen: list[list[tuple[int, str]]] = []
+
+    def missing(self, task: Task) -> list[tuple[int, str]]:
+        """(position, row id) by position."""
+        found = self.store.missing(task.fingerprint, self.sources, kind=self.kind)
+        for known in self._seen:
+            if known == found:
+                return known
+        self._seen.append(found)
+        return found
+
+    @cached_property
+    def characters(self) -> tuple[float, float]:
+        """Mean length of a row's texts, and of its prompt."""
+        found = self.store.sql(
+            "SELECT avg(length(concat(prompt, chosen, rejected, completion))), avg(length(prompt)) FROM rows WHERE prompt IS NOT NULL AND kind = ?",
+            [self.kind],
+            source=self.sources or None,
+        ).row(0)
+        return float(found[0] or 0), float(found[1] or 0)
+
+
+def _step(reads: str, subject: Subject, tasks: tuple[Task, ...], rows: Rows) -> Step:
+    blocks = tuple(_blocks([(task, rows.missing(task)) for task in tasks], SHARD_ROWS[reads]))
     key = f"{reads}/{tasks[0].measured.engine}/{_size(subject)}"
-    return Step(reads, subject, tasks, len(store.row_ids_of(sources, kind=kind)), blocks, key)
+    return Step(reads, subject, tasks, rows.n, blocks, key)
 
 
-def _blocks(missing: dict[tuple[int, str], list[Task]], size: int) -> Iterator[tuple[int, list[str], tuple[Task, ...]]]:
+def _blocks(
+    missing: list[tuple[Task, list[tuple[int, str]]]], size: int
+) -> Iterator[tuple[int, list[str], tuple[Task, ...]]]:
     """Shards of fixed membership; rows of one shard that miss different things are measured apart."""
+    alike: dict[
+        int, tuple[list[tuple[int, str]], list[Task]]
+    ] = {}  # tasks that miss the same rows (`Rows` keeps such lists once)
+    for task, rows in missing:
+        alike.setdefault(id(rows), (rows, []))[1].append(task)
+    if len(alike) == 1:
+        rows, tasks = next(iter(alike.values()))
+        for number, block in groupby(rows, lambda row: row[0] // size):
+            yield number, [row_id for _, row_id in block], tuple(tasks)
+        return
+    of: dict[tuple[int, str], list[Task]] = {}
+    for rows, tasks in alike.values():
+        for place in rows:
+            of.setdefault(place, []).extend(tasks)
     groups: dict[tuple[int, tuple[str, ...]], tuple[list[str], tuple[Task, ...]]] = {}
-    for (position, row_id), tasks in sorted(missing.items()):
-        key = (position // size, tuple(t.fingerprint for t in tasks))
-        groups.setdefault(key, ([], tuple(tasks)))[0].append(row_id)
-    for (number, _), (rows, tasks_of) in groups.items():
-        yield number, rows, tasks_of
+    for (position, row_id), missed in sorted(of.items()):
+        key = (position // size, tuple(t.fingerprint for t in missed))
+        groups.setdefault(key, ([], tuple(missed)))[0].append(row_id)
+    for (number, _), (row_ids, missed_by) in groups.items():
+        yield number, row_ids, missed_by
 
 
-def _with_cost(step: Step, loaded: Loaded, store: Store) -> Step:
+def _with_cost(step: Step, loaded: Loaded, rows: Rows) -> Step:
     """The step with an estimate of its tokens and time."""
     if not step.missing:
         return step
-    found = store.sql(
-        "SELECT avg(length(concat(prompt, chosen, rejected, completion))), avg(length(prompt)) FROM rows WHERE prompt IS NOT NULL"
-    ).row(0)
-    length, prompt = (float(x or 0) / CHARACTERS_PER_TOKEN for x in found)
+    length, prompt = (characters / CHARACTERS_PER_TOKEN for characters in rows.characters)
     per_row = length
     if step.reads == "sample":
         per_row = prompt + loaded.recipe.sampling.samples * loaded.recipe.sampling.max_new_tokens  # at most
     tokens = round(per_row * step.missing)
-    speed, rough = store.throughput(step.key), False
+    speed, rough = rows.store.throughput(step.key), False
     if speed is None:
         speed, rough = _guess(step), True
-    seconds = tokens / speed if speed else None
-    return Step(step.reads, step.subject, step.tasks, step.rows, step.blocks, step.key, tokens, seconds, rough)
+    return replace(step, tokens=tokens, seconds=tokens / speed if speed else None, rough=rough)
 
 
 def _size(subject: Subject) -> int:

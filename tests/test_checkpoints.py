@@ -36,7 +36,10 @@ def test_checkpoints_come_in_step_order(tmp_path):
 def test_a_list_keeps_its_order_where_steps_are_unknown(tmp_path):
     save(tmp_path / "b")
     save(tmp_path / "a", 1)
-    assert [(s.checkpoint, s.step) for s in find_checkpoints(["b", "a"], tmp_path)] == [("b", 0), ("a", 1)]
+    assert [(s.checkpoint, s.step) for s in find_checkpoints(["b", "a"], tmp_path)] == [
+        ("b", 1),
+        ("a", 2),
+    ]  # 0 is a reference's
 
 
 def test_the_step_of_a_renamed_checkpoint_comes_from_the_trainers_state(tmp_path):
@@ -133,3 +136,26 @@ def test_a_hub_id_that_cannot_be_fetched_says_so(tmp_path, monkeypatch):
 def test_a_real_model(shared):
     subject = single_model("stories260K", shared / "models")
     assert subject.checkpoint == "stories260K" and len(subject.fingerprint) == 20
+
+
+def test_a_tokenizer_is_loaded_only_where_its_files_changed(tmp_path, monkeypatch):
+    import curate.tokens
+    from tests.tiny_models import make_tokenizer
+
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    first = FingerprintCache(tmp_path / "known.json").tokenizer(tmp_path / "model")
+    assert first == curate.tokens.tokenizer_fingerprint(curate.tokens.load_tokenizer(tmp_path / "model"))
+    loaded = []
+    load = curate.tokens.load_tokenizer
+    monkeypatch.setattr(curate.tokens, "load_tokenizer", lambda path: loaded.append(path) or load(path))
+    assert FingerprintCache(tmp_path / "known.json").tokenizer(tmp_path / "model") == first and not loaded
+    make_tokenizer(template=True).save_pretrained(tmp_path / "model")
+    assert FingerprintCache(tmp_path / "known.json").tokenizer(tmp_path / "model") != first and len(loaded) == 1
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("x")
+    monkeypatch.setattr(
+        type(tmp_path), "write_text", lambda *_: (_ for _ in ()).throw(PermissionError(13, "Permission denied"))
+    )
+    assert len(FingerprintCache(tmp_path / "known.json").of(tmp_path / "file")) == 64
