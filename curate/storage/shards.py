@@ -54,7 +54,7 @@ def arrow_column(values: Any) -> pa.Array:
         return pa.array(array, mask=~np.isfinite(array))
     if array.dtype.kind in "biu":
         return pa.array(array)
-    if array.dtype.kind == "U":
+    if array.dtype.kind in "UT":
         return pa.array(array.tolist(), pa.string())
     found = [None if v is None or (isinstance(v, float) and not np.isfinite(v)) else v for v in array.tolist()]
     known = {type(v) for v in found if v is not None}
