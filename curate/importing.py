@@ -98,6 +98,16 @@ def import_file(
     runs = places["run"].n_unique()
     checkpoints = places.n_unique()
     if not taken:
+        twice = places.is_duplicated()
+        if twice.any():
+            first = int(twice.arg_max() or 0)
+            same = places.with_row_index().filter(
+                pl.all_horizontal(pl.col(n).eq_missing(places[n][first]) for n in PLACES)
+            )
+            raise ValidationError(
+                f"{shown}: rows {same['index'][0]} and {same['index'][1]} are about the same run and checkpoint. If a line is about a row of "
+                "data, say which with row=; else map what tells them apart with run= or checkpoint=."
+            )
         values = dataset_values(places, columns)
         store.write_dataset_values(f"import:{origin}", values)
         return Imported(shown, origin, len(table), 0, 0, runs, checkpoints, tuple(columns), len(values))
@@ -112,7 +122,7 @@ def check_names(mapping: Mapping[str, str]) -> None:
     """Ours that are nearly one of the words with a meaning, and pairs that need each other. Raises UsageError."""
     words = (*ROWS, *PLACES, *VALUES)
     for ours in mapping:
-        near = difflib.get_close_matches(ours, words, 1, 0.9)
+        near = difflib.get_close_matches(ours, words, 1, 0.8)
         if near and ours not in words:
             raise UsageError(
                 f"--map: {ours}= is not a word with a meaning here; did you mean {near[0]}=? (Else choose a less similar column name.)"
