@@ -9,8 +9,9 @@ import os
 import signal
 import sys
 import traceback
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -28,6 +29,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+STOPPED = 128 + signal.SIGINT
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="a recipe (YAML)")]
 StorePath = Annotated[Path, typer.Argument(metavar="STORE", help="a store's folder")]
@@ -56,8 +59,11 @@ def main() -> None:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        print("Stopped. What was measured is kept; the same command goes on from there.", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
+        _stopped()
+    except SystemExit as leaving:
+        if leaving.code == STOPPED:  # typer's own answer to Ctrl-C, which says nothing
+            _stopped()
+        raise
     except BrokenPipeError:
         os._exit(0)
     except Exception:
@@ -67,6 +73,11 @@ def main() -> None:
             file=sys.stderr,
         )
         sys.exit(1)
+
+
+def _stopped() -> NoReturn:
+    print("Stopped. What was measured is kept; the same command goes on from there.", file=sys.stderr)
+    sys.exit(STOPPED)
 
 
 @app.callback(invoke_without_command=True)
@@ -98,6 +109,8 @@ def init(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="where the recipe goes")] = Path("recipe.yaml"),
     schema: Annotated[bool, typer.Option("--schema", help="print the recipe's JSON schema instead")] = False,
     force: Annotated[bool, typer.Option("--force", help="write over an existing file")] = False,
+    json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Write a commented starter recipe."""
     from importlib.resources import files
@@ -125,13 +138,15 @@ def init(
         file.write_text(text)
     except OSError as error:
         raise UsageError(f"{file}: cannot write here ({error.strerror}).") from None
-    out(f"Wrote {file}. Name your data and model in it, then `curate validate {file}` and `curate plan {file}`.")
+    said = f"Wrote {file}. Name your data and model in it, then `curate validate {file}` and `curate plan {file}`."
+    out(to_json({"kind": kind, "file": file}) if json else said)
 
 
 @app.command()
 def doctor(
     model: Annotated[str | None, typer.Option(help="also: what can run this model")] = None,
     json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """What this machine can run: engines, devices, memory, versions. Exit 1 if something needed is missing."""
     from curate.doctor import examine
@@ -159,25 +174,27 @@ def validate(
     column: Annotated[list[str] | None, typer.Option(metavar="OURS=THEIRS", help="e.g. prompt=question")] = None,
     limit: Annotated[int, typer.Option(help="how many bad rows to print (0: all)")] = 50,
     overrides: Set = None,
+    store: StoreOption = None,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Name every bad row, with file, row, column and what was found. Exit 1 if there is any."""
+    """Name every bad row, with file, row, column and what was found. Exit 1 if there is any. Of a recipe: its held-out rows too."""
     from curate.summary import validation_text
     from curate.workflow import validate_source
 
     columns = dict(_split(entry, "--column") for entry in column or [])
-    result = validate_source(source, kind=kind, format=format, split=split, columns=columns, set=overrides)
+    found = validate_source(source, kind=kind, format=format, split=split, columns=columns, set=overrides, store=store)
     if json:
-        out(to_json(result))
+        out(to_json(found["source"] if len(found) == 1 else {**asdict(found["source"]), "heldout": found["heldout"]}))
     else:
-        shown = result.defects if limit == 0 else result.defects[:limit]
-        for defect in shown:
-            out(str(defect))
-        if len(result.defects) > len(shown):
-            out(f"… and {len(result.defects) - len(shown):,} more (--limit 0 prints all)")
-        out(validation_text(result))
-    if result.defects:
+        for result in found.values():
+            shown = result.defects if limit == 0 else result.defects[:limit]
+            for defect in shown:
+                out(str(defect))
+            if len(result.defects) > len(shown):
+                out(f"… and {len(result.defects) - len(shown):,} more (--limit 0 prints all)")
+            out(validation_text(result))
+    if any(result.defects for result in found.values()):
         raise typer.Exit(1)
 
 
@@ -245,6 +262,7 @@ def import_(
 def scores(
     name: Annotated[str | None, typer.Argument(metavar="[SCORE]", help="only this one, in full")] = None,
     json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Every score: what it means when high, which end is worst, unit, needs, cost, source."""
     from curate.scores import SCORES, resolve
@@ -266,6 +284,7 @@ def explain(
     row: Annotated[str, typer.Argument(metavar="ROW", help="a row's id, or its first digits")],
     selection: Annotated[str | None, typer.Option(help="the selection that is asked about (default: the last)")] = None,
     json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Why this row scored and was kept or dropped as it was."""
     from curate.summary import explain_row
@@ -284,7 +303,7 @@ def summary(store: StorePath, recipe: OfRecipe = None, json: Json = False, quiet
 
 
 @app.command()
-def status(store: StorePath, json: Json = False) -> None:
+def status(store: StorePath, json: Json = False, quiet: Quiet = False) -> None:
     """What a store holds, and what ran on it."""
     from curate.summary import store_status
 
@@ -302,15 +321,19 @@ def sql(
     source: OfSource = None,
     json: Json = False,
     csv: Annotated[bool, typer.Option("--csv", help="print CSV")] = False,
+    quiet: Quiet = False,
 ) -> None:
-    """Ask the store: views rows, scored, trajectories, samples, occurrences, dataset_values, runs, selections."""
+    """Ask the store: views rows, scored, trajectories, samples, occurrences, dataset_values, runs, selections.
+
+    The table for people cuts long texts short; --json and --csv give them whole.
+    """
     frame = _store(store).sql(query, recipe=recipe, source=source)
     if json:
         out(to_json(frame.to_dicts()))
     elif csv:
         out(frame.write_csv().rstrip("\n"))
     else:
-        out(table(frame.rows(), head=frame.columns) if frame.columns else "")
+        out(table(frame.rows(), head=frame.columns, longest=60) if frame.columns else "")
 
 
 @app.command()
@@ -323,9 +346,10 @@ def schedule(
     quiet: Quiet = False,
 ) -> None:
     """Run a recipe by the clock, unattended: only what is new is measured, never two runs of it at once."""
+    from curate.plan import wanted_scores
     from curate.schedule import schedule as start
 
-    _recipe(recipe, overrides, store)  # a wrong recipe is said now, not tonight
+    wanted_scores(_recipe(recipe, overrides, store))  # a wrong recipe is said now, not tonight
     extra = [arg for entry in overrides or [] for arg in ("--set", entry)]
     extra += ["--store", str(store)] if store else []
     extra += ["--quiet"] if quiet else []

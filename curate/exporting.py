@@ -42,19 +42,16 @@ def _columns(loaded: Loaded, store: Store) -> list[str]:
     """The extra columns that the recipe asks for; UsageError for one that `scored` does not have."""
     asked = loaded.recipe.export
     assert asked is not None
-    if asked.columns == "none":
-        return []
-    if asked.columns == "scores":
-        return [request.name for request in loaded.recipe.scores]
+    named = asked.columns if isinstance(asked.columns, list) else []
     known = store.sql("SELECT * FROM scored LIMIT 0", recipe=loaded.name).columns
-    for name in [*asked.columns, *([asked.weight] if asked.weight else [])]:
+    for key, name in [*(("columns", n) for n in named), *([("weight", asked.weight)] if asked.weight else [])]:
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
             raise UsageError(
-                f"export.columns: {name!r} is not a column of `scored`"
+                f"export.{key}: {name!r} is not a column of `scored`"
                 + (f"; did you mean {near[0]!r}?" if near else ".")
             )
-    return list(asked.columns)
+    return [request.name for request in loaded.recipe.scores] if asked.columns == "scores" else list(named)
 
 
 def _rows(selected: Iterator[Any], weight: str | None, columns: list[str]) -> Iterator[ExportRow]:
@@ -81,7 +78,8 @@ def _card(loaded: Loaded, store: Store, selection: Selection, sources: list[str]
     }
     models |= {f"checkpoint {s.label}": s for s in subjects.series}
     names = [request.name for request in loaded.recipe.scores]
-    frame = store.sql("SELECT * FROM scored WHERE role = 'train'", recipe=loaded.name)
+    picked = ", ".join(f'"{name}"' for name in names) or "NULL"
+    frame = store.sql(f"SELECT {picked} FROM scored WHERE role = 'train'", recipe=loaded.name)
     counts = {"rows": selection.counts["rows"], "kept": selection.counts["kept"]}
     counts |= {f"dropped: {step}": n for step, n in selection.counts["dropped_by"].items()}
     return Card(

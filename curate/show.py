@@ -12,9 +12,14 @@ from pathlib import Path
 from typing import Any
 
 
-def table(rows: Iterable[Sequence[Any]], *, head: Sequence[str], width: int | None = None) -> str:
-    """An aligned table as text: numbers to the right, text to the left, the last column folded to the terminal's width."""
-    cells = [[cell(v) for v in row] for row in rows]
+def table(
+    rows: Iterable[Sequence[Any]], *, head: Sequence[str], width: int | None = None, longest: int | None = None
+) -> str:
+    """An aligned table as text: numbers to the right, text to the left, the last column folded to the terminal's width.
+
+    longest: characters after which a value is cut short.
+    """
+    cells = [[_short(cell(v), longest) for v in row] for row in rows]
     numeric = [all(_is_number(v) for v in column) and bool(column) for column in zip(*cells, strict=True)] or [
         False
     ] * len(head)
@@ -50,6 +55,10 @@ def cell(value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     return str(value).replace("\n", "\\n")
+
+
+def _short(text: str, longest: int | None) -> str:
+    return text if longest is None or len(text) <= longest else text[: longest - 1] + "…"
 
 
 def to_json(value: Any) -> str:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -314,11 +314,23 @@ class Store:
         with self.database.read() as con:
             return query.dicts(con, "SELECT * EXCLUDE (scores_table) FROM data.recipes ORDER BY updated DESC")
 
-    def write_scores(self, recipe: str, row_ids: Sequence[str], scores: Mapping[str, Any]) -> None:
-        """Replace the scores of a recipe. name -> (rows,) numbers, booleans or text; NaN, infinities and None become NULL."""
+    def write_scores(
+        self, recipe: str, row_ids: Sequence[str], scores: Mapping[str, Any], *, made_of: str | None = None
+    ) -> None:
+        """Replace the scores of a recipe. name -> (rows,) numbers, booleans or text; NaN, infinities and None become NULL.
+
+        made_of: what they were computed from, as `made_of` gives it back.
+        """
         with self.database.write() as con:
             tables.write_scores(con, recipe, row_ids, scores)
+            tables.note(con, f"scores of {recipe}", made_of)
             views.define(con)
+
+    def made_of(self, what: Literal["scores", "selection"], name: str) -> str | None:
+        """What a recipe's scores, or a selection, were made of; None where nobody said."""
+        with self.database.read() as con:
+            found = one(con, "SELECT value FROM data.meta WHERE key = ?", [f"{what} of {name}"])
+        return found[0] if found else None
 
     def write_dataset_values(self, origin: str, values: Iterable[DatasetValue]) -> None:
         """Replace the dataset values of an origin: a recipe's name, or "import:<file>" (shown whatever the recipe)."""
@@ -331,11 +343,18 @@ class Store:
                 )
 
     def write_selection(
-        self, name: str, decisions: Decisions, *, recipe: str | None = None, spec: Mapping[str, Any] | None = None
+        self,
+        name: str,
+        decisions: Decisions,
+        *,
+        recipe: str | None = None,
+        spec: Mapping[str, Any] | None = None,
+        made_of: str | None = None,
     ) -> Selection:
-        """Keep what was decided, in place of an earlier selection of this name."""
+        """Keep what was decided, in place of an earlier selection of this name. made_of: what it was decided from, as `made_of` gives it back."""
         with self.database.write() as con:
             tables.write_selection(con, name, decisions, recipe, spec)
+            tables.note(con, f"selection of {name}", made_of)
         return self.selection(name)
 
     def selection(self, name: str | None = None) -> Selection:

@@ -163,7 +163,7 @@ class Explanation:
                 lines.append(f"{name:>10}  {_excerpt(str(self.row[name]))}")
         if self.decision is not None:
             lines.append(
-                f"{'kept' if self.decision['kept'] else 'dropped'} by selection {self.selection!r}: {self.decision['reason']}"
+                f"{'kept' if self.decision['kept'] else 'dropped'} by selection {self.selection!r}: {self.decision['reason'].removeprefix('kept: ')}"
             )
         if self.scores:
             head = ("score", "value", "unit", "percentile", "worst", "high means")

@@ -7,12 +7,13 @@ result.selection, result.dataset, result.values
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from curate.errors import CurateError, UsageError
+from curate.errors import CurateError, UsageError, ValidationError
 from curate.plan import Plan, wanted_scores
 from curate.plan import make_plan as _make_plan
 from curate.progress import Progress
@@ -23,9 +24,10 @@ from curate.store import DatasetValue, Store
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from curate.data import ExportResult
+    from curate.data import ExportResult, Validation
     from curate.store import Selection
 
+PLACE = "# recipe: "
 STEPS = ("measure", "score", "select", "export")
 
 
@@ -103,6 +105,7 @@ def run_steps(loaded: Loaded, steps: Sequence[str], *, progress: Progress, comma
     _check_steps(loaded, steps, command)
     wanted_scores(loaded)  # a misspelt score is said before anything is read
     store = _open_store(loaded, progress)
+    _check_name(loaded, store)
     number = store.begin_run(loaded.name, command, curate.__version__)
     result = Result(store, loaded.name)
     try:
@@ -144,6 +147,7 @@ def make_plan(loaded: Loaded, *, progress: Progress) -> Plan:
     """What a run would measure. Rows are read into the store (that is cheap, and done once); no model is run."""
     wanted_scores(loaded)
     store = _open_store(loaded, progress)
+    _check_name(loaded, store)
     return _make_plan(loaded, store, read_sources(loaded, store, progress))
 
 
@@ -154,6 +158,13 @@ def read_sources(loaded: Loaded, store: Store, progress: Progress) -> dict[str, 
     for role, source in (("train", recipe.source), ("heldout", recipe.heldout)):
         if source is not None:
             names[role] = _read_source(loaded, source, role, store, progress)
+    if names.get("train") and names.get("heldout"):
+        held = store.row_ids_of(names["heldout"], kind=recipe.kind, role="heldout")
+        both = len(set(held).intersection(store.row_ids_of(names["train"], kind=recipe.kind, role="train")))
+        if both:
+            progress.say(
+                f"{both:,} of {len(held):,} held-out rows are training rows too: what is said about held-out rows is partly about those."
+            )
     if recipe.source is None and not store.measured(reads="import"):
         raise UsageError(
             f"{loaded.path or 'recipe'}: there is no `source`, and nothing was imported into {store.folder}. Name your data: `source: {{path: …}}`."
@@ -197,8 +208,14 @@ def _read_source(loaded: Loaded, source: Source, role: str, store: Store, progre
             again = f", {found.duplicates:,} of them occur more than once (measured once)" if found.duplicates else ""
             bad = f", {found.bad:,} bad rows left out (`curate validate` names them)" if found.bad else ""
             progress.say(f"{name}: {found.records:,} rows, {found.new_rows:,} new to the store{again}{bad}")
-    if not good:  # raises, naming what is wrong with them
-        list(itertools.islice(reading.good("drop", setting=setting, target=target), source.limit))
+    if not good:
+        list(
+            reading.good("drop", setting=setting, target=target)
+        )  # raises where all are bad, naming what is wrong with them
+        raise ValidationError(
+            f"{target}: none of the first {source.limit:,} rows can be used (`curate validate {target}` names them); later ones can. "
+            f"Raise {setting}.limit."
+        )
     return [name for name in prints if name in seen or store.source_is_current(name, prints[name], role=role)]  # type: ignore[arg-type]
 
 
@@ -208,12 +225,38 @@ def _counted(records: Iterator[Any], count: Any) -> Iterator[Any]:
         yield record
 
 
+def _check_name(loaded: Loaded, store: Store) -> None:
+    """Two recipes of one name would take each other's scores and selections. UsageError naming the other one.
+
+    The place is kept relative to the store, so that both can be moved or copied together.
+    """
+    if loaded.path is None:
+        return
+    known = next((r["text"] for r in store.recipes() if r["name"] == loaded.name), "")
+    first = known.partition("\n")[0]
+    other = store.folder / first.removeprefix(PLACE) if first.startswith(PLACE) else None
+    if other is not None and other.is_file() and not other.samefile(loaded.path):
+        raise UsageError(
+            f"{store.folder} holds the scores of another recipe called {loaded.name!r} ({other.resolve()}). "
+            "Rename one of the two files, or give this one a store of its own with --store."
+        )
+
+
+def _placed(loaded: Loaded, store: Store) -> str:
+    """The recipe as the store keeps it: a first line says where it is from."""
+    if loaded.path is None:
+        return loaded.text
+    return f"{PLACE}{Path(os.path.relpath(loaded.path.resolve(), store.folder.resolve())).as_posix()}\n{loaded.text}"
+
+
 def _register(loaded: Loaded, store: Store, plan: Plan, sources: dict[str, list[str]]) -> None:
     """Say which values are the recipe's, before they are there: whoever reads while it measures sees what is done so far."""
     uses = list(dict.fromkeys(f for found in plan.uses.values() for f in found))
     plain = list(dict.fromkeys(found[-1] for (role, _, over), found in plan.uses.items() if over is None and not role))
     names = [name for group in sources.values() for name in group]
-    store.register_recipe(loaded.name, loaded.text, sources=names, uses=uses, plain=plain if plan.steps else [])
+    store.register_recipe(
+        loaded.name, _placed(loaded, store), sources=names, uses=uses, plain=plain if plan.steps else []
+    )
 
 
 def _measure(loaded: Loaded, result: Result, progress: Progress) -> None:
@@ -236,7 +279,7 @@ def _score(loaded: Loaded, result: Result, sources: dict[str, list[str]], progre
     train = sources.get("train", [])
     row_ids = store.row_ids_of(train or None, kind=loaded.recipe.kind, role="train" if train else None)
     scores = compute_scores(store, plan, row_ids, train)
-    store.write_scores(loaded.name, row_ids, scores)
+    store.write_scores(loaded.name, row_ids, scores, made_of=_scores_of(plan))
     result.scores = list(scores)
     values = compute_dataset_values(store, plan, row_ids, train)
     heldout = sources.get("heldout", [])
@@ -257,6 +300,7 @@ def _select(loaded: Loaded, result: Result, sources: dict[str, list[str]]) -> No
         raise UsageError(
             f"Not every score of {loaded.name!r} is computed yet: `curate score {loaded.path}` does that, `curate run {loaded.path}` does all steps."
         )
+    _check_current(loaded, store, "scores", _scores_of(result.plan), "score")
     given = chosen.model_dump()
     given["keep"] = {key: value for key, value in (given["keep"] or {}).items() if value is not None} or None
     worst = {want.name: want.score.worst for want in wanted}
@@ -264,16 +308,40 @@ def _select(loaded: Loaded, result: Result, sources: dict[str, list[str]]) -> No
     decisions = select(
         store, SelectSpec(**given), worst=worst, recipe=loaded.name, sources=sources.get("train"), null_is_known=known
     )
-    result.selection = store.write_selection(loaded.name, decisions, recipe=loaded.name, spec=given)
+    made_of = _selection_of(loaded, result.plan)
+    result.selection = store.write_selection(loaded.name, decisions, recipe=loaded.name, spec=given, made_of=made_of)
 
 
 def _export(loaded: Loaded, result: Result, sources: dict[str, list[str]], progress: Progress) -> None:
     from curate.exporting import export_selection
 
-    result.selection = result.selection or result.store.selection(loaded.name)
+    if result.selection is None:
+        result.selection = result.store.selection(loaded.name)
+        _check_current(loaded, result.store, "selection", _selection_of(loaded, result.plan), "select")
     result.exported = export_selection(loaded, result.store, result.selection, sources.get("train", []))
     for note in result.exported.notes:
         progress.say(note)
+
+
+def _scores_of(plan: Plan | None) -> str:
+    """What scores are computed from: the scores with their settings, and the measurements that they read."""
+    assert plan is not None
+    uses = sorted((*map(str, key), *prints) for key, prints in plan.uses.items())
+    return content_id([(want.name, want.score.name, want.params) for want in plan.wanted], uses)
+
+
+def _selection_of(loaded: Loaded, plan: Plan | None) -> str:
+    assert loaded.recipe.select is not None
+    return content_id(_scores_of(plan), loaded.recipe.select.model_dump())
+
+
+def _check_current(loaded: Loaded, store: Store, what: Literal["scores", "selection"], made_of: str, step: str) -> None:
+    """Scores of another setting are no basis for a selection, nor an old selection for an export."""
+    if store.made_of(what, loaded.name) not in (None, made_of):
+        raise UsageError(
+            f"{store.folder}: what is there as {what} of {loaded.name!r} comes from other settings or measurements than the recipe has now. "
+            f"`curate {step} {loaded.path}` makes that anew, `curate run {loaded.path}` does all steps."
+        )
 
 
 def _check_steps(loaded: Loaded, steps: Sequence[str], command: str) -> None:
@@ -314,23 +382,39 @@ def validate_source(
     split: str = "train",
     columns: dict[str, str] | None = None,
     set: list[str] | None = None,
-) -> Any:
-    """Every bad row of some data, or of a recipe's source."""
+    store: str | Path | None = None,
+) -> dict[str, Validation]:
+    """Every bad row of some data, or of a recipe's rows. "source", and "heldout" where a recipe has held-out rows, -> what was found.
+
+    Raises UsageError where data is given with what only a recipe takes (set, store), or a recipe with what it says itself.
+    """
     from curate.data import validate
 
-    if source.endswith((".yaml", ".yml")):
-        loaded = load_recipe(source, set=set)
-        wanted_scores(loaded)
-        given = loaded.recipe.source
-        if given is None:
-            raise UsageError(f"{source}: there is no `source` to validate.")
-        return validate(
-            given.path,
+    if not source.endswith((".yaml", ".yml")):
+        if set or store:
+            raise UsageError(
+                f"--set and --store are for recipes; {source} is data. `--column prompt=question` names a column."
+            )
+        return {"source": validate(source, kind=kind, format=format, split=split, columns=columns or {})}
+    if kind or columns or format != "auto" or split != "train":
+        raise UsageError(
+            f"{source} is a recipe, which says kind, format, split and columns itself; change them with --set."
+        )
+    loaded = load_recipe(source, set=set, store=store)
+    wanted_scores(loaded)
+    if loaded.recipe.source is None:
+        raise UsageError(f"{source}: there is no `source` to validate.")
+    given = {"source": loaded.recipe.source, "heldout": loaded.recipe.heldout}
+    return {
+        name: validate(
+            rows.path,
             kind=loaded.recipe.kind,
-            split=given.split,
-            revision=given.revision,
-            format=given.format,
-            columns=given.columns,
+            split=rows.split,
+            revision=rows.revision,
+            format=rows.format,
+            columns=rows.columns,
             base=loaded.folder,
         )
-    return validate(source, kind=kind, format=format, split=split, columns=columns or {})
+        for name, rows in given.items()
+        if rows is not None
+    }

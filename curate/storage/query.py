@@ -160,9 +160,7 @@ def explain(con: Connection, error: duckdb.Error) -> UsageError | None:
     )
     if isinstance(error, duckdb.BinderException) and column:
         name = next(g for g in column.groups() if g)
-        listed = (
-            "SELECT DISTINCT column_name FROM duckdb_columns() WHERE schema_name = 'main' OR database_name = 'temp'"
-        )
+        listed = "SELECT DISTINCT column_name FROM duckdb_columns() WHERE NOT internal AND (schema_name = 'main' OR database_name = 'temp')"
         names = [row[0] for row in con.execute(listed).fetchall()]
         near = difflib.get_close_matches(name.lower(), [n.lower() for n in names], 3, 0.6)
         shown = [n for m in near for n in names if n.lower() == m]

@@ -289,6 +289,13 @@ def write_scores(con: Connection, recipe: str, row_ids: Sequence[str], scores: M
     con.execute("UPDATE data.recipes SET updated = now()::TIMESTAMP WHERE name = ?", [recipe])
 
 
+def note(con: Connection, key: str, value: str | None) -> None:
+    """Keep a value under a key of the store's own; None forgets it."""
+    con.execute("DELETE FROM data.meta WHERE key = ?", [key])
+    if value is not None:
+        con.execute("INSERT INTO data.meta VALUES (?, ?)", [key, value])
+
+
 def write_selection(
     con: Connection, name: str, decisions: Decisions, recipe: str | None, spec: Mapping[str, Any] | None
 ) -> None:
