@@ -179,8 +179,8 @@ def validate(
     quiet: Quiet = False,
 ) -> None:
     """Name every bad row, with file, row, column and what was found. Exit 1 if there is any. Of a recipe: its held-out rows too."""
+    from curate.sourcing import validate_source
     from curate.summary import validation_text
-    from curate.workflow import validate_source
 
     columns = dict(_split(entry, "--column") for entry in column or [])
     found = validate_source(source, kind=kind, format=format, split=split, columns=columns, set=overrides, store=store)

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from curate.errors import ModelError
-from curate.plan import Plan, Step, few_shot_text
+from curate.identity import few_shot_text
+from curate.plan import Plan, Step
 from curate.progress import Progress
 from curate.rows import Example, Message, Row
 

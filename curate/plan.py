@@ -19,13 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 from curate.checkpoints import FingerprintCache, Subject, find_checkpoints, single_model
 from curate.errors import UsageError
+from curate.identity import Identity, Task
 from curate.progress import span
 from curate.rows import content_id
 from curate.show import table
-from curate.store import Measured
 
 if TYPE_CHECKING:
-    from curate.measurements import Measurement
     from curate.recipe import Loaded
     from curate.scores import Score
     from curate.store import Store
@@ -70,18 +69,6 @@ class Subjects:
         if over == "checkpoints":
             return self.series
         return (self.plain,) if self.plain else ()
-
-
-@dataclass(frozen=True)
-class Task:
-    """One measurement of one subject, with the record that identifies its values."""
-
-    measurement: Measurement
-    measured: Measured
-
-    @property
-    def fingerprint(self) -> str:
-        return self.measured.fingerprint
 
 
 @dataclass(frozen=True)
@@ -298,89 +285,6 @@ def make_plan(loaded: Loaded, store: Store, sources: dict[str, list[str]]) -> Pl
         step = _step(reads, lone[reads, path], tuple(tasks[reads, path].values()), rows)
         plan.steps.append(_with_cost(step, loaded, rows))
     return plan
-
-
-class Identity:
-    """The fingerprints of measurements: everything that their values depend on."""
-
-    def __init__(self, loaded: Loaded, cache: FingerprintCache):
-        self.loaded, self.recipe, self.cache = loaded, loaded.recipe, cache
-        self._tokenizers: dict[str, str] = {}
-        self._engines: dict[tuple[str, str], str] = {}
-
-    def task(self, measurement: Measurement, subject: Subject) -> Task:
-        recipe = self.recipe
-        engine = "" if measurement.reads == "tokens" else self.engine(measurement.reads, subject)
-        params: dict[str, Any] = {
-            "tokenizer": self.tokenizer(subject),
-            "max_length": recipe.tokens.max_length,
-            "truncation": recipe.tokens.truncation,
-        }
-        if measurement.reads == "sample":
-            from curate.grading import grader
-
-            sampling = recipe.sampling
-            params |= {
-                "samples": sampling.samples,
-                "temperature": sampling.temperature,
-                "top_p": sampling.top_p,
-                "max_new_tokens": sampling.max_new_tokens,
-                "stop": sampling.stop,
-                "system": sampling.system,
-                "few_shot": few_shot_text(self.loaded),
-                "seed": recipe.engine.seed,
-                "grader": grader(sampling.grader, folder=self.loaded.folder).fingerprint,
-            }
-        weights = "" if measurement.reads == "tokens" else subject.fingerprint
-        fingerprint = content_id(measurement.name, measurement.version, weights, engine, params)
-        run, checkpoint, step = (subject.run, subject.checkpoint, subject.step) if weights else ("", "", None)
-        return Task(
-            measurement,
-            Measured(
-                fingerprint,
-                measurement.name,
-                measurement.reads,
-                subject.label,
-                weights,
-                run,
-                checkpoint,
-                step,
-                engine,
-                params,
-            ),
-        )
-
-    def tokenizer(self, subject: Subject) -> str:
-        if not Path(subject.path).is_dir():  # a server's model: its tokenizer is its own
-            return "server"
-        if subject.path not in self._tokenizers:
-            self._tokenizers[subject.path] = self.cache.tokenizer(Path(subject.path))
-        return self._tokenizers[subject.path]
-
-    def engine(self, reads: str, subject: Subject) -> str:
-        engine = self.recipe.engine
-        key = (reads, subject.path)
-        if key not in self._engines:
-            if reads == "sample":
-                from curate.passes.sampling import sampler_identity
-
-                server, path = self.recipe.server.model_dump(), subject.path if Path(subject.path).is_dir() else None
-                self._engines[key], _ = sampler_identity(
-                    engine.sampler, path, dtype=engine.dtype, device=engine.device, server=server
-                )
-            else:
-                from curate.passes.model import engine_identity
-
-                self._engines[key] = engine_identity(dtype=engine.dtype, device=engine.device)
-        return self._engines[key]
-
-
-def few_shot_text(loaded: Loaded) -> str | None:
-    """sampling.few_shot: the text itself, or that of the file it names."""
-    given = loaded.recipe.sampling.few_shot
-    if given and "\n" not in given and loaded.resolve(given).is_file():
-        return loaded.resolve(given).read_text(encoding="utf-8")
-    return given
 
 
 def imported_uses(store: Store, wanted: Iterable[Wanted]) -> dict[tuple[str, str, str | None], list[str]]:
