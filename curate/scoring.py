@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from curate.store import Store
 
 
+OF_TRAINED_ROWS = ("premem_values",)  # dataset values that say nothing of rows that no run has trained on
+
+
 @dataclass(frozen=True)
 class Series:
     """The checkpoints of one run: for every column the fingerprint per step (None where this step lacks the column)."""
@@ -91,6 +94,8 @@ def compute_dataset_values(
             settings.setdefault(key, value)
     result = []
     for declared in DATASET_VALUES.values():
+        if prefix and declared.name in OF_TRAINED_ROWS:
+            continue
         params = {key: settings[key] for key in declared.parameters if key in settings}
         for series in columns.runs(declared.over):
             given = columns.of(Wanted(declared.name, declared, params), series, trained_only=True)  # type: ignore[arg-type]
