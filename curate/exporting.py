@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from curate.checkpoints import FingerprintCache
 from curate.errors import UsageError
 from curate.plan import find_subjects
-from curate.recipe import Loaded
+from curate.recipe import Export, Loaded
 
 if TYPE_CHECKING:
     from curate.data import ExportResult, ExportRow
@@ -38,12 +38,9 @@ def export_selection(loaded: Loaded, store: Store, selection: Selection, sources
     )
 
 
-def _columns(loaded: Loaded, store: Store) -> list[str]:
-    """The extra columns that the recipe asks for; UsageError for one that `scored` does not have."""
-    asked = loaded.recipe.export
-    assert asked is not None
+def check_columns(asked: Export, known: Sequence[str]) -> None:
+    """UsageError for an extra column or a weight that `scored` does not have; the nearest is named."""
     named = asked.columns if isinstance(asked.columns, list) else []
-    known = store.sql("SELECT * FROM scored LIMIT 0", recipe=loaded.name).columns
     for key, name in [*(("columns", n) for n in named), *([("weight", asked.weight)] if asked.weight else [])]:
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
@@ -51,7 +48,16 @@ def _columns(loaded: Loaded, store: Store) -> list[str]:
                 f"export.{key}: {name!r} is not a column of `scored`"
                 + (f"; did you mean {near[0]!r}?" if near else ".")
             )
-    return [request.name for request in loaded.recipe.scores] if asked.columns == "scores" else list(named)
+
+
+def _columns(loaded: Loaded, store: Store) -> list[str]:
+    """The extra columns that the recipe asks for."""
+    asked = loaded.recipe.export
+    assert asked is not None
+    check_columns(asked, store.sql("SELECT * FROM scored LIMIT 0", recipe=loaded.name).columns)
+    if asked.columns == "scores":
+        return [request.name for request in loaded.recipe.scores]
+    return list(asked.columns) if isinstance(asked.columns, list) else []
 
 
 def _rows(selected: Iterator[Any], weight: str | None, columns: list[str]) -> Iterator[ExportRow]:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -175,6 +176,42 @@ def select(
     return decide(
         Candidates(row_ids, passed, scores, order, order_unknown, groups, counts, weight, excused), spec, worst
     )
+
+
+def check_select(
+    store: Store, spec: SelectSpec, *, worst: Mapping[str, str], planned: Sequence[str], recipe: str | None = None
+) -> list[str]:
+    """Say what is wrong with a selection before anything is measured for it. planned: the columns that measuring and scoring will add.
+
+    Returns every column that `scored` will have. Raises UsageError as `select` does.
+    """
+    have = store.sql("SELECT * FROM scored LIMIT 0", recipe=recipe).columns
+    known = {name.lower() for name in have}
+    coming = [name for name in dict.fromkeys(planned) if name.lower() not in known]
+    for name in spec.drop_worst:
+        check_worst(name, worst, [*have, *coming])
+    group = spec.per if isinstance(spec.per, str) else next(iter(spec.per), None) if spec.per else None
+    asked = [("select.where", spec.where, "BOOLEAN"), ("select.per", group, "VARCHAR")]
+    for key, expression, _ in asked:
+        if expression is not None:
+            check_expression(expression, key)
+    asked += [("select.order_by", e, "") for e, _ in order_keys(spec.order_by)] if spec.order_by else []
+    empty = "".join(f", NULL::DOUBLE AS {_quoted(name)}" for name in coming)
+    for key, expression, kind in asked:
+        if expression is not None:
+            cast = f"::{kind}" if kind else ""
+            try:
+                store.sql(
+                    f"SELECT (\n{expression}\n){cast} FROM (SELECT *{empty} FROM scored LIMIT 0) AS scored",
+                    recipe=recipe,
+                )
+            except UsageError as error:
+                name = re.match(r"no column '([^']+)'", str(error))
+                near = difflib.get_close_matches(name[1], [*coming, *have], 1) if name else []
+                raise UsageError(
+                    f"{key}: " + (f"no column {name[1]!r}; did you mean {near[0]!r}?" if name and near else str(error))
+                ) from None
+    return [*have, *coming]
 
 
 def decide(rows: Candidates, spec: SelectSpec, worst: Mapping[str, str]) -> Decisions:

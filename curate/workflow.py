@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from curate.data import ExportResult
+    from curate.select import SelectSpec
     from curate.store import Selection
 
 PLACE = "# recipe: "
@@ -114,6 +115,7 @@ def run_steps(loaded: Loaded, steps: Sequence[str], *, progress: Progress, comma
             result.plan = _make_plan(loaded, store, sources)
             _register(loaded, store, result.plan, sources)
             if "measure" in steps:
+                _check_ahead(loaded, result)
                 _measure(loaded, result, progress)
             if "score" in steps:
                 _score(loaded, result, sources, progress)
@@ -185,6 +187,31 @@ def _register(loaded: Loaded, store: Store, plan: Plan, sources: dict[str, list[
     )
 
 
+def _check_ahead(loaded: Loaded, result: Result) -> None:
+    """A misspelt column in `select` or `export` is said before anything is measured, not in the morning."""
+    from curate.exporting import check_columns
+    from curate.select import check_select
+
+    if loaded.recipe.select is None or result.plan is None:
+        return
+    given = {task.measurement.name: task.measurement for step in result.plan.steps for task in step.tasks}
+    planned = [column for measurement in given.values() for column in measurement.columns]
+    planned += ["token_problem", *(want.name for want in result.plan.wanted)]
+    worst = {want.name: want.score.worst for want in result.plan.wanted}
+    columns = check_select(result.store, _spec(loaded), worst=worst, planned=planned, recipe=loaded.name)
+    if loaded.recipe.export is not None:
+        check_columns(loaded.recipe.export, columns)
+
+
+def _spec(loaded: Loaded) -> SelectSpec:
+    from curate.select import SelectSpec
+
+    assert loaded.recipe.select is not None
+    given = loaded.recipe.select.model_dump()
+    given["keep"] = {key: value for key, value in (given["keep"] or {}).items() if value is not None} or None
+    return SelectSpec(**given)
+
+
 def _measure(loaded: Loaded, result: Result, progress: Progress) -> None:
     from curate.measuring import measure
 
@@ -217,25 +244,23 @@ def _score(loaded: Loaded, result: Result, sources: dict[str, list[str]], progre
 
 
 def _select(loaded: Loaded, result: Result, sources: dict[str, list[str]]) -> None:
-    from curate.select import SelectSpec, select
+    from curate.select import select
 
-    chosen, store = loaded.recipe.select, result.store
-    assert chosen is not None
+    store = result.store
     wanted = wanted_scores(loaded)
     if not {w.name for w in wanted} <= set(store.sql("SELECT * FROM scored LIMIT 0", recipe=loaded.name).columns):
         raise UsageError(
             f"Not every score of {loaded.name!r} is computed yet: `curate score {loaded.path}` does that, `curate run {loaded.path}` does all steps."
         )
     _check_current(loaded, store, "scores", _scores_of(result.plan), "score")
-    given = chosen.model_dump()
-    given["keep"] = {key: value for key, value in (given["keep"] or {}).items() if value is not None} or None
+    spec = _spec(loaded)
     worst = {want.name: want.score.worst for want in wanted}
     known = {w.name: f"{other.name} = 1" for w in wanted for other in wanted if w.score.null_where == other.score.name}
-    decisions = select(
-        store, SelectSpec(**given), worst=worst, recipe=loaded.name, sources=sources.get("train"), null_is_known=known
-    )
+    decisions = select(store, spec, worst=worst, recipe=loaded.name, sources=sources.get("train"), null_is_known=known)
     made_of = _selection_of(loaded, result.plan)
-    result.selection = store.write_selection(loaded.name, decisions, recipe=loaded.name, spec=given, made_of=made_of)
+    result.selection = store.write_selection(
+        loaded.name, decisions, recipe=loaded.name, spec=spec.as_dict(), made_of=made_of
+    )
 
 
 def _export(loaded: Loaded, result: Result, sources: dict[str, list[str]], progress: Progress) -> None:

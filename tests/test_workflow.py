@@ -532,3 +532,21 @@ def test_on_policy_gap_samples_the_prompts_of_pairs(recipe):
     frame = result.store.sql("SELECT * FROM scored ORDER BY row_id")
     expected = drawn["own"].to_numpy() - (frame["rejected_logp"] / frame["rejected_tokens"]).to_numpy()
     np.testing.assert_allclose(frame["on_policy_gap"].to_numpy(), expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("over", "says"),
+    [
+        ({"select": {"where": "chosen_token < 5"}, "export": None}, "select.where: .*chosen_tokens"),
+        ({"select": {"order_by": "ches_lm desc"}, "export": None}, "select.order_by: .*ches_ln"),
+        ({"select": {"per": "topi"}, "export": None}, "select.per: .*topic"),
+        ({"select": {"drop_worst": {"ches_lm": 0.1}}, "export": None}, "did you mean 'ches_ln'"),
+        ({"export": {"to": "out", "columns": ["ches_lm"]}}, "export.columns: .*did you mean 'ches_ln'"),
+        ({"export": {"to": "out", "weight": "edit_distanc"}}, "export.weight: .*did you mean 'edit_distance'"),
+    ],
+    ids=lambda v: str(v)[:40] if isinstance(v, dict) else "",
+)
+def test_a_misspelt_column_is_said_before_anything_is_measured(recipe, tmp_path, over, says):
+    with pytest.raises(UsageError, match=says):
+        curate.run(recipe(**over))
+    assert curate.Store(tmp_path / "store").measured() == []
