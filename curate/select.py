@@ -206,10 +206,11 @@ def check_select(
                     recipe=recipe,
                 )
             except UsageError as error:
-                name = re.match(r"no column '([^']+)'", str(error))
-                near = difflib.get_close_matches(name[1], [*coming, *have], 1) if name else []
+                typed = re.match(r"no column '([^']+)'", str(error))
+                near = difflib.get_close_matches(typed[1], [*coming, *have], 1) if typed else []
                 raise UsageError(
-                    f"{key}: " + (f"no column {name[1]!r}; did you mean {near[0]!r}?" if name and near else str(error))
+                    f"{key}: "
+                    + (f"no column {typed[1]!r}; did you mean {near[0]!r}?" if typed and near else str(error))
                 ) from None
     return [*have, *coming]
 
