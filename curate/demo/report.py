@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import shutil
+import sys
 from typing import Any
 
 from curate.progress import span
@@ -86,18 +89,25 @@ def _pairs(found: dict[str, Any]) -> str:
 
 def _next(found: dict[str, Any]) -> str:
     folder = found["folder"]
-    at = shlex.quote(str(folder))
+    at, curate = shlex.quote(str(folder)), _command()
     commands = [
-        (f"curate summary {at}/store --recipe sft", "every dataset-level value with its interval"),
+        (f"{curate} summary {at}/store --recipe sft", "every dataset-level value with its interval"),
         (
-            f'curate sql {at}/store --recipe pool "SELECT prompt, text, correct FROM samples JOIN rows USING (row_id) LIMIT 9"',
+            f'{curate} sql {at}/store --recipe pool "SELECT prompt, text, correct FROM samples JOIN rows USING (row_id) LIMIT 9"',
             "what the model answers",
         ),
-        (f"curate run {at}/sft.yaml --set select.keep.rows=50", "only the 50 hardest: nothing is measured again"),
-        (f"curate run {at}/preference.yaml --set select.drop_worst='{{flip_loss: 0.2}}'", "another score decides"),
-        ("curate scores", "what else there is to measure"),
-        ("curate init sft my.yaml", "a recipe for your own data"),
+        (f"{curate} run {at}/sft.yaml --set select.keep.rows=50", "only the 50 hardest: nothing is measured again"),
+        (f"{curate} run {at}/preference.yaml --set select.drop_worst='{{flip_loss: 0.2}}'", "another score decides"),
+        (f"{curate} scores", "what else there is to measure"),
+        (f"{curate} init sft my.yaml", "a recipe for your own data"),
     ]
     lines = [line for command, what in commands for line in (f"  {command}", f"      {what}")]
     exports = f"Curated datasets: {folder}/hard, {folder}/pairs. All of it took {span(found['seconds'])}."
     return "\n".join([exports, "", "What to try next", *lines])
+
+
+def _command() -> str:
+    """How this command is called here: by its name where the shell finds it, else by its path (`make demo` leaves it in .venv)."""
+    if shutil.which("curate") or not sys.argv[0].endswith("curate"):
+        return "curate"
+    return shlex.quote(os.path.relpath(sys.argv[0]))
