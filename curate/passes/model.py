@@ -88,8 +88,8 @@ def engine_identity(*, dtype: str = "auto", device: str = "auto") -> str:
 
 
 class Model:
-    """A loaded model: `module`, `device`, `dtype`, `head`, `layout` ("packed" or "padded") and, for padded,
-    `layout_reason`.
+    """A loaded model: `module`, `device`, `dtype`, `head`, `layout` ("packed" or "padded") and `layout_reason`: why it is
+    padded, or why packed attention on CUDA runs without its kernel; else None.
     """
 
     def __init__(self, module: Any, *, path: str = "", layout: str = "auto") -> None:
@@ -105,8 +105,10 @@ class Model:
         self.rope_limit = _rope_limit(config)
         self.learned_positions = _learned_positions(self.module)
         self.head = self._find_head()
+        self._loop_reason: str | None = None
         self.layout_reason = "asked for" if layout == "padded" else self._why_padded()
         self.layout = "padded" if self.layout_reason else "packed"
+        self.layout_reason = self.layout_reason or self._loop_reason
 
     @property
     def engine(self) -> str:
@@ -191,6 +193,8 @@ class Model:
                     ids = torch.from_numpy(item.ids.astype(np.int64)).to(self.device)[None]
                     if not _close(row[torch.from_numpy(where).to(self.device)], self.states(ids)[0], self.dtype):
                         return f"{type(self.module).__name__}: packed rows do not give its own states"
+            if layout.loop_reason:
+                self._loop_reason = f"attention branch by branch, not in one kernel: {layout.loop_reason}"
         except packing.NotPackable as reason:
             return f"{type(self.module).__name__}: {reason}"
         except Exception as problem:  # models without the interface fail in ways of their own

@@ -8,6 +8,10 @@ itself. Registered with transformers' attention interface, so it serves every mo
 may see (full, sliding window, chunked) is asked of the mask function that the model itself hands to the mask
 interface, in each sequence's own positions. Logit soft-caps (Gemma 2) and attention sinks (GPT-OSS) are computed; any
 other extra argument is refused by name (NotPackable), and the model then runs padded.
+
+On CUDA the whole row is one kernel (passes/block_mask.py), proved against the loop of this file before its first use;
+where it cannot serve, the loop runs there too, and `Layout.loop_reason` says why. Elsewhere, and under a gradient, the
+loop is all there is.
 """
 
 from __future__ import annotations
@@ -15,12 +19,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
+
+from curate.passes import block_mask
+from curate.tokens import first_line
 
 NAME = "curate_packed"
 QUERY_BLOCK = 64  # queries per attention call on the CPU, whose kernel does not skip the upper triangle by itself
@@ -77,7 +84,8 @@ class Layout:
     segments: list[tuple[int, int, tuple[int, ...]]]  # offset in the row, prefix length, branch lengths
     where: list[np.ndarray]
     longest: int
-    masks: dict[Any, torch.Tensor] = field(default_factory=dict)  # causal bands already built for this row
+    masks: dict[Any, Any] = field(default_factory=dict)  # causal bands and block masks already built for this row
+    loop_reason: str | None = None  # why attention that should have run by block mask ran by the loop
 
     @classmethod
     def of(cls, groups: Sequence[Group]) -> Layout:
@@ -126,7 +134,7 @@ def register() -> None:
 
 def pattern(*args: Any, mask_function: Any, device: Any = "cpu", **kwargs: Any) -> torch.Tensor | None:
     """Which keys a query may see, in a sequence's own positions: None for plain causal, else (1, 1, longest, longest)
-    bool.
+    bool; where the block mask serves, (1, 1, longest, 1) int64, the lowest position that each sees.
 
     `mask_function(batch, head, query, key)` is the model's own; it is evaluated on one sequence's positions, not on
     the packed row's.
@@ -136,6 +144,8 @@ def pattern(*args: Any, mask_function: Any, device: Any = "cpu", **kwargs: Any) 
     if mask_function is causal_mask_function:
         return None
     longest = _current.get().longest
+    if block_mask.serves(device) and (low := block_mask.window(mask_function, longest, device)) is not None:
+        return low[None, None, :, None] if low.any() else None
     at = torch.arange(longest, device=device)
     allowed = torch.as_tensor(mask_function(0, 0, at[:, None], at[None, :]), device=device).expand(longest, longest)
     causal = at[:, None] >= at[None, :]
@@ -164,10 +174,101 @@ def attention(
         raise NotPackable("attention is not causal")
     if query.shape[2] != len(layout.ids) or key.shape[2] != len(layout.ids):
         raise NotPackable("attention sees other tokens than the row's")
-    if query.shape[1] != key.shape[1] and (attention_mask is not None or softcap or s_aux is not None):
+    extras = _Extras(scaling, softcap, s_aux, None, layout.masks)
+    low = None
+    if attention_mask is not None and attention_mask.dtype != torch.bool:
+        low = attention_mask[0, 0, :, 0]
+    elif attention_mask is not None:
+        extras = replace(extras, pattern=attention_mask[0, 0])
+    graded = torch.is_grad_enabled() and query.requires_grad
+    if block_mask.serves(query.device) and not graded:
+        reason = "its mask is no window" if extras.pattern is not None else _refusal(query, key, value, extras)
+        if reason is None:
+            try:
+                return _by_block_mask(query, key, value, low, extras).transpose(1, 2), None
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as problem:  # torch's compiler and Triton fail in ways of their own
+                _refusals[_kind(query, key, value, extras)] = reason = (
+                    f"{type(problem).__name__}: {first_line(problem)}"
+                )
+        layout.loop_reason = reason
+    if low is not None:
+        extras = replace(extras, pattern=_dense(low, layout.masks))
+    return _by_loop(query, key, value, extras), None
+
+
+def _by_block_mask(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, low: torch.Tensor | None, extras: _Extras
+) -> torch.Tensor:
+    """(1, heads, N, dv). One mask serves every layer with the same `low`."""
+    layout = _current.get()
+    entry = "block mask", None if low is None else low.data_ptr()
+    if entry not in layout.masks:
+        layout.masks[entry] = block_mask.build(layout, low, query.device), low  # low is kept: its address is the name
+    mask = layout.masks[entry][0]
+    return block_mask.attend(
+        query, key, value, mask, scaling=extras.scaling, softcap=extras.softcap, sinks=extras.sinks
+    )
+
+
+_refusals: dict[Any, str | None] = {}  # kind of attention -> why it runs by the loop; None: the block mask was proved
+
+
+def _kind(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, extras: _Extras) -> Any:
+    heads = query.shape[1], key.shape[1], query.shape[3], value.shape[3]
+    return query.device, query.dtype, *heads, extras.scaling, extras.softcap, extras.sinks is not None
+
+
+def _refusal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, extras: _Extras) -> str | None:
+    """Why this kind of attention runs by the loop; None when the block mask gives the loop's numbers. Tried once per
+    kind, on a row of several blocks, branches and a window.
+    """
+    kind = _kind(query, key, value, extras)
+    if kind not in _refusals:
+        _refusals[kind] = block_mask.refusal(query, value) or _difference(query, key, value, extras)
+    return _refusals[kind]
+
+
+def _difference(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, extras: _Extras) -> str | None:
+    shared, alone = (np.zeros(n, np.int32) for n in (210, 330))
+    trial = Layout.of([Group((Item(0, "", shared, 1),) * 3, 150), Group((Item(1, "", alone, 1),), 0)])
+    generator = torch.Generator(query.device).manual_seed(0)
+    q, k, v = (
+        torch.randn(1, x.shape[1], len(trial.ids), x.shape[3], dtype=x.dtype, device=x.device, generator=generator)
+        for x in (query, key, value)
+    )
+    low = (torch.arange(trial.longest, device=query.device) - 100).clamp_min(0)
+    extras = replace(extras, masks=trial.masks)
+    with packed(trial):
+        try:
+            ours = _by_block_mask(q, k, v, low, extras).transpose(1, 2).double()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as problem:
+            return f"{type(problem).__name__}: {first_line(problem)}"
+        theirs = _by_loop(q, k, v, replace(extras, pattern=_dense(low, trial.masks))).double()
+    error = float((ours - theirs).norm() / theirs.norm())
+    close = error <= (0.02 if query.dtype in (torch.bfloat16, torch.float16) else 1e-3)  # False for NaN
+    return None if close else f"the block mask differs from the loop by {error:.1e}"
+
+
+def _dense(low: torch.Tensor, masks: dict[Any, Any]) -> torch.Tensor:
+    """(longest, longest) bool of `low`, for the loop."""
+    entry = "dense", low.data_ptr()
+    if entry not in masks:
+        at = torch.arange(len(low), device=low.device)
+        masks[entry] = (at >= low[:, None]) & (at <= at[:, None]), low
+    dense: torch.Tensor = masks[entry][0]
+    return dense
+
+
+def _by_loop(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, extras: _Extras) -> torch.Tensor:
+    """(1, N, heads, dv), branch by branch."""
+    layout = _current.get()
+    if query.shape[1] != key.shape[1] and (extras.pattern is not None or extras.softcap or extras.sinks is not None):
         key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
         value = value.repeat_interleave(query.shape[1] // value.shape[1], 1)
-    extras = _Extras(scaling, softcap, s_aux, None if attention_mask is None else attention_mask[0, 0], layout.masks)
     out = query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])  # (1, N, heads, dv)
     for offset, p, branches in layout.segments:
         at = offset + p
@@ -185,7 +286,7 @@ def attention(
             if own.stop > own.start:
                 out[:, own] = _tail(query[:, :, own], k, v, extras).transpose(1, 2)
             at += n
-    return out, None
+    return out
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +295,7 @@ class _Extras:
     softcap: float | None
     sinks: torch.Tensor | None  # (heads,)
     pattern: torch.Tensor | None  # (longest, longest) bool
-    masks: dict[Any, torch.Tensor]
+    masks: dict[Any, Any]
 
 
 def _tail(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extras: _Extras) -> torch.Tensor:
@@ -223,7 +324,7 @@ def _tail(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extras: _Extras) ->
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 2)
 
 
-def _causal_band(start: int, n: int, end: int, device: torch.device, masks: dict[Any, torch.Tensor]) -> torch.Tensor:
+def _causal_band(start: int, n: int, end: int, device: torch.device, masks: dict[Any, Any]) -> torch.Tensor:
     """(n, end) bool: query i, at position start + i, sees keys 0..start + i. A window of one band kept per row, not
     built each time.
     """
