@@ -179,8 +179,8 @@ def validate(
     quiet: Quiet = False,
 ) -> None:
     """Name every bad row, with file, row, column and what was found. Exit 1 if there is any. Of a recipe: its held-out rows too."""
+    from curate.describe import validation_text
     from curate.sourcing import validate_source
-    from curate.summary import validation_text
 
     columns = dict(_split(entry, "--column") for entry in column or [])
     found = validate_source(source, kind=kind, format=format, split=split, columns=columns, set=overrides, store=store)
@@ -265,8 +265,8 @@ def scores(
     quiet: Quiet = False,
 ) -> None:
     """Every score: what it means when high, which end is worst, unit, needs, cost, source."""
+    from curate.describe import describe_score, score_json
     from curate.scores import SCORES, resolve
-    from curate.summary import describe_score, score_json
 
     chosen = [resolve(name)] if name else [SCORES[key] for key in sorted(SCORES, key=lambda k: (SCORES[k].kind, k))]
     if json:
@@ -287,7 +287,7 @@ def explain(
     quiet: Quiet = False,
 ) -> None:
     """Why this row scored and was kept or dropped as it was."""
-    from curate.summary import explain_row
+    from curate.explain import explain_row
 
     result = explain_row(_store(store), row, selection)
     out(to_json(result.to_json()) if json else result.text())
@@ -305,7 +305,7 @@ def summary(store: StorePath, recipe: OfRecipe = None, json: Json = False, quiet
 @app.command()
 def status(store: StorePath, json: Json = False, quiet: Quiet = False) -> None:
     """What a store holds, and what ran on it."""
-    from curate.summary import store_status
+    from curate.describe import store_status
 
     result = store_status(_store(store))
     out(to_json(result.to_json()) if json else result.text())

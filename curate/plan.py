@@ -9,15 +9,14 @@ measurement and version, its parameters), and a row that has a line under that f
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import groupby
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from curate.checkpoints import FingerprintCache, Subject, find_checkpoints, single_model
+from curate.cost import step_line, weights_size, with_cost
 from curate.errors import UsageError
 from curate.identity import Identity, Task
 from curate.progress import span
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
 # Rows of a shard, fixed for ever: a row's shard is its position in the store // SHARD_ROWS, whatever is missing of it.
 SHARD_ROWS = {"tokens": 8192, "forward": 512, "backward": 128, "sample": 256}
 ORDER = ("tokens", "sample", "forward", "backward")
-CHARACTERS_PER_TOKEN = 3.6  # only for the estimate of rows that were never tokenised
 
 
 @dataclass(frozen=True)
@@ -112,7 +110,7 @@ class Plan:
             lines = ["Nothing to measure: no score of this recipe needs a model."]
         else:
             head = ("pass", "model", "measurements", "rows", "missing", "tokens", "time")
-            lines = [table([_line(step) for step in self.steps], head=head)]
+            lines = [table([step_line(step) for step in self.steps], head=head)]
             known = [s.seconds for s in self.steps if s.missing and s.seconds is not None]
             if not self.missing:
                 lines.append("Everything is measured already.")
@@ -283,7 +281,7 @@ def make_plan(loaded: Loaded, store: Store, sources: dict[str, list[str]]) -> Pl
     rows = Rows(store, names, recipe.kind)
     for reads, path in sorted(tasks, key=lambda place: (ORDER.index(place[0]), order.get(place[1], -1))):
         step = _step(reads, lone[reads, path], tuple(tasks[reads, path].values()), rows)
-        plan.steps.append(_with_cost(step, loaded, rows))
+        plan.steps.append(with_cost(step, loaded, store.throughput(step.key), rows.characters))
     return plan
 
 
@@ -340,7 +338,7 @@ class Rows:
 
 def _step(reads: str, subject: Subject, tasks: tuple[Task, ...], rows: Rows) -> Step:
     blocks = tuple(_blocks([(task, rows.missing(task)) for task in tasks], SHARD_ROWS[reads]))
-    key = f"{reads}/{tasks[0].measured.engine}/{_size(subject)}"
+    key = f"{reads}/{tasks[0].measured.engine}/{weights_size(subject)}"
     return Step(reads, subject, tasks, rows.n, blocks, key)
 
 
@@ -368,74 +366,3 @@ def _blocks(
         groups.setdefault(key, ([], tuple(missed)))[0].append(row_id)
     for (number, _), (row_ids, missed_by) in groups.items():
         yield number, row_ids, missed_by
-
-
-def _with_cost(step: Step, loaded: Loaded, rows: Rows) -> Step:
-    """The step with an estimate of its tokens and time."""
-    if not step.missing:
-        return step
-    length, prompt = (characters / CHARACTERS_PER_TOKEN for characters in rows.characters)
-    per_row = length
-    if step.reads == "sample":
-        per_row = prompt + loaded.recipe.sampling.samples * loaded.recipe.sampling.max_new_tokens  # at most
-    tokens = round(per_row * step.missing)
-    speed, rough = rows.store.throughput(step.key), False
-    if speed is None:
-        speed, rough = _guess(step), True
-    return replace(step, tokens=tokens, seconds=tokens / speed if speed else None, rough=rough)
-
-
-def _size(subject: Subject) -> int:
-    """Bytes of a subject's weights; 0 for a server's model."""
-    path = Path(subject.path)
-    return (
-        sum(f.stat().st_size for pattern in ("*.safetensors", "*.bin") for f in path.glob(pattern))
-        if path.is_dir()
-        else 0
-    )
-
-
-def _guess(step: Step) -> float | None:
-    """Tokens per second before anything ran here: half the bytes are parameters, 2 operations each, 20 GFLOP/s a core or 200 TFLOP/s a GPU."""
-    if step.reads == "tokens":
-        return 3e5
-    size = _size(step.subject)
-    if not size:
-        return None
-    flops = 2e14 if "cuda" in step.tasks[0].measured.engine else 2e10
-    guess = flops / (2 * size / (2 if "16" in step.tasks[0].measured.engine else 4))
-    return min(guess / (8 if step.reads == "sample" else 1), 1e5 if flops > 1e12 else 2e4)
-
-
-def _line(step: Step) -> tuple[Any, ...]:
-    time = (
-        "-"
-        if not step.missing
-        else "?"
-        if step.seconds is None
-        else f"{'≈ ' if step.rough else ''}{span(max(step.seconds, 0.1))}"
-    )
-    atmost = "≤ " if step.reads == "sample" else "≈ "
-    tokens = f"{atmost}{_short(step.tokens)}" if step.missing else "-"
-    return (
-        step.reads,
-        step.subject.label,
-        ", ".join(t.measurement.name for t in step.tasks),
-        step.rows,
-        step.missing,
-        tokens,
-        time,
-    )
-
-
-def _short(n: int) -> str:
-    digits = int(math.log10(n)) if n > 0 else 0
-    return (
-        f"{n:,}"
-        if digits < 4
-        else f"{n / 1e3:.0f} k"
-        if digits < 6
-        else f"{n / 1e6:.1f} M"
-        if digits < 9
-        else f"{n / 1e9:.1f} G"
-    )

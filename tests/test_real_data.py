@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 import curate
+from curate.explain import explain_row
 from curate.importing import import_file
 from curate.progress import Progress
-from curate.summary import explain_row, summarise
+from curate.summary import summarise
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 

@@ -1,0 +1,75 @@
+"""What a step will cost, in tokens and seconds: from what was timed here before, else a rough guess that says so."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from curate.progress import span
+
+if TYPE_CHECKING:
+    from curate.checkpoints import Subject
+    from curate.plan import Step
+    from curate.recipe import Loaded
+
+CHARACTERS_PER_TOKEN = 3.6
+
+
+def with_cost(step: Step, loaded: Loaded, speed: float | None, characters: tuple[float, float]) -> Step:
+    """The step with an estimate of its tokens and time.
+
+    speed: tokens per second of earlier runs of such a step, None where there were none. characters: mean length of a row's texts and of
+    its prompt.
+    """
+    if not step.missing:
+        return step
+    length, prompt = (n / CHARACTERS_PER_TOKEN for n in characters)
+    per_row = length
+    if step.reads == "sample":
+        per_row = prompt + loaded.recipe.sampling.samples * loaded.recipe.sampling.max_new_tokens  # at most
+    tokens = round(per_row * step.missing)
+    rough = speed is None
+    speed = speed or _guess(step)
+    return replace(step, tokens=tokens, seconds=tokens / speed if speed else None, rough=rough)
+
+
+def weights_size(subject: Subject) -> int:
+    """Bytes of a subject's weights; 0 for a server's model."""
+    path = Path(subject.path)
+    if not path.is_dir():
+        return 0
+    return sum(f.stat().st_size for pattern in ("*.safetensors", "*.bin") for f in path.glob(pattern))
+
+
+def _guess(step: Step) -> float | None:
+    """Tokens per second before anything ran here: 2 operations a parameter (a backward pass 6), 20 GFLOP/s a core or 200 TFLOP/s a GPU."""
+    if step.reads == "tokens":
+        return 3e5
+    size = weights_size(step.subject)
+    if not size:
+        return None
+    engine = step.tasks[0].measured.engine
+    flops = 2e14 if "cuda" in engine else 2e10
+    guess = flops / (2 * size / (2 if "16" in engine else 4))
+    return min(guess / {"sample": 8, "backward": 3}.get(step.reads, 1), 1e5 if flops > 1e12 else 2e4)
+
+
+def step_line(step: Step) -> tuple[Any, ...]:
+    """A step as a line of `curate plan`: pass, model, measurements, rows, missing, tokens, time."""
+    time = tokens = "-"
+    if step.missing:
+        seconds = None if step.seconds is None else span(max(step.seconds, 0.1))
+        time = "?" if seconds is None else f"≈ {seconds}" if step.rough else seconds
+        tokens = f"{'≤' if step.reads == 'sample' else '≈'} {_short(step.tokens)}"
+    measurements = ", ".join(task.measurement.name for task in step.tasks)
+    return step.reads, step.subject.label, measurements, step.rows, step.missing, tokens, time
+
+
+def _short(n: int) -> str:
+    digits = int(math.log10(n)) if n > 0 else 0
+    for limit, unit, name in ((4, 1, ""), (6, 1e3, " k"), (9, 1e6, " M"), (99, 1e9, " G")):
+        if digits < limit:
+            return f"{n:,}" if unit == 1 else f"{n / unit:.{0 if unit == 1e3 else 1}f}{name}"
+    return f"{n:,}"

@@ -1,0 +1,151 @@
+"""Scores, sources and stores in words, as the command line prints them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from curate.show import table
+from curate.store import Store
+
+if TYPE_CHECKING:
+    from curate.data import Validation
+    from curate.scores import Score
+
+
+def describe_score(score: Score) -> str:
+    """A score in full: formula's docstring, what it needs, its parameters."""
+    import inspect
+
+    lines = [f"{score.name}  ({score.kind}, {score.unit or 'no unit'}, cost: {score.cost})", ""]
+    lines += (inspect.getdoc(score.function) or "").splitlines()
+    lines += [
+        "",
+        f"high means: {score.high_means}",
+        f"worst end:  {score.worst}",
+        f"needs:      {', '.join(score.needs)}" + (" over checkpoints" if score.over else ""),
+    ]
+    if score.optional:
+        lines.append(f"optional:   {', '.join(score.optional)}")
+    if score.parameters:
+        shown = ", ".join(
+            f"{p.name}: {p.default}" if not p.required else f"{p.name} (no default)" for p in score.parameters.values()
+        )
+        lines.append(f"parameters: {shown}")
+    return "\n".join([*lines, f"source:     {score.source}"])
+
+
+def score_json(score: Score) -> dict[str, Any]:
+    """A score's declaration, for machines."""
+    names = (
+        "name",
+        "kind",
+        "over",
+        "unit",
+        "worst",
+        "high_means",
+        "cost",
+        "needs",
+        "optional",
+        "source",
+        "description",
+        "defaults",
+    )
+    return {name: getattr(score, name) for name in names}
+
+
+def validation_text(found: Validation) -> str:
+    """What a source holds, in a few lines."""
+    files = ", ".join(s.name for s in found.sources)
+    lines = [
+        f"{files}: {found.n_rows:,} rows, kind {found.kind}, format {found.format}; {found.n_bad:,} bad, {found.n_distinct:,} distinct."
+    ]
+    if found.duplicates:
+        lines.append(f"{found.duplicates:,} rows repeat an earlier one; they are measured once.")
+    lines += found.notes
+    if found.n_bad:
+        lines.append("Drop the bad ones with `on_bad_row: drop` in the recipe's source, or mend the file.")
+    return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Status:
+    """What a store holds, what ran on it last, and who is measuring into it now."""
+
+    found: dict[str, Any]
+
+    def text(self) -> str:
+        f = self.found
+        lines = [
+            f"{f['folder']}: {f['rows']:,} rows, {f['samples']:,} samples"
+            + (
+                f", {f['rows_without_text']:,} of the rows known only by somebody else's id"
+                if f["rows_without_text"]
+                else ""
+            )
+        ]
+        if f["measured_by_process"]:
+            lines.append(f"Process {f['measured_by_process']} is measuring now.")
+        if f["shards_pending"]:
+            lines.append(
+                f"{f['shards_pending']} finished shards wait to be taken in; the next `curate run` or `measure` does."
+            )
+        if f["sources"]:
+            heading = ("source", "role", "rows", "bad", "distinct", "read")
+            lines += [
+                "",
+                table(
+                    [
+                        (s["source"], s["role"], s["n_records"], s["n_bad"], s["n_rows"], _time(s["read_at"]))
+                        for s in f["sources"]
+                    ],
+                    head=heading,
+                ),
+            ]
+        if f["measured"]:
+            head = ("measurement", "run", "checkpoint", "rows", "engine")
+            rows = [
+                (m["measurement"], m["run"] or "-", m["checkpoint"] or m["model"] or "-", m["n_rows"], m["engine"])
+                for m in f["measured"]
+            ]
+            lines += [
+                "",
+                table(rows[:60], head=head),
+                *([f"… and {len(rows) - 60} more (--json prints all)"] if len(rows) > 60 else []),
+            ]
+        if f["selections"]:
+            lines += [
+                "",
+                "selections: "
+                + ", ".join(f"{s['name']} ({json.loads(s['counts'])['kept']:,} kept)" for s in f["selections"]),
+            ]
+        if f["runs"]:
+            columns = ("run", "recipe", "command", "version", "started", "outcome")
+            lines += [
+                "",
+                table(
+                    [
+                        (r["id"], r["recipe"], r["command"], r["version"], _time(r["started"]), _outcome(r))
+                        for r in f["runs"]
+                    ],
+                    head=columns,
+                ),
+            ]
+        return "\n".join(lines)
+
+    def to_json(self) -> dict[str, Any]:
+        return self.found
+
+
+def store_status(store: Store) -> Status:
+    return Status(store.status())
+
+
+def _outcome(run: dict[str, Any]) -> str:
+    message = (run["message"] or "").splitlines()
+    return (run["outcome"] or "running") + (f": {message[0]}" if message else "")
+
+
+def _time(value: Any) -> str:
+    return value.strftime("%Y-%m-%d %H:%M") if value is not None else "-"

@@ -1,0 +1,128 @@
+"""One row of a store: what it scored, where that stands among the others, and why a selection kept or dropped it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from curate.errors import UsageError
+from curate.show import cell, table
+from curate.store import Store
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """One row: its text, every score with what it means and where it stands among the others, and what a selection decided."""
+
+    row_id: str
+    row: dict[str, Any]
+    scores: list[dict[str, Any]]
+    measured: dict[str, Any]
+    decision: dict[str, Any] | None
+    selection: str | None
+
+    def text(self) -> str:
+        lines = [f"row {self.row_id}  ({self.row['kind']}, {self.row['source']}:{self.row['index']})"]
+        for name in ("prompt", "chosen", "rejected", "completion", "answer"):
+            if self.row.get(name):
+                lines.append(f"{name:>10}  {_excerpt(str(self.row[name]))}")
+        if self.decision is not None:
+            lines.append(
+                f"{'kept' if self.decision['kept'] else 'dropped'} by selection {self.selection!r}: {self.decision['reason'].removeprefix('kept: ')}"
+            )
+        if self.scores:
+            head = ("score", "value", "unit", "percentile", "worst", "high means")
+            lines += [
+                "",
+                table(
+                    [
+                        (s["name"], s["value"], s["unit"], s["percentile"], s["worst"], s["high_means"])
+                        for s in self.scores
+                    ],
+                    head=head,
+                ),
+            ]
+        if self.measured:
+            lines += ["", "measured: " + ", ".join(f"{k} {cell(v)}" for k, v in self.measured.items())]
+        return "\n".join(lines)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def explain_row(store: Store, row: str, selection: str | None = None) -> Explanation:
+    """Why a row scored and was kept or dropped as it was. row: an id, its first digits, or source:index."""
+    from curate.recipe import ScoreRequest
+    from curate.scores import SCORES
+
+    row_id = store.find_row(row)
+    decision, name, recipe = None, None, None
+    try:
+        chosen = store.selection(selection)
+        name, recipe = chosen.name, chosen.recipe
+        found = store.sql(
+            "SELECT kept, rank, reason FROM data.decisions WHERE selection = ? AND row_id = ?", [name, row_id]
+        ).to_dicts()
+        decision = found[0] if found else None
+    except UsageError:
+        if selection is not None:
+            raise
+    frame = store.sql("SELECT * FROM scored WHERE row_id = ?", [row_id], recipe=recipe)
+    if frame.is_empty():
+        raise UsageError(
+            f"{store.folder}: row {row_id} is not among the rows of recipe {recipe!r}. Name another selection with --selection."
+        )
+    line = frame.to_dicts()[0]
+    known = next((r for r in store.recipes() if recipe in (None, r["name"])), None)
+    requests = {}
+    if known is not None:
+        import yaml
+
+        requests = {r.name: r for r in map(ScoreRequest.read, (yaml.safe_load(known["text"]) or {}).get("scores", []))}
+    scores = []
+    for column, request in requests.items():
+        if column not in line:
+            continue
+        declared = SCORES.get(request.score)
+        share = store.sql(
+            f'SELECT count(*) FILTER ("{column}" <= ?) / nullif(count("{column}"), 0) AS p FROM scored',
+            [line[column]],
+            recipe=recipe,
+        )["p"][0]
+        scores.append(
+            {
+                "name": column,
+                "value": line[column],
+                "unit": declared.unit if declared else "",
+                "percentile": None if line[column] is None or share is None else round(100 * share, 1),
+                "worst": declared.worst if declared else "none",
+                "high_means": declared.high_means if declared else f"a score of your own: {request.score}",
+                "params": request.params,
+            }
+        )
+    base = (
+        "kind",
+        "source",
+        "index",
+        "prompt",
+        "chosen",
+        "rejected",
+        "completion",
+        "answer",
+        "label",
+        "style",
+        "role",
+        "n_occurrences",
+    )
+    own = set(store.sql("SELECT * FROM occurrences LIMIT 0").columns)
+    measured = {
+        k: v
+        for k, v in line.items()
+        if k not in (*base, "row_id", "position") and k not in requests and k not in own and v is not None
+    }
+    return Explanation(row_id, {k: line.get(k) for k in base}, scores, measured, decision, name)
+
+
+def _excerpt(text: str, width: int = 110) -> str:
+    text = text.strip().replace("\n", "\\n")
+    return text if len(text) <= width else f"{text[: width // 2]} … {text[-width // 2 :]}"
