@@ -237,9 +237,9 @@ def test_import_and_its_mistakes(curate, tmp_path):
         ("scores=[{flip_loss: {bta: 1}}]", 2, "did you mean 'beta'"),
         ("tokens.max_length=many", 2, "tokens.max_length"),
         ("select.keep={rows: 3, share: 0.5}", 2, "exactly one of"),
-        ("select.order_by=rankin_gap", 2, "The nearest: ranking_gap"),
+        ("select.order_by=rankin_gap", 2, "did you mean 'ranking_gap'"),
         ("select.where=nonsense <", 2, "select.where"),
-        ("select.per=topick", 2, "The nearest: topic"),
+        ("select.per=topick", 2, "did you mean 'topic'"),
         ("export.columns=[topick]", 2, "export.columns: 'topick' is not a column of `scored`; did you mean 'topic'"),
         (
             "export.weight=flip_los",

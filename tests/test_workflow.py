@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 import curate
+import curate.plan
 from curate.errors import CurateError, ModelError, StoreError, UsageError, ValidationError
 from curate.progress import Progress
 from curate.recipe import load_recipe
@@ -262,8 +263,8 @@ def drive(tmp_path: Path, path: Path, how: str, at: int, log: Path) -> int:
     ).returncode
 
 
-@pytest.mark.parametrize(("how", "at"), [("before the rename", 7), ("after the rename", 7), ("after the rename", 12)])
-def test_killed_at_any_moment_the_same_command_goes_on(recipe, tmp_path, how, at):
+@pytest.mark.parametrize(("how", "at"), [("before the rename", 7), ("after the rename", 12)])
+def test_killed_at_any_moment_the_same_command_goes_on(recipe, tmp_path, monkeypatch, how, at):
     """40 rows in shards of 8: 5 token shards, then likelihood and hidden for each of 5 forward shards."""
     path, log = recipe(select=None, export=None), tmp_path / "log"
     assert drive(tmp_path, path, how, at, log) == -signal.SIGKILL
@@ -275,82 +276,10 @@ def test_killed_at_any_moment_the_same_command_goes_on(recipe, tmp_path, how, at
     assert 40 <= sum(rows) <= 48  # at most one shard was run twice
     killed = curate.Store(tmp_path / "store")
     assert [r for (r,) in killed.sql("SELECT outcome FROM runs ORDER BY id").rows()] == ["killed", "done"]
-    clean = tmp_path / "clean"
-    clean.mkdir()
-    write_rows(clean / "pairs.jsonl", pairs(40))
-    (clean / "recipe.yaml").write_text(path.read_text())
-    assert drive(clean, clean / "recipe.yaml", "never", 0, clean / "log") == 0
-    assert scored(killed).equals(scored(curate.Store(clean / "store")))  # to the last bit
-
-
-def test_a_second_process_reads_while_the_first_measures(recipe, tmp_path, monkeypatch):
-    import curate.plan
-
-    monkeypatch.setitem(curate.plan.SHARD_ROWS, "forward", 10)
-    path, seen = recipe(select=None, export=None), []
-    write = curate.Store.write_shard
-
-    def write_and_look(self, measured, index, *args, **kwargs):
-        found = write(self, measured, index, *args, **kwargs)
-        if measured.measurement == "hidden":
-            command = [
-                sys.executable,
-                "-m",
-                "curate",
-                "sql",
-                str(self.folder),
-                "SELECT count(*) AS n FROM rows",
-                "--json",
-            ]
-            seen.append(
-                json.loads(subprocess.run(command, capture_output=True, check=True, cwd=REPOSITORY).stdout)[0]["n"]
-            )
-            command = [sys.executable, "-m", "curate", "measure", str(path)]
-            second = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
-            assert second.returncode == 1 and f"process {os.getpid()} is measuring" in second.stderr
-        return found
-
-    monkeypatch.setattr(curate.Store, "write_shard", write_and_look)
-    monkeypatch.setattr("curate.plan.SHARD_ROWS", {**curate.plan.SHARD_ROWS, "forward": 40})
-    curate.run(path)
-    assert seen == [40]
-
-
-def test_a_full_disk_loses_nothing(recipe, tmp_path, monkeypatch):
-    import errno
-
-    import curate.plan
-    import curate.storage.shards as shards
-
-    monkeypatch.setattr("curate.plan.SHARD_ROWS", {**curate.plan.SHARD_ROWS, "forward": 8})
-    real, calls = shards.pq.write_table, []
-
-    def full(table, file, **kwargs):
-        calls.append(1)
-        if len(calls) == 6:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return real(table, file, **kwargs)
-
-    path = recipe(select=None, export=None)
-    monkeypatch.setattr(shards.pq, "write_table", full)
-    with pytest.raises(StoreError, match="disk is full. What was finished is kept"):
-        curate.run(path)
-    store = curate.Store(tmp_path / "store")
-    assert store.sql("SELECT outcome, message FROM runs").row(0)[0] == "failed"
-    monkeypatch.setattr(shards.pq, "write_table", real)
-    assert 0 < curate.run(path).measured["forward"] < 40
-    assert scored(store).null_count().sum_horizontal().item() == 0
-
-
-def test_rows_that_cannot_be_measured_are_null_with_a_reason(recipe, tmp_path):
-    long = {"prompt": "ada " * 60, "chosen": " bea", "rejected": " cy", "topic": "a"}
-    write_rows(tmp_path / "pairs.jsonl", [*pairs(5), long])
-    path = recipe(select={"drop_worst": {"ches_ln": 0.2}}, export=None)
-    with pytest.raises(ValidationError, match=r"ches_ln is unknown for 1 of 6 rows .*select.unknown=drop"):
-        curate.run(path)
-    result = curate.run(path, set={"select.unknown": "drop"})
-    row = result.store.sql("SELECT ches_ln, token_problem FROM scored WHERE length(prompt) > 200").row(0)
-    assert row[0] is None and "nothing of the response is left" in row[1]
+    for name in ("tokens", "forward"):
+        monkeypatch.setitem(curate.plan.SHARD_ROWS, name, 8)
+    whole = curate.run(path, store=tmp_path / "whole").store
+    assert scored(killed).equals(scored(whole))  # to the last bit
 
 
 @pytest.mark.parametrize(
