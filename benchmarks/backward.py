@@ -10,7 +10,8 @@ Model: the random 57M-parameter Llama of benchmarks/forward.py. Pairs of random 
     transformers  out.loss.backward() of the same batch, labels on the response: full logits
     loop          the per-example loop: two backwards to weight gradients, lean logits, three dot products
 
-All four costs are of the same pair. Figures are ours over each rival (below 1: ours is cheaper), and peak memory beyond the model.
+All four costs are of the same pair. Figures are ours over each rival (below 1: ours is cheaper), and peak memory beyond the
+model, in processes of their own.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import argparse
 import copy
 import os
 import statistics
+import subprocess
+import sys
 from collections.abc import Callable
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -102,35 +105,60 @@ def error(found: np.ndarray, wanted: np.ndarray) -> float:
     return float((np.abs(found - wanted) / scale).max())
 
 
-def compare(module: torch.nn.Module, model: Model, n: int, rounds: int, *, memory: bool) -> None:
+RIVALS = ("ours", "lean", "transformers", "loop")
+
+
+def runners(module: torch.nn.Module, model: Model | None, pairs: list[EncodedPair]) -> dict[str, Callable[[], object]]:
+    """module takes gradients; model is ours."""
+    return {
+        "ours": lambda: ours(model, pairs),
+        "lean": lambda: [lean_step(module, pair) for pair in pairs],
+        "transformers": lambda: [transformers_step(module, pair) for pair in pairs],
+        "loop": lambda: [loop(module, pair) for pair in pairs],
+    }
+
+
+def compare(module: torch.nn.Module, model: Model, n: int, rounds: int, shapes: list[str]) -> None:
     print(
         "| P, C, R | ours / lean step | ours / transformers | ours / loop | ms a pair | MB ours | lean | transformers | loop |"
     )
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     trained = copy.deepcopy(module).requires_grad_(True)
     for shape, lengths in SHAPES.items():
-        pairs = make_pairs(shape, n)
-        runs: dict[str, Callable[[], object]] = {
-            "ours": lambda: ours(model, pairs),  # noqa: B023
-            "lean": lambda: [lean_step(trained, pair) for pair in pairs],  # noqa: B023
-            "transformers": lambda: [transformers_step(trained, pair) for pair in pairs],  # noqa: B023
-            "loop": lambda: [loop(trained, pair) for pair in pairs],  # noqa: B023
-        }
+        runs = runners(trained, model, make_pairs(shape, n))
         times: dict[str, list[float]] = {name: [] for name in runs}
-        peaks = {}
-        for name, run in runs.items():
-            trained.zero_grad()
-            peaks[name] = plain.extra_memory(run) if memory else float("nan")
+        for run in runs.values():
+            run()
         for _ in range(rounds):
             for name, run in runs.items():
                 times[name].append(plain.seconds(run))
         ratio = {name: statistics.median(o / t for o, t in zip(times["ours"], times[name])) for name in runs}
+        peaks = [f"{peak(name, shape):.0f}" if shape in shapes else "-" for name in RIVALS]
         print(
             f"| {', '.join(map(str, lengths))} | {ratio['lean']:.2f} | {ratio['transformers']:.2f} | {ratio['loop']:.2f} "
-            f"| {1000 * statistics.median(times['ours']) / n:.0f} | {peaks['ours']:.0f} | {peaks['lean']:.0f} | {peaks['transformers']:.0f} "
-            f"| {peaks['loop']:.0f} |",
+            f"| {1000 * statistics.median(times['ours']) / n:.0f} | {' | '.join(peaks)} |",
             flush=True,
         )
+
+
+def peak(name: str, shape: str) -> float:
+    """Peak memory beyond the loaded model, MB, of one run over two pairs, in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, __file__, "--memory", name, shape], capture_output=True, text=True, check=True
+    )
+    return float(done.stdout.split()[-1])
+
+
+def report_peak(name: str, shape: str) -> None:
+    module = plain.make_model()
+    model = Model(module) if name == "ours" else None
+    pairs = make_pairs(shape, 2)
+    if model is None:
+        module.requires_grad_(True)
+    runners(module, model, make_pairs("short", 1))[name]()  # kernels, and the check against autograd
+    for p in module.parameters():
+        p.grad = None
+    print(plain.extra_memory(runners(module, model, pairs)[name]))
 
 
 def exactness(module: torch.nn.Module, model: Model, n: int) -> None:
@@ -150,15 +178,20 @@ def main() -> None:
         description="Pair eNTK: ours, a lean training step, transformers, the per-example loop."
     )
     parser.add_argument("--quick", action="store_true", help="fewer pairs and rounds")
-    quick = parser.parse_args().quick
+    parser.add_argument("--memory", nargs=2, metavar=("WHO", "SHAPE"), help="only the peak memory of one run")
+    given = parser.parse_args()
+    quick = given.quick
     torch.set_num_threads(1)
-    n, rounds = (2, 3) if quick else (4, 7)
+    if given.memory:
+        report_peak(*given.memory)
+        return
+    n, rounds = (1, 3) if quick else (2, 7)
     module = plain.make_model()
     model = Model(copy.deepcopy(module))
     size = sum(p.numel() for p in module.parameters()) / 1e6
     print(f"{model.engine}; {size:.0f}M parameters; {n} pairs, {rounds} rounds\n")
-    ours(model, make_pairs("short", 1))  # the check against autograd is once per model
-    compare(module, model, n, rounds, memory=True)
+    ours(model, make_pairs("short", 1))  # the check against autograd comes once per model
+    compare(module, model, n, rounds, ["middle"] if quick else list(SHAPES))
     exactness(module, model, 1 if quick else 3)
 
 

@@ -11,7 +11,7 @@ tokens agreed with the gradients of autograd itself. Memory: passes/backward_mem
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
@@ -24,6 +24,7 @@ from curate.passes import forward, packing
 from curate.passes.backward_memory import Footprint, footprint
 from curate.passes.batch import Batch
 from curate.passes.capture import Capture, begun_at
+from curate.passes.graph_memory import Arena
 from curate.passes.head_gradient import HeadGradient, head_gradient, tied_products
 from curate.passes.inner_products import embedding_sums
 from curate.passes.layer_rules import Parameters, Rules, find_rules
@@ -197,7 +198,8 @@ def run(
         line = torch.from_numpy(found).to(model.device)
         first = torch.from_numpy(np.unique(found, return_index=True)[1]).to(model.device)
     around = None if padded else lambda: packing.packed(layout)
-    capture = Capture(rules, spans, n_tokens, model.device, first, line, checkpointed, around)
+    arena = Arena(n_tokens, first, line) if not (padded or checkpointed or model.device.type != "cpu") else None
+    capture = Capture(rules, spans, n_tokens, model.device, first, line, checkpointed, arena, around)
 
     at = torch.from_numpy(
         np.concatenate([np.arange(s + i.start - 1, s + len(i.ids) - 1) for s, i in zip(starts, sequences)])
@@ -208,14 +210,17 @@ def run(
         (int(counts[i]), int(counts[i + 1]), int(counts[i + per_row])) for i in range(0, len(sequences), per_row)
     ]
     with torch.enable_grad(), capture.installed():
-        states = forward._padded_states(model, sequences) if padded else model.packed_states(layout)  # (N, d)
+        with arena.keeping() if arena else nullcontext():
+            states = forward._padded_states(model, sequences) if padded else model.packed_states(layout)  # (N, d)
+        capture.forward_done()
         predicting = states.detach()[at]
         with torch.no_grad():
             of_head = head_gradient(model.head, predicting, tokens, responses, products=rules.head)
             slope = torch.zeros_like(states)
             slope[at] = of_head.slope.to(states.dtype)
         capture.on_embedding = _tied(model, capture, of_head, predicting, tokens, responses)
-        states.backward(slope)
+        with _packed_attention(model) if checkpointed and not padded else nullcontext():
+            states.backward(slope)
     states = states.detach()
     where = [np.arange(s, s + len(i.ids)) for s, i in zip(starts, sequences)]
     if first is not None:
@@ -231,6 +236,16 @@ def run(
     )
     batch.products, batch.of_head = capture.found + of_head.products, of_head
     return batch
+
+
+@contextmanager
+def _packed_attention(model: Model) -> Iterator[None]:
+    """The attention of packed rows for layers that are run again on the way back."""
+    model.module.set_attn_implementation(packing.NAME)
+    try:
+        yield
+    finally:
+        model.module.set_attn_implementation(model.plain_attention)
 
 
 def _tied(

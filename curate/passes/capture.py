@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from curate.errors import ModelError
 from curate.passes import inner_products
+from curate.passes.graph_memory import Arena
 from curate.passes.inner_products import wide
 from curate.passes.layer_rules import Embedding, Linear, Norm, Rules
 
@@ -48,6 +49,7 @@ class Capture:
     first: torch.Tensor | None = None
     line: torch.Tensor | None = None
     checkpointed: bool = False
+    arena: Arena | None = None
     around: Callable[[], Any] | None = None  # context of a layer that is run again by a checkpoint
     on_embedding: Callable[[torch.Tensor, torch.Tensor], None] | None = (
         None  # the tied head's cross terms: (ids, gradients)
@@ -99,6 +101,12 @@ class Capture:
 
         return run
 
+    def forward_done(self) -> None:
+        """Let go of everything but what the graph itself keeps."""
+        self._last = None
+        if self.arena is not None:
+            self.arena.close()
+
     def _linear(self, rule: Linear, x: torch.Tensor) -> torch.Tensor:
         self._check(rule.module, x, x.numel() // x.shape[-1])
         rows, shared = self._shared(x)
@@ -116,7 +124,10 @@ class Capture:
             return self._last[2:]
         with torch.no_grad():
             rows = x.detach().reshape(-1, x.shape[-1])
-            rows = rows if self.first is None else rows[self.first]
+            if self.arena is not None:
+                rows = self.arena.distinct(rows)
+            elif self.first is not None:
+                rows = rows[self.first]
         self._last = x, x._version, rows, _Shared()
         return self._last[2:]
 
@@ -210,13 +221,13 @@ def begun_at(layer: torch.nn.Module) -> Iterator[None]:
 def _patch(stack: ExitStack, module: torch.nn.Module, forward: Callable[..., Any]) -> None:
     """Replace one module's forward until the stack is closed."""
     before = module.__dict__.get("forward")
-    module.forward = forward  # type: ignore[method-assign]
+    module.forward = forward
 
     def back() -> None:
         if before is None:
             del module.forward
         else:
-            module.forward = before  # type: ignore[method-assign]
+            module.forward = before
 
     stack.callback(back)
 

@@ -62,24 +62,29 @@ def _of_rows(
 ) -> HeadGradient:
     start, stop = spans[0][0], spans[-1][2]
     h, y = states[start:stop], tokens[start:stop]
-    kept: list[torch.Tensor] | None = [] if len(h) <= limit else None
+    size = len(head.weight)
+    kept = torch.empty(len(h) * size, dtype=wide(h[:0]).dtype, device=h.device) if len(h) <= limit else None
     logp, lse = _log_probabilities(head, h, y, kept)
     slope = torch.zeros_like(wide(h))
     sums = [_Row(head, h, a - start, b - start, c - start) for a, b, c in spans] if products else []
-    for k, block in enumerate(head.blocks()):
-        z = _logits(head, h, block) if kept is None else kept[k]
+    for block in head.blocks():
+        z = _logits(head, h, block) if kept is None else _place(kept, len(h), block)
         q = _residuals(head, z, y, logp, lse, block)
-        if kept is not None:
-            kept[k] = q[:0]  # its memory goes with the next block
         weight = head.weight[block]
         for i in range(0, len(h), ROWS):
             slope[i : i + ROWS] -= q[i : i + ROWS].to(weight.dtype) @ weight
         for row in sums:
             row.add(q)
+    del kept
     found = (
         torch.stack([row.products() for row in sums]) if sums else slope.new_zeros(len(spans), 3, dtype=torch.float64)
     )
     return HeadGradient(logp, lse, slope, found)
+
+
+def _place(kept: torch.Tensor, n: int, block: slice) -> torch.Tensor:
+    """(n, width): where a block's logits lie in the flat buffer of all."""
+    return kept[n * block.start : n * block.stop].view(n, -1)
 
 
 def _logits(head: Head, h: torch.Tensor, block: slice) -> torch.Tensor:
@@ -89,26 +94,25 @@ def _logits(head: Head, h: torch.Tensor, block: slice) -> torch.Tensor:
 
 
 def _log_probabilities(
-    head: Head, h: torch.Tensor, y: torch.Tensor, kept: list[torch.Tensor] | None
+    head: Head, h: torch.Tensor, y: torch.Tensor, kept: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(N,) float64 log π(y) and log Σ exp z; the target's logit apart from the others', as in passes/head.py. Fills `kept` with logits."""
     own = head.target(h, y)
     best = torch.full_like(own, float("-inf"))
     total = torch.zeros_like(own)  # Σ_{v≠y} exp(z_v − best)
     for block in head.blocks():
-        z = _logits(head, h, block)
-        inside = ((y >= block.start) & (y < block.stop)).nonzero()[:, 0]
-        at = y[inside] - block.start
-        target = z[inside, at]
-        z[inside, at] = float("-inf")
-        new = torch.maximum(best, z.amax(1).double())
-        shift = new.clamp_min(torch.finfo(z.dtype).min).to(z.dtype)
-        shrink = torch.where(total > 0, torch.exp(best - new), torch.zeros_like(best))
-        total = total * shrink + (z - shift[:, None]).exp_().sum(1).double()
-        best = new
-        if kept is not None:
-            z[inside, at] = target
-            kept.append(z)
+        for i in range(0, len(h), ROWS):
+            rows = slice(i, i + ROWS)
+            z = head.logits(h[rows], block)
+            if kept is not None:
+                _place(kept, len(h), block)[rows] = z
+            inside = ((y[rows] >= block.start) & (y[rows] < block.stop)).nonzero()[:, 0]
+            z[inside, y[rows][inside] - block.start] = float("-inf")
+            new = torch.maximum(best[rows], z.amax(1).double())
+            shift = new.clamp_min(torch.finfo(z.dtype).min).to(z.dtype)
+            shrink = torch.where(total[rows] > 0, torch.exp(best[rows] - new), torch.zeros_like(new))
+            total[rows] = total[rows] * shrink + z.sub_(shift[:, None]).exp_().sum(1).double()
+            best[rows] = new
     others = best + total.log()
     return -softplus(others - own), torch.logaddexp(others, own)
 

@@ -162,15 +162,16 @@ def _before_layers(module: Any, layers: list[nn.Module]) -> set[int]:
 
 
 def _decoder_layers(module: Any) -> list[nn.Module]:
-    lists = [part for part in module.base_model.modules() if isinstance(part, nn.ModuleList)]
-    return list(max(lists, key=len)) if lists else []
+    lists: list[nn.ModuleList] = [part for part in module.base_model.modules() if isinstance(part, nn.ModuleList)]
+    return max((list(part) for part in lists), key=len, default=[])
 
 
 def _linear_weight(part: nn.Module) -> torch.Tensor | None:
     if type(part) is nn.Linear:
         return part.weight.detach()
-    if type(part).__name__ == "Conv1D" and hasattr(part, "nf"):
-        return part.weight.detach().T
+    weight = getattr(part, "weight", None)
+    if type(part).__name__ == "Conv1D" and hasattr(part, "nf") and isinstance(weight, torch.Tensor):
+        return weight.detach().T
     return None
 
 

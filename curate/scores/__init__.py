@@ -55,7 +55,7 @@ _READS: dict[str, Cost] = {
     **dict.fromkeys(("prompt_tokens", "chosen_tokens", "rejected_tokens", "completion_tokens"), "free"),
     **dict.fromkeys(("edit_distance", "truncated"), "free"),
     **dict.fromkeys(("n_samples", "n_correct", "accuracy", "sample_logp", "n_unfinished"), "sampling"),
-    **dict.fromkeys(("entk_cc", "entk_cr", "entk_rr"), "backward"),
+    **dict.fromkeys(("entk_cc", "entk_cr", "entk_rr", "loss_gradient"), "backward"),
 }
 _COSTS: tuple[Cost, ...] = ("free", "forward", "sampling", "backward")
 
@@ -364,6 +364,7 @@ def _as_column(values: Any, name: str, of: Columns) -> Any:
 from curate.scores import (  # noqa: E402
     answers,  # noqa: F401
     displacement,  # noqa: F401
+    gradients,  # noqa: F401
     hardness,  # noqa: F401
     premem,  # noqa: F401
     ranking,  # noqa: F401

@@ -1,0 +1,69 @@
+"""Where a graph keeps its activations: what sequences share is kept once, and apart from what comes and goes.
+
+Tensors that a backward needs outlive those of the forward between which they were made; side by side in one heap they leave holes that no later
+tensor fits, half as much again as the graph. Here they are copied into chunks that the system takes back whole, at most one line per different
+token (a prompt that two responses share is computed for each, since gradients differ, but its values do not).
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+
+CHUNK = 48 << 20  # bytes; beyond what an allocator keeps for itself
+SMALL = 1 << 16  # bytes; smaller tensors stay where they are
+REMEMBERED = 3  # tensors of which one step after another keeps a copy
+
+
+class Arena:
+    """Chunks of one graph. first (U,), line (N,) as in Capture; None where every token is its own."""
+
+    def __init__(self, n_tokens: int, first: torch.Tensor | None, line: torch.Tensor | None) -> None:
+        self.n_tokens, self.first, self.line = n_tokens, first, line
+        self._chunks: dict[torch.dtype, torch.Tensor] = {}
+        self._recent: list[tuple[torch.Tensor, int, torch.Tensor]] = []
+
+    def keeping(self) -> AbstractContextManager[Any]:
+        """While inside, what autograd saves of (1, N, …) tensors is kept here."""
+        return torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
+
+    def distinct(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, k) -> its (U, k) different rows, in a chunk."""
+        rows = len(x) if self.first is None else len(self.first)
+        kept = self._take((rows, *x.shape[1:]), x.dtype, x.device)
+        return kept.copy_(x) if self.first is None else torch.index_select(x, 0, self.first, out=kept)
+
+    def _pack(self, x: torch.Tensor) -> Any:
+        if x.ndim < 3 or x.shape[:2] != (1, self.n_tokens) or not x.is_contiguous() or x.nbytes < SMALL:
+            return x
+        for source, version, kept in self._recent:
+            if source.data_ptr() == x.data_ptr() and source.shape == x.shape and version == x._version:
+                return self, kept
+        with torch.no_grad():
+            kept = self.distinct(x.detach()[0])
+        self._recent = [*self._recent[-REMEMBERED + 1 :], (x, x._version, kept)]
+        return self, kept
+
+    def _unpack(self, packed: Any) -> torch.Tensor:
+        if isinstance(packed, torch.Tensor):
+            return packed
+        kept: torch.Tensor = packed[1]
+        return (kept if self.line is None else kept[self.line])[None]
+
+    def close(self) -> None:
+        """Let go of everything but what the graph itself still needs."""
+        self._chunks.clear()
+        self._recent.clear()
+
+    def _take(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        size = 1
+        for n in shape:
+            size *= n
+        step = -(-size // 64) * 64
+        left = self._chunks.get(dtype)
+        if left is None or len(left) < size:
+            left = torch.empty(max(step, CHUNK // dtype.itemsize), dtype=dtype, device=device)
+        self._chunks[dtype] = left[step:]
+        return left[:size].view(shape)
