@@ -206,6 +206,23 @@ class ForwardRunner(Runner):
             self.model = None
 
 
+class BackwardRunner(ForwardRunner):
+    """The same model; what reads the forward pass is read off the backward's own, and alone where nothing else is missing."""
+
+    reads = "backward"
+
+    def run(
+        self, rows: list[Row], row_ids: Sequence[str], measurements: list[Any]
+    ) -> tuple[Mapping[str, Any], None, int]:
+        from curate.passes import backward, forward
+
+        if all(m.reads == "forward" for m in measurements):
+            return super().run(rows, row_ids, measurements)
+        encoded = self._encode(rows)
+        columns = backward.measure(self.model, encoded, measurements, token_budget=self.recipe.engine.token_budget)
+        return columns, None, forward.tokens_to_run(encoded)
+
+
 class SampleRunner(Runner):
     """One sampling engine for all subjects; answers are graded as they come."""
 
@@ -309,7 +326,8 @@ def _plain_prompt(row: Row, seed: int, system: str | None, few_shot: str | None)
 
 @contextmanager
 def _runner(reads: str, loaded: Loaded, progress: Progress) -> Iterator[Runner]:
-    kinds: dict[str, type[Runner]] = {"tokens": TokensRunner, "forward": ForwardRunner, "sample": SampleRunner}
+    kinds: dict[str, type[Runner]] = {"tokens": TokensRunner, "sample": SampleRunner}
+    kinds |= {"forward": ForwardRunner, "backward": BackwardRunner}
     runner = kinds[reads](loaded, progress)
     try:
         yield runner

@@ -279,6 +279,12 @@ def make_plan(loaded: Loaded, store: Store, sources: dict[str, list[str]]) -> Pl
     for subject in (*subjects.series, *(s for s in (subjects.reference, subjects.policy) if s)):
         order.setdefault(subject.path, len(order))
     rows = Rows(store, names, recipe.kind)
+    for path in [path for reads, path in tasks if reads == "backward"]:  # which gives the forward's values too
+        of_forward = tasks.pop(("forward", path), {})
+        apart = {key: t for key, t in of_forward.items() if t.measurement.without_prompt or t.measurement.prompt_only}
+        tasks["backward", path] |= {key: task for key, task in of_forward.items() if key not in apart}
+        if apart:
+            tasks["forward", path] = apart
     for reads, path in sorted(tasks, key=lambda place: (ORDER.index(place[0]), order.get(place[1], -1))):
         step = _step(reads, lone[reads, path], tuple(tasks[reads, path].values()), rows)
         plan.steps.append(with_cost(step, loaded, store.throughput(step.key), rows.characters))
