@@ -37,7 +37,8 @@ if TYPE_CHECKING:
 
 __all__ = ["GradientBatch", "Parameters", "measure"]
 
-TOKENS_ON_CPU = 768  # more tokens at a time cost memory there and gain nothing
+TOKENS_ON_CPU = 512  # more tokens at a time cost memory there and gain nothing
+APART = 192 << 20  # bytes of a graph from which on it is kept apart: a few percent of time for a third of the memory
 _KNOWN: WeakKeyDictionary[Model, dict[Parameters, tuple[Rules, Footprint]]] = WeakKeyDictionary()
 
 
@@ -153,7 +154,10 @@ def _measure_batch(
 ) -> None:
     """One batch; halved and run again where a GPU's memory is short after all."""
     try:
-        batch = run(model, rules, items, encoded, wanted, checkpointed=memory.checkpointed(list(items.values()), model))
+        rows = list(items.values())
+        again = memory.checkpointed(rows, model)
+        apart = not again and model.device.type == "cpu" and memory.graph(rows) > APART
+        batch = run(model, rules, items, encoded, wanted, checkpointed=again, apart=apart)
     except torch.OutOfMemoryError:
         if model.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -164,8 +168,8 @@ def _measure_batch(
             for m in wanted:
                 forward._write(m, batch, out)
         return
-    rows = list(items)
-    for part in (rows[: len(rows) // 2], rows[len(rows) // 2 :]):
+    numbers = list(items)
+    for part in (numbers[: len(numbers) // 2], numbers[len(numbers) // 2 :]):
         _measure_batch(model, rules, memory, {row: items[row] for row in part}, encoded, wanted, out)
 
 
@@ -177,8 +181,11 @@ def run(
     wanted: Sequence[Measurement] = (),
     *,
     checkpointed: bool = False,
+    apart: bool = False,
 ) -> GradientBatch:
-    """Forward and backward of one batch of whole rows, `items` their sequences, with its inner products."""
+    """Forward and backward of one batch of whole rows, `items` their sequences, with its inner products. checkpointed: layers are run again on
+    the way back. apart: activations are kept as in passes/graph_memory.py.
+    """
     bundle = forward._join(forward._bundles(items, 2**62))
     sequences = bundle.items
     shared = Layout.of(bundle.groups)
@@ -198,7 +205,7 @@ def run(
         line = torch.from_numpy(found).to(model.device)
         first = torch.from_numpy(np.unique(found, return_index=True)[1]).to(model.device)
     around = None if padded else lambda: packing.packed(layout)
-    arena = Arena(n_tokens, first, line) if not (padded or checkpointed or model.device.type != "cpu") else None
+    arena = Arena(n_tokens, first, line) if apart and not padded else None
     capture = Capture(rules, spans, n_tokens, model.device, first, line, checkpointed, arena, around)
 
     at = torch.from_numpy(

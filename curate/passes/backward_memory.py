@@ -46,6 +46,11 @@ class Footprint:
         head = min(n * vocabulary * size, KEEP_ON_GPU if gpu else KEEP) * 1.5
         return graph + self.passing * n + head + 8 * squares
 
+    def graph(self, rows: Sequence[list[Item]]) -> float:
+        """Bytes that the graph of these rows keeps when no layer is run again."""
+        lengths = [len(item.ids) for row in rows for item in row]
+        return self.linear * sum(lengths) + self.square * sum(n * n for n in lengths)
+
     def check(self, model: Model, items: dict[int, list[Item]], token_budget: int) -> int:
         """How many tokens of the graph a batch may have: the budget, or what memory allows. ModelError where a single row is too long."""
         free = SHARE * _free(model)

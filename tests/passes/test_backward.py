@@ -108,6 +108,15 @@ def test_layers_run_again_give_the_same(monkeypatch):
         assert worst(columns(backward.measure(Model(module), pairs, ENTK)), wanted) < 1e-6
 
 
+def test_activations_kept_apart_give_the_same(monkeypatch):
+    monkeypatch.setattr(backward, "APART", 0)
+    monkeypatch.setattr("curate.passes.graph_memory.SMALL", 0)
+    for family in ("qwen3", "gemma2", "phi", "gpt_neox"):
+        module, pairs = make(family), random_pairs(8)
+        found = backward.measure(Model(module), pairs, ENTK, token_budget=200)
+        assert worst(columns(found), products(double(module), pairs)) < 1e-6
+
+
 def test_the_last_layers():
     """Parameters of the last layers, the final norm and the head; what comes before gets none, nor does a tied matrix as an embedding."""
     for family in ("llama", "llama_tied", "gpt2"):
