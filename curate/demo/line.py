@@ -119,7 +119,7 @@ def fine_tune(rows: Sequence[task.Problem], out: Path, *, seed: int, progress: P
         return sorted(runs.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     shutil.rmtree(runs, ignore_errors=True)
     progress.say(
-        f"2/6  fine-tuning a Llama of 353k parameters, {STEPS} steps in plain torch on the CPU; six checkpoints"
+        f"2/6  fine-tuning a Llama of 353k parameters, {STEPS} steps in plain torch on the CPU; five checkpoints"
     )
     with progress.bar("SFT", STEPS, unit="steps") as count:
         texts = [(row.prompt, row.completion) for row in rows]
@@ -185,7 +185,7 @@ def compare_dpo(
         "selected": selected,
         "random": random.Random(f"curate-demo/arm/{seed}").sample(pairs, len(selected)),
     }
-    steps = 4 * -(-len(pairs) // 16)
+    steps = 3 * -(-len(pairs) // 16)
     progress.say(
         "6/6  DPO on all pairs, on the selected ones, on as many at random; then curate run dpo.yaml: test accuracy"
     )

@@ -82,7 +82,7 @@ def _pairs(found: dict[str, Any]) -> str:
             "",
             "chosen, rejected: mean change of the answers' log-probability over all pairs, in nats; chosen fell: in how many pairs the right answer",
             "became less likely although the margin was trained to grow (likelihood displacement). One seed of a tiny model, whose test accuracy is",
-            "uncertain by about 0.03: judge a filter only from many seeds, and against the random line.",
+            "uncertain by about 0.04: judge a filter only from many seeds, and against the random line.",
         ]
     )
 

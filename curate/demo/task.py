@@ -153,7 +153,7 @@ def problems(n: int, *, rng: random.Random, taken: set[str]) -> list[Problem]:
     return rows
 
 
-def splits(*, seed: int, train: int = 500, test: int = 300, pool: int = 600) -> dict[str, list[Problem]]:
+def splits(*, seed: int, train: int = 500, test: int = 200, pool: int = 600) -> dict[str, list[Problem]]:
     """Train, test and pool rows whose prompts are all different. The same seed gives the same rows; a larger `train` starts with the smaller."""
     taken: set[str] = set()
     rows = {}

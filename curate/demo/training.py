@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-FRACTIONS = (0.15, 0.25, 0.4, 0.6, 0.8, 1.0)  # of the steps, where a checkpoint is written
+FRACTIONS = (0.15, 0.25, 0.4, 0.6, 1.0)  # of the steps, where a checkpoint is written
 Progress = Callable[[int, int, float], None]  # (step, steps, loss)
 Ids = tuple[list[int], int]  # (token ids with BOS and EOS, index of the first completion token)
 

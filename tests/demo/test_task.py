@@ -54,7 +54,7 @@ def test_a_larger_pool_of_rows_starts_with_the_smaller(rows):
 
 def test_no_prompt_occurs_twice(rows):
     prompts = [row.prompt for part in rows.values() for row in part]
-    assert len(prompts) == len(set(prompts)) == 500 + 300 + 600
+    assert len(prompts) == len(set(prompts)) == 500 + 200 + 600
 
 
 def test_cells_are_equally_frequent(rows):
