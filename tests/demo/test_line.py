@@ -81,9 +81,7 @@ def small(tmp_path_factory):
 
 def test_the_tables_are_full(small):
     _, result, _ = small
-    assert [row["checkpoint"] for row in result.checkpoints] == [
-        f"checkpoint-{n}" for n in (60, 100, 160, 240, 400)
-    ]
+    assert [row["checkpoint"] for row in result.checkpoints] == [f"checkpoint-{n}" for n in (60, 100, 160, 240, 400)]
     for row in result.checkpoints:
         assert all(0 <= row[name] <= 1 for name in ("train", "premem", "test"))
         assert row["premem"] <= row["train"] + 1e-9
