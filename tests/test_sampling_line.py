@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import curate
+from curate.rows import Example
 from tests.tiny_models import make_llama
 
 pytest.importorskip(
@@ -101,3 +102,24 @@ def test_a_series_is_sampled_by_one_engine_and_a_killed_run_repeats_itself(tmp_p
     assert set(values["name"]) >= {"accuracy", "premem_accuracy", "target_nll", "heldout_accuracy"}
     assert values.filter(values["name"] == "heldout_accuracy")["n"].to_list() == [1, 1]
     assert len(result.store.sql("SELECT * FROM scored WHERE role = 'train' AND premem_accuracy IS NOT NULL")) == 10
+
+
+def test_likelihoods_of_vllm_and_torch_agree_on_the_demos_model():
+    """prompt_logprobs of the engine against the forward pass, on the demo's own rows: 1e-4 relative."""
+    import curate.demo
+    from curate.demo import task
+    from curate.measurements import MEASUREMENTS
+    from curate.passes import forward
+    from curate.passes.sampling import open_sampler
+    from curate.tokens import Limits, encode, load_tokenizer
+
+    base = Path(curate.demo.__file__).parent / "base"
+    tokenizer = load_tokenizer(base)
+    problems = task.splits(seed=3, train=24, test=1, pool=1)["train"]
+    encoded = [encode(Example(p.prompt, p.completion, p.answer), tokenizer, Limits(256)) for p in problems]
+    with open_sampler("vllm", base, dtype="float32") as sampler:
+        sampled = sampler.likelihood(encoded)
+    with forward.load_model(base, dtype="float32") as model:
+        measured = forward.measure(model, encoded, [MEASUREMENTS["target_likelihood"]])["target_logp"]
+    assert np.isfinite(sampled).all() and measured.max() < -1
+    np.testing.assert_allclose(sampled, measured, rtol=1e-4)
