@@ -7,6 +7,7 @@ from typing import Any
 
 from curate.errors import UsageError
 from curate.show import cell, table
+from curate.storage.views import BASE
 from curate.store import Store
 
 
@@ -100,20 +101,7 @@ def explain_row(store: Store, row: str, selection: str | None = None) -> Explana
                 "params": request.params,
             }
         )
-    base = (
-        "kind",
-        "source",
-        "index",
-        "prompt",
-        "chosen",
-        "rejected",
-        "completion",
-        "answer",
-        "label",
-        "style",
-        "role",
-        "n_occurrences",
-    )
+    base = (*(name for name in BASE if name not in ("row_id", "position")), "index")
     own = set(store.sql("SELECT * FROM occurrences LIMIT 0").columns)
     measured = {
         k: v

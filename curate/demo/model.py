@@ -6,12 +6,11 @@ and the space after it when a number follows (" has "), so that a digit is one a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from curate.demo.task import FILLERS, GAINS, LOSSES, NAMES, OBJECTS
+from curate.passes.weights import quiet
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -81,28 +80,14 @@ def load_base(path: Path = BASE) -> tuple[LlamaForCausalLM, PreTrainedTokenizerF
     import torch
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-    with _quiet():
+    with quiet():
         model = LlamaForCausalLM.from_pretrained(path, dtype=torch.float32)
     return model, PreTrainedTokenizerFast.from_pretrained(path)
 
 
 def save_checkpoint(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> Path:
     """Config, weights, generation config and tokenizer in the layout that transformers and vLLM load."""
-    with _quiet():
+    with quiet():
         model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No bars for loading a megabyte: they would run through the demo's own progress."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
