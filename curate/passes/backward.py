@@ -22,7 +22,8 @@ import torch
 from curate.errors import ModelError
 from curate.passes import forward, packing
 from curate.passes.backward_memory import Footprint, footprint
-from curate.passes.batch import Batch
+from curate.passes.batch import Batch, write_columns
+from curate.passes.bundles import NO_LIMIT, bundle_rows, check_lengths, items_of, join
 from curate.passes.capture import Capture, begun_at
 from curate.passes.graph_memory import Arena
 from curate.passes.head_gradient import HeadGradient, head_gradient, tied_products
@@ -103,8 +104,8 @@ def _measure_rows(
     parameters: Parameters,
     out: dict[str, np.ndarray],
 ) -> None:
-    items = {i: forward._items(i, encoded[i], False, None) for i in indices}
-    forward._check_lengths(model, items)
+    items = {i: items_of(i, encoded[i], False, None) for i in indices}
+    check_lengths(model, items)
     longest = max(len(item.ids) for row in items.values() for item in row)
     if model.rope_limit is not None and longest >= model.rope_limit:
         raise ModelError(
@@ -166,7 +167,7 @@ def _measure_batch(
     else:
         with torch.no_grad():
             for m in wanted:
-                forward._write(m, batch, out)
+                write_columns(m, batch, out)
         return
     numbers = list(items)
     for part in (numbers[: len(numbers) // 2], numbers[len(numbers) // 2 :]):
@@ -186,7 +187,7 @@ def run(
     """Forward and backward of one batch of whole rows, `items` their sequences, with its inner products. checkpointed: layers are run again on
     the way back. apart: activations are kept as in passes/graph_memory.py.
     """
-    bundle = forward._join(forward._bundles(items, 2**62))
+    bundle = join(bundle_rows(items, NO_LIMIT))
     sequences = bundle.items
     shared = Layout.of(bundle.groups)
     layout = Layout.of([Group((item,), 0) for item in sequences])
@@ -218,7 +219,7 @@ def run(
     ]
     with torch.enable_grad(), capture.installed():
         with arena.keeping() if arena else nullcontext():
-            states = forward._padded_states(model, sequences) if padded else model.packed_states(layout)  # (N, d)
+            states = model.padded_states(sequences) if padded else model.packed_states(layout)  # (N, d)
         capture.forward_done()
         predicting = states.detach()[at]
         with torch.no_grad():
@@ -310,7 +311,7 @@ def _check_against_autograd(model: Model, rules: Rules, parameters: Parameters) 
             loss = torch.zeros((), dtype=torch.float64, device=model.device)
             for item, weight in zip(items[0], (1.0, 0.5)):
                 ids = torch.from_numpy(item.ids.astype(np.int64)).to(model.device)[None]
-                model._reset_dynamic_rope()
+                model.reset_dynamic_rope()
                 logits = model.module(input_ids=ids, use_cache=False).logits[0, item.start - 1 : -1]
                 logp = logits.float().log_softmax(-1) if logits.dtype != torch.float64 else logits.log_softmax(-1)
                 loss = loss + weight * logp.gather(1, ids[0, item.start :, None]).sum()

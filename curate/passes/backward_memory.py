@@ -102,8 +102,6 @@ def footprint(model: Model, rules: Rules) -> Footprint:
 
 def _saved(model: Model, rules: Rules, n: int) -> float:
     """Bytes that the graph of one sequence of n tokens keeps, weights apart."""
-    from curate.passes.forward import _padded_states
-
     item = Item(0, "completion", np.arange(n, dtype=np.int32) % len(model.head.weight), 1)
     own = {p.untyped_storage().data_ptr() for p in (*model.module.parameters(), *model.module.buffers())}
     seen: dict[int, int] = {}
@@ -117,7 +115,7 @@ def _saved(model: Model, rules: Rules, n: int) -> float:
     capture = Capture(rules, [(0, n, n)], n, model.device)
     with torch.enable_grad(), capture.installed(), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         if model.layout == "padded":
-            states = _padded_states(model, [item])
+            states = model.padded_states([item])
         else:
             states = model.packed_states(Layout.of([Group((item,), 0)]))
     del states

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,6 +21,9 @@ from curate.errors import CurateError
 from curate.passes.head import SECOND_SWEEP, STATISTICS, Head
 from curate.passes.packing import Item
 from curate.tokens import Encoded, EncodedPair
+
+if TYPE_CHECKING:
+    from curate.measurements import Measurement
 
 CHUNK = 1024  # states per float64 copy while summing
 
@@ -148,3 +152,21 @@ class Batch:
         return self.head.statistics(
             self.all_states, unique % size, self._wanted - SECOND_SWEEP.keys(), at=unique // size
         )
+
+
+def write_columns(m: Measurement, batch: Batch, out: dict[str, np.ndarray]) -> None:
+    """Take one measurement of a batch and write its columns of `out` at the batch's rows. CurateError where it returns
+    other columns than it declared, or not one number per row.
+    """
+    found = m.function(batch)
+    if set(found) != set(m.columns):
+        raise CurateError(
+            f"measurement {m.name}: declared the columns {', '.join(m.columns)}, returned {', '.join(found) or 'none'}."
+        )
+    for column, values in found.items():
+        if tuple(values.shape) != (len(batch.rows),):
+            raise CurateError(
+                f"measurement {m.name}: {column} has shape {tuple(values.shape)}, expected one number per row: "
+                f"({len(batch.rows)},). `batch.chosen.sum(values)` and `.mean(values)` turn tokens into rows."
+            )
+        out[column][list(batch.rows)] = values.double().cpu().numpy()

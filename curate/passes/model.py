@@ -10,6 +10,7 @@ ones. A head we do not understand is refused by name; an attention we do not und
 from __future__ import annotations
 
 import gc
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +141,7 @@ class Model:
     def states(self, ids: torch.Tensor, **inputs: Any) -> torch.Tensor:
         """(batch, n) ids -> (batch, n, d) final hidden states, after the final norm: what the head sees."""
         body = self.module.base_model
-        self._reset_dynamic_rope()
+        self.reset_dynamic_rope()
         return body(input_ids=ids, use_cache=False, return_dict=True, **inputs).last_hidden_state
 
     def packed_states(self, layout: packing.Layout) -> torch.Tensor:
@@ -154,6 +155,28 @@ class Model:
                 return self.states(ids, position_ids=positions, attention_mask=torch.ones_like(ids))[0]
         finally:
             self.module.set_attn_implementation(self.plain_attention)
+
+    def padded_states(self, items: Sequence[packing.Item]) -> torch.Tensor:
+        """(len(items) · longest, d) final hidden states: one sequence per line, padded on the right."""
+        longest = max(len(item.ids) for item in items)
+        ids = np.zeros((len(items), longest), np.int64)
+        mask = np.zeros((len(items), longest), np.int64)
+        for i, item in enumerate(items):
+            ids[i, : len(item.ids)] = item.ids
+            mask[i, : len(item.ids)] = 1
+        inputs = {} if mask.all() else {"attention_mask": torch.from_numpy(mask).to(self.device)}
+        return self.states(torch.from_numpy(ids).to(self.device), **inputs).flatten(0, 1)
+
+    def reset_dynamic_rope(self) -> None:
+        """Dynamic NTK keeps the longest length it has seen; without this a row's numbers would depend on the rows
+        before it.
+        """
+        if self.rope_limit is None:
+            return
+        for part in self.module.modules():
+            if getattr(part, "rope_type", None) == "dynamic" and hasattr(part, "original_inv_freq"):
+                part.register_buffer("inv_freq", part.original_inv_freq.clone(), persistent=False)
+                part.max_seq_len_cached = part.original_max_seq_len
 
     def _find_head(self) -> Head:
         """The LM head with its bias, scale and soft-cap, checked against the model's own logits."""
@@ -200,17 +223,6 @@ class Model:
         except Exception as problem:  # models without the interface fail in ways of their own
             return f"{type(self.module).__name__}: {type(problem).__name__}: {first_line(problem)}"
         return None
-
-    def _reset_dynamic_rope(self) -> None:
-        """Dynamic NTK keeps the longest length it has seen; without this a row's numbers would depend on the rows
-        before it.
-        """
-        if self.rope_limit is None:
-            return
-        for part in self.module.modules():
-            if getattr(part, "rope_type", None) == "dynamic" and hasattr(part, "original_inv_freq"):
-                part.register_buffer("inv_freq", part.original_inv_freq.clone(), persistent=False)
-                part.max_seq_len_cached = part.original_max_seq_len
 
 
 _REFUSED = "It cannot be measured in torch; sample it with vLLM, or open an issue naming the architecture."
