@@ -31,6 +31,7 @@ from curate.passes.inner_products import embedding_sums
 from curate.passes.layer_rules import Parameters, Rules, find_rules
 from curate.passes.model import Model
 from curate.passes.packing import Group, Item, Layout
+from curate.passes.pair_products import PairProducts
 from curate.tokens import Encoded, EncodedPair
 
 if TYPE_CHECKING:
@@ -207,7 +208,8 @@ def run(
         first = torch.from_numpy(np.unique(found, return_index=True)[1]).to(model.device)
     around = None if padded else lambda: packing.packed(layout)
     arena = Arena(n_tokens, first, line) if apart and not padded else None
-    capture = Capture(rules, spans, n_tokens, model.device, first, line, checkpointed, arena, around)
+    products = PairProducts(spans, model.device)
+    capture = Capture(rules, products, n_tokens, first, line, checkpointed, arena, around)
 
     at = torch.from_numpy(
         np.concatenate([np.arange(s + i.start - 1, s + len(i.ids) - 1) for s, i in zip(starts, sequences)])
@@ -226,7 +228,7 @@ def run(
             of_head = head_gradient(model.head, predicting, tokens, responses, products=rules.head)
             slope = torch.zeros_like(states)
             slope[at] = of_head.slope.to(states.dtype)
-        capture.on_embedding = _tied(model, capture, of_head, predicting, tokens, responses)
+        products.on_tied = _tied(model, products, of_head, predicting, tokens, responses)
         with _packed_attention(model) if checkpointed and not padded else nullcontext():
             states.backward(slope)
     states = states.detach()
@@ -242,7 +244,7 @@ def run(
         states,
         {s for m in wanted for s in m.head},
     )
-    batch.products, batch.of_head = capture.found + of_head.products, of_head
+    batch.products, batch.of_head = products.found + of_head.products, of_head
     return batch
 
 
@@ -258,7 +260,7 @@ def _packed_attention(model: Model) -> Iterator[None]:
 
 def _tied(
     model: Model,
-    capture: Capture,
+    products: PairProducts,
     of_head: HeadGradient,
     states: torch.Tensor,
     tokens: torch.Tensor,
@@ -267,10 +269,10 @@ def _tied(
     """What a matrix that is embedding and head at once adds when the embedding's gradient arrives."""
 
     def add(ids: torch.Tensor, g: torch.Tensor) -> None:
-        for k, ((start, middle, stop), (a, b, c)) in enumerate(zip(capture.spans, responses)):
+        for k, ((start, middle, stop), (a, b, c)) in enumerate(zip(products.spans, responses)):
             found, *sums = embedding_sums(ids[start:stop], g[start:stop], middle - start)
             one = (states[a:c], tokens[a:c], of_head.logp[a:c], of_head.lse[a:c])
-            capture.found[k] += tied_products(model.head, *one, b - a, found, (sums[0], sums[1]))
+            products.found[k] += tied_products(model.head, *one, b - a, found, (sums[0], sums[1]))
 
     return add
 

@@ -19,6 +19,7 @@ from curate.passes.head_gradient import KEEP, KEEP_ON_GPU
 from curate.passes.layer_rules import Rules
 from curate.passes.model import Model
 from curate.passes.packing import Group, Item, Layout
+from curate.passes.pair_products import PairProducts
 from curate.passes.vllm_memory import free_memory
 
 SHARE = 0.8  # of the free memory that a batch may take
@@ -112,7 +113,7 @@ def _saved(model: Model, rules: Rules, n: int) -> float:
             seen[storage.data_ptr()] = storage.nbytes()
         return x
 
-    capture = Capture(rules, [(0, n, n)], n, model.device)
+    capture = Capture(rules, PairProducts([], model.device), n)
     with torch.enable_grad(), capture.installed(), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         if model.layout == "padded":
             states = model.padded_states([item])

@@ -12,52 +12,59 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
 from curate.errors import ModelError
-from curate.passes import inner_products
 from curate.passes.graph_memory import Arena
 from curate.passes.inner_products import wide
 from curate.passes.layer_rules import Embedding, Linear, Norm, Rules
 
 
 @dataclass
-class _Shared:
-    """Linear layers that read one input: their outputs together, how many are left, and per row of the batch the tiles of AAᵀ meanwhile."""
+class Shared:
+    """Linear layers that read one input: their outputs together, how many are left to come, and what their taker keeps of it meanwhile."""
 
     outputs: int = 0
     left: int = 0
-    grams: dict[int, list[torch.Tensor]] = field(default_factory=dict)
+    kept: dict[int, Any] = field(default_factory=dict)
+
+
+class Taker(Protocol):
+    """What is made of the parts of a gradient as they come by, layer after layer; the tensors belong to the backward and are not to be kept."""
+
+    def linear(
+        self, rule: Linear, shared: Shared, rows: torch.Tensor, line: torch.Tensor | None, g: torch.Tensor
+    ) -> None:
+        """rows[line] (N, i): the layer's inputs, rows themselves where line is None; g (N, o): gradients at its outputs."""
+
+    def norm(self, rule: Norm, x: torch.Tensor, g: torch.Tensor) -> None:
+        """x, g: the norm's input and its output's gradient, tokens first, then any, then the weight's shape."""
+
+    def embedding(self, rule: Embedding, ids: torch.Tensor, g: torch.Tensor) -> None:
+        """ids (N,), g (N, d): gradients of the lines themselves, scale included."""
 
 
 @dataclass
 class Capture:
-    """One batch. spans: per row of the batch, where its first sequence starts, its second, and where it ends, among the N tokens of the
-    graph. first (U,), line (N,): the first of the tokens that share everything, and each token's number among those; None where none do.
-
-    found (rows, 3) float64 gathers first·first, first·second, second·second over all wanted parameters.
+    """One batch of n_tokens tokens in the graph. first (U,), line (N,): the first of the tokens that share everything, and each token's number
+    among those; None where none do. taker: gets every wanted layer's part.
     """
 
     rules: Rules
-    spans: list[tuple[int, int, int]]
+    taker: Taker
     n_tokens: int
-    device: torch.device
     first: torch.Tensor | None = None
     line: torch.Tensor | None = None
     checkpointed: bool = False
     arena: Arena | None = None
     around: Callable[[], Any] | None = None  # context of a layer that is run again by a checkpoint
-    on_embedding: Callable[[torch.Tensor, torch.Tensor], None] | None = (
-        None  # the tied head's cross terms: (ids, gradients)
-    )
 
     def __post_init__(self) -> None:
-        self.found = torch.zeros(len(self.spans), 3, dtype=torch.float64, device=self.device)
-        self._last: tuple[torch.Tensor, int, torch.Tensor, _Shared] | None = None
+        self._last: tuple[torch.Tensor, int, torch.Tensor, Shared] | None = None
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -118,7 +125,7 @@ class Capture:
             shared.left += 1
         return _Linear.apply(x, rows, rule, shared, self)
 
-    def _shared(self, x: torch.Tensor) -> tuple[torch.Tensor, _Shared]:
+    def _shared(self, x: torch.Tensor) -> tuple[torch.Tensor, Shared]:
         """The (U, i) different rows of x, and one record for all layers that get this very tensor. Only the graph keeps the rows."""
         if self._last is not None and self._last[0] is x and self._last[1] == x._version:
             return self._last[2:]
@@ -128,7 +135,7 @@ class Capture:
                 rows = self.arena.distinct(rows)
             elif self.first is not None:
                 rows = rows[self.first]
-        self._last = x, x._version, rows, _Shared()
+        self._last = x, x._version, rows, Shared()
         return self._last[2:]
 
     def _norm(self, rule: Norm, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -159,45 +166,16 @@ class Capture:
                 f"(shape {tuple(x.shape)}); its gradient has no rule."
             )
 
-    def linear_done(self, rule: Linear, shared: _Shared, rows: torch.Tensor, g: torch.Tensor) -> None:
-        """rows (U, i), g (N, o): this layer's part of the inner products."""
-        for k, (start, middle, stop) in enumerate(self.spans):
-            b, m = wide(g[start:stop]), middle - start
-            n = stop - start
-            if rule.wanted:
-                if inner_products.prefers_tokens(n, rows.shape[1], shared.outputs):
-                    if k not in shared.grams:
-                        shared.grams[k] = inner_products.gram(self._own(rows, start, stop), m)
-                    self.found[k] += inner_products.weigh(shared.grams[k], inner_products.gram(b, m), n, m)
-                else:
-                    self.found[k] += inner_products.matrix_products(self._own(rows, start, stop), b, m)
-            if rule.bias_wanted:
-                self.found[k] += inner_products.vector_products(b[:m].sum(0), b[m:].sum(0))
+    def linear_done(self, rule: Linear, shared: Shared, rows: torch.Tensor, g: torch.Tensor) -> None:
+        self.taker.linear(rule, shared, rows, self.line, g)
         if rule.wanted:
             shared.left -= 1
             if not shared.left:
-                shared.grams.clear()
-
-    def _own(self, rows: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        return wide(rows[start:stop] if self.line is None else rows[self.line[start:stop]])
-
-    def norm_done(self, rule: Norm, x: torch.Tensor, g: torch.Tensor) -> None:
-        """x, g: the norm's input and its output's gradient, tokens first, then any, then the weight's shape."""
-        g, extra = wide(g), tuple(range(1, x.ndim - len(rule.shape)))
-        of_weight = g * rule.normal(x)
-        for parts in (of_weight, g) if rule.bias else (of_weight,):
-            parts = parts.sum(extra) if extra else parts
-            for k, (start, middle, stop) in enumerate(self.spans):
-                self.found[k] += inner_products.vector_products(parts[start:middle].sum(0), parts[middle:stop].sum(0))
+                shared.kept.clear()
 
     def _embedded(self, rule: Embedding, ids: torch.Tensor, g: torch.Tensor) -> None:
         with torch.no_grad():
-            g = wide(g) * rule.scale
-            if rule.tied and self.on_embedding is not None:
-                self.on_embedding(ids, g)
-            for k, (start, middle, stop) in enumerate(self.spans):
-                _, a, b = inner_products.embedding_sums(ids[start:stop], g[start:stop], middle - start)
-                self.found[k] += inner_products.vector_products(a, b)
+            self.taker.embedding(rule, ids, wide(g) * rule.scale)
 
 
 @contextmanager
@@ -237,7 +215,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, rows: torch.Tensor, rule: Linear, shared: _Shared, capture: Capture
+        ctx: Any, x: torch.Tensor, rows: torch.Tensor, rule: Linear, shared: Shared, capture: Capture
     ) -> torch.Tensor:
         ctx.rule, ctx.shared, ctx.capture, ctx.shape = rule, shared, capture, x.shape
         if rule.wanted:
@@ -270,5 +248,5 @@ class _Norm(torch.autograd.Function):
     def backward(ctx: Any, g: torch.Tensor) -> Any:
         (x,) = ctx.saved_tensors
         given = [t.transpose(1, 2) if ctx.turned else t for t in (x, g)]
-        ctx.capture.norm_done(ctx.rule, *(t.reshape(-1, *t.shape[2:]) for t in given))
+        ctx.capture.taker.norm(ctx.rule, *(t.reshape(-1, *t.shape[2:]) for t in given))
         return g, None, None, None, None

@@ -55,6 +55,14 @@ class Norm:
     shape: tuple[int, ...]
     bias: bool
 
+    def gradients(self, x: torch.Tensor, g: torch.Tensor) -> list[torch.Tensor]:
+        """x, g: input and gradient at the output, tokens first, then any, then the weight's shape -> what each token adds to the gradient of
+        the weight and, where there is one, of the bias, (N, *shape) each.
+        """
+        g, extra = wide(g), tuple(range(1, x.ndim - len(self.shape)))
+        parts = [g * self.normal(x), g] if self.bias else [g * self.normal(x)]
+        return [part.sum(extra) for part in parts] if extra else parts
+
 
 @dataclass(frozen=True)
 class Rules:
