@@ -1,11 +1,13 @@
-"""One row of a store: what it scored, where that stands among the others, and why a selection kept or dropped it."""
+"""One row of a store: what it scored, where that stands among the others, its flags in words, and why a selection kept or dropped it."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from curate.errors import UsageError
+from curate.scores import SCORES
+from curate.scores.flags import ADVICE, REASONS, reasons
 from curate.show import cell, table
 from curate.storage.views import BASE
 from curate.store import Store
@@ -21,6 +23,7 @@ class Explanation:
     measured: dict[str, Any]
     decision: dict[str, Any] | None
     selection: str | None
+    flags: list[str] = field(default_factory=list)
 
     def text(self) -> str:
         lines = [f"row {self.row_id}  ({self.row['kind']}, {self.row['source']}:{self.row['index']})"]
@@ -43,6 +46,16 @@ class Explanation:
                     head=head,
                 ),
             ]
+        if self.flags:
+            lines += [
+                "",
+                f"squeezing-prone ({len(self.flags)} of {len(REASONS)} signs; a ranking, not a forecast of how far):",
+            ]
+            lines += [f"  - {flag}" for flag in self.flags]
+            lines += [
+                "what retraining has shown to help, in this order:",
+                *(f"  {i}. {text}" for i, text in enumerate(ADVICE, 1)),
+            ]
         if self.measured:
             lines += ["", "measured: " + ", ".join(f"{k} {cell(v)}" for k, v in self.measured.items())]
         return "\n".join(lines)
@@ -54,7 +67,6 @@ class Explanation:
 def explain_row(store: Store, row: str, selection: str | None = None) -> Explanation:
     """Why a row scored and was kept or dropped as it was. row: an id, its first digits, or source:index."""
     from curate.recipe import ScoreRequest
-    from curate.scores import SCORES
 
     row_id = store.find_row(row)
     decision, name, recipe = None, None, None
@@ -108,7 +120,26 @@ def explain_row(store: Store, row: str, selection: str | None = None) -> Explana
         for k, v in line.items()
         if k not in (*base, "row_id", "position") and k not in requests and k not in own and v is not None
     }
-    return Explanation(row_id, {k: line.get(k) for k in base}, scores, measured, decision, name)
+    flags = _flags(store, row_id, recipe, line, requests)
+    return Explanation(row_id, {k: line.get(k) for k in base}, scores, measured, decision, name, flags)
+
+
+def _flags(store: Store, row_id: str, recipe: str | None, line: dict[str, Any], requests: dict[str, Any]) -> list[str]:
+    """Why a pair is squeezing-prone, in words; the ranks are among the rows that were scored. Empty where nothing says so."""
+    wanted = [name for name in dict.fromkeys(name for reason in REASONS for name in reason.columns) if name in line]
+    if line["kind"] != "preference" or not wanted:
+        return []
+    picked = ", ".join(f'"{name}"' for name in wanted)
+    frame = store.sql(
+        f"SELECT row_id, {picked} FROM scored WHERE role = 'train' OR row_id = ?", [row_id], recipe=recipe
+    )
+    at = frame["row_id"].to_list().index(row_id)
+    columns = {name: frame[name].cast(float).fill_null(float("nan")).to_numpy() for name in wanted}
+    params: dict[str, Any] = next(
+        (r.params for r in requests.values() if r.score in ("squeezing_prone", "squeezing_weight")), {}
+    )
+    found = reasons(columns, SCORES["squeezing_prone"].check(params)["share"])
+    return [reason.says(values, at) for reason, values, holds in found.values() if holds[at] == 1]
 
 
 def _excerpt(text: str, width: int = 110) -> str:

@@ -10,6 +10,8 @@ from curate.checkpoints import FingerprintCache
 from curate.errors import UsageError
 from curate.plan import find_subjects
 from curate.recipe import Export, Loaded
+from curate.scores import resolve
+from curate.scores.flags import ADVICE
 
 if TYPE_CHECKING:
     from curate.data import ExportResult, ExportRow
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 
 def export_selection(loaded: Loaded, store: Store, selection: Selection, sources: list[str]) -> ExportResult:
     """Write the kept rows where the recipe says, the dropped ones beside them. Raises ValidationError where nothing is kept."""
-    from curate.data import export
+    from curate.data import TrainedAs, export
 
     asked = loaded.recipe.export
     assert asked is not None
@@ -35,6 +37,9 @@ def export_selection(loaded: Loaded, store: Store, selection: Selection, sources
         resample=asked.resample,
         seed=loaded.recipe.engine.seed,
         push_to_hub=asked.push_to_hub,
+        trainer=TrainedAs(
+            loaded.recipe.tokens.max_length, loaded.recipe.tokens.truncation, _beta(loaded), bool(_flagged(loaded))
+        ),
     )
 
 
@@ -58,6 +63,38 @@ def _columns(loaded: Loaded, store: Store) -> list[str]:
     if asked.columns == "scores":
         return [request.name for request in loaded.recipe.scores]
     return list(asked.columns) if isinstance(asked.columns, list) else []
+
+
+def _beta(loaded: Loaded) -> float | None:
+    """β of the first score that has one."""
+    for request in loaded.recipe.scores:
+        params = resolve(request.score, folder=loaded.folder).check(request.params)
+        if "beta" in params:
+            return float(params["beta"])
+    return None
+
+
+def _flagged(loaded: Loaded) -> str:
+    """The name of the column that counts a pair's signs of squeezing, "" where the recipe scores none."""
+    found = {request.score: request.name for request in loaded.recipe.scores}
+    return found.get("squeezing_prone") or found.get("squeezing_weight", "")
+
+
+def _advice(loaded: Loaded, store: Store, selection: Selection) -> list[str]:
+    """How many kept pairs are squeezing-prone, and what to do, in the order that retraining has shown so far."""
+    column = _flagged(loaded)
+    if not column:
+        return []
+    sign = "> 0" if column == {r.score: r.name for r in loaded.recipe.scores}.get("squeezing_prone") else "< 1"
+    n = store.sql(
+        f'SELECT count(*) AS n FROM scored JOIN selections USING (row_id) WHERE selection = ? AND kept AND "{column}" {sign}',
+        [selection.name],
+        recipe=loaded.name,
+    )["n"][0]
+    steps = "; ".join(f"({i}) {text}" for i, text in enumerate(ADVICE, 1))
+    return [
+        f"{n:,} of the kept pairs are squeezing-prone (a ranking, not a forecast of how far). In this order: {steps}."
+    ]
 
 
 def _rows(selected: Iterator[Any], weight: str | None, columns: list[str]) -> Iterator[ExportRow]:
@@ -96,6 +133,7 @@ def _card(loaded: Loaded, store: Store, selection: Selection, sources: list[str]
         counts=counts,
         scores={name: distribution(frame[name].to_list()) for name in names if name in frame.columns},
         notes=[
-            f"Made by curate {__version__}; `curate explain {store.folder.name} <row_id>` says why a row was kept or dropped."
+            f"Made by curate {__version__}; `curate explain {store.folder.name} <row_id>` says why a row was kept or dropped.",
+            *_advice(loaded, store, selection),
         ],
     )

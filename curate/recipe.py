@@ -170,7 +170,9 @@ class Export(Strict):
     """Where the kept rows go, as a dataset to train on."""
 
     to: str
-    format: Literal["trl", "prompt_completion", "messages"] = "trl"
+    format: Literal["trl", "prompt_completion", "messages", "extend"] = Field(
+        "trl", description="extend: both responses of every pair as prompt/completion rows, for SFT before DPO"
+    )
     columns: Literal["scores", "none"] | list[str] = Field(
         "none", description="extra columns: every score, none, or a list"
     )

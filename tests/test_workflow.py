@@ -447,6 +447,28 @@ def test_results_speak_json_and_text(recipe):
     assert all(issubclass(e, CurateError) for e in (ModelError, StoreError, UsageError, ValidationError))
 
 
+def test_flags_in_words_and_what_to_do(recipe, tmp_path):
+    """The signs of `explain` are those that `squeezing_prone` counts; the card counts the pairs; settings for TRL lie beside them."""
+    from curate.explain import explain_row
+
+    path = recipe(
+        scores=["ches", {"squeezing_prone": {"share": 0.25}}, {"flip_loss": {"beta": 0.3}}],
+        select={},
+        export={"to": "out", "columns": "scores"},
+    )
+    result = curate.run(path)
+    found = result.store.sql("SELECT row_id, squeezing_prone AS n, valley_depth FROM scored ORDER BY n DESC")
+    assert set(found["n"]) == {0.0, 1.0, 2.0} and found["valley_depth"].null_count() == 0
+    for row_id, n in zip(found["row_id"], found["n"], strict=True):
+        explained = explain_row(result.store, row_id)
+        assert len(explained.flags) == n
+        assert ("an NLL term on the chosen response" in explained.text()) == (n > 0)
+    flagged = int((found["n"] > 0).sum())
+    assert f"{flagged} of the kept pairs are squeezing-prone" in (tmp_path / "out" / "README.md").read_text()
+    settings = json.loads((tmp_path / "out" / "trainer_args.json").read_text())
+    assert (settings["beta"], settings["loss_type"], settings["max_length"]) == (0.3, ["sigmoid", "sft"], 128)
+
+
 def test_on_policy_gap_samples_the_prompts_of_pairs(recipe):
     over = {
         "engine.sampler": "transformers",

@@ -9,6 +9,7 @@ from curate.data.exported import ExportRow
 from curate.data.formats import FORMATS
 from curate.data.reading import Reading, load, read
 from curate.data.records import Defect, Record, SourceInfo
+from curate.data.trainer import TrainedAs
 from curate.data.validation import Validation, validate, validate_reading
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "Reading",
     "Record",
     "SourceInfo",
+    "TrainedAs",
     "Validation",
     "distribution",
     "export",

@@ -3,6 +3,7 @@
     <to>/dataset_dict.json, <to>/<split>/      save_to_disk, as a DatasetDict
     <to>/data/<split>-00000.parquet            the same rows
     <to>/dropped/dropped-00000.parquet         every dropped row with its `reason`
+    <to>/trainer_args.json                     arguments for TRL's DPOConfig or SFTConfig
     <to>/README.md                             the card
 
 Written beside `to` and exchanged with it in one step, so that a kill leaves the old export or the new one.
@@ -15,16 +16,17 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from curate.data.card import Card, write_card
-from curate.data.exported import ExportRow, Plan, checked_weight, no_text, own_columns, resampled
+from curate.data.exported import ExportRow, Plan, both_responses, checked_weight, no_text, own_columns, resampled
 from curate.data.replace import MARK, carry_over, check_target, replace_folder
 from curate.data.sources import first_line
 from curate.data.spool import Spool, write_parquet
+from curate.data.trainer import TrainedAs, write_trainer_args
 from curate.errors import UsageError, ValidationError
 
-ExportFormat = Literal["trl", "prompt_completion", "messages"]
+ExportFormat = Literal["trl", "prompt_completion", "messages", "extend"]
 
 
 @dataclass(frozen=True)
@@ -52,20 +54,23 @@ def export(
     resample: int | None = None,
     seed: int = 0,
     push_to_hub: str | None = None,
+    trainer: TrainedAs | None = None,
 ) -> ExportResult:
     """Writes an export and puts it in the place of the one before.
 
     format: trl (pairs: prompt, chosen, rejected; examples: prompt, completion, and label where rows are unpaired; prompts alone
     where there is no completion), prompt_completion (of a pair: its chosen reply), messages (text becomes a user and an assistant
-    turn). sources: paths that were read, which an export never overwrites. card: what README.md says of sources, models, scores.
+    turn), extend (both responses of a pair, one prompt/completion row each, with the column `side`).
+    sources: paths that were read, which an export never overwrites. card: what README.md says of sources, models, scores.
     resample: that many rows, each in proportion to its `weight` (systematic resampling, fixed by `seed`; copies stand together).
     push_to_hub: also to this hub dataset, which is made private if it is new.
+    trainer: what trainer_args.json is made from.
     Memory is bounded. Errors: ValidationError (no rows, text beside messages, missing completions, weights that cannot be used),
     UsageError (`to` is a source, or a folder that is no export).
     """
     target = check_target(Path(to), sources)
-    if format not in ("trl", "prompt_completion", "messages"):
-        raise UsageError(f"export.format: '{format}' is none of trl, prompt_completion, messages.")
+    if format not in (known := get_args(ExportFormat)):
+        raise UsageError(f"export.format: '{format}' is none of {', '.join(known)}.")
     staging = target.with_name(f".{target.name}.new")
     shutil.rmtree(staging, ignore_errors=True)
     (staging / "work").mkdir(parents=True)
@@ -73,7 +78,7 @@ def export(
         with ExitStack() as stack:
             stack.callback(shutil.rmtree, staging, True)
             result = write_export(
-                staging, target, iter(records), iter(dropped), format, split, card or Card(), resample, seed
+                staging, target, iter(records), iter(dropped), format, split, card or Card(), resample, seed, trainer
             )
             replace_folder(staging, target)
     except OSError as error:
@@ -96,7 +101,10 @@ def write_export(
     card: Card,
     resample: int | None,
     seed: int,
+    trainer: TrainedAs | None,
 ) -> ExportResult:
+    if format == "extend":
+        records, format = both_responses(records), "prompt_completion"
     first = next(records, None)
     if first is None:
         raise ValidationError(
@@ -134,6 +142,8 @@ def write_export(
     if resample is not None:
         drawn = f"{n_rows:,} rows were drawn from {kept.n_rows:,} in proportion to `weight` (seed {seed})"
         notes.append(f"{drawn}; do not weight them again.")
+    if trainer is not None:
+        notes += write_trainer_args(staging, trainer, plan.layout)
     shutil.rmtree(work)
     (staging / MARK).write_text("An export of curate: the next export to this folder replaces it.\n")
     existing = target / "README.md"

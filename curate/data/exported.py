@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from curate.data.texts import jsonable
@@ -154,6 +154,20 @@ def free_name(name: str, columns: dict[str, Any]) -> str:
     while new in columns:
         new = f"source_{new}"
     return new
+
+
+def both_responses(records: Iterator[ExportRow]) -> Iterator[ExportRow]:
+    """Every pair as two examples, its chosen and its rejected response, told apart by the column `side`: SFT on both before DPO
+    ("extend", Ren & Sutherland 2024, arXiv:2407.10490). Other rows as they are.
+    """
+    for record in records:
+        if not isinstance(record.row, Pair):
+            yield record
+            continue
+        own = {free_name(k, record.columns) if k == "side" else k: v for k, v in record.columns.items()}
+        for side in ("chosen", "rejected"):
+            row = Example(record.row.prompt, getattr(record.row, side))
+            yield replace(record, row=row, columns=own | {"side": side})
 
 
 def checked_weight(record: ExportRow) -> float:

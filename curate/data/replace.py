@@ -12,7 +12,7 @@ from pathlib import Path
 from curate.errors import UsageError
 
 MARK = ".curate-export"
-OURS = frozenset((MARK, "README.md", "data", "dropped", "dataset_dict.json"))
+OURS = frozenset((MARK, "README.md", "data", "dropped", "dataset_dict.json", "trainer_args.json"))
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
 
 

@@ -364,6 +364,7 @@ def _as_column(values: Any, name: str, of: Columns) -> Any:
 from curate.scores import (  # noqa: E402
     answers,  # noqa: F401
     displacement,  # noqa: F401
+    flags,  # noqa: F401
     gradients,  # noqa: F401
     hardness,  # noqa: F401
     premem,  # noqa: F401

@@ -92,6 +92,22 @@ def test_formats(tmp_path, row, format, layout, texts):
         assert load(tmp_path / "out") == [row]  # an export can be read again as what it was
 
 
+def test_both_responses_of_a_pair(tmp_path):
+    """ "extend": two prompt/completion rows a pair, with its id, its columns and its weight."""
+    result = export(tmp_path / "out", [pair(1, side="mine", votes=3)], format="extend")
+    assert (result.n_rows, result.layout) == (2, "prompt/completion, standard")
+    rows = rows_of(tmp_path / "out")
+    of_pair = pair(1).row
+    assert [(r["prompt"], r["completion"], r["side"]) for r in rows] == [
+        (of_pair.prompt, of_pair.chosen, "chosen"),
+        (of_pair.prompt, of_pair.rejected, "rejected"),
+    ]
+    assert all((r["source_side"], r["votes"], r["row_id"]) == ("mine", 3, pair(1).row_id) for r in rows)
+    chat = export(tmp_path / "chat", [exported(CHAT)], format="extend")
+    assert chat.layout == "prompt/completion, conversational"
+    assert [r["completion"] for r in rows_of(tmp_path / "chat")] == [[turn("assistant", "a")], [turn("assistant", "b")]]
+
+
 def test_names_that_a_trainer_takes(tmp_path):
     columns = {"ref_chosen_logps": -5.0, "label": 1, "messages": "m", "source_label": 2, "tools": None, "votes": 3}
     result = export(tmp_path / "out", [pair(1, **columns)], format="trl")

@@ -1,0 +1,88 @@
+"""The trainer's settings that go with an export: `trainer_args.json`, for `DPOConfig(**…)` or `SFTConfig(**…)` of TRL.
+
+Only arguments that the installed TRL has are written: its configuration classes are read as source, not imported (that would take
+seconds and torch). Without TRL the file holds what TRL 1.16 takes, and the card says so.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+FILE = "trainer_args.json"
+OF = {"DPOConfig": "dpo_config.py", "SFTConfig": "sft_config.py"}
+
+
+@dataclass(frozen=True)
+class TrainedAs:
+    """What the settings follow from: how rows were cut when they were measured, the β of the scores, and whether signs of squeezing were scored."""
+
+    max_length: int | None
+    truncation: str
+    beta: float | None = None
+    squeezing: bool = False
+
+    def args(self, layout: str) -> tuple[str, dict[str, Any]] | None:
+        """The configuration class that trains on an export of this layout, and its arguments; None for layouts that neither takes.
+
+        Where signs of squeezing were scored, an NLL term on the chosen response stands beside the DPO loss, with equal weights, which is TRL's
+        default for several losses (its NLL is a mean over tokens, DPO's gradient β times a sum over them: a mild term).
+        """
+        args: dict[str, Any] = {"max_length": self.max_length}
+        if self.truncation in ("keep_start", "keep_end"):
+            args["truncation_mode"] = self.truncation
+        if layout.startswith("trl preference"):
+            if self.beta is not None:
+                args["beta"] = self.beta
+            if self.squeezing:
+                args |= {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 1.0]}
+            return "DPOConfig", args
+        return ("SFTConfig", args) if layout.startswith(("prompt/completion", "messages")) else None
+
+
+def write_trainer_args(folder: Path, trained: TrainedAs, layout: str) -> list[str]:
+    """Write the arguments that the installed TRL's class has. Returns what a reader of the card should know of them."""
+    found = trained.args(layout)
+    if found is None:
+        return []
+    config, args = found
+    known = fields_of(config)
+    kept = {name: value for name, value in args.items() if known is None or name in known}
+    (folder / FILE).write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+    shown = ", ".join(f"{name}={value!r}" for name, value in kept.items())
+    notes = [f"`{config}(output_dir=..., **json.load(open('{FILE}')))` trains as it was measured: {shown}."]
+    left = sorted(set(args) - set(kept))
+    if left:
+        notes.append(f"TRL {_installed()} has no argument {', '.join(left)}: {FILE} leaves it out.")
+    if known is None:
+        notes.append(f"TRL is not installed where this was exported: {FILE} is written for TRL 1.16.")
+    return notes
+
+
+def fields_of(config: str) -> set[str] | None:
+    """The fields that the installed TRL's configuration class declares itself; None where TRL is not installed."""
+    spec = importlib.util.find_spec("trl")
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    for folder in spec.submodule_search_locations:
+        file = Path(folder) / "trainer" / OF[config]
+        if file.is_file():
+            tree = ast.parse(file.read_text(encoding="utf-8"))
+            found = next((n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == config), None)
+            if found is not None:
+                return {
+                    n.target.id for n in found.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)
+                }
+    return None
+
+
+def _installed() -> str:
+    try:
+        return version("trl")
+    except PackageNotFoundError:
+        return "(of an unknown version)"
