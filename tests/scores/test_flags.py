@@ -36,7 +36,9 @@ def test_what_is_unknown():
     columns = COLUMNS | {"valley_depth": np.where(CHES == 9, np.nan, CHES)}
     found = SCORES["squeezing_prone"].compute(columns, params={"share": 0.2})
     assert np.isnan(found[9]) and found[8] == 2  # by both ranks the highest that is known
-    gone = SCORES["squeezing_prone"].compute(COLUMNS | dict.fromkeys(KERNEL, np.full(10, np.nan)), params={"share": 0.2})
+    gone = SCORES["squeezing_prone"].compute(
+        COLUMNS | dict.fromkeys(KERNEL, np.full(10, np.nan)), params={"share": 0.2}
+    )
     np.testing.assert_array_equal(gone, [1, 1, 0, 0, 0, 0, 0, 0, 1, 1])  # gradients that were not taken are no sign
 
 
