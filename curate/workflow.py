@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import yaml
+
 from curate.errors import CurateError, UsageError
 from curate.plan import Plan, wanted_scores
 from curate.plan import make_plan as _make_plan
@@ -107,6 +109,7 @@ def run_steps(loaded: Loaded, steps: Sequence[str], *, progress: Progress, comma
     wanted_scores(loaded)  # a misspelt score is said before anything is read
     store = _open_store(loaded, progress)
     _check_name(loaded, store)
+    _check_sources(loaded, store)
     number = store.begin_run(loaded.name, command, curate.__version__)
     result = Result(store, loaded.name)
     try:
@@ -150,6 +153,7 @@ def make_plan(loaded: Loaded, *, progress: Progress) -> Plan:
     wanted_scores(loaded)
     store = _open_store(loaded, progress)
     _check_name(loaded, store)
+    _check_sources(loaded, store)
     return _make_plan(loaded, store, read_sources(loaded, store, progress))
 
 
@@ -168,6 +172,33 @@ def _check_name(loaded: Loaded, store: Store) -> None:
             f"{store.folder} holds the scores of another recipe called {loaded.name!r} ({other.resolve()}). "
             "Rename one of the two files, or give this one a store of its own with --store."
         )
+
+
+def _check_sources(loaded: Loaded, store: Store) -> None:
+    """A source's name is its path as typed: two recipes of different folders would take each other's rows. UsageError naming the other one."""
+    mine = [name for name in _typed(loaded.raw) if loaded.resolve(name).parent != Path(name).parent]
+    for other in store.recipes():
+        first, _, text = other["text"].partition("\n")
+        if other["name"] == loaded.name or not first.startswith(PLACE):
+            continue
+        folder = (store.folder / first.removeprefix(PLACE)).parent
+        if folder.resolve() == loaded.folder.resolve():
+            continue
+        shared = sorted(set(mine) & set(_typed(yaml.safe_load(text) or {})))
+        if shared:
+            raise UsageError(
+                f"{store.folder} holds rows under the name {shared[0]!r} from another folder (recipe {other['name']!r}, {folder.resolve()}). "
+                f"Write this recipe's path in full (source.path: {loaded.resolve(shared[0])}), or give it a store of its own with --store."
+            )
+
+
+def _typed(raw: dict[str, Any]) -> list[str]:
+    """The paths of a recipe's sources as they are typed."""
+    found: list[str] = []
+    for source in (raw.get("source"), raw.get("heldout")):
+        path = source.get("path") if isinstance(source, dict) else source
+        found += [path] if isinstance(path, str) else list(path or [])
+    return found
 
 
 def _placed(loaded: Loaded, store: Store) -> str:

@@ -199,6 +199,23 @@ def test_duplicate_rows_are_measured_once_and_said(recipe, tmp_path, capsys):
     assert result.store.sql("SELECT sum(n_occurrences)::INT FROM scored").item() == 14
 
 
+def test_two_folders_that_name_their_rows_alike(recipe, tmp_path):
+    """In one store they would replace each other's rows: an error that names the other folder, and nothing is lost."""
+    path = recipe(export=None, select=None, scores=["edit_distance"])
+    result = curate.run(path)
+    other = tmp_path / "other"
+    other.mkdir()
+    write_rows(other / "pairs.jsonl", pairs(5))
+    (other / "second.yaml").write_text(path.read_text())
+    with pytest.raises(UsageError, match=r"'pairs.jsonl' from another folder \(recipe 'recipe', .*--store"):
+        curate.run(other / "second.yaml", store=result.store.folder)
+    assert result.store.sql("SELECT count(*) AS n FROM occurrences")["n"][0] == 40
+    full = {"source.path": str(other / "pairs.jsonl")}
+    assert curate.run(other / "second.yaml", store=result.store.folder, set=full).store.sql(
+        "SELECT count(*) AS n FROM occurrences"
+    )["n"][0] == 45
+
+
 def test_two_recipes_of_one_store_stay_apart(recipe, tmp_path):
     curate.run(recipe(select=None, export=None))
     write_rows(tmp_path / "more.jsonl", pairs(5, start=100))
