@@ -211,9 +211,12 @@ def test_two_folders_that_name_their_rows_alike(recipe, tmp_path):
         curate.run(other / "second.yaml", store=result.store.folder)
     assert result.store.sql("SELECT count(*) AS n FROM occurrences")["n"][0] == 40
     full = {"source.path": str(other / "pairs.jsonl")}
-    assert curate.run(other / "second.yaml", store=result.store.folder, set=full).store.sql(
-        "SELECT count(*) AS n FROM occurrences"
-    )["n"][0] == 45
+    assert (
+        curate.run(other / "second.yaml", store=result.store.folder, set=full).store.sql(
+            "SELECT count(*) AS n FROM occurrences"
+        )["n"][0]
+        == 45
+    )
 
 
 def test_two_recipes_of_one_store_stay_apart(recipe, tmp_path):
