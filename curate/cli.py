@@ -294,11 +294,23 @@ def explain(
 
 
 @app.command()
-def summary(store: StorePath, recipe: OfRecipe = None, json: Json = False, quiet: Quiet = False) -> None:
-    """Dataset-level values with intervals: ranking accuracies, pre-memorization accuracy per run and checkpoint, calibration, R²."""
+def summary(
+    store: StorePath,
+    recipe: OfRecipe = None,
+    between: Annotated[
+        str | None,
+        typer.Option(metavar="STEP,STEP", help="the two checkpoints of the flip table (default: first, last)"),
+    ] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Dataset-level values with intervals: ranking accuracies, pre-memorization accuracy per run and checkpoint, calibration, R², flips."""
     from curate.summary import summarise
 
-    result = summarise(_store(store), recipe=recipe)
+    steps = between.split(",") if between else []
+    if between and not (len(steps) == 2 and all(s.strip().isdigit() for s in steps)):
+        raise UsageError(f"--between {between}: expected two steps, such as --between 0,400.")
+    result = summarise(_store(store), recipe=recipe, between=(int(steps[0]), int(steps[1])) if steps else None)
     out(to_json(result.to_json()) if json else result.text())
 
 

@@ -298,14 +298,14 @@ def imported_uses(store: Store, wanted: Iterable[Wanted]) -> dict[tuple[str, str
         raise UsageError(
             "This recipe names no model, and nothing was imported into its store. Set models.reference, or `curate import STORE FILE --map …`."
         )
-    columns = store.measured_columns()
+    columns = store.known_columns()
     uses: dict[tuple[str, str, str | None], list[str]] = {}
     for want in wanted:
         for text in (*want.score.needs, *want.score.optional):
             role, _, column = text.rpartition(".")
             if role == "row":
                 continue
-            found = [m.fingerprint for m in known if column in columns.get(m.measurement, ()) and not role]
+            found = [m.fingerprint for m in known if column in columns.get(m.fingerprint, ()) and not role]
             if found:
                 uses[(role, column, want.score.over)] = found
             elif text in want.score.needs:

@@ -258,6 +258,11 @@ class Store:
             ]
             return {name: list(tables.columns_of(con, tables.table_of(name))) for name in names}
 
+    def known_columns(self, names: Sequence[str] | None = None) -> dict[str, list[str]]:
+        """fingerprint -> its columns that are known for some row (of `names`, or of all). Imports of several kinds share one table."""
+        with self.database.read() as con:
+            return tables.known_columns(con, names)
+
     def columns(self, fingerprint: str, names: Sequence[str], row_ids: Sequence[str]) -> dict[str, np.ndarray]:
         """name -> (rows,) float64 aligned to `row_ids`; NaN where there is no value. Booleans are 0 and 1.
 

@@ -1,7 +1,8 @@
 """What a store says about whole datasets: `curate summary`.
 
-Summaries read dataset values as they were scored, and calibrate τ of pre-memorization accuracy where held-out accuracies are known (imported
-as `test_accuracy`, or measured on the recipe's `heldout` rows).
+Summaries read dataset values as they were scored, calibrate τ of pre-memorization accuracy where held-out accuracies are known (imported
+as `test_accuracy`, or measured on the recipe's `heldout` rows), and tell which pairs a DPO run has flipped where log-probabilities of both
+responses are known at two of its checkpoints or more.
 """
 
 from __future__ import annotations
@@ -12,39 +13,70 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from curate.errors import UsageError
+from curate.series import StoredRun, stored_runs
 from curate.show import table
-from curate.store import Measured, Store
+from curate.store import Store
 
 if TYPE_CHECKING:
     from curate.scores.calibration import Calibration
+    from curate.scores.flips import Flip
 
 HELDOUT = ("test_accuracy", "heldout_accuracy")
+OF_FLIPS = ("flips_", "flipped_")  # dataset values that the flip table shows better
+LINES = 9  # checkpoints of a run that the text shows; --json and the view dataset_values have all
+
+
+@dataclass(frozen=True)
+class Flips:
+    """What one run flipped between two of its checkpoints: the table's cells, and the path there.
+
+    to_right: the share of the wrong ones that became right, low and high its 95% interval, wrong how many there were.
+    path: a dict a checkpoint from the first of the two to the second: checkpoint, ranking_accuracy, to_right and to_wrong (pairs), and the
+    means of chosen_logp and rejected_logp in nats, over the pairs that are known at both ends.
+    """
+
+    run: str
+    first: str
+    last: str
+    beta: float
+    cells: list[Flip]
+    wrong: int
+    to_right: float
+    low: float
+    high: float
+    path: list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Summary:
-    """values: the lines of the view dataset_values. calibration: None where held-out accuracies are not known."""
+    """values: the lines of the view dataset_values. calibration: None where held-out accuracies are not known. flips: one a run of DPO."""
 
     recipe: str | None
     values: list[dict[str, Any]]
     calibration: Calibration | None
     threshold: float | None
+    flips: list[Flips]
 
     def text(self) -> str:
         lines = []
-        if self.values:
+        shown = {f.run for f in self.flips}
+        values = [v for v in self.values if not (v["run"] in shown and _in_flips(v["name"]))]
+        if values:
             head = ("value", "run", "checkpoint", "", "95% interval", "n")
             lines.append(
                 table(
                     [
                         (v["name"], v["run"] or "-", v["checkpoint"] or "-", v["value"], _interval(v), v["n"])
-                        for v in self.values
+                        for v in values
                     ],
                     head=head,
                 )
             )
-        else:
+        elif not self.flips:
             lines.append("No dataset values yet: `curate score RECIPE` computes them.")
+        for flips in self.flips:
+            lines += [*([""] if lines else []), *_flip_lines(flips)]
         if self.calibration is not None:
             lines += ["", *_calibration_lines(self.calibration, self.threshold)]
         return "\n".join(lines)
@@ -54,30 +86,80 @@ class Summary:
             "recipe": self.recipe,
             "values": self.values,
             "calibration": None if self.calibration is None else _plain(asdict(self.calibration)),
+            "flips": [_plain({**asdict(f), "cells": [c._asdict() for c in f.cells]}) for f in self.flips],
         }
 
 
-def summarise(store: Store, *, recipe: str | None = None) -> Summary:
-    """Dataset-level values with intervals, and τ against held-out accuracy. recipe: as this one measured (None: the one scored last)."""
+def summarise(store: Store, *, recipe: str | None = None, between: tuple[int, int] | None = None) -> Summary:
+    """Dataset-level values with intervals, τ against held-out accuracy, flips. recipe: as this one measured (None: the one scored last).
+
+    between: the two steps of the flip table (None: a run's first and last). UsageError where no run has both.
+    """
     values = store.sql(
         "SELECT name, run, checkpoint, step, value, low, high, n FROM dataset_values ORDER BY run, name, step",
         recipe=recipe,
     ).to_dicts()
     known = store.recipes()
     mine = next((r for r in known if recipe in (None, r["name"])), None)
-    threshold = _threshold(mine)
-    return Summary(mine["name"] if mine else None, values, _calibrate(store, mine, values, threshold), threshold)
+    threshold = _setting(mine, "threshold", of="premem_accuracy")
+    beta = _setting(mine, "beta") or 0.1
+    runs = stored_runs(store, ("chosen_logp", "rejected_logp"), kind="preference", recipe=mine)
+    flips = [_flips(run, beta, between or (run.steps[0], run.steps[-1])) for run in _comparable(runs, between)]
+    return Summary(mine["name"] if mine else None, values, _calibrate(store, mine, values, threshold), threshold, flips)
 
 
-def _threshold(recipe: dict[str, Any] | None) -> float | None:
-    """τ as the recipe sets it for premem_accuracy."""
+def _setting(recipe: dict[str, Any] | None, key: str, *, of: str | None = None) -> float | None:
+    """A number that the recipe sets for a score (of any, if None), the first one."""
     import yaml
 
     for entry in (yaml.safe_load(recipe["text"]) or {}).get("scores", []) if recipe else []:
-        if isinstance(entry, dict) and isinstance(given := entry.get("premem_accuracy"), dict):
-            value = given.get("threshold")
-            return float(value) if isinstance(value, int | float) else None
+        for score, params in entry.items() if isinstance(entry, dict) else ():
+            value = params.get(key) if isinstance(params, dict) and of in (None, score) else None
+            if isinstance(value, int | float):
+                return float(value)
     return None
+
+
+def _comparable(runs: list[StoredRun], between: tuple[int, int] | None) -> list[StoredRun]:
+    """The runs with two checkpoints to compare, or with these two."""
+    if between is None:
+        return [run for run in runs if len(run.steps) > 1]
+    found = [run for run in runs if set(between) <= set(run.steps)]
+    if not found:
+        have = "; ".join(f"{run.run or 'run'}: {', '.join(map(str, run.steps))}" for run in runs)
+        raise UsageError(
+            f"--between {between[0]},{between[1]}: no run has pairs measured at both steps. There are: {have or 'none'}."
+        )
+    return found
+
+
+def _flips(run: StoredRun, beta: float, between: tuple[int, int]) -> Flips:
+    from curate.scores.flips import flip_table, flipped_to_right
+    from curate.scores.intervals import proportion_value
+    from curate.scores.ranking import gap, right
+
+    first, last = between
+    i, j = run.steps.index(first), run.steps.index(last)
+    chosen, rejected = run.values["chosen_logp"], run.values["rejected_logp"]
+    c = gap(chosen, rejected)  # (rows, K)
+    both = ~np.isnan(c[:, i] + c[:, j])
+    ranked = right(c[both])
+    path = []
+    for k in range(min(i, j), max(i, j) + 1):
+        path.append(
+            {
+                "checkpoint": run.checkpoints[k],
+                "ranking_accuracy": float(np.nanmean(ranked[:, k])),
+                "to_right": int((ranked[:, k] > ranked[:, i]).sum()),
+                "to_wrong": int((ranked[:, k] < ranked[:, i]).sum()),
+                "chosen_logp": float(np.nanmean(chosen[both, k])),
+                "rejected_logp": float(np.nanmean(rejected[both, k])),
+            }
+        )
+    became = proportion_value("flipped_to_right", flipped_to_right(c[:, i], c[:, j]))
+    cells = flip_table(c[:, i], c[:, j], beta=beta)
+    names = run.checkpoints[i], run.checkpoints[j]
+    return Flips(run.run, *names, beta, cells, became.n, became.value, became.low, became.high, path)
 
 
 def _calibrate(
@@ -93,32 +175,41 @@ def _calibrate(
     }
     if not heldout:
         return None
-    uses = set(recipe["uses"]) if recipe else None
-    columns = store.measured_columns()
-    series: dict[str, dict[int, dict[str, str]]] = {}
-    measured: list[Measured] = store.measured()
-    for m in measured:
-        if (uses is None or m.fingerprint in uses) and m.step is not None:
-            for column in ("accuracy", "target_nll", "trained"):
-                if column in columns.get(m.measurement, ()):
-                    series.setdefault(m.run, {}).setdefault(m.step, {})[column] = m.fingerprint
-    row_ids = store.row_ids_of(None, kind="sft", role="train")
-    row_ids = row_ids or store.row_ids_of(None, kind="sft")
     runs = []
-    for run, steps in sorted(series.items()):
-        order = [s for s in sorted(steps) if {"accuracy", "target_nll"} <= steps[s].keys()]
-        if not any((run, s) in heldout for s in order):
+    for run in stored_runs(store, ("accuracy", "target_nll"), kind="sft", recipe=recipe, optional=("trained",)):
+        if not any((run.run, s) in heldout for s in run.steps):
             continue
-        read = {c: store.series([steps[s][c] for s in order], [c], row_ids)[c] for c in ("accuracy", "target_nll")}
-        if all("trained" in steps[s] for s in order):
-            trained = (store.series([steps[s]["trained"] for s in order], ["trained"], row_ids)["trained"] != 0).all(
-                axis=1
-            )
-            read = {c: v[trained] for c, v in read.items()}
-        known = np.isfinite(read["accuracy"]).any(axis=1)
-        heldout_of = np.array([heldout.get((run, s), math.nan) for s in order], float)
-        runs.append(Run(run, read["accuracy"][known], read["target_nll"][known], heldout_of))
+        known = np.isfinite(run.values["accuracy"]).any(axis=1)
+        if "trained" in run.values:
+            known &= (run.values["trained"] != 0).all(axis=1)
+        heldout_of = np.array([heldout.get((run.run, s), math.nan) for s in run.steps], float)
+        runs.append(Run(run.run, run.values["accuracy"][known], run.values["target_nll"][known], heldout_of))
     return calibrate(runs, threshold=threshold) if runs else None
+
+
+def _in_flips(name: str) -> bool:
+    return name.startswith(OF_FLIPS) or name == "ranking_accuracy"
+
+
+def _flip_lines(f: Flips) -> list[str]:
+    lines = [
+        f"Pairs that {f.run} flipped from checkpoint {f.first} to {f.last} (β = {f.beta:g}; a tie is ranked right)."
+    ]
+    head = ("before", "now", "pairs", "share", "mean DPO loss", "mean reward margin")
+    lines.append(table([(c.before, c.now, c.n, c.share, c.dpo_loss, c.reward_margin) for c in f.cells], head=head))
+    if f.wrong:
+        share = f"{f.to_right:.0%} ({f.low:.0%} to {f.high:.0%})"
+        lines.append(f"Of the {f.wrong:,} pairs that were ranked wrong, {share} are ranked right.")
+    every = np.unique(np.linspace(0, len(f.path) - 1, LINES).round().astype(int))
+    head = (
+        "checkpoint",
+        "ranking accuracy",
+        "wrong → right",
+        "right → wrong",
+        "mean chosen_logp",
+        "mean rejected_logp",
+    )
+    return [*lines, table([tuple(f.path[k].values()) for k in every], head=head)]
 
 
 def _calibration_lines(c: Calibration, threshold: float | None) -> list[str]:

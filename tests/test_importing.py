@@ -15,6 +15,7 @@ from curate.errors import UsageError, ValidationError
 from curate.importing import import_file
 from curate.rows import Example, foreign_id
 from curate.store import Store
+from curate.summary import summarise
 
 LOGS = {
     "id": [7, 7, 8],
@@ -218,3 +219,26 @@ def test_the_published_logs_of_dpo(shared, tmp_path):
         ("preference", "ld_llm_dpo_dynamics/prob_pythia410m_dpo.parquet")
     ]
     assert store.sql("SELECT count(*) FROM trajectories WHERE isnan(other)").item() == 0
+
+
+def test_two_runs_of_pairs_are_told_apart_and_between_is_checked(tmp_path):
+    logs = {
+        "id": [1, 2, 3, 1, 2, 3, 1, 2],
+        "run": ["a"] * 6 + ["b"] * 2,
+        "step": [0, 0, 0, 5, 5, 5, 9, 9],
+        "plus": [-4.0, -2.0, -2.0, -3.0, -5.0, None, -1.0, -1.0],
+        "minus": [-3.0, -3.0, -1.0, -6.0, -4.0, -9.0, -2.0, -2.0],
+    }
+    mapping = {"row": "id", "run": "run", "checkpoint": "step", "chosen_logp": "plus", "rejected_logp": "minus"}
+    import_file(tmp_path / "s", written(tmp_path / "x.csv", logs), mapping)
+    store = Store(tmp_path / "s")
+    (flips,) = summarise(store).flips  # run b has one checkpoint: nothing to compare
+    assert flips.run == "a" and [(c.before, c.now, c.n) for c in flips.cells] == [
+        ("right", "right", 0), ("right", "wrong", 1), ("wrong", "right", 1), ("wrong", "wrong", 0),
+    ]  # fmt: skip
+    assert flips.cells[2].reward_margin == pytest.approx(0.1 * (1 + 3))  # pair 1: c from 1 to −3
+    assert flips.path[0]["chosen_logp"] == -3.0  # pair 3 is unknown at the end: in no mean
+    (back,) = summarise(store, between=(5, 0)).flips
+    assert back.cells[2].n == 1 and (back.first, back.last) == ("5", "0")
+    with pytest.raises(UsageError, match="no run has pairs measured at both steps. There are: a: 0, 5; b: 9"):
+        summarise(store, between=(0, 7))

@@ -64,6 +64,38 @@ def test_the_threshold_calibrated_on_published_logs(shared, tmp_path):
     assert "best τ in-sample" in found.text()
 
 
+def test_the_flip_table_of_a_published_dpo_run(shared, tmp_path):
+    """Pythia-410m: what README's flip table says comes from these commands. Two SFT runs beside it are series of their own."""
+    data, store = shared / "data" / "ld_llm_dpo_dynamics", curate.Store(tmp_path / "store", create=True)
+    places = {"row": "idx", "checkpoint": "eval_step"}
+    pairs = {"chosen_logp": "logp_chosen", "rejected_logp": "logp_rejected"}
+    import_file(store, data / "prob_pythia410m_dpo.parquet", {**places, **pairs})
+    for name in ("pythia410_baseline_sft_verify_argmax_bug", "qwen05_baseline_sft_checkbug"):
+        import_file(store, data / f"{name}.parquet", {**places, "logp": "logp_chosen"})
+    (flips,) = summarise(store).flips  # before any recipe
+    assert [(c.before, c.now, c.n) for c in flips.cells] == [
+        ("right", "right", 99), ("right", "wrong", 0), ("wrong", "right", 92), ("wrong", "wrong", 59),
+    ]  # fmt: skip
+    assert flips.cells[3].dpo_loss < 0.001  # a loss of nearly nothing, and still ranked wrong
+    assert (flips.wrong, len(flips.path)) == (151, 50) and "61% (53% to 68%) are ranked right" in summarise(
+        store
+    ).text()
+    (half,) = summarise(store, between=(0, 25)).flips
+    assert [c.n for c in half.cells] == [99, 0, 50, 101]
+    result = curate.run(CONFIGS / "dpo_dynamics.yaml", store=store.folder)
+    assert {v.run for v in result.values} == {"prob_pythia410m_dpo"}
+    found = {(v.name, v.step): v.value for v in result.values}
+    assert found["flips_wrong_right", 49] == 92 / 250 and found["ranking_accuracy", 0] == 99 / 250
+    counted = store.sql(
+        "SELECT flipped, count(*) AS n, count(flip_step) AS known FROM scored WHERE kind = 'preference' GROUP BY 1 ORDER BY 1"
+    )
+    assert counted.rows() == [(0.0, 158, 0), (1.0, 92, 92)]
+    per_run = store.sql(
+        "SELECT run, count(DISTINCT step) AS k FROM trajectories WHERE target_logp IS NOT NULL GROUP BY 1"
+    )
+    assert per_run["k"].to_list() == [40, 40]
+
+
 def test_gsm8k_text_through_sampling(shared, tmp_path, capsys):
     """A story model solves nothing; that the line holds, and says why it does not sample with vLLM, is the point."""
     over = {

@@ -365,6 +365,7 @@ from curate.scores import (  # noqa: E402
     answers,  # noqa: F401
     displacement,  # noqa: F401
     flags,  # noqa: F401
+    flips,  # noqa: F401
     gradients,  # noqa: F401
     hardness,  # noqa: F401
     premem,  # noqa: F401

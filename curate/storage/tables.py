@@ -80,6 +80,22 @@ def measured(con: Connection, wanted: Mapping[str, Any]) -> list[Measured]:
     ]
 
 
+def known_columns(con: Connection, names: Sequence[str] | None) -> dict[str, list[str]]:
+    """See `Store.known_columns`."""
+    result: dict[str, list[str]] = {}
+    for (measurement,) in con.execute("SELECT DISTINCT measurement FROM data.measured ORDER BY 1").fetchall():
+        table = table_of(measurement)
+        wanted = [c for c in columns_of(con, table) if names is None or c in names]
+        if not wanted:
+            continue
+        counts = ", ".join(f"count({quote(c)}) > 0" for c in wanted)
+        for fingerprint, *known in con.execute(
+            f"SELECT fingerprint, {counts} FROM data.{quote(table)} GROUP BY 1"
+        ).fetchall():
+            result.setdefault(fingerprint, []).extend(c for c, k in zip(wanted, known, strict=True) if k)
+    return result
+
+
 def ingest(con: Connection, paths: Sequence[Path]) -> bool:
     """Shards into tables. True if a table or column or fingerprint is new, so that views have to follow."""
     groups: dict[tuple[str, tuple[tuple[str, str], ...]], list[Path]] = {}

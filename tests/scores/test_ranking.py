@@ -10,7 +10,7 @@ import pytest
 
 from curate.scores import DATASET_VALUES, SCORES
 from curate.scores.arithmetic import ratio, sigmoid, softplus
-from curate.scores.ranking_values import BETAS, flip_table, idealised
+from curate.scores.ranking_values import BETAS, idealised
 
 PAIR = ("chosen_logp", "rejected_logp")
 
@@ -132,35 +132,6 @@ def test_idealised_ranking_accuracies():
     )  # rows 1 and 2 (α from the setting); row 4 needs more than half
 
 
-def test_flips_by_hand():
-    """Five measured pairs: one stays right, one breaks, two are flipped, one stays wrong; a sixth is unknown."""
-    reference = np.array([-2.0, -1.0, 1.0, 3.0, 2.0, np.nan])  # c
-    policy = np.array([-6.0, 1.0, -1.0, 0.0, 1.5, 1.0])
-    zero = np.zeros(6)
-    cells = {(f.reference, f.policy): f for f in flip_table(zero, reference, zero, policy, beta=0.5)}
-    assert {k: f.n for k, f in cells.items()} == {
-        ("right", "right"): 1, ("right", "wrong"): 1, ("wrong", "right"): 2, ("wrong", "wrong"): 1,
-    }  # fmt: skip
-    assert cells["wrong", "right"].share == 2 / 5
-    assert cells["wrong", "right"].reward_margin == pytest.approx(0.5 * (2 + 3) / 2)
-    assert cells["wrong", "right"].dpo_loss == pytest.approx(
-        (math.log1p(math.exp(-1)) + math.log1p(math.exp(-1.5))) / 2
-    )
-    assert cells["right", "wrong"].dpo_loss == pytest.approx(math.log1p(math.exp(1)))
-    needs = DATASET_VALUES["flips"].needs
-    values = {
-        v.name: v
-        for v in DATASET_VALUES["flips"].compute(
-            dict(zip(needs, (zero, reference, zero, policy))), params={"beta": 0.5}
-        )
-    }
-    for (before, now), cell in cells.items():
-        assert values[f"flips_{before}_{now}"].value == cell.share
-        assert values[f"flips_{before}_{now}_dpo_loss"].value == pytest.approx(cell.dpo_loss)
-        assert values[f"flips_{before}_{now}_reward_margin"].value == pytest.approx(cell.reward_margin)
-    assert values["flipped_to_right"].value == 2 / 3 and values["flipped_to_right"].n == 3
-
-
 def test_a_pair_is_ranked_right_iff_its_loss_is_at_most_the_flip_loss():
     """The sentence that gives the score its name, on random policies."""
     rng = np.random.default_rng(2)
@@ -169,11 +140,3 @@ def test_a_pair_is_ranked_right_iff_its_loss_is_at_most_the_flip_loss():
     loss = np.log1p(np.exp(-0.1 * margin))
     flip = compute("flip_loss", rc, rr, beta=0.1)
     np.testing.assert_array_equal(pc >= pr, loss <= flip)
-
-
-def test_flips_of_a_model_with_itself():
-    rng = np.random.default_rng(3)
-    a, b = -10 * rng.random(50), -10 * rng.random(50)
-    cells = flip_table(a, b, a, b)
-    assert [cell.n for cell in cells][1:3] == [0, 0] and np.isnan(cells[1].dpo_loss)
-    assert cells[0].dpo_loss == pytest.approx(math.log(2)) and cells[3].reward_margin == 0
