@@ -10,6 +10,7 @@ Source: the chain rule; docs/scores.md, section 4.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -50,6 +51,52 @@ def head_gradient(
     return HeadGradient(
         *(torch.cat([getattr(p, name) for p in parts]) for name in ("logp", "lse", "slope", "products"))
     )
+
+
+def head_backward(
+    head: Head,
+    states: torch.Tensor,
+    tokens: torch.Tensor,
+    ends: list[int],
+    weigh: Callable[[int, int, torch.Tensor], torch.Tensor],
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None = None,
+    *,
+    slope: bool = True,
+) -> torch.Tensor:
+    """The head's part of the backward of Σ_t w_t log π(y_t): its own gradient is added to weight (V, d) and bias (V,), where they are given; what
+    comes back is ∂/∂h, (N, d), or (0, d) without slope.
+
+    states (N, d) predict tokens (N,). ends: where each row's tokens end; rows stay together. weigh(first, stop, logp) gives the weights (n,) of
+    the tokens of rows first..stop, from their log-probabilities, both float64.
+    """
+    limit = (KEEP_ON_GPU if states.is_cuda else KEEP) // (len(head.weight) * wide(states[:0]).element_size())
+    slopes = [wide(states[:0])]
+    row = start = 0
+    while row < len(ends):
+        stop_row = row + 1
+        while stop_row < len(ends) and ends[stop_row] - start <= limit:
+            stop_row += 1
+        stop = ends[stop_row - 1]
+        h, y = states[start:stop], tokens[start:stop]
+        room = (
+            torch.empty(len(h) * len(head.weight), dtype=slopes[0].dtype, device=h.device) if len(h) <= limit else None
+        )
+        logp, lse = _log_probabilities(head, h, y, room)
+        w = weigh(row, stop_row, logp)[:, None].to(slopes[0].dtype)  # (n, 1)
+        found = torch.zeros_like(wide(h)) if slope else slopes[0]
+        for block in head.blocks():
+            z = _logits(head, h, block) if room is None else _place(room, len(h), block)
+            q = _residuals(head, z, y, logp, lse, block).mul_(w)
+            if weight is not None:
+                weight[block].addmm_(q.T, wide(h).to(q.dtype), alpha=-1)
+            if bias is not None:
+                bias[block] -= q.sum(0)
+            for i in range(0, len(h) if slope else 0, ROWS):
+                found[i : i + ROWS] -= q[i : i + ROWS].to(head.weight.dtype) @ head.weight[block]
+        slopes.append(found)
+        row, start = stop_row, stop
+    return torch.cat(slopes)
 
 
 def _of_rows(

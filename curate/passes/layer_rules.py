@@ -89,10 +89,7 @@ def find_rules(model: Model, parameters: Parameters = "all") -> Rules:
     """
     module = model.module
     layers = _decoder_layers(module)
-    owners: dict[int, list[tuple[str, nn.Module]]] = {}
-    for prefix, part in module.named_modules():
-        for name, p in part.named_parameters(recurse=False):
-            owners.setdefault(id(p), []).append((f"{prefix}.{name}" if prefix else name, part))
+    owners = _owners(module)
     wanted = _wanted(module, owners, layers, parameters)
     head = module.get_output_embeddings()
     first = len(layers) - min(parameters, len(layers)) if isinstance(parameters, int) else None
@@ -131,6 +128,25 @@ def find_rules(model: Model, parameters: Parameters = "all") -> Rules:
                 "  Scores that read forward passes alone (ches_ln, head_displacement, …) work for this model."
             )
     return rules
+
+
+def parameter_names(model: Model, parameters: Parameters = "all") -> tuple[str, ...]:
+    """The parameters that were asked for, with a rule or without, by the names of `named_parameters`. ModelError where there are none."""
+    found = _wanted(model.module, _owners(model.module), _decoder_layers(model.module), parameters)
+    if not found:
+        raise ModelError(
+            f"{model.path or type(model.module).__name__}: {_said(parameters)} were asked for, it has none."
+        )
+    return tuple(name for name, p in model.module.named_parameters() if id(p) in found)
+
+
+def _owners(module: Any) -> dict[int, list[tuple[str, nn.Module]]]:
+    """id of a parameter -> (its full name, the module that has it), of every module that has it."""
+    owners: dict[int, list[tuple[str, nn.Module]]] = {}
+    for prefix, part in module.named_modules():
+        for name, p in part.named_parameters(recurse=False):
+            owners.setdefault(id(p), []).append((f"{prefix}.{name}" if prefix else name, part))
+    return owners
 
 
 def _said(parameters: Parameters) -> str:

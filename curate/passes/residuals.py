@@ -44,7 +44,7 @@ def _one_pair(
     products = states.new_zeros(n_chosen, n, dtype=torch.float64)  # Σ_v r r'
     sums = states.new_zeros(2, dtype=torch.float64)
     for block in head.blocks():
-        r = _residuals(head, states, tokens, logp, lse, block)  # (n, width)
+        r = residuals(head, states, tokens, logp, lse, block)  # (n, width)
         if gather:
             products += (r[:n_chosen] @ r.T).double()
         else:
@@ -64,7 +64,7 @@ def _dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return (a * b).sum(dtype=torch.float64)
 
 
-def _residuals(
+def residuals(
     head: Head, states: torch.Tensor, tokens: torch.Tensor, logp: torch.Tensor, lse: torch.Tensor, block: slice
 ) -> torch.Tensor:
     """(n, width) ∂ log π(y) / ∂(W h) over one block of the vocabulary: onehot − π, times scale and the soft-cap's slope."""

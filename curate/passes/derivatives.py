@@ -1,0 +1,180 @@
+"""What every row does along a direction v in weight space, without a row's gradient: ⟨g_i, v⟩, g_i = ∇ log π(y_i).
+
+    ⟨g_i, v⟩ = [log π(y_i; θ + εv) − log π(y_i; θ − εv)] / 2ε          two runs of the forward pass, on any architecture
+    the LM head's part alone   Σ_t ⟨r_t, V h_t⟩, V the head's direction   exact, one run
+
+With ε such that rows move by some tenths of a nat, float32's rounding and the curvature are both small. ε is chosen on a sample of rows, against the
+exact product of their gradients with v, and the error there is said. The weights are put back bit by bit.
+
+Source: Pruthi et al. 2020, arXiv:2002.08484 (TracIn); docs/scores.md, section 4.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from curate.measurements import MEASUREMENTS, Measurement
+from curate.passes import forward
+from curate.passes.batch import Batch, Side
+from curate.passes.direction import Rows, Vector, accumulate, fixed_weights
+from curate.passes.model import Model
+from curate.passes.residuals import residuals
+from curate.tokens import EncodedPair
+
+MOVED = 0.2  # nats: how far ε moves a typical row of the sample
+LADDER = (1.0, 0.25, 4.0, 0.0625, 16.0)  # times that: the first that is good enough, else the best
+GOOD = 3e-4  # error, as a share of the products' spread
+SAMPLE = 8  # rows that ε is checked on
+STATES = 512  # per block of logits
+
+
+class Line:
+    """θ + t·v: the model's weights on a line, put back bit by bit at the end of the `with` block."""
+
+    def __init__(self, model: Model, v: Vector) -> None:
+        self.model, self.v = model, v
+        self.parameters = {name: p for name, p in model.module.named_parameters() if name in v}
+
+    def __enter__(self) -> Line:
+        self.kept = {name: p.detach().clone() for name, p in self.parameters.items()}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.to(0.0)
+        del self.kept
+
+    @torch.no_grad()
+    def to(self, t: float) -> None:
+        for name, p in self.parameters.items():
+            p.copy_(self.kept[name])
+            if t:
+                p.add_(self.v[name].to(p), alpha=t)
+
+
+@dataclass(frozen=True)
+class Along:
+    """What rows do along a line, per unit of it. derivative (rows, sides) and logp (rows, sides) at its middle, float64, NaN where unmeasured; sides:
+    chosen and rejected of pairs, the completion of SFT rows.
+    """
+
+    derivative: np.ndarray
+    logp: np.ndarray
+
+
+def derivatives(line: Line, encoded: Rows, epsilon: float, *, token_budget: int = 16384) -> Along:
+    """⟨∇ log π(y), v⟩ of every row by two runs of the forward pass."""
+    if _sides(encoded) == 2:
+        wanted, columns = MEASUREMENTS["likelihood"], ["chosen_logp", "rejected_logp"]
+    else:
+        wanted, columns = MEASUREMENTS["target_likelihood"], ["target_logp"]
+    ends = []
+    for t in (epsilon, -epsilon):
+        line.to(t)
+        found = forward.measure(line.model, encoded, [wanted], token_budget=token_budget)
+        ends.append(np.stack([found[c] for c in columns], 1))
+    line.to(0.0)
+    return Along((ends[0] - ends[1]) / (2 * epsilon), (ends[0] + ends[1]) / 2)
+
+
+def exact_products(model: Model, encoded: Rows, v: Vector) -> np.ndarray:
+    """(rows, sides) ⟨∇ log π(y), v⟩ by a backward of each response and a float64 product: slow, what the derivatives are checked against."""
+    sides = _sides(encoded)
+    found = np.full((len(encoded), sides), np.nan)
+    for i, row in enumerate(encoded):
+        for side in range(sides) if row.problem is None else ():
+            g = accumulate(model, [row], fixed_weights(*np.eye(sides)[side]))
+            found[i, side] = float(sum((g[name].double() * v[name].double()).sum() for name in v))
+    return found
+
+
+def head_derivatives(model: Model, encoded: Rows, v: Vector, *, token_budget: int = 16384) -> np.ndarray:
+    """(rows, sides) ⟨∇_W log π(y), v⟩ over the LM head alone, v as `accumulate_head` gives it: one run, exact, float64; NaN where unmeasured."""
+    v = {name: value.to(model.device) for name, value in v.items()}
+    pairs = _sides(encoded) == 2
+    sides = ("chosen", "rejected") if pairs else ("completion",)
+
+    def along(batch: Batch) -> dict[str, torch.Tensor]:
+        return {name: _head_along(batch, getattr(batch, name), v) for name in sides}
+
+    kind = "preference" if pairs else "sft"
+    units = dict.fromkeys(sides, "nats per unit of step")
+    m = Measurement("head_along", "forward", kind, units, 1, along, head=("logp", "lse"))  # type: ignore[arg-type]
+    found = forward.measure(model, encoded, [m], token_budget=token_budget)
+    return np.stack([found[name] for name in sides], 1)
+
+
+def _head_along(batch: Batch, side: Side, v: Vector) -> torch.Tensor:
+    """(rows,) float64, by blocks of the vocabulary and of states."""
+    per_token = torch.zeros(len(side.tokens), dtype=torch.float64, device=side.tokens.device)
+    logp, lse = side.logp, side.lse
+    for i in range(0, len(side.tokens), STATES):
+        rows = slice(i, i + STATES)
+        h = batch.all_states[side.at[rows]]
+        h = h.to(torch.promote_types(h.dtype, torch.float32))
+        for block in batch.head.blocks():
+            r = residuals(batch.head, h, side.tokens[rows], logp[rows], lse[rows], block)  # (n, width)
+            z = h @ v["weight"][block].to(h.dtype).T
+            if "bias" in v:
+                z += v["bias"][block].to(h.dtype)
+            per_token[rows] += (r * z).sum(1, dtype=torch.float64)
+    return side.sum(per_token)
+
+
+def _sides(encoded: Rows) -> int:
+    return 2 if any(isinstance(row, EncodedPair) for row in encoded) else 1
+
+
+@dataclass(frozen=True)
+class Epsilon:
+    """A step length and how exact float32 is with it, on `rows` rows. error: root mean square over the spread (standard deviation) of the exact
+    products, the worse of the responses' and the margins'. rank: Spearman's correlation, the lower of the two.
+    """
+
+    value: float
+    error: float
+    rank: float
+    rows: int
+
+    def __str__(self) -> str:
+        return (
+            f"ε {self.value:.2g}: off by {self.error:.1e} of the spread, Spearman {self.rank:.5f} on {self.rows} rows"
+        )
+
+
+def choose_epsilon(line: Line, encoded: Rows, *, sample: int = SAMPLE, token_budget: int = 16384) -> Epsilon:
+    """The step length for derivatives along a line, checked against exact products on rows spread evenly over those that can be measured."""
+    known = [row for row in encoded if row.problem is None]
+    picked = [known[i] for i in np.unique(np.linspace(0, len(known) - 1, min(sample, len(known))).round().astype(int))]
+    exact = exact_products(line.model, picked, line.v)
+    typical = float(np.sqrt(np.mean(exact**2)))
+    if not typical > 0:
+        return Epsilon(1.0, 0.0, 1.0, len(picked))  # nothing moves
+    best: Epsilon | None = None
+    for factor in LADDER:
+        value = factor * MOVED / typical
+        found = derivatives(line, picked, value, token_budget=token_budget).derivative
+        compared = [(_columns(found)[:, i], _columns(exact)[:, i]) for i in range(_columns(exact).shape[1])]
+        error = max(float(np.sqrt(np.mean((a - b) ** 2)) / (b.std() or typical)) for a, b in compared)
+        tried = Epsilon(value, error, min(spearman(a, b) for a, b in compared), len(picked))
+        if best is None or not error >= best.error:
+            best = tried
+        if error <= GOOD:
+            break
+    assert best is not None
+    return best
+
+
+def _columns(values: np.ndarray) -> np.ndarray:
+    """(rows, 1) as it is; (rows, 2) with the margin beside: (rows, 3)."""
+    return values if values.shape[1] == 1 else np.column_stack([values, values[:, 0] - values[:, 1]])
+
+
+def spearman(a: np.ndarray, b: np.ndarray) -> float:
+    """Correlation of ranks (without ties); 1 where there are fewer than two."""
+    if len(a) < 2:
+        return 1.0
+    first, second = (np.argsort(np.argsort(x)) for x in (a, b))
+    return float(np.corrcoef(first, second)[0, 1])

@@ -1,0 +1,196 @@
+"""Directions in weight space: a set's step, a mean gradient, and what an optimizer makes of them.
+
+    Σ_j w_j ∇ log π(y_j)                       one ordinary backward over packed rows, accumulated (`accumulate`); the head's part forward only
+    DPO's step  G = mean_j s_j (g+_j − g−_j)     s_j = β σ(−β·margin_j), β/2 at the reference
+    v = P·x                                    P diagonal, taken at G: 1 (sgd), 1/|G| (sign: P·G = sign(G), AdamW's first step), 1/(√v̂ + 1e-8) (adam)
+
+What rows do along such a direction is passes/derivatives.py.
+
+Source: Rafailov et al. 2023, arXiv:2305.18290 (DPO's gradient); Xia et al. 2024, arXiv:2402.04333 (LESS: Adam's P); docs/scores.md, section 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+
+from curate.errors import ModelError
+from curate.passes.bundles import Bundle, batch_rows, check_lengths, items_of, states_of
+from curate.passes.head_gradient import head_backward
+from curate.passes.layer_rules import Parameters, parameter_names
+from curate.passes.model import Model
+from curate.passes.packing import Item
+from curate.tokens import Encoded, EncodedPair
+
+Rows = Sequence[Encoded | EncodedPair]
+Vector = dict[str, torch.Tensor]  # parameter's name -> tensor of its shape, on the CPU
+Step = Literal["sgd", "sign", "adam"]
+Weigh = Callable[
+    [np.ndarray, torch.Tensor], torch.Tensor
+]  # rows (n,), their log-probabilities (n, sides) -> weights (n, sides), float64
+
+TOKENS_ON_CPU = 1024  # in one graph; more cost memory there and gain nothing
+ADAM_EPSILON = 1e-8
+
+
+def dpo_weights(beta: float, rows: int, reference: np.ndarray | None = None) -> Weigh:
+    """Weights of the step on the mean DPO loss of `rows` pairs: ±s_j/rows. reference (len(encoded), 2): the reference's log-probabilities of chosen
+    and rejected, None where the model is the reference itself.
+    """
+
+    def weigh(at: np.ndarray, logp: torch.Tensor) -> torch.Tensor:
+        margin = torch.zeros(len(at), dtype=torch.float64, device=logp.device)
+        if reference is not None:
+            margin = (logp - torch.from_numpy(reference[at]).to(logp.device)) @ logp.new_tensor([1.0, -1.0])
+        s = beta * torch.sigmoid(-beta * margin) / rows
+        return torch.stack([s, -s], 1)
+
+    return weigh
+
+
+def fixed_weights(*of_sides: float) -> Weigh:
+    """The same weights for every row: fixed_weights(1, 0) sums ∇ log π of the chosen responses."""
+    return lambda at, logp: logp.new_tensor(of_sides).expand(len(at), -1)
+
+
+def token_mean_weights(encoded: Rows, rows: int) -> Weigh:
+    """1/(rows · T_j): the mean over SFT rows of their mean log-probability per token."""
+    lengths = np.asarray([row.n_response if isinstance(row, Encoded) else 0 for row in encoded], np.float64)
+    return lambda at, logp: torch.from_numpy(1.0 / (rows * lengths[at]))[:, None].to(logp.device)
+
+
+def accumulate(
+    model: Model,
+    encoded: Rows,
+    weigh: Weigh,
+    *,
+    token_budget: int = 16384,
+    parameters: Parameters = "all",
+    count: Callable[[int], object] = lambda n: None,
+) -> Vector:
+    """Σ_j Σ_side w ∇ log π over the rows that can be measured, all of one kind: an ordinary backward, gradients accumulated in the
+    model's dtype.
+
+    count is told of rows as they are done. Where a GPU's memory is short the batches are halved and it begins anew. ModelError where a
+    single row does not fit, or nothing can be measured.
+    """
+    names = set(parameter_names(model, parameters))
+    wanted = {name: p for name, p in model.module.named_parameters() if name in names}
+    rows = _rows(model, encoded)
+    limit = min(token_budget, TOKENS_ON_CPU) if model.device.type == "cpu" else token_budget
+    try:
+        while True:
+            for p in wanted.values():
+                p.requires_grad_(True)
+                p.grad = torch.zeros_like(p)
+            done = 0
+            try:
+                for bundle in batch_rows(model, rows, limit):
+                    _backward(model, bundle, weigh)
+                    done += len(bundle.rows)
+                    count(len(bundle.rows))
+                return {name: p.grad.cpu() for name, p in wanted.items() if p.grad is not None}
+            except torch.OutOfMemoryError:
+                if len(bundle.rows) == 1:
+                    raise ModelError(
+                        f"{model.path}: forward and backward of one row of {bundle.n_tokens} tokens do not fit into the memory of "
+                        f"{model.device}.\n  Lower `tokens.max_length`."
+                    ) from None
+                limit = max(bundle.n_tokens // 2, 1)
+                count(-done)
+            torch.cuda.empty_cache()
+    finally:
+        for p in wanted.values():
+            p.requires_grad_(False)
+            p.grad = None
+
+
+def _rows(model: Model, encoded: Rows) -> dict[int, list[Item]]:
+    """The sequences of the rows that can be measured. ModelError where there are none, or rows of both kinds."""
+    if len({type(row) for row in encoded}) > 1:
+        raise ModelError("a direction is taken of pairs or of SFT rows, not of both at once.")
+    rows = {i: items_of(i, row, False, None) for i, row in enumerate(encoded) if row.problem is None}
+    if not rows:
+        raise ModelError(f"none of {len(encoded):,} rows can be measured, so they give no direction.")
+    check_lengths(model, rows)
+    return rows
+
+
+def _backward(model: Model, bundle: Bundle, weigh: Weigh) -> None:
+    """Forward and backward of one batch; gradients are added to what the parameters have."""
+    with torch.enable_grad():
+        states, where = states_of(model, bundle)  # (N, d)
+    linear = model.module.get_output_embeddings()
+    bias = getattr(linear, "bias", None)
+    with torch.no_grad():
+        at, slope = _head(
+            model, bundle, weigh, states.detach(), where, linear.weight.grad, None if bias is None else bias.grad
+        )
+        if states.requires_grad:
+            slopes = torch.zeros_like(states).index_add_(
+                0, at, slope.to(states.dtype)
+            )  # a shared prompt's end predicts for both
+    if states.requires_grad:
+        states.backward(slopes)
+
+
+def _head(
+    model: Model,
+    bundle: Bundle,
+    weigh: Weigh,
+    states: torch.Tensor,
+    where: list[np.ndarray],
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    *,
+    slope: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The head's backward of one batch: (N,) which states predict, (N, d) their gradients."""
+    items, rows = bundle.items, np.asarray(bundle.rows)
+    sides = len(items) // len(rows)
+    counts = torch.tensor([len(item.ids) - item.start for item in items])
+    at = torch.from_numpy(np.concatenate([w[i.start - 1 : len(i.ids) - 1] for i, w in zip(items, where)])).to(
+        model.device
+    )
+    tokens = torch.from_numpy(np.concatenate([i.ids[i.start :] for i in items]).astype(np.int64)).to(model.device)
+    side_of = torch.arange(len(items)).repeat_interleave(counts).to(model.device)  # (N,)
+    ends = counts.view(-1, sides).sum(1).cumsum(0)
+
+    def of_tokens(first: int, stop: int, logp: torch.Tensor) -> torch.Tensor:
+        begin = int(ends[first - 1]) if first else 0
+        own = side_of[begin : int(ends[stop - 1])] - first * sides
+        sums = logp.new_zeros((stop - first) * sides).index_add_(0, own, logp)
+        return weigh(rows[first:stop], sums.view(-1, sides)).reshape(-1)[own]
+
+    return at, head_backward(model.head, states[at], tokens, ends.tolist(), of_tokens, weight, bias, slope=slope)
+
+
+def accumulate_head(model: Model, encoded: Rows, weigh: Weigh, *, token_budget: int = 16384) -> Vector:
+    """The LM head's part of the same, {"weight": (V, d), "bias": (V,)}, float32 or wider: forward only. Of a tied matrix its use as a head."""
+    wide = torch.promote_types(model.dtype, torch.float32)
+    weight = torch.zeros_like(model.head.weight, dtype=wide)
+    bias = None if model.head.bias is None else torch.zeros_like(model.head.bias, dtype=wide)
+    with torch.inference_mode():
+        for bundle in batch_rows(model, _rows(model, encoded), token_budget):
+            states, where = states_of(model, bundle)
+            _head(model, bundle, weigh, states, where, weight, bias, slope=False)
+    return {"weight": weight.cpu()} | ({} if bias is None else {"bias": bias.cpu()})
+
+
+def precondition(x: Vector, step: Step, at: Vector, second_moment: Vector | None = None) -> Vector:
+    """P·x. at: G, where sign's diagonal is taken (0 where G is 0). second_moment: Adam's v̂ by parameter, bias-corrected; what it lacks
+    does not move.
+    """
+    if step == "sgd":
+        return x
+    if step == "sign":
+        return {name: torch.where(at[name] == 0, 0, value / at[name].abs()) for name, value in x.items()}
+    if second_moment is None:
+        raise ModelError("step adam needs Adam's second moments: a checkpoint's optimizer.pt, or a warm-up.")
+    return {
+        name: value / (second_moment[name].sqrt() + ADAM_EPSILON) if name in second_moment else torch.zeros_like(value)
+        for name, value in x.items()
+    }

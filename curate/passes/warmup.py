@@ -1,0 +1,83 @@
+"""A short warm-up: a few dozen AdamW steps on the set itself, for Adam's state and for a model that training has begun to move.
+
+    θ ← θ + η·m̂/(√v̂ + 1e-8)        m, v of the gradient of −loss: DPO's against the model it starts from, or the mean log-probability per token (SFT)
+
+AdamW without weight decay, β = (0.9, 0.999), a constant rate. Batches go through the rows in an order that the seed fixes. It is no training run.
+
+Source: Xia et al. 2024, arXiv:2402.04333 (LESS' warm-up); docs/scores.md, section 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from curate.measurements import MEASUREMENTS
+from curate.passes import forward
+from curate.passes.direction import ADAM_EPSILON, Rows, Vector, accumulate, dpo_weights, token_mean_weights
+from curate.passes.model import Model
+from curate.tokens import EncodedPair
+
+BETAS = 0.9, 0.999
+
+
+@dataclass(frozen=True)
+class WarmUp:
+    """steps of `rows` rows each, at `learning_rate`. beta: DPO's, of pairs."""
+
+    steps: int
+    rows: int
+    learning_rate: float
+    beta: float
+    seed: int = 0
+
+
+def warm_up(
+    model: Model,
+    encoded: Rows,
+    settings: WarmUp,
+    *,
+    token_budget: int = 16384,
+    count: Callable[[int], object] = lambda n: None,
+) -> Vector:
+    """Train the model in place, and give Adam's v̂ at the end, float32 on the CPU. count is told of steps as they are done."""
+    known = [row for row in encoded if row.problem is None]
+    pairs = any(isinstance(row, EncodedPair) for row in known)
+    batches = _batches(len(known), settings)
+    reference = np.full((len(known), 2), np.nan)
+    if pairs:
+        used = sorted({i for batch in batches for i in batch})
+        found = forward.measure(
+            model, [known[i] for i in used], [MEASUREMENTS["likelihood"]], token_budget=token_budget
+        )
+        reference[used] = np.stack([found["chosen_logp"], found["rejected_logp"]], 1)
+    wanted = dict(model.module.named_parameters())
+    m, v = ({name: torch.zeros_like(p, dtype=torch.float32) for name, p in wanted.items()} for _ in range(2))
+    for t, batch in enumerate(batches, start=1):
+        rows = [known[i] for i in batch]
+        weigh = (
+            dpo_weights(settings.beta, len(rows), reference[batch]) if pairs else token_mean_weights(rows, len(rows))
+        )
+        g = accumulate(model, rows, weigh, token_budget=token_budget)
+        with torch.no_grad():
+            for name, p in wanted.items():
+                new = g[name].to(p.device, torch.float32)
+                m[name].lerp_(new, 1 - BETAS[0])
+                v[name].mul_(BETAS[1]).addcmul_(new, new, value=1 - BETAS[1])
+                size = (v[name] / (1 - BETAS[1] ** t)).sqrt_().add_(ADAM_EPSILON)
+                p.addcdiv_((m[name] / (1 - BETAS[0] ** t)).to(p.dtype), size.to(p.dtype), value=settings.learning_rate)
+        count(1)
+    return {name: (value / (1 - BETAS[1] ** len(batches))).cpu() for name, value in v.items()}
+
+
+def _batches(n: int, settings: WarmUp) -> list[list[int]]:
+    """Rows of each step, all of them once before any comes again."""
+    rng = np.random.default_rng(settings.seed)
+    size = min(settings.rows, n)
+    order: list[int] = []
+    while len(order) < settings.steps * size:
+        order += rng.permutation(n).tolist()
+    return [order[i * size : (i + 1) * size] for i in range(settings.steps)]
