@@ -41,7 +41,7 @@ __all__ = ["GradientBatch", "Parameters", "measure"]
 
 TOKENS_ON_CPU = 512  # more tokens at a time cost memory there and gain nothing
 APART = 192 << 20  # bytes of a graph from which on it is kept apart: a few percent of time for a third of the memory
-_KNOWN: WeakKeyDictionary[Model, dict[Parameters, tuple[Rules, Footprint]]] = WeakKeyDictionary()
+_KNOWN: WeakKeyDictionary[Model, dict[tuple[Parameters, int], tuple[Rules, Footprint]]] = WeakKeyDictionary()
 
 
 class GradientBatch(Batch):
@@ -80,9 +80,10 @@ def measure(
     """Run forward and backward over the rows and read off every measurement, of the backward and of the forward pass alike:
     {column: (len(encoded),) float64}, in the rows' order.
 
-    parameters: "all", "lora" (the A and B matrices of a PEFT model: Model(peft_model.get_base_model())), or a number k: the last k decoder layers,
-    the final norm and the LM head. NaN where a row has a `problem` or is of another kind. ModelError where a wanted parameter has no rule
-    (MoE experts, state-space layers), and before anything runs where the longest row does not fit into memory.
+    parameters: "all" (with an adapter on: of the whole model that the two make), "lora" (the A and B matrices of a model that was loaded from an
+    adapter's folder, or of PEFT's: Model(peft_model.get_base_model())), or a number k: the last k decoder layers, the final norm and the LM
+    head. NaN where a row has a `problem` or is of another kind. ModelError where a wanted parameter has no rule (MoE experts, state-space layers),
+    and before anything runs where the longest row does not fit into memory.
     """
     out = {column: np.full(len(encoded), np.nan) for m in measurements for column in m.columns}
     apart = [m for m in measurements if m.reads == "forward" and (m.without_prompt or m.prompt_only)]
@@ -279,12 +280,14 @@ def _tied(
 
 def _understood(model: Model, parameters: Parameters) -> tuple[Rules, Footprint]:
     """The model's rules, checked once against autograd on a few tokens, and what a token costs in memory."""
-    known = _KNOWN.setdefault(model, {})
-    if parameters not in known:
+    known, key = _KNOWN.setdefault(model, {}), (parameters, model.structure)
+    if key not in known:
         rules = find_rules(model, parameters)
         _check_against_autograd(model, rules, parameters)
-        known[parameters] = rules, footprint(model, rules)
-    return known[parameters]
+        for old in [k for k in known if k[1] != model.structure]:
+            del known[old]
+        known[key] = rules, footprint(model, rules)
+    return known[key]
 
 
 def _probe(model: Model) -> dict[int, list[Item]]:

@@ -85,12 +85,20 @@ def find_rules(model: Model, parameters: Parameters = "all") -> Rules:
     """Sort the model's modules by rule. ModelError naming the first wanted parameter that has none.
 
     parameters: "all", "lora" (those whose name contains lora_), or k: the last k decoder layers, the final norm and the LM head (of a
-    tied matrix its use as a head).
+    tied matrix its use as a head). A and B of an adapter on the model are counted with "lora" alone: else its weights are W + sBA, whose
+    gradient is W's own.
     """
     module = model.module
+    if parameters == "lora" and model.adapter is not None and not model.adapter.lora:
+        raise ModelError(
+            f"{model.path}: gradients over the LoRA parameters were asked for, but this adapter has factors of the embedding or the LM head, "
+            "for which there is no rule. Take them over all parameters (gradients.parameters: all)."
+        )
     layers = _decoder_layers(module)
     owners = _owners(module)
     wanted = _wanted(module, owners, layers, parameters)
+    if parameters != "lora" and model.adapter is not None:
+        wanted = {key: name for key, name in wanted.items() if ".lora_" not in name}
     head = module.get_output_embeddings()
     first = len(layers) - min(parameters, len(layers)) if isinstance(parameters, int) else None
     rules = Rules([], [], [], layers, first, id(head.weight) in wanted, tuple(wanted.values()))

@@ -19,21 +19,28 @@ import torch
 
 from curate.errors import ModelError
 from curate.passes import packing, weights
+from curate.passes.adapter import Adapter, Factors
+from curate.passes.adapter_config import is_adapter, read_adapter_config
 from curate.passes.head import Head
 from curate.tokens import describe_folder, first_line
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
-def load_model(path: str | Path, *, dtype: str = "auto", device: str = "auto") -> Model:
-    """Load the causal language model at a folder or hub id.
+def load_model(path: str | Path, *, base: str | Path | None = None, dtype: str = "auto", device: str = "auto") -> Model:
+    """Load the causal language model at a folder or hub id, or a LoRA adapter's folder around its base.
 
-    device auto: cuda, else mps, else cpu. dtype auto: bfloat16 where the device is a GPU that computes in it, else
-    float32; what was chosen stands in `Model.engine`. ModelError when the folder cannot be read or is no causal
-    language model.
+    base: the model that an adapter sits on (None: the one its own config names). device auto: cuda, else mps, else
+    cpu. dtype auto: bfloat16 where the device is a GPU that computes in it, else float32; what was chosen stands in
+    `Model.engine`. ModelError when the folder cannot be read or is no causal language model.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    base = base or own_base(path)
+    if base:
+        model = load_model(base, dtype=dtype, device=device)
+        model.use(path, base=base)
+        return model
     chosen = _device(device)
     kind = _dtype(dtype, chosen)
     packing.register()
@@ -60,6 +67,18 @@ def load_model(path: str | Path, *, dtype: str = "auto", device: str = "auto") -
             f"{describe_folder(path)}.\n  A causal language model is needed, not a bare encoder or an adapter."
         )
     return Model(module.to(chosen), path=str(path))
+
+
+def own_base(path: str | Path) -> str | None:
+    """The base that an adapter's own config names; None for a whole model. ModelError where an adapter names none."""
+    if not is_adapter(path):
+        return None
+    config = read_adapter_config(path)
+    if not config.base:
+        raise ModelError(
+            f"{path} is a LoRA adapter whose config names no base. Say which model it sits on (models.base)."
+        )
+    return config.base
 
 
 def _device(device: str) -> torch.device:
@@ -90,13 +109,16 @@ def engine_identity(*, dtype: str = "auto", device: str = "auto") -> str:
 
 class Model:
     """A loaded model: `module`, `device`, `dtype`, `head`, `layout` ("packed" or "padded") and `layout_reason`: why it is
-    padded, or why packed attention on CUDA runs without its kernel; else None.
+    padded, or why packed attention on CUDA runs without its kernel; else None. `adapter`: the LoRA adapter on it, or None; `structure` counts how
+    often one was put on, taken off, or exchanged for one of other layers or ranks.
     """
 
     def __init__(self, module: Any, *, path: str = "", layout: str = "auto") -> None:
         packing.register()
         self.module = module.eval().requires_grad_(False)
-        self.path = path
+        self.path = self.base = path
+        self.adapter: Adapter | None = None
+        self.structure = 0
         self.device: torch.device = self.module.device
         self.dtype: torch.dtype = self.module.dtype
         self.plain_attention: str = self.module.config._attn_implementation
@@ -117,13 +139,40 @@ class Model:
         version = torch.__version__.split("+")[0]
         return f"torch {version} {self.device.type} {str(self.dtype).removeprefix('torch.')} {self.layout}"
 
-    def use(self, path: str | Path) -> None:
-        """Put another checkpoint's weights into this model, in place. ModelError when it is of another architecture or
-        shape.
+    def use(self, path: str | Path, *, base: str | Path | None = None) -> None:
+        """Put another checkpoint's weights into this model, in place; of an adapter its own tensors alone, where its base is here already.
+
+        base: the model that an adapter sits on (None: as its config says). ModelError when it is of another architecture or shape; what was
+        here is still here then.
         """
-        weights.swap(self.module, path)
+        base = base or own_base(path)
+        factors = Factors(path, self.module) if base else None
+        if factors is None or str(base) != self.base:
+            self._use_whole(path if factors is None else base)
+        if factors is not None and not (self.adapter and self.adapter.exchange(factors)):
+            self._take_off()
+            self.adapter = Adapter(self.module, factors)
+            self.structure += 1
         self.path = str(path)
         self.head = self._find_head()
+
+    def _use_whole(self, path: Any) -> None:
+        before = self.adapter
+        self._take_off()
+        try:
+            weights.swap(self.module, path)
+        except BaseException:
+            if before is not None:
+                before.put_on()
+                self.adapter = before
+            raise
+        self.base = str(path)
+
+    def _take_off(self) -> None:
+        if self.adapter is not None:
+            self.adapter.take_off()
+            self.adapter = None
+            self.structure += 1
 
     def close(self) -> None:
         """Give the memory back; the model is unusable afterwards."""
