@@ -25,6 +25,7 @@ class LoraLinear(nn.Module):
 
     def __init__(self, base_layer: nn.Module, down: torch.Tensor, up: torch.Tensor, bias: bool) -> None:
         super().__init__()
+        self.base_layer: Any
         kind = {"dtype": base_layer.weight.dtype, "device": base_layer.weight.device}
         self.base_layer = base_layer
         self.lora_A = nn.Linear(down.shape[1], down.shape[0], bias=False, **kind)  # (r, in)

@@ -35,6 +35,7 @@ LAYERS = {
 }
 VALUES = {"peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "lora_bias"}
 INITS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")  # of the factors alone: the base stays as it was
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that an engine can be opened for (vLLM 0.32)
 MERGE = "Merge it into its base (peft: merge_and_unload, then save_pretrained) and name the merged model."
 
 
@@ -72,6 +73,12 @@ def is_adapter(path: str | Path) -> bool:
     return (folder / CONFIG).is_file() and not whole
 
 
+def tokenizer_folder(path: str | Path, base: str | Path | None) -> str:
+    """Where a model's tokenizer is: beside an adapter if its trainer put one there, else its base's."""
+    own = any((Path(path) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
+    return str(path if base is None or own else base)
+
+
 def read_adapter_config(path: str | Path) -> AdapterConfig:
     """The config of an adapter's folder. ModelError where it cannot be read, or holds something that is not understood (named)."""
     folder = Path(path)
@@ -101,12 +108,12 @@ def read_adapter_config(path: str | Path) -> AdapterConfig:
 
 
 def vllm_refusal(path: str | Path) -> str | None:
-    """Why vLLM cannot serve this adapter as an adapter, None where nothing speaks against it."""
+    """Why vLLM cannot serve this adapter as an adapter, None where nothing speaks against it. ModelError as `read_adapter_config`."""
     config = read_adapter_config(path)
     if config.values.get("lora_bias"):
         return "vLLM takes no LoRA adapter with biases (lora_bias)"
-    if config.rank > 512:
-        return f"vLLM takes LoRA ranks up to 512, the adapter has {config.rank}"
+    if config.rank > VLLM_RANKS[-1]:
+        return f"vLLM takes LoRA ranks up to {VLLM_RANKS[-1]}, the adapter has {config.rank}"
     for name in tensor_names(config.folder):
         layer, factor = split_name(name)
         if not factor:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from curate.errors import EngineError, ModelError
+from curate.passes.adapter_config import tokenizer_folder
 from curate.passes.sampling import Prompt, Sample, Sampling, engine_seed, room, sampler_identity
 from curate.tokens import context_length, load_tokenizer
 
@@ -27,6 +28,7 @@ CONTEXT_TOKENS = 6  # prompt tokens decoded with the response, so that its first
 class HfSampler:
     """A `Sampler` (see sampling.py) over a transformers causal language model in this process.
 
+    base: the model that an adapter's folder sits on.
     max_length: prompt + response tokens (None: the model's context). token_budget: tokens of prompt and response in a batch.
     """
 
@@ -36,6 +38,7 @@ class HfSampler:
         self,
         model_path: str | Path,
         *,
+        base: str | Path | None = None,
         dtype: str = "auto",
         device: str = "auto",
         max_length: int | None = None,
@@ -44,13 +47,15 @@ class HfSampler:
         from curate.passes.forward import load_model
 
         self.notes: list[str] = []
-        self._tokenizer = load_tokenizer(model_path)
-        self._model: Any = load_model(model_path, dtype=dtype, device=device)
-        self.context = min(filter(None, (max_length, context_length(model_path))), default=None)
+        self._tokenizer = load_tokenizer(tokenizer_folder(model_path, base))
+        self._model: Any = load_model(model_path, base=base, dtype=dtype, device=device)
+        self.context = min(filter(None, (max_length, context_length(base or model_path))), default=None)
         self._token_budget = token_budget
         self._stop_ids = _stop_ids(self._tokenizer, self._model.module)
         dtype_name = str(self._model.dtype).removeprefix("torch.")
-        self.engine, _ = sampler_identity("transformers", model_path, dtype=dtype_name, device=self._model.device.type)
+        self.engine, _ = sampler_identity(
+            "transformers", model_path, base=base, dtype=dtype_name, device=self._model.device.type
+        )
 
     def sample(self, prompts: list[Prompt], sampling: Sampling) -> list[list[Sample]]:
         """n samples per prompt, in the prompts' order; an empty list where the prompt leaves no room in the context."""
@@ -86,10 +91,10 @@ class HfSampler:
             measure(self._model, encoded, [MEASUREMENTS["target_likelihood"]])["target_logp"], dtype=np.float64
         )
 
-    def use(self, weights_path: str | Path) -> None:
-        """Another checkpoint's weights, in place."""
+    def use(self, weights_path: str | Path, *, base: str | Path | None = None) -> None:
+        """Another checkpoint's weights, in place; of an adapter its factors alone."""
         self._check_open()
-        self._model.use(weights_path)
+        self._model.use(weights_path, base=base)
 
     def close(self) -> None:
         if self._model is not None:

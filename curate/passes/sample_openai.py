@@ -69,7 +69,7 @@ class OpenAISampler:
             "Log-probabilities are measured with torch or a local vLLM, not through a server: `--set engine.sampler=auto`."
         )
 
-    def use(self, weights_path: str | Path) -> None:
+    def use(self, weights_path: str | Path, *, base: str | Path | None = None) -> None:
         """Another of the models this server serves, by its name or its folder's name."""
         wanted = (str(weights_path), Path(weights_path).name)
         found = [name for name in self._served if name in wanted]

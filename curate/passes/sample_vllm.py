@@ -1,6 +1,7 @@
 """Sampling with vLLM, on a GPU or a CPU: one engine, in a child process, for a whole series of checkpoints.
 
-- `use(path)` swaps a checkpoint's weights in place (0.03 s for 10M parameters) instead of starting a new engine.
+- `use(path)` swaps a checkpoint's weights in place (0.03 s for 10M parameters) instead of starting a new engine; LoRA adapters of one base are
+  exchanged as adapters, the base staying as it is.
 - One `sample()` is one generate call, with the row's own seed; the n samples of a prompt share its prefix through the prefix cache.
 - `likelihood()` reads prompt_logprobs, which agree with transformers' float32 log-softmax to 1e-5.
 - When memory is short the engine is started again with less (KV cache, sequences and tokens at a time) and the call is repeated; `notes`
@@ -13,12 +14,20 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from curate.errors import EngineError
+from curate.passes.adapter_config import (
+    VLLM_RANKS,
+    read_adapter_config,
+    split_name,
+    tensor_names,
+    tokenizer_folder,
+)
 from curate.passes.engine_process import ChildFailure, EngineProcess
 from curate.passes.sampling import (
     TORCHVISION_BROKEN,
@@ -68,7 +77,9 @@ def cpu_environment() -> dict[str, str]:
 class VllmSampler:
     """A `Sampler` (see sampling.py) over one vLLM engine in a child process.
 
-    max_length: prompt + response tokens (None: the model's context, as far as the KV cache reaches). Raises EngineError when the engine
+    base: the model that an adapter's folder (`model_path`) sits on. adapters: those that are to come; without them an engine that was opened on a
+    whole model starts anew for the first of them. max_length: prompt + response tokens (None: the model's context, as far as
+    the KV cache reaches). Raises EngineError when the engine
     cannot serve the model, cannot start, dies, or does not answer in time; the object is closed then.
     """
 
@@ -79,6 +90,8 @@ class VllmSampler:
         self,
         model_path: str | Path,
         *,
+        base: str | Path | None = None,
+        adapters: Sequence[str | Path] = (),
         dtype: str = "auto",
         device: str = "auto",
         max_length: int | None = None,
@@ -86,25 +99,30 @@ class VllmSampler:
         call_timeout: float = CALL_TIMEOUT,
         memory: Memory | None = None,
     ):
-        why_not = refusal(model_path, device=device)
+        why_not = refusal(model_path, base=base, device=device)
         if why_not:
             raise EngineError(
                 f"{model_path}: {why_not}. Sample with transformers instead: `--set engine.sampler=transformers`."
             )
-        config = read_config(model_path)
+        config = read_config(base or model_path)
         self.notes: list[str] = []
         self._device = target_device(device)
         self._dtype = resolve_dtype(dtype, self._device)
-        self._path = self._weights = _absolute(model_path)
+        self._path, self._adapter = _place(model_path, base)
+        self._weights = self._path  # now in the engine that was opened on _path
+        self._tokenizer = _absolute(tokenizer_folder(model_path, base))
+        self._rank, self._layers = _reach(
+            [*adapters, *([model_path] if base else [])]
+        )  # of the adapters that the engine takes; 0: none
         self._seed, self._call_timeout = seed, call_timeout
-        reach = context_length(model_path)
+        reach = context_length(base or model_path)
         self._max_model_len = min(filter(None, (max_length, reach)), default=UNBOUNDED)
         self._memory = memory or first_memory(
             config, device=self._device, dtype=self._dtype, max_model_len=self._max_model_len, free_bytes=free_memory()
         )
         self._process: EngineProcess | None = None
         self._open()
-        self.engine = sampler_identity("vllm", model_path, dtype=dtype, device=device)[0]
+        self.engine = sampler_identity("vllm", model_path, base=base, dtype=dtype, device=device)[0]
 
     @property
     def pid(self) -> int | None:
@@ -144,20 +162,37 @@ class VllmSampler:
             result[part] = self._call("likelihood", tokens=sum(len(ids) for ids, _ in rows), rows=rows)
         return result
 
-    def use(self, weights_path: str | Path) -> None:
-        """Another checkpoint's weights, in place; a new engine when its config.json describes another architecture."""
-        path = _absolute(weights_path)
-        if not self._process or not _same_architecture(self._path, path):
-            if self._process:
-                self.notes.append(
-                    f"{path}: its config.json differs from the running model's, so the engine was started anew."
-                )
+    def use(self, weights_path: str | Path, *, base: str | Path | None = None) -> None:
+        """Another checkpoint's weights, or another adapter of the same base, in place; a new engine where that cannot be, which `notes` says."""
+        path, adapter = _place(weights_path, base)
+        why = self._why_anew(path, adapter) if self._process else ""
+        if why is not None:
+            if why:
+                self.notes.append(f"{adapter or path}: {why}, so the engine was started anew.")
             self._close_process()
+            self._rank, self._layers = _reach([adapter] if adapter else [], self._rank, self._layers)
+            self._tokenizer = _absolute(tokenizer_folder(weights_path, base))
             self._path = self._weights = path
+            self._adapter = adapter
             self._open()
             return
-        self._call("use", tokens=0, path=path)
-        self._weights = path
+        if path != self._weights or not self._rank:
+            self._call("use", tokens=0, path=path)
+            self._weights = path
+        if adapter != self._adapter:
+            self._call("adapt", tokens=0, path=adapter)
+            self._adapter = adapter
+
+    def _why_anew(self, path: str, adapter: str | None) -> str | None:
+        """Why the running engine cannot take these weights, None where it can."""
+        if not _same_architecture(self._path, path):
+            return "its config.json differs from the running model's"
+        rank, layers = _reach([adapter] if adapter else [])
+        if rank > self._rank or not layers <= self._layers:
+            return f"it is a LoRA adapter of rank {rank} on {', '.join(sorted(layers))}, which the running engine was not opened for"
+        if self._rank and path != self._path:  # vLLM's layers for adapters do not reload their base
+            return "the running engine keeps adapters of another base"
+        return None
 
     def close(self) -> None:
         self._close_process()
@@ -186,6 +221,8 @@ class VllmSampler:
                 self._step_down(failure, during="open")
                 continue
             self.context: int = about["max_model_len"]
+            if self._adapter:
+                self._call("adapt", tokens=0, path=self._adapter)
             return
 
     def _settings(self) -> dict[str, Any]:
@@ -199,6 +236,18 @@ class VllmSampler:
             "max_num_batched_tokens": memory.max_num_batched_tokens,
             "enforce_eager": memory.eager or self._device == "cpu",
         }
+        if self._tokenizer != self._path:
+            settings["tokenizer"] = self._tokenizer
+        if self._rank:
+            most = next(rank for rank in VLLM_RANKS if rank >= self._rank)
+            # Layers by name: a LM head that stands ready for adapters breaks prompt_logprobs of several rows (vLLM 0.32, CPU).
+            lora = {
+                "enable_lora": True,
+                "max_lora_rank": most,
+                "max_loras": 1,
+                "lora_target_modules": sorted(self._layers),
+            }
+            settings |= lora
         if self._device == "cpu":
             # A prompt split over two steps kills a seeded request on the CPU (vLLM 0.32: "CPU Generator does not use offset"): never split.
             return {**settings, "kv_cache_memory_bytes": memory.kv_cache_bytes, "enable_chunked_prefill": False}
@@ -257,6 +306,21 @@ def _by_tokens(rows: list[int], lengths: list[int], budget: int) -> list[list[in
         parts[-1].append(row)
         filled += length
     return parts
+
+
+def _place(path: str | Path, base: str | Path | None) -> tuple[str, str | None]:
+    """(whole weights, adapter on them or None), absolute: the child has a working folder of its own."""
+    return (_absolute(path), None) if base is None else (_absolute(base), _absolute(path))
+
+
+def _reach(
+    adapters: Sequence[str | Path], rank: int = 0, layers: frozenset[str] = frozenset()
+) -> tuple[int, frozenset[str]]:
+    """The largest rank and all kinds of layers (q_proj, ...) of some adapters, beyond those given; nothing of no adapters."""
+    if not adapters:
+        return 0, frozenset()
+    named = {split_name(name)[0].rpartition(".")[2] for adapter in adapters for name in tensor_names(adapter)}
+    return max(rank, *(read_adapter_config(adapter).rank for adapter in adapters)), layers | named
 
 
 def _absolute(path: str | Path) -> str:

@@ -1,4 +1,4 @@
-"""The child's side of sample_vllm.py: one vLLM engine, in-process, answering sample / likelihood / use.
+"""The child's side of sample_vllm.py: one vLLM engine, in-process, answering sample / likelihood / use / adapt.
 
 Run as `python -m curate.passes.sample_vllm_worker FD` by engine_process.py; nothing else imports it.
 """
@@ -18,6 +18,8 @@ class Engine:
         from vllm import LLM
 
         self.llm = LLM(**settings, disable_log_stats=True)  # prefix caching is on wherever the model allows it
+        self.adapter: Any = None  # the LoRARequest under which everything runs
+        self._adapters = 0
 
     def about(self) -> dict[str, Any]:
         config = self.llm.llm_engine.model_config
@@ -28,6 +30,21 @@ class Engine:
         self.llm.collective_rpc("reload_weights", kwargs={"weights_path": path})
         self.llm.collective_rpc(repack_tied_head)
         self.llm.reset_prefix_cache()
+
+    def adapt(self, path: str | None) -> None:
+        """Another adapter on the base, or none. Read now, so that what is wrong with it is said now."""
+        from vllm.lora.request import LoRARequest
+
+        if self.adapter is not None:
+            self.llm.llm_engine.remove_lora(self.adapter.lora_int_id)
+            self.adapter = None
+        self.llm.reset_prefix_cache()
+        if path is None:
+            return
+        self._adapters += 1  # an id of its own: nothing that was kept under another adapter can be taken for this one's
+        request = LoRARequest(f"adapter-{self._adapters}", self._adapters, path)
+        self.llm.llm_engine.add_lora(request)
+        self.adapter = request
 
     def sample(
         self,
@@ -47,7 +64,8 @@ class Engine:
             SamplingParams(n=n, temperature=temperature, top_p=top_p, max_tokens=most, stop=stop, seed=seed, logprobs=0)
             for seed, most in zip(seeds, max_tokens, strict=True)
         ]
-        outputs = self.llm.generate([{"prompt_token_ids": row} for row in ids], parameters, use_tqdm=False)
+        prompts = [{"prompt_token_ids": row} for row in ids]
+        outputs = self.llm.generate(prompts, parameters, use_tqdm=False, lora_request=self.adapter)
         return [
             [
                 (o.text, len(o.token_ids), o.cumulative_logprob, o.finish_reason == "stop")
@@ -71,7 +89,8 @@ class Engine:
             )
             for ids, start in rows
         ]  # fmt: skip
-        outputs = self.llm.generate([{"prompt_token_ids": ids[:-1]} for ids, _ in rows], parameters, use_tqdm=False)
+        prompts = [{"prompt_token_ids": ids[:-1]} for ids, _ in rows]
+        outputs = self.llm.generate(prompts, parameters, use_tqdm=False, lora_request=self.adapter)
         sums = []
         for (ids, start), output in zip(rows, outputs, strict=True):
             prompt = output.prompt_logprobs or []

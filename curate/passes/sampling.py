@@ -14,11 +14,13 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from curate.errors import EngineError, ModelError, UsageError
+from curate.passes.adapter_config import vllm_refusal
 from curate.passes.vllm_facts import (
     cpu_head_sizes,
     head_sizes,
@@ -96,7 +98,7 @@ class Sampler(Protocol):
 
     def sample(self, prompts: list[Prompt], sampling: Sampling) -> list[list[Sample]]: ...
     def likelihood(self, encoded: list[Any]) -> np.ndarray: ...
-    def use(self, weights_path: str | Path) -> None: ...
+    def use(self, weights_path: str | Path, *, base: str | Path | None = None) -> None: ...
     def close(self) -> None: ...
     def __enter__(self) -> Sampler: ...
     def __exit__(self, *exc: object) -> None: ...
@@ -116,6 +118,8 @@ def open_sampler(
     which: str,
     model_path: str | Path | None,
     *,
+    base: str | Path | None = None,
+    adapters: Sequence[str | Path] = (),
     dtype: str = "auto",
     device: str = "auto",
     max_length: int | None = None,
@@ -124,9 +128,10 @@ def open_sampler(
 ) -> Sampler:
     """The engine, started. `max_length` caps prompt + response tokens (None: the model's context); `server` is the recipe's section.
 
+    base: where `model_path` is a LoRA adapter's folder, the model it sits on. adapters: those that are to come.
     Raises EngineError when the engine cannot start or cannot serve this model, ModelError when the model cannot be read.
     """
-    name, _ = choose_sampler(which, model_path, device=device)
+    name, _ = choose_sampler(which, model_path, base=base, device=device)
     if name == "openai":
         from curate.passes.sample_openai import OpenAISampler
 
@@ -135,13 +140,17 @@ def open_sampler(
     if name == "vllm":
         from curate.passes.sample_vllm import VllmSampler
 
-        return VllmSampler(model_path, dtype=dtype, device=device, max_length=max_length, seed=seed)
+        return VllmSampler(
+            model_path, base=base, adapters=adapters, dtype=dtype, device=device, max_length=max_length, seed=seed
+        )
     from curate.passes.sample_hf import HfSampler
 
-    return HfSampler(model_path, dtype=dtype, device=device, max_length=max_length)
+    return HfSampler(model_path, base=base, dtype=dtype, device=device, max_length=max_length)
 
 
-def choose_sampler(which: str, model_path: str | Path | None, *, device: str = "auto") -> tuple[str, str]:
+def choose_sampler(
+    which: str, model_path: str | Path | None, *, base: str | Path | None = None, device: str = "auto"
+) -> tuple[str, str]:
     """(engine's name, why it and not another: one line for the user). "auto" takes vLLM when it can serve the model, else transformers."""
     if which not in SAMPLERS:
         raise UsageError(f"engine.sampler: wanted one of {', '.join(SAMPLERS)}, found {which!r}.")
@@ -153,7 +162,7 @@ def choose_sampler(which: str, model_path: str | Path | None, *, device: str = "
         )
     if which == "transformers":
         return "transformers", "sampling with transformers (engine.sampler: transformers)"
-    why_not = refusal(model_path, device=device)
+    why_not = refusal(model_path, base=base, device=device)
     if why_not is None:
         return (
             "vllm",
@@ -166,15 +175,17 @@ def choose_sampler(which: str, model_path: str | Path | None, *, device: str = "
     return "transformers", f"sampling with transformers: {why_not}"
 
 
-def refusal(model_path: str | Path, *, device: str = "auto") -> str | None:
+def refusal(model_path: str | Path, *, base: str | Path | None = None, device: str = "auto") -> str | None:
     """Why vLLM cannot serve this model on this machine, None if nothing speaks against it. Reads config.json, imports no vLLM.
 
-    Raises ModelError when there is no readable model at `model_path`.
+    Raises ModelError when there is no readable model at `model_path` (and `base`, where that is an adapter).
     """
-    config = read_config(model_path)
+    config = read_config(base or model_path)
     distribution = vllm_distribution()
     if distribution is None:
         return "vLLM is not installed here (`curate doctor` names the extra for this machine)"
+    if base and (of_adapter := vllm_refusal(model_path)):
+        return of_adapter
     target = target_device(device)
     cpu_build = "cpu" in distribution or "cpu" in importlib.metadata.version(distribution)
     if target == "mps":
@@ -228,12 +239,13 @@ def sampler_identity(
     which: str,
     model_path: str | Path | None,
     *,
+    base: str | Path | None = None,
     dtype: str = "auto",
     device: str = "auto",
     server: dict[str, Any] | None = None,
 ) -> tuple[str, str]:
     """(`Sampler.engine`, why this engine) before anything is started: what a plan compares fingerprints with."""
-    name, why = choose_sampler(which, model_path, device=device)
+    name, why = choose_sampler(which, model_path, base=base, device=device)
     if name == "openai":
         return f"openai {(server or {}).get('url')} {(server or {}).get('model') or ''}".strip(), why
     target = target_device(device)

@@ -102,14 +102,8 @@ def _same_architecture(module: Any, folder: Path, path: str | Path) -> None:
 
     if not (folder / "config.json").is_file():
         if not list(folder.glob("*.safetensors")) or (folder / "adapter_config.json").is_file():
-            adapter = (folder / "adapter_config.json").is_file()
             raise ModelError(
                 f"{path}: wanted a checkpoint's folder (config.json, *.safetensors), found {describe_folder(path)}."
-                + (
-                    "\n  It is an adapter: merge it into its base (peft's merge_and_unload) and save the model."
-                    if adapter
-                    else ""
-                )
             )
         return
     try:

@@ -17,7 +17,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 import torch
 from transformers import AutoModelForCausalLM
 
-from curate.errors import EngineError
+from curate.errors import EngineError, ModelError
 from curate.passes.sample_hf import HfSampler
 from curate.passes.sample_vllm import VllmSampler
 from curate.passes.sampling import Prompt, Sampling, sampler_identity
@@ -193,6 +193,39 @@ def test_a_swapped_engine_equals_a_fresh_one_and_a_killed_one_is_an_error(engine
         with pytest.raises(EngineError, match=r"killed by signal 9.*during `sample`"):
             fresh.sample(prompts, STORY)
         assert gone(pid) and fresh.pid is None
+
+
+def test_adapters_as_adapters_on_one_engine(models, rows, prompts, tmp_path):
+    """The base, two adapters of different ranks and the base again: one process, transformers' likelihoods and greedy samples."""
+    from tests.passes.test_adapter import adapt
+
+    targets = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
+    adapt(models[0], tmp_path / "a", targets)
+    adapt(models[0], tmp_path / "b", {**targets, "r": 12, "use_rslora": True, "alpha_pattern": {"q_proj": 3}}, seed=2)
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "adapter_config.json").write_text((tmp_path / "a" / "adapter_config.json").read_text())
+    greedy = Sampling(n=1, temperature=0, max_new_tokens=12)
+    with (
+        VllmSampler(models[0], adapters=[tmp_path / "a", tmp_path / "b"], max_length=CONTEXT) as ours,
+        HfSampler(models[0], max_length=CONTEXT) as theirs,
+    ):
+        pid, found = ours.pid, {}
+        for name in ("a", "b", "a", "base"):
+            for sampler in (ours, theirs):
+                if name == "base":
+                    sampler.use(models[0])
+                else:
+                    sampler.use(tmp_path / name, base=models[0])
+            found.setdefault(name, []).append(ours.likelihood(rows))
+            np.testing.assert_allclose(found[name][-1], theirs.likelihood(rows), rtol=0, atol=1e-4)
+            assert [r[0].text for r in ours.sample(prompts, greedy)] == [
+                r[0].text for r in theirs.sample(prompts, greedy)
+            ]
+        assert ours.pid == pid and not ours.notes
+        np.testing.assert_array_equal(*found["a"])
+        assert min(np.nanmax(np.abs(found["a"][0] - found[other][0])) for other in ("b", "base")) > 0.5
+        with pytest.raises(ModelError, match="adapter_model.safetensors cannot be read"):
+            ours.use(tmp_path / "broken", base=models[0])
 
 
 def test_closing_ends_the_process_and_its_memory_comes_back(engine, models):
