@@ -28,6 +28,8 @@ def describe_score(score: Score) -> str:
     ]
     if score.optional:
         lines.append(f"optional:   {', '.join(score.optional)}")
+    if score.names:
+        lines.append(f"codes:      {', '.join(f'{code} {name}' for code, name in enumerate(score.names))}")
     if score.parameters:
         shown = ", ".join(
             f"{p.name}: {p.default}" if not p.required else f"{p.name} (no default)" for p in score.parameters.values()
@@ -51,6 +53,7 @@ def score_json(score: Score) -> dict[str, Any]:
         "source",
         "description",
         "defaults",
+        "names",
     )
     return {name: getattr(score, name) for name in names}
 

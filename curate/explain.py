@@ -40,7 +40,14 @@ class Explanation:
                 "",
                 table(
                     [
-                        (s["name"], s["value"], s["unit"], s["percentile"], s["worst"], s["high_means"])
+                        (
+                            s["name"],
+                            s["value_name"] or s["value"],
+                            s["unit"],
+                            s["percentile"],
+                            s["worst"],
+                            s["high_means"],
+                        )
                         for s in self.scores
                     ],
                     head=head,
@@ -102,12 +109,14 @@ def explain_row(store: Store, row: str, selection: str | None = None) -> Explana
             [line[column]],
             recipe=recipe,
         )["p"][0]
+        code = f"{column}_name" if declared and declared.names else None
         scores.append(
             {
                 "name": column,
                 "value": line[column],
+                "value_name": line.get(code) if code else None,
                 "unit": declared.unit if declared else "",
-                "percentile": None if line[column] is None or share is None else round(100 * share, 1),
+                "percentile": None if line[column] is None or share is None or code else round(100 * share, 1),
                 "worst": declared.worst if declared else "none",
                 "high_means": declared.high_means if declared else f"a score of your own: {request.score}",
                 "params": request.params,
@@ -118,7 +127,11 @@ def explain_row(store: Store, row: str, selection: str | None = None) -> Explana
     measured = {
         k: v
         for k, v in line.items()
-        if k not in (*base, "row_id", "position") and k not in requests and k not in own and v is not None
+        if k not in (*base, "row_id", "position")
+        and k not in requests
+        and k.removesuffix("_name") not in requests
+        and k not in own
+        and v is not None
     }
     flags = _flags(store, row_id, recipe, line, requests)
     return Explanation(row_id, {k: line.get(k) for k in base}, scores, measured, decision, name, flags)

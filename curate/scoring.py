@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from curate.store import Store
 
 
-OF_TRAINED_ROWS = ("premem_values",)  # dataset values that say nothing of rows that no run has trained on
+OF_TRAINED_ROWS = (
+    "premem_values",
+    "phase_values",
+)  # dataset values that say nothing of rows that no run has trained on
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,19 @@ def compute_scores(store: Store, plan: Plan, row_ids: list[str], sources: list[s
             if given is not None:
                 values = want.score.compute(given, steps=series.steps if series else None, params=want.params)
                 per_run.append(columns.where_trained(values, series))
-        result[want.name] = _mean(per_run) if per_run else np.full(len(row_ids), np.nan)
+        over_runs = _most_common if want.score.names else _mean
+        result[want.name] = over_runs(per_run) if per_run else np.full(len(row_ids), np.nan)
+    return result
+
+
+def named(plan: Plan, scores: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The scores, and beside every code a text column `<score>_name`, None where the code is unknown."""
+    result = dict(scores)
+    for want in plan.wanted:
+        if want.score.names and want.name in scores:
+            names = np.array([*want.score.names, None], dtype=object)
+            codes = scores[want.name]
+            result[f"{want.name}_name"] = names[np.where(np.isnan(codes), len(names) - 1, codes).astype(int)]
     return result
 
 
@@ -81,7 +96,8 @@ def compute_dataset_values(
 ) -> list[DatasetValue]:
     """Every dataset value whose columns are known, with its interval, per run and checkpoint where it is over checkpoints.
 
-    A threshold or β that the recipe sets for a score is used for the dataset values that share the parameter.
+    A threshold or β that the recipe sets for a score is used for the dataset values that share the parameter; those about one score are
+    computed where the recipe asks for it, with its settings.
     """
     from curate.scores import DATASET_VALUES
 
@@ -94,9 +110,11 @@ def compute_dataset_values(
             settings.setdefault(key, value)
     result = []
     for declared in DATASET_VALUES.values():
-        if prefix and declared.name in OF_TRAINED_ROWS:
+        about = next((want.params for want in plan.wanted if want.score.name == declared.of), None)
+        if (prefix and declared.name in OF_TRAINED_ROWS) or (declared.of and about is None):
             continue
-        params = {key: settings[key] for key in declared.parameters if key in settings}
+        given_by = settings if about is None else about
+        params = {key: given_by[key] for key in declared.parameters if key in given_by}
         for series in columns.runs(declared.over):
             given = columns.of(Wanted(declared.name, declared, params), series, trained_only=True)  # type: ignore[arg-type]
             if given is None:
@@ -232,6 +250,19 @@ class Columns:
         if key not in self._known:
             self._known[key] = self.store.series([f or None for f in fingerprints], [column], self.row_ids)[column]
         return self._known[key]
+
+
+def _most_common(per_run: list[np.ndarray]) -> np.ndarray:
+    """(rows,) the code that most runs agree on; NaN at a tie, and where no run knows one."""
+    if len(per_run) == 1:
+        return per_run[0]
+    stacked = np.stack(per_run)
+    codes = np.unique(stacked[np.isfinite(stacked)])
+    if not len(codes):
+        return np.full(stacked.shape[1], np.nan)
+    votes = np.stack([(stacked == code).sum(0) for code in codes])  # (codes, rows)
+    alone = (votes == votes.max(0)).sum(0) == 1
+    return np.where(alone & (votes.max(0) > 0), codes[votes.argmax(0)], np.nan)
 
 
 def _mean(per_run: list[np.ndarray]) -> np.ndarray:

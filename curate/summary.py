@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 HELDOUT = ("test_accuracy", "heldout_accuracy")
 OF_FLIPS = ("flips_", "flipped_")  # dataset values that the flip table shows better
+OF_PHASES = "phase_"
 LINES = 9  # checkpoints of a run that the text shows; --json and the view dataset_values have all
 
 
@@ -61,7 +62,8 @@ class Summary:
     def text(self) -> str:
         lines = []
         shown = {f.run for f in self.flips}
-        values = [v for v in self.values if not (v["run"] in shown and _in_flips(v["name"]))]
+        phases = [v for v in self.values if v["name"].startswith(OF_PHASES)]
+        values = [v for v in self.values if not (v["run"] in shown and _in_flips(v["name"])) and v not in phases]
         if values:
             head = ("value", "run", "checkpoint", "", "95% interval", "n")
             lines.append(
@@ -73,10 +75,12 @@ class Summary:
                     head=head,
                 )
             )
-        elif not self.flips:
+        elif not self.flips and not phases:
             lines.append("No dataset values yet: `curate score RECIPE` computes them.")
         for flips in self.flips:
             lines += [*([""] if lines else []), *_flip_lines(flips)]
+        for run in dict.fromkeys(v["run"] for v in phases):
+            lines += [*([""] if lines else []), *_phase_lines(run, [v for v in phases if v["run"] == run])]
         if self.calibration is not None:
             lines += ["", *_calibration_lines(self.calibration, self.threshold)]
         return "\n".join(lines)
@@ -210,6 +214,25 @@ def _flip_lines(f: Flips) -> list[str]:
         "mean rejected_logp",
     )
     return [*lines, table([tuple(f.path[k].values()) for k in every], head=head)]
+
+
+def _phase_lines(run: str, values: list[dict[str, Any]]) -> list[str]:
+    """A line a checkpoint: the share of the rows in every phase with its interval."""
+    from curate.scores.phases import NAMES
+
+    found = {(v["step"], v["name"]): v for v in values}
+    steps = sorted({v["step"] for v in values if v["step"] is not None})
+    lines = [f"Phases of the rows that {run or 'the run'} trained on: shares with 95% intervals."]
+    rows = []
+    for k in np.unique(np.linspace(0, len(steps) - 1, LINES).round().astype(int)) if steps else ():
+        line = [found[steps[k], f"{OF_PHASES}{name}"] for name in NAMES]
+        shares = ["-" if v["value"] is None else f"{v['value']:.2f} ({v['low']:.2f} to {v['high']:.2f})" for v in line]
+        rows.append((line[0]["checkpoint"] or str(steps[k]), *shares, line[0]["n"]))
+    lines.append(table(rows, head=("checkpoint", *NAMES, "n")))
+    changed = found.get((None, f"{OF_PHASES}smoothed"))
+    if changed and changed["value"] is not None:
+        lines.append(f"Smoothing changed {changed['value']:.1%} of {changed['n']:,} labels ({OF_PHASES}smoothed).")
+    return lines
 
 
 def _calibration_lines(c: Calibration, threshold: float | None) -> list[str]:

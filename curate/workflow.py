@@ -228,6 +228,7 @@ def _check_ahead(loaded: Loaded, result: Result) -> None:
     given = {task.measurement.name: task.measurement for step in result.plan.steps for task in step.tasks}
     planned = [column for measurement in given.values() for column in measurement.columns]
     planned += ["token_problem", *(want.name for want in result.plan.wanted)]
+    planned += [f"{want.name}_name" for want in result.plan.wanted if want.score.names]
     worst = {want.name: want.score.worst for want in result.plan.wanted}
     columns = check_select(result.store, _spec(loaded), worst=worst, planned=planned, recipe=loaded.name)
     if loaded.recipe.export is not None:
@@ -252,7 +253,7 @@ def _measure(loaded: Loaded, result: Result, progress: Progress) -> None:
 
 
 def _score(loaded: Loaded, result: Result, sources: dict[str, list[str]], progress: Progress) -> None:
-    from curate.scoring import compute_dataset_values, compute_scores
+    from curate.scoring import compute_dataset_values, compute_scores, named
 
     store, plan = result.store, result.plan
     assert plan is not None
@@ -263,7 +264,7 @@ def _score(loaded: Loaded, result: Result, sources: dict[str, list[str]], progre
     train = sources.get("train", [])
     row_ids = store.row_ids_of(train or None, kind=loaded.recipe.kind, role="train" if train else None)
     scores = compute_scores(store, plan, row_ids, train)
-    store.write_scores(loaded.name, row_ids, scores, made_of=_scores_of(plan))
+    store.write_scores(loaded.name, row_ids, named(plan, scores), made_of=_scores_of(plan))
     result.scores = list(scores)
     values = compute_dataset_values(store, plan, row_ids, train)
     heldout = sources.get("heldout", [])

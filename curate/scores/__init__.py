@@ -174,13 +174,15 @@ class Score(Columns):
     """A number per row. unit: of the value. worst: which end is bad to train on. high_means: what a high value says, in words.
 
     null_where: the name of a score of the same family, "" for none: where that one is 1, this one is NULL and that is its right value,
-    not an unknown one (first_learned_step where never_learned).
+    not an unknown one (first_learned_step where never_learned). names: of the codes 0, 1, … where the value is a code and no amount;
+    the view `scored` then shows them too, in a text column `<score>_name`.
     """
 
     unit: str
     worst: Worst
     high_means: str
     null_where: str = ""
+    names: tuple[str, ...] = ()
 
     what = "score"
 
@@ -218,7 +220,9 @@ class Value(NamedTuple):
 
 @dataclass(frozen=True)
 class DatasetValue(Columns):
-    """Numbers about a whole dataset, each with an interval."""
+    """Numbers about a whole dataset, each with an interval. of: the score that it is about, "" for none: computed only beside that one."""
+
+    of: str = ""
 
     what = "dataset value"
 
@@ -244,6 +248,7 @@ def score(
     high_means: str = "",
     source: str = "",
     null_where: str = "",
+    names: tuple[str, ...] = (),
 ) -> Callable[[Callable[..., Any]], Score]:
     """Declare a score. needs, optional: see the module. over="checkpoints": every column comes as (rows, K), in step order, NaN where
     unmeasured (K counts the base model as step 0 where it is given); an argument called `steps` then gets the K steps.
@@ -253,19 +258,29 @@ def score(
 
     def decorate(function: Callable[..., Any]) -> Score:
         common = _described(function, needs, optional, kind, over, source)
-        declared = Score(**common, unit=unit, worst=worst, high_means=high_means, null_where=null_where)
+        declared = Score(
+            **common, unit=unit, worst=worst, high_means=high_means, null_where=null_where, names=tuple(names)
+        )
         return _register(declared, SCORES)
 
     return decorate
 
 
 def dataset_value(
-    *, needs: tuple[str, ...], optional: tuple[str, ...] = (), kind: Kind = "any", over: Over = None, source: str = ""
+    *,
+    needs: tuple[str, ...],
+    optional: tuple[str, ...] = (),
+    kind: Kind = "any",
+    over: Over = None,
+    source: str = "",
+    of: str = "",
 ) -> Callable[[Callable[..., Any]], DatasetValue]:
     """Declare values of a whole dataset: a function like a score's that returns a list of Value."""
 
     def decorate(function: Callable[..., Any]) -> DatasetValue:
-        return _register(DatasetValue(**_described(function, needs, optional, kind, over, source)), DATASET_VALUES)
+        return _register(
+            DatasetValue(**_described(function, needs, optional, kind, over, source), of=of), DATASET_VALUES
+        )
 
     return decorate
 
@@ -368,6 +383,7 @@ from curate.scores import (  # noqa: E402
     flips,  # noqa: F401
     gradients,  # noqa: F401
     hardness,  # noqa: F401
+    phases,  # noqa: F401
     premem,  # noqa: F401
     ranking,  # noqa: F401
     ranking_values,  # noqa: F401

@@ -14,7 +14,7 @@ NOW = {
     "ranking_gap", "ranking_correct", "ranking_correct_ln", "flip_loss", "break_even_agreement", "implicit_reward_gap",
     "edit_distance", "ches", "ches_ln", "last_state_product", "accuracy", "target_nll", "difficulty", "premem_accuracy",
     "fluent", "confidence", "variability", "correctness", "forgetting_events", "first_learned_step", "never_learned",
-    "loss_drop", "learning_impact",
+    "loss_drop", "learning_impact", "phase",
 }  # fmt: skip
 
 
@@ -58,7 +58,7 @@ def test_one_unknown_column_makes_the_score_unknown(name):
         assert np.isnan(s.compute(columns)).all()
 
 
-@pytest.mark.parametrize("name", sorted(n for n in SCORES if n != "learning_impact"))
+@pytest.mark.parametrize("name", sorted(n for n in SCORES if n not in ("learning_impact", "phase")))
 def test_a_row_does_not_depend_on_the_others(name):
     s = SCORES[name]
     rng = np.random.default_rng(0)
