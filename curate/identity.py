@@ -40,46 +40,9 @@ class Identity:
         self._engines: dict[tuple[str, str], str] = {}
 
     def task(self, measurement: Measurement, subject: Subject) -> Task:
-        recipe = self.recipe
         engine = "" if measurement.reads == "tokens" else self.engine(measurement.reads, subject)
-        params: dict[str, Any] = {
-            "tokenizer": self.tokenizer(subject),
-            "max_length": recipe.tokens.max_length,
-            "truncation": recipe.tokens.truncation,
-        }
-        if measurement.reads == "sample":
-            from curate.grading import grader
-
-            sampling = recipe.sampling
-            params |= {
-                "samples": sampling.samples,
-                "temperature": sampling.temperature,
-                "top_p": sampling.top_p,
-                "max_new_tokens": sampling.max_new_tokens,
-                "stop": sampling.stop,
-                "system": sampling.system,
-                "few_shot": few_shot_text(self.loaded),
-                "seed": recipe.engine.seed,
-                "grader": grader(sampling.grader, folder=self.loaded.folder).fingerprint,
-            }
-        weights = "" if measurement.reads == "tokens" else subject.fingerprint
-        fingerprint = content_id(measurement.name, measurement.version, weights, engine, params)
-        run, checkpoint, step = (subject.run, subject.checkpoint, subject.step) if weights else ("", "", None)
-        return Task(
-            measurement,
-            Measured(
-                fingerprint,
-                measurement.name,
-                measurement.reads,
-                subject.label,
-                weights,
-                run,
-                checkpoint,
-                step,
-                engine,
-                params,
-            ),
-        )
+        params = params_of(self.loaded, measurement, self.tokenizer(subject))
+        return task_of(measurement, subject, engine, params)
 
     def tokenizer(self, subject: Subject) -> str:
         if not Path(subject.path).is_dir():  # a server's model: its tokenizer is its own
@@ -104,6 +67,53 @@ class Identity:
 
                 self._engines[key] = engine_identity(dtype=engine.dtype, device=engine.device)
         return self._engines[key]
+
+
+def params_of(loaded: Loaded, measurement: Measurement, tokenizer: str) -> dict[str, Any]:
+    """The settings that a measurement's values depend on. tokenizer: its fingerprint."""
+    tokens, sampling = loaded.recipe.tokens, loaded.recipe.sampling
+    params: dict[str, Any] = {
+        "tokenizer": tokenizer,
+        "max_length": tokens.max_length,
+        "truncation": tokens.truncation,
+    }
+    if measurement.reads == "sample":
+        from curate.grading import grader
+
+        params |= {
+            "samples": sampling.samples,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "max_new_tokens": sampling.max_new_tokens,
+            "stop": sampling.stop,
+            "system": sampling.system,
+            "few_shot": few_shot_text(loaded),
+            "seed": loaded.recipe.engine.seed,
+            "grader": grader(sampling.grader, folder=loaded.folder).fingerprint,
+        }
+    return params
+
+
+def task_of(measurement: Measurement, subject: Subject, engine: str, params: dict[str, Any]) -> Task:
+    """A measurement of a subject under its fingerprint. Values of tokens alone belong to no weights, run or engine."""
+    weights = "" if measurement.reads == "tokens" else subject.fingerprint
+    fingerprint = content_id(measurement.name, measurement.version, weights, engine, params)
+    run, checkpoint, step = (subject.run, subject.checkpoint, subject.step) if weights else ("", "", None)
+    return Task(
+        measurement,
+        Measured(
+            fingerprint,
+            measurement.name,
+            measurement.reads,
+            subject.label,
+            weights,
+            run,
+            checkpoint,
+            step,
+            engine,
+            params,
+        ),
+    )
 
 
 def few_shot_text(loaded: Loaded) -> str | None:

@@ -174,6 +174,11 @@ class Model:
             self.adapter = None
             self.structure += 1
 
+    def refresh(self) -> None:
+        """After its weights were changed in place by somebody else, a training: the head is looked up and checked again."""
+        self.module.eval()
+        self.head = self._find_head()
+
     def close(self) -> None:
         """Give the memory back; the model is unusable afterwards."""
         del self.module, self.head

@@ -19,7 +19,7 @@ import numpy as np
 
 from curate.errors import EngineError, ModelError
 from curate.passes.adapter_config import tokenizer_folder
-from curate.passes.sampling import Prompt, Sample, Sampling, engine_seed, room, sampler_identity
+from curate.passes.sampling import Prompt, Sample, Sampling, engine_seed, hf_engine, room
 from curate.tokens import context_length, load_tokenizer
 
 CONTEXT_TOKENS = 6  # prompt tokens decoded with the response, so that its first space is kept
@@ -46,16 +46,27 @@ class HfSampler:
     ):
         from curate.passes.forward import load_model
 
+        model = load_model(model_path, base=base, dtype=dtype, device=device)
+        tokenizer = load_tokenizer(tokenizer_folder(model_path, base))
+        self._set(model, tokenizer, context_length(base or model_path), max_length, token_budget)
+
+    @classmethod
+    def of(cls, model: Any, tokenizer: Any, *, max_length: int | None = None, token_budget: int = 32_768) -> HfSampler:
+        """Over a `Model` that is there already, such as one in training."""
+        sampler = cls.__new__(cls)
+        sampler._set(model, tokenizer, model.context, max_length, token_budget)
+        return sampler
+
+    def _set(
+        self, model: Any, tokenizer: Any, context: int | None, max_length: int | None, token_budget: int
+    ) -> None:
         self.notes: list[str] = []
-        self._tokenizer = load_tokenizer(tokenizer_folder(model_path, base))
-        self._model: Any = load_model(model_path, base=base, dtype=dtype, device=device)
-        self.context = min(filter(None, (max_length, context_length(base or model_path))), default=None)
+        self._tokenizer = tokenizer
+        self._model: Any = model
+        self.context = min(filter(None, (max_length, context)), default=None)
         self._token_budget = token_budget
-        self._stop_ids = _stop_ids(self._tokenizer, self._model.module)
-        dtype_name = str(self._model.dtype).removeprefix("torch.")
-        self.engine, _ = sampler_identity(
-            "transformers", model_path, base=base, dtype=dtype_name, device=self._model.device.type
-        )
+        self._stop_ids = _stop_ids(tokenizer, model.module)
+        self.engine = hf_engine(str(model.dtype).removeprefix("torch."), model.device.type)
 
     def sample(self, prompts: list[Prompt], sampling: Sampling) -> list[list[Sample]]:
         """n samples per prompt, in the prompts' order; an empty list where the prompt leaves no room in the context."""

@@ -252,11 +252,15 @@ def sampler_identity(
     if name == "vllm":
         distribution = vllm_distribution() or "vllm"
         return f"{distribution} {importlib.metadata.version(distribution)} {resolve_dtype(dtype, target)}", why
+    return hf_engine(resolve_dtype(dtype, target), target), why
+
+
+def hf_engine(dtype: str, device: str) -> str:
+    """The identity of sampling with transformers: "transformers 5.19.0 torch 2.13.0 cpu float32"."""
     import torch
     import transformers
 
-    versions = f"transformers {transformers.__version__} torch {torch.__version__.split('+')[0]}"
-    return f"{versions} {target} {resolve_dtype(dtype, target)}", why
+    return f"transformers {transformers.__version__} torch {torch.__version__.split('+')[0]} {device} {dtype}"
 
 
 def target_device(device: str = "auto") -> str:

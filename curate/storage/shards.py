@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 
 from curate.errors import StoreError
 from curate.rows import content_id
+from curate.storage.database import process_alive
 from curate.storage.entries import Measured
 
 RECORD = b"curate.measured"
@@ -123,11 +124,17 @@ class Shards:
                 os.replace(path, home / path.name)
 
     def sweep(self) -> list[str]:
-        """Remove what a killed process left half-written. Only for the one process that measures. Returns the names removed."""
-        left = list(self.folder.glob("**/*.tmp"))
+        """Remove what a killed process left half-written (a training that records may be writing right now). Returns the names removed."""
+        left = [path for path in self.folder.glob("**/*.tmp") if not _being_written(path)]
         for path in left:
             path.unlink(missing_ok=True)
         return [p.name for p in left]
+
+
+def _being_written(path: Path) -> bool:
+    """Whether another living process of this machine is writing this temporary file: `.<name>.<pid>-<hex>.tmp`."""
+    pid = path.name.removesuffix(".tmp").rpartition(".")[2].partition("-")[0]
+    return pid.isdigit() and int(pid) != os.getpid() and process_alive(int(pid))
 
 
 def read_shard(path: Path) -> tuple[Measured, pa.Schema]:

@@ -1,0 +1,290 @@
+"""Recorder: measures chosen rows while a training runs, so that nobody has to keep checkpoints.
+
+    recorder = curate.Recorder("recipe.yaml", every=0.1)          # a recipe, data, or rows; here at ten points of the training
+    trainer = SFTTrainer(..., callbacks=[recorder])               # TRL's trainers, or transformers' own
+    trainer.train()
+    curate.run("recipe.yaml")                                     # its scores over what was recorded
+
+At step 0, every so many steps and at the end, the model itself is put into evaluation mode and measured; what the training does is
+not changed by it (passes/live.py). A recording is one shard a measurement, in the store at once: a training that dies has lost the recording
+under way at most. Of several processes only the first records, and the others wait for it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import TrainerCallback
+
+from curate.checkpoints import Subject
+from curate.errors import CurateError, UsageError
+from curate.identity import Task, params_of, task_of
+from curate.plan import wanted_scores
+from curate.progress import Progress, span
+from curate.recipe import Loaded, load_recipe
+from curate.recordings import PREFIX, VERSION, recorded_runs, weights_of
+from curate.rows import Row, content_id
+from curate.sourcing import read_sources
+from curate.store import Store
+
+DEFAULT_SCORES = {"preference": ["ranking_gap", "flipped"], "sft": ["target_nll", "confidence", "variability"]}
+WITH_SAMPLES = ["accuracy", "correctness"]
+
+
+class Recorder(TrainerCallback):  # type: ignore[misc]
+    """A callback for transformers' and TRL's trainers.
+
+    rows: a recipe (a YAML file or a dict): its source is measured, with what its scores over checkpoints need, its tokens, sampling and
+    store; or data (a path or hub id), or a list of rows as `curate.load` returns it. every: steps between recordings, or their share of the
+    training (a number below 1). run: the run's name (the output folder's). scores, samples: what to measure where rows is no recipe
+    (likelihoods; with samples above 0 sampled accuracy too); set, store: as in `curate.run`.
+
+    `seconds` and `share` say what it cost. Raises UsageError before the training starts; what fails later is said, and the training goes on.
+    """
+
+    def __init__(
+        self,
+        rows: str | Path | dict[str, Any] | Sequence[Row],
+        *,
+        every: int | float = 0.1,
+        run: str | None = None,
+        store: str | Path | None = None,
+        scores: Sequence[Any] | None = None,
+        samples: int = 0,
+        set: dict[str, Any] | list[str] | None = None,
+        progress: Progress | None = None,
+    ):
+        if isinstance(every, bool) or not (isinstance(every, int) and every >= 1 or isinstance(every, float) and 0 < every < 1):
+            raise UsageError(f"every is {every!r}, expected steps (1 or more) or a share of the training (0.1).")
+        self.every, self.run, self.progress = every, run, progress or Progress()
+        self._rows: list[Row] | None = None
+        if isinstance(rows, dict) or (isinstance(rows, str | Path) and str(rows).endswith((".yaml", ".yml"))):
+            if scores is not None or samples:
+                raise UsageError("scores and samples stand in the recipe; change them with set={…}.")
+            self.loaded = load_recipe(rows, set=set, store=store)
+        else:
+            self.loaded = self._recipe_of(rows, scores, samples, set, store)
+        self.measurements = wanted_measurements(self.loaded)
+        self.seconds = 0.0
+        self.recorded: list[int] = []
+        self.failed: list[str] = []
+        self._started = self._ended = 0.0
+        self._ready = False
+
+    @property
+    def share(self) -> float:
+        """The part of the training's time that went into recordings, 0..1."""
+        took = (self._ended or time.perf_counter()) - self._started
+        return self.seconds / took if self._started and took > 0 else 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        self._started, self._ended = time.perf_counter(), 0.0
+        self._prepare(args, state, kwargs["model"], kwargs.get("processing_class") or kwargs.get("tokenizer"))
+        if state.global_step == 0:
+            self._record(0)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._ready and (state.global_step % self._steps == 0 or state.global_step >= state.max_steps):
+            self._record(state.global_step)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not self._ready:
+            return
+        if state.global_step not in self.recorded and not args.load_best_model_at_end:  # else the best is back in the model
+            self._record(state.global_step)
+        self._ended = time.perf_counter()
+        self._finish()
+
+    # ---- before the training ------------------------------------------------------------------------------------------------------------
+
+    def _recipe_of(self, rows: Any, scores: Any, samples: int, set: Any, store: Any) -> Loaded:
+        """A recipe around data or rows."""
+        if isinstance(rows, str | Path):
+            from curate.data import read
+
+            kind, source = read(str(rows)).kind, str(rows)
+        else:
+            self._rows = list(rows)
+            if not self._rows or not hasattr(self._rows[0], "row_id"):
+                found = type(self._rows[0]).__name__ if self._rows else "nothing"
+                raise UsageError(f"Recorder: expected a recipe, data, or rows as curate.load(…) returns them; found {found}.")
+            kind, source = self._rows[0].kind, None
+        chosen = list(scores) if scores is not None else DEFAULT_SCORES[kind]
+        if samples and scores is None:
+            if kind == "preference":
+                raise UsageError("samples: answers to pairs cannot be graded; record SFT rows with answers.")
+            chosen = [*chosen, *WITH_SAMPLES]
+        raw: dict[str, Any] = {"kind": kind, "scores": chosen}
+        raw |= {"source": source} if source else {}
+        raw |= {"sampling": {"samples": samples}} if samples else {}
+        return load_recipe(raw, set=set, store=store)
+
+    def _prepare(self, args: Any, state: Any, model: Any, tokenizer: Any) -> None:
+        """Rows into the store, tokens, the model's head and layout. Everything that can be wrong is wrong here."""
+        import curate
+        from curate.passes.forward import Model
+        from curate.passes.live import untouched
+        from curate.tokens import Limits, encode, tokenizer_fingerprint
+
+        if tokenizer is None:
+            raise UsageError("The trainer has no tokenizer: give it processing_class=tokenizer.")
+        self.tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+        self._steps = self.every if isinstance(self.every, int) else max(1, round(self.every * state.max_steps))
+        with untouched(model) as module:
+            self.model = Model(module)
+        self.store = Store(self.loaded.store, create=True, on_wait=self.progress.say)
+        self._take_in()  # what an earlier training left
+        runs, name = recorded_runs(self.store), self.run or Path(args.output_dir).resolve().name
+        if name in runs and state.global_step == 0:  # another training of the same name; a resumed one goes on in its own
+            name = next(f"{name}-{i}" for i in range(2, len(runs) + 3) if f"{name}-{i}" not in runs)
+        self.run_name = name
+        recipe = self.loaded.recipe
+        if self._rows is None:
+            sources: list[str] | None = [n for group in read_sources(self.loaded, self.store, self.progress).values() for n in group]
+        else:
+            sources = self._add_rows(self._rows)
+        self.row_ids = [row_id for _, row_id in self.store.missing("", sources, kind=recipe.kind)]  # those with text
+        found = list(self.store.iter_rows(self.row_ids))
+        self.rows: list[Row] = [row for row in found if row is not None]
+        self.tokenizer_print = tokenizer_fingerprint(self.tokenizer)
+        limits = Limits(recipe.tokens.max_length, recipe.tokens.truncation)
+        self.encoded = [encode(row, self.tokenizer, limits) for row in self.rows]
+        self._write_tokens()
+        self.number = self.store.begin_run(self.loaded.name, "record", curate.__version__)
+        self._ready = True
+        self.progress.say(f"Recorder: {len(self.rows):,} rows every {self._steps:,} steps into {self.store.folder}, run {name}.")
+
+    def _add_rows(self, rows: Sequence[Row]) -> list[str]:
+        from curate.data.records import Record
+
+        key = content_id([row.row_id for row in rows])
+        name = f"rows-{key[:6]}"
+        if not self.store.source_is_current(name, key):
+            self.store.add_source(name, key, (Record(name, i, row) for i, row in enumerate(rows)))
+        return [name]
+
+    def _write_tokens(self) -> None:
+        """Token counts, under the fingerprint that a plan gives them, too: what has the same tokenizer has the same tokens."""
+        from curate.measurements import MEASUREMENTS, measure_tokens
+        from curate.measuring import TEXT
+
+        lone = Subject("", "", "", "")
+        for m in [m for m in MEASUREMENTS.values() if m.reads == "tokens" and m.kind in (self.loaded.recipe.kind, "any")]:
+            task = task_of(m, lone, "", params_of(self.loaded, m, self.tokenizer_print))
+            columns: dict[str, Any] = dict(measure_tokens(self.encoded, [m]))
+            columns["token_problem"] = np.array([e.problem for e in self.encoded], TEXT)
+            self.store.write_shard(task.measured, 0, self.row_ids, columns)
+
+    # ---- while it runs ------------------------------------------------------------------------------------------------------------------
+
+    def _record(self, step: int) -> None:
+        """One recording. What goes wrong at step 0 stops the training before it starts; later it is said and the training goes on."""
+        self._wait_for_device()
+        started = time.perf_counter()
+        try:
+            self._measure(step)
+            self.recorded.append(step)
+        except (CurateError, OSError, RuntimeError, MemoryError) as error:
+            if step == 0:
+                raise
+            self.failed.append(f"step {step}: {error}")
+            self.progress.say(f"Recorder: nothing recorded at step {step}: {error}")
+        finally:
+            self._wait_for_device()
+            self.seconds += time.perf_counter() - started
+
+    def _measure(self, step: int) -> None:
+        from curate.passes.forward import measure
+        from curate.passes.live import untouched
+
+        forward = [m for m in self.measurements if m.reads == "forward"]
+        sampled = [m for m in self.measurements if m.reads == "sample"]
+        with untouched(self.model.root):
+            self.model.refresh()
+            budget = self.loaded.recipe.engine.token_budget
+            columns: dict[str, Any] = dict(measure(self.model, self.encoded, forward, token_budget=budget)) if forward else {}
+            found, samples = self._sample(sampled) if sampled else ({}, None)
+        columns |= found
+        for m in self.measurements:
+            kept = samples if m.reads == "sample" else None
+            task = self._task(m, step)
+            self.store.write_shard(task.measured, 0, self.row_ids, {c: columns[c] for c in m.columns}, kept)
+
+    def _task(self, measurement: Any, step: int) -> Task:
+        subject = Subject("", weights_of(self.run_name, step), self.run_name, f"step-{step}", step)
+        params = params_of(self.loaded, measurement, self.tokenizer_print) | {"recorder": VERSION}
+        return task_of(measurement, subject, f"recorder {self.model.engine}", params)
+
+    def _sample(self, measurements: list[Any]) -> tuple[dict[str, Any], Any]:
+        from curate.measuring import SampleRunner
+        from curate.passes.sample_hf import HfSampler
+
+        runner = SampleRunner(self.loaded, self.progress)
+        runner.tokenizer = self.tokenizer
+        runner.sampler = HfSampler.of(self.model, self.tokenizer, max_length=self.loaded.recipe.tokens.max_length)
+        columns, samples, _ = runner.run(self.rows, self.row_ids, measurements)
+        return dict(columns), samples
+
+    def _wait_for_device(self) -> None:
+        if self.model.device.type == "cuda":
+            import torch
+
+            torch.cuda.synchronize(self.model.device)
+
+    # ---- afterwards ---------------------------------------------------------------------------------------------------------------------
+
+    def _finish(self) -> None:
+        took = self._ended - self._started
+        counts = {
+            "run": self.run_name,
+            "rows": len(self.rows),
+            "steps": self.recorded,
+            "seconds": round(self.seconds, 3),
+            "training_seconds": round(took, 3),
+            "share": round(self.share, 4),
+        }
+        self._take_in()
+        self.store.finish_run(self.number, "failed" if self.failed else "done", "; ".join(self.failed), counts)
+        where = f" --set models.checkpoints={PREFIX}{self.run_name}"
+        path = self.loaded.path
+        self.progress.say(
+            f"Recorder: {len(self.recorded)} recordings of {len(self.rows):,} rows took {span(self.seconds)}, {self.share:.1%} of the training's "
+            f"{span(took)}." + (f" Scores: curate score {path}{where}" if path else "")
+        )
+
+    def _take_in(self) -> None:
+        """Finished shards into the tables, unless somebody measures into the store now, who will do it."""
+        try:
+            with self.store.measuring():
+                pass
+        except CurateError as error:
+            self.progress.say(f"Recorder: what was recorded waits in {self.store.folder} ({error})")
+
+
+def wanted_measurements(loaded: Loaded) -> list[Any]:
+    """What a recipe's scores need of a model in training. UsageError where that needs gradients, another model, or nothing at all."""
+    from curate.measurements import providers
+
+    found: dict[str, Any] = {}
+    for want in wanted_scores(loaded):
+        for text in want.score.needs:
+            role, _, column = text.rpartition(".")
+            measurement = providers(column, loaded.recipe.kind) if role != "row" else None
+            if role == "row" or measurement is not None and measurement.reads == "tokens":
+                continue
+            if role:
+                raise UsageError(f"{want.name} needs {text}, which a recording does not have: it knows one model, the one in training.")
+            if measurement is None:
+                raise UsageError(f"{want.name} needs the column {column}, which nothing measures on {loaded.recipe.kind} rows.")
+            if measurement.reads == "backward":
+                raise UsageError(f"{want.name} needs a backward pass, which is measured on saved checkpoints, not in training.")
+            found[measurement.name] = measurement
+    if not found:
+        raise UsageError("This recipe has no score that needs a model: there is nothing to record.")
+    return list(found.values())
