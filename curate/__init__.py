@@ -26,6 +26,7 @@ _HOME = {
     "score": "curate.scores",
     "dataset_value": "curate.scores",
     "measurement": "curate.measurements",
+    "Recorder": "curate.recorder",
 }
 
 __all__ = [*_HOME, "__version__"]

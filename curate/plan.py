@@ -20,6 +20,7 @@ from curate.cost import step_line, weights_size, with_cost
 from curate.errors import UsageError
 from curate.identity import Identity, Task
 from curate.progress import span
+from curate.recordings import PREFIX, recorded_uses, run_meant
 from curate.rows import content_id
 from curate.show import table
 
@@ -94,12 +95,16 @@ class Step:
 
 @dataclass
 class Plan:
-    """The steps in the order they run, and for every (role, column, over) the fingerprints that scores read."""
+    """The steps in the order they run, and for every (role, column, over) the fingerprints that scores read.
+
+    recorded: the recorded training run that they are read from, if any.
+    """
 
     wanted: list[Wanted]
     subjects: Subjects
     steps: list[Step] = field(default_factory=list)
     uses: dict[tuple[str, str, str | None], list[str]] = field(default_factory=dict)
+    recorded: str | None = None
 
     @property
     def missing(self) -> int:
@@ -107,7 +112,12 @@ class Plan:
 
     def text(self) -> str:
         if not self.steps:
-            lines = ["Nothing to measure: no score of this recipe needs a model."]
+            why = (
+                f"the scores are read from the recorded run {self.recorded}"
+                if self.recorded
+                else "no score of this recipe needs a model"
+            )
+            lines = [f"Nothing to measure: {why}."]
         else:
             head = ("pass", "model", "measurements", "rows", "missing", "tokens", "time")
             lines = [table([step_line(step) for step in self.steps], head=head)]
@@ -174,6 +184,8 @@ def wanted_scores(loaded: Loaded) -> list[Wanted]:
 def find_subjects(loaded: Loaded, cache: FingerprintCache) -> Subjects:
     """The recipe's models. Raises ModelError for what cannot be read."""
     models, folder = loaded.recipe.models, loaded.folder
+    if isinstance(models.checkpoints, str) and models.checkpoints.startswith(PREFIX):  # nobody kept them
+        return Subjects(None, None, (), None)
     server = loaded.recipe.engine.sampler == "openai"
     if server and not models.reference and not models.checkpoints:
         name = loaded.recipe.server.model or loaded.recipe.server.url or "server"
@@ -210,7 +222,10 @@ def make_plan(loaded: Loaded, store: Store, sources: dict[str, list[str]]) -> Pl
     subjects = find_subjects(loaded, cache)
     plan = Plan(wanted, subjects)
     if not subjects.reference and not subjects.series:
-        plan.uses = imported_uses(store, wanted)
+        plan.recorded = run_meant(loaded, store)
+        plan.uses = (
+            recorded_uses(store, plan.recorded, wanted, recipe.kind) if plan.recorded else imported_uses(store, wanted)
+        )
         return plan
 
     identity = Identity(loaded, cache)

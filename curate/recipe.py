@@ -45,7 +45,9 @@ class Models(Strict):
 
     reference: str | None = Field(None, description="a model folder or hub id")
     policy: str | None = Field(None, description="a second model: implicit rewards, flips")
-    checkpoints: str | list[str] | None = Field(None, description="a training run's folder, or a list of model folders")
+    checkpoints: str | list[str] | None = Field(
+        None, description="a training run's folder, a list of model folders, or recordings:RUN"
+    )
 
 
 class Tokens(Strict):

@@ -35,7 +35,7 @@ DEFAULT_SCORES = {"preference": ["ranking_gap", "flipped"], "sft": ["target_nll"
 WITH_SAMPLES = ["accuracy", "correctness"]
 
 
-class Recorder(TrainerCallback):  # type: ignore[misc]
+class Recorder(TrainerCallback):
     """A callback for transformers' and TRL's trainers.
 
     rows: a recipe (a YAML file or a dict): its source is measured, with what its scores over checkpoints need, its tokens, sampling and
@@ -58,7 +58,9 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
         set: dict[str, Any] | list[str] | None = None,
         progress: Progress | None = None,
     ):
-        if isinstance(every, bool) or not (isinstance(every, int) and every >= 1 or isinstance(every, float) and 0 < every < 1):
+        if isinstance(every, bool) or not (
+            (isinstance(every, int) and every >= 1) or (isinstance(every, float) and 0 < every < 1)
+        ):
             raise UsageError(f"every is {every!r}, expected steps (1 or more) or a share of the training (0.1).")
         self.every, self.run, self.progress = every, run, progress or Progress()
         self._rows: list[Row] | None = None
@@ -84,7 +86,8 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not state.is_world_process_zero:
             return
-        self._started, self._ended = time.perf_counter(), 0.0
+        self._started, self._ended, self.seconds = time.perf_counter(), 0.0, 0.0
+        self.recorded, self.failed = [], []
         self._prepare(args, state, kwargs["model"], kwargs.get("processing_class") or kwargs.get("tokenizer"))
         if state.global_step == 0:
             self._record(0)
@@ -96,7 +99,9 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not self._ready:
             return
-        if state.global_step not in self.recorded and not args.load_best_model_at_end:  # else the best is back in the model
+        if (
+            state.global_step not in self.recorded and not args.load_best_model_at_end
+        ):  # else the best is back in the model
             self._record(state.global_step)
         self._ended = time.perf_counter()
         self._finish()
@@ -108,12 +113,15 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
         if isinstance(rows, str | Path):
             from curate.data import read
 
-            kind, source = read(str(rows)).kind, str(rows)
+            kind: str = read(str(rows)).kind
+            source: str | None = str(rows)
         else:
             self._rows = list(rows)
             if not self._rows or not hasattr(self._rows[0], "row_id"):
                 found = type(self._rows[0]).__name__ if self._rows else "nothing"
-                raise UsageError(f"Recorder: expected a recipe, data, or rows as curate.load(…) returns them; found {found}.")
+                raise UsageError(
+                    f"Recorder: expected a recipe, data, or rows as curate.load(…) returns them; found {found}."
+                )
             kind, source = self._rows[0].kind, None
         chosen = list(scores) if scores is not None else DEFAULT_SCORES[kind]
         if samples and scores is None:
@@ -141,12 +149,16 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
         self.store = Store(self.loaded.store, create=True, on_wait=self.progress.say)
         self._take_in()  # what an earlier training left
         runs, name = recorded_runs(self.store), self.run or Path(args.output_dir).resolve().name
-        if name in runs and state.global_step == 0:  # another training of the same name; a resumed one goes on in its own
+        if (
+            name in runs and state.global_step == 0
+        ):  # another training of the same name; a resumed one goes on in its own
             name = next(f"{name}-{i}" for i in range(2, len(runs) + 3) if f"{name}-{i}" not in runs)
         self.run_name = name
         recipe = self.loaded.recipe
         if self._rows is None:
-            sources: list[str] | None = [n for group in read_sources(self.loaded, self.store, self.progress).values() for n in group]
+            sources: list[str] | None = [
+                n for group in read_sources(self.loaded, self.store, self.progress).values() for n in group
+            ]
         else:
             sources = self._add_rows(self._rows)
         self.row_ids = [row_id for _, row_id in self.store.missing("", sources, kind=recipe.kind)]  # those with text
@@ -158,7 +170,9 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
         self._write_tokens()
         self.number = self.store.begin_run(self.loaded.name, "record", curate.__version__)
         self._ready = True
-        self.progress.say(f"Recorder: {len(self.rows):,} rows every {self._steps:,} steps into {self.store.folder}, run {name}.")
+        self.progress.say(
+            f"Recorder: {len(self.rows):,} rows every {self._steps:,} steps into {self.store.folder}, run {name}."
+        )
 
     def _add_rows(self, rows: Sequence[Row]) -> list[str]:
         from curate.data.records import Record
@@ -175,7 +189,9 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
         from curate.measuring import TEXT
 
         lone = Subject("", "", "", "")
-        for m in [m for m in MEASUREMENTS.values() if m.reads == "tokens" and m.kind in (self.loaded.recipe.kind, "any")]:
+        for m in [
+            m for m in MEASUREMENTS.values() if m.reads == "tokens" and m.kind in (self.loaded.recipe.kind, "any")
+        ]:
             task = task_of(m, lone, "", params_of(self.loaded, m, self.tokenizer_print))
             columns: dict[str, Any] = dict(measure_tokens(self.encoded, [m]))
             columns["token_problem"] = np.array([e.problem for e in self.encoded], TEXT)
@@ -205,10 +221,12 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
 
         forward = [m for m in self.measurements if m.reads == "forward"]
         sampled = [m for m in self.measurements if m.reads == "sample"]
-        with untouched(self.model.root):
+        with untouched(self.model.module):
             self.model.refresh()
             budget = self.loaded.recipe.engine.token_budget
-            columns: dict[str, Any] = dict(measure(self.model, self.encoded, forward, token_budget=budget)) if forward else {}
+            columns: dict[str, Any] = (
+                dict(measure(self.model, self.encoded, forward, token_budget=budget)) if forward else {}
+            )
             found, samples = self._sample(sampled) if sampled else ({}, None)
         columns |= found
         for m in self.measurements:
@@ -249,6 +267,8 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
             "training_seconds": round(took, 3),
             "share": round(self.share, 4),
         }
+        del self.model  # the training's memory is not ours to keep
+        self._ready = False
         self._take_in()
         self.store.finish_run(self.number, "failed" if self.failed else "done", "; ".join(self.failed), counts)
         where = f" --set models.checkpoints={PREFIX}{self.run_name}"
@@ -276,14 +296,20 @@ def wanted_measurements(loaded: Loaded) -> list[Any]:
         for text in want.score.needs:
             role, _, column = text.rpartition(".")
             measurement = providers(column, loaded.recipe.kind) if role != "row" else None
-            if role == "row" or measurement is not None and measurement.reads == "tokens":
+            if role == "row" or (measurement is not None and measurement.reads == "tokens"):
                 continue
             if role:
-                raise UsageError(f"{want.name} needs {text}, which a recording does not have: it knows one model, the one in training.")
+                raise UsageError(
+                    f"{want.name} needs {text}, which a recording does not have: it knows one model, the one in training."
+                )
             if measurement is None:
-                raise UsageError(f"{want.name} needs the column {column}, which nothing measures on {loaded.recipe.kind} rows.")
+                raise UsageError(
+                    f"{want.name} needs the column {column}, which nothing measures on {loaded.recipe.kind} rows."
+                )
             if measurement.reads == "backward":
-                raise UsageError(f"{want.name} needs a backward pass, which is measured on saved checkpoints, not in training.")
+                raise UsageError(
+                    f"{want.name} needs a backward pass, which is measured on saved checkpoints, not in training."
+                )
             found[measurement.name] = measurement
     if not found:
         raise UsageError("This recipe has no score that needs a model: there is nothing to record.")

@@ -163,7 +163,7 @@ class Columns:
 
     @property
     def plan_is_imported(self) -> bool:
-        return not self.plan.steps
+        return not self.plan.steps and self.plan.recorded is None
 
     def of(self, want: Wanted, series: Series | None, *, trained_only: bool = False) -> dict[str, Any] | None:
         """need -> array for a score; None where a column that it needs is not there."""

@@ -14,6 +14,7 @@ from curate.errors import UsageError, ValidationError
 from curate.plan import wanted_scores
 from curate.progress import Progress
 from curate.recipe import Loaded, Source, load_recipe
+from curate.recordings import recorded_runs
 from curate.rows import content_id
 from curate.store import Store
 
@@ -35,7 +36,7 @@ def read_sources(loaded: Loaded, store: Store, progress: Progress) -> dict[str, 
             progress.say(
                 f"{both:,} of {len(held):,} held-out rows are training rows too: what is said about held-out rows is partly about those."
             )
-    if recipe.source is None and not store.measured(reads="import"):
+    if recipe.source is None and not store.measured(reads="import") and not recorded_runs(store):
         raise UsageError(
             f"{loaded.path or 'recipe'}: there is no `source`, and nothing was imported into {store.folder}. Name your data: `source: {{path: …}}`."
         )

@@ -19,6 +19,7 @@ from curate.plan import Plan, wanted_scores
 from curate.plan import make_plan as _make_plan
 from curate.progress import Progress
 from curate.recipe import Loaded, load_recipe
+from curate.recordings import recorded_runs
 from curate.rows import content_id
 from curate.sourcing import read_sources
 from curate.store import DatasetValue, Store
@@ -210,11 +211,16 @@ def _placed(loaded: Loaded, store: Store) -> str:
 
 def _register(loaded: Loaded, store: Store, plan: Plan, sources: dict[str, list[str]]) -> None:
     """Say which values are the recipe's, before they are there: whoever reads while it measures sees what is done so far."""
-    uses = list(dict.fromkeys(f for found in plan.uses.values() for f in found))
+    also = [m.fingerprint for m in recorded_runs(store)[plan.recorded]] if plan.recorded else []
+    uses = list(dict.fromkeys([*(f for found in plan.uses.values() for f in found), *also]))
     plain = list(dict.fromkeys(found[-1] for (role, _, over), found in plan.uses.items() if over is None and not role))
     names = [name for group in sources.values() for name in group]
     store.register_recipe(
-        loaded.name, _placed(loaded, store), sources=names, uses=uses, plain=plain if plan.steps else []
+        loaded.name,
+        _placed(loaded, store),
+        sources=names,
+        uses=uses,
+        plain=plain if plan.steps or plan.recorded else [],
     )
 
 

@@ -31,7 +31,7 @@ def make_tokenizer(*, template: bool = False):
 
 def make_llama(
     folder: Path, *, seed: int, head_dim: int = 32, context: int = 128, scale: float = 0.15, layers: int = 2, hidden: int = 64,
-    architecture: str | None = None, template: bool = False,
+    architecture: str | None = None, template: bool = False, dropout: float = 0.0,
 ) -> Path:  # fmt: skip
     """A saved model with tied embeddings; `scale` (the weights' standard deviation) makes it opinionated enough to tell models apart."""
     import torch
@@ -41,7 +41,7 @@ def make_llama(
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=96, num_hidden_layers=layers, num_attention_heads=2,
         num_key_value_heads=1, head_dim=head_dim, max_position_embeddings=context, tie_word_embeddings=True, bos_token_id=1,
-        eos_token_id=2, pad_token_id=2, initializer_range=scale,
+        eos_token_id=2, pad_token_id=2, initializer_range=scale, attention_dropout=dropout,
     )  # fmt: skip
     torch.manual_seed(seed)
     model = LlamaForCausalLM(config).eval()

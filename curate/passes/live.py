@@ -18,7 +18,10 @@ import torch
 
 from curate.errors import UsageError
 
-ROPE_STATE = ("inv_freq", "max_seq_len_cached")  # what dynamic rotary embeddings remember of the sequences that they saw
+ROPE_STATE = (
+    "inv_freq",
+    "max_seq_len_cached",
+)  # what dynamic rotary embeddings remember of the sequences that they saw
 
 
 def measurable(model: Any) -> Any:
@@ -37,7 +40,9 @@ def measurable(model: Any) -> Any:
     configs = getattr(model, "peft_config", None)
     if configs and hasattr(model, "get_base_model"):
         if any(getattr(config, "is_prompt_learning", False) for config in configs.values()):
-            raise UsageError("Adapters that are prompts (prefix or prompt tuning) cannot be recorded: LoRA and its relatives can.")
+            raise UsageError(
+                "Adapters that are prompts (prefix or prompt tuning) cannot be recorded: LoRA and its relatives can."
+            )
         model = model.get_base_model()
     return model
 
@@ -48,10 +53,16 @@ def untouched(model: Any) -> Iterator[Any]:
     module = measurable(model)
     modes = [(part, part.training) for part in module.modules()]
     grads = [(p, p.requires_grad) for p in module.parameters()]
-    ropes = [(p, {k: getattr(p, k) for k in ROPE_STATE if hasattr(p, k)}) for p in module.modules() if hasattr(p, "rope_type")]
-    streams = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    ropes = [
+        (p, {k: getattr(p, k) for k in ROPE_STATE if hasattr(p, k)})
+        for p in module.modules()
+        if hasattr(p, "rope_type")
+    ]
+    streams = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002 (trainings use it)
     devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    wrapped = module.__dict__.pop("forward", None)  # mixed precision's autocast around forward: a saved checkpoint has none
+    wrapped = module.__dict__.pop(
+        "forward", None
+    )  # mixed precision's autocast around forward: a saved checkpoint has none
     try:
         yield module
     finally:
@@ -65,7 +76,7 @@ def untouched(model: Any) -> Iterator[Any]:
             for name, value in known.items():
                 setattr(part, name, value)
         random.setstate(streams[0])
-        np.random.set_state(streams[1])
+        np.random.set_state(streams[1])  # noqa: NPY002
         torch.set_rng_state(streams[2])
         if devices:
             torch.cuda.set_rng_state_all(devices)

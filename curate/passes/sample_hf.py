@@ -57,9 +57,7 @@ class HfSampler:
         sampler._set(model, tokenizer, model.context, max_length, token_budget)
         return sampler
 
-    def _set(
-        self, model: Any, tokenizer: Any, context: int | None, max_length: int | None, token_budget: int
-    ) -> None:
+    def _set(self, model: Any, tokenizer: Any, context: int | None, max_length: int | None, token_budget: int) -> None:
         self.notes: list[str] = []
         self._tokenizer = tokenizer
         self._model: Any = model
