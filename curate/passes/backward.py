@@ -108,18 +108,23 @@ def _measure_rows(
 ) -> None:
     items = {i: items_of(i, encoded[i], False, None) for i in indices}
     check_lengths(model, items)
+    check_angles(model, items)
+    rules, memory = understood(model, parameters)
+    limit = memory.check(model, items, token_budget)
+    if model.device.type == "cpu":
+        limit = min(limit, TOKENS_ON_CPU)
+    for rows in _batches(model, items, limit):
+        _measure_batch(model, rules, memory, {row: items[row] for row in rows}, encoded, wanted, out)
+
+
+def check_angles(model: Model, items: dict[int, list[Item]]) -> None:
+    """ModelError where a row is so long that its rotary angles depend on its company."""
     longest = max(len(item.ids) for row in items.values() for item in row)
     if model.rope_limit is not None and longest >= model.rope_limit:
         raise ModelError(
             f"{model.path}: a row has {longest} tokens; from {model.rope_limit} on this model's rotary angles depend on the longest row of a batch, "
             f"and gradients of such rows are not taken.\n  Set `--set tokens.max_length={model.rope_limit - 1}`."
         )
-    rules, memory = _understood(model, parameters)
-    limit = memory.check(model, items, token_budget)
-    if model.device.type == "cpu":
-        limit = min(limit, TOKENS_ON_CPU)
-    for rows in _batches(model, items, limit):
-        _measure_batch(model, rules, memory, {row: items[row] for row in rows}, encoded, wanted, out)
 
 
 def _batches(model: Model, items: dict[int, list[Item]], limit: int) -> Iterator[list[int]]:
@@ -230,7 +235,7 @@ def run(
             slope = torch.zeros_like(states)
             slope[at] = of_head.slope.to(states.dtype)
         products.on_tied = _tied(model, products, of_head, predicting, tokens, responses)
-        with _packed_attention(model) if checkpointed and not padded else nullcontext():
+        with packed_attention(model) if checkpointed and not padded else nullcontext():
             states.backward(slope)
     states = states.detach()
     where = [np.arange(s, s + len(i.ids)) for s, i in zip(starts, sequences)]
@@ -250,7 +255,7 @@ def run(
 
 
 @contextmanager
-def _packed_attention(model: Model) -> Iterator[None]:
+def packed_attention(model: Model) -> Iterator[None]:
     """The attention of packed rows for layers that are run again on the way back."""
     model.module.set_attn_implementation(packing.NAME)
     try:
@@ -278,7 +283,7 @@ def _tied(
     return add
 
 
-def _understood(model: Model, parameters: Parameters) -> tuple[Rules, Footprint]:
+def understood(model: Model, parameters: Parameters) -> tuple[Rules, Footprint]:
     """The model's rules, checked once against autograd on a few tokens, and what a token costs in memory."""
     known, key = _KNOWN.setdefault(model, {}), (parameters, model.structure)
     if key not in known:

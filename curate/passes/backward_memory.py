@@ -54,7 +54,7 @@ class Footprint:
 
     def check(self, model: Model, items: dict[int, list[Item]], token_budget: int) -> int:
         """How many tokens of the graph a batch may have: the budget, or what memory allows. ModelError where a single row is too long."""
-        free = SHARE * _free(model)
+        free = SHARE * free_for(model)
         heaviest = max(items.values(), key=lambda row: self._row(model, row, True))
         need = self._row(model, heaviest, True)
         if need > free:
@@ -64,10 +64,10 @@ class Footprint:
 
     def checkpointed(self, rows: list[list[Item]], model: Model) -> bool:
         """Whether a batch's layers must be run again on the way back."""
-        return self.layers > 1 and sum(self._row(model, row, False) for row in rows) > SHARE * _free(model)
+        return self.layers > 1 and sum(self._row(model, row, False) for row in rows) > SHARE * free_for(model)
 
     def too_long(self, model: Model, row: list[Item]) -> ModelError:
-        need, free = self._row(model, row, True), SHARE * _free(model)
+        need, free = self._row(model, row, True), SHARE * free_for(model)
         n = max(len(item.ids) for item in row)
         shorter = max(1, int(n * min(free / need, 0.9)))
         return ModelError(
@@ -123,7 +123,7 @@ def _saved(model: Model, rules: Rules, n: int) -> float:
     return float(sum(seen.values()))
 
 
-def _free(model: Model) -> float:
+def free_for(model: Model) -> float:
     """Bytes that can still be taken on the model's device."""
     if model.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(model.device)

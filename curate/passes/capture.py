@@ -30,7 +30,7 @@ class Shared:
 
     outputs: int = 0
     left: int = 0
-    kept: dict[int, Any] = field(default_factory=dict)
+    kept: dict[Any, Any] = field(default_factory=dict)
 
 
 class Taker(Protocol):

@@ -34,20 +34,30 @@ class HeadGradient:
     products: torch.Tensor
 
 
+Each = Callable[[tuple[int, int], slice, torch.Tensor], None]
+
+
 def head_gradient(
-    head: Head, states: torch.Tensor, tokens: torch.Tensor, spans: list[tuple[int, int, int]], *, products: bool = True
+    head: Head,
+    states: torch.Tensor,
+    tokens: torch.Tensor,
+    spans: list[tuple[int, int, int]],
+    *,
+    products: bool = True,
+    each: Each | None = None,
 ) -> HeadGradient:
     """states (N, d) that predict tokens (N,). spans: per row, first token of its first response, of its second, and the end; they cover N
-    in order. products=False leaves the head's own gradients out (zeros).
+    in order. products=False leaves the head's own gradients out (zeros). each: gets (first token, end), a block of the vocabulary and q there,
+    for whole rows at a time; q is overwritten afterwards.
     """
     limit = (KEEP_ON_GPU if states.is_cuda else KEEP) // (len(head.weight) * wide(states[:0]).element_size())
     parts, group = [], list(spans[:1])
     for span in spans[1:]:  # rows together while their logits can be kept: the weights are read once for all of them
         if span[2] - group[0][0] > limit:
-            parts.append(_of_rows(head, states, tokens, group, products, limit))
+            parts.append(_of_rows(head, states, tokens, group, products, limit, each))
             group = []
         group.append(span)
-    parts.append(_of_rows(head, states, tokens, group, products, limit))
+    parts.append(_of_rows(head, states, tokens, group, products, limit, each))
     return HeadGradient(
         *(torch.cat([getattr(p, name) for p in parts]) for name in ("logp", "lse", "slope", "products"))
     )
@@ -106,6 +116,7 @@ def _of_rows(
     spans: list[tuple[int, int, int]],
     products: bool,
     limit: int,
+    each: Each | None,
 ) -> HeadGradient:
     start, stop = spans[0][0], spans[-1][2]
     h, y = states[start:stop], tokens[start:stop]
@@ -122,6 +133,8 @@ def _of_rows(
             slope[i : i + ROWS] -= q[i : i + ROWS].to(weight.dtype) @ weight
         for row in sums:
             row.add(q)
+        if each is not None:
+            each((start, stop), block, q)
     del kept
     found = (
         torch.stack([row.products() for row in sums]) if sums else slope.new_zeros(len(spans), 3, dtype=torch.float64)
@@ -220,12 +233,24 @@ def tied_products(
 
     states (n, d) predict tokens (n,), the first `middle` of the first sequence; sums: each sequence's gradients per embedded id, (k, d).
     """
-    some = replace(head, weight=head.weight[ids], bias=None if head.bias is None else head.bias[ids])
-    q = some.logits(states)  # (n, k)
-    slope = None if head.cap is None else 1 - (q / head.cap) ** 2
-    q = (q - lse[:, None].to(q.dtype)).exp()
-    q = torch.where(tokens[:, None] == ids[None, :], torch.expm1(logp)[:, None].to(q.dtype), q)
-    q = q * -head.scale if slope is None else q * slope * -head.scale
+    q = -residuals_at(head, states, tokens, logp, lse, ids)  # (n, k)
     meet = [(wide(states) @ wide(s).T * q).double().sum(1) for s in sums]  # each (n,)
     found = [[part.sum() for part in (m[:middle], m[middle:])] for m in meet]  # [embedded in][head of]
     return torch.stack([2 * found[0][0], found[1][0] + found[0][1], 2 * found[1][1]])
+
+
+def residuals_at(
+    head: Head,
+    states: torch.Tensor,
+    tokens: torch.Tensor,
+    logp: torch.Tensor,
+    lse: torch.Tensor,
+    ids: torch.Tensor,
+) -> torch.Tensor:
+    """(n, k) q of (n, d) states at k different ids of the vocabulary."""
+    some = replace(head, weight=head.weight[ids], bias=None if head.bias is None else head.bias[ids])
+    q = some.logits(states)
+    slope = None if head.cap is None else 1 - (q / head.cap) ** 2
+    q = (q - lse[:, None].to(q.dtype)).exp()
+    q = torch.where(tokens[:, None] == ids[None, :], torch.expm1(logp)[:, None].to(q.dtype), q)
+    return q * head.scale if slope is None else q * slope * head.scale

@@ -39,9 +39,10 @@ class Linear:
 
 @dataclass(frozen=True)
 class Embedding:
-    """y = scale · W[ids]. tied: the LM head is the same matrix."""
+    """y = scale · W[ids]. table: W (n, d). tied: the LM head is the same matrix."""
 
     module: nn.Module
+    table: torch.Tensor
     scale: float
     tied: bool
 
@@ -110,7 +111,9 @@ def find_rules(model: Model, parameters: Parameters = "all") -> Rules:
         mine = {name for name, p in own.items() if id(p) in wanted}
         if isinstance(part, nn.Embedding) and own.keys() == {"weight"}:
             if mine and first is None:
-                rules.embeddings.append(Embedding(part, _embedding_scale(part), part.weight is head.weight))
+                rules.embeddings.append(
+                    Embedding(part, part.weight.detach(), _embedding_scale(part), part.weight is head.weight)
+                )
                 done.add(id(part.weight))
         elif (weight := _linear_weight(part)) is not None and own.keys() <= {"weight", "bias"}:
             bias = getattr(part, "bias", None)

@@ -245,7 +245,7 @@ def test_too_long_a_row_is_refused_before_anything_runs(monkeypatch):
 def test_the_estimate_is_what_a_graph_keeps():
     """Bytes per token, read off two short sequences, foretell a longer one's within a tenth."""
     model = Model(make("llama"))
-    rules, memory = backward._understood(model, "all")
+    rules, memory = backward.understood(model, "all")
     found = backward_memory._saved(model, rules, 200)
     assert abs(memory.linear * 200 + memory.square * 200**2 - found) < 0.1 * found
 

@@ -1,0 +1,272 @@
+"""One backward for many rows, a scalar for each: every layer's part of every row's gradient comes by once, and none is kept by itself.
+
+    f = logp(completion)     logp(chosen)     logp(rejected)     logp(chosen) − logp(rejected), the margin         g = ∇_θ f
+
+Rows are packed side by side. A margin's two responses share their prompt in the graph, since one scalar sends one gradient there:
+
+    linear layers, P prompt and C, R response tokens:  forward P + C + R,  backward P + C + R
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+
+from curate.passes import packing
+from curate.passes.backward import APART, packed_attention
+from curate.passes.backward_memory import Footprint
+from curate.passes.bundles import items_of
+from curate.passes.capture import Capture, Shared
+from curate.passes.graph_memory import Arena
+from curate.passes.head_gradient import head_gradient
+from curate.passes.inner_products import wide
+from curate.passes.layer_rules import Embedding, Linear, Norm, Rules
+from curate.passes.model import Model
+from curate.passes.packing import Group, Item, Layout
+from curate.tokens import Encoded, EncodedPair, common_prefix
+
+Of = Literal["margin", "chosen", "rejected"]  # of a pair; an SFT row has its completion
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class HeadTokens:
+    """What the head saw: the (n, d) states that predict tokens (n,), in float32 or wider; signs (n,) of their log-probabilities in f; logp, lse
+    (n,) float64; spans: each row's own.
+    """
+
+    states: torch.Tensor
+    tokens: torch.Tensor
+    signs: torch.Tensor
+    logp: torch.Tensor
+    lse: torch.Tensor
+    spans: list[Span]
+
+
+Name = tuple[str, int]  # ("weight", 3): of the fourth linear layer
+
+
+class Sink(Protocol):
+    """What is made of a batch of R rows' gradients. A begin without an end before it means that the last batch failed and comes again."""
+
+    def begin(self, numbers: Sequence[int]) -> None:
+        """numbers (R,): of the batch's rows."""
+
+    def matrix(
+        self,
+        name: Name,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        columns: slice,
+        rows: slice,
+        spans: list[Span],
+        kept: dict[Any, Any],
+    ) -> None:
+        """The lines `columns` of the gradient of a weight (o, i), of the batch's rows `rows`: b[span]ᵀ a[span] each, a (n, i), b (n, width), both in
+        float32 or wider, and not to be kept or changed. kept: the sink's own, shared with the layers that read the same a.
+        """
+
+    def vector(self, name: Name, x: torch.Tensor, columns: slice, size: int, rows: slice) -> None:
+        """The entries `columns` of the gradient of a vector of `size`, (rows, width) float64."""
+
+    def lines(self, name: Name, x: Lines) -> None:
+        """The gradient of an embedding; name ("head", 0) where the LM head is the same matrix."""
+
+    def head_done(self, tokens: HeadTokens) -> None:
+        """After all parts of the head, before any layer's."""
+
+    def end(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Lines:
+    """Gradients of a table, summed per row of the batch and line of the table: row (K,) ascending, id (K,), x (K, d)."""
+
+    row: torch.Tensor
+    id: torch.Tensor
+    x: torch.Tensor
+
+    def ends(self, rows: int) -> list[Span]:
+        """Where each row's lines begin and end."""
+        edges = torch.searchsorted(self.row, torch.arange(rows + 1, device=self.row.device)).tolist()
+        return list(pairwise(edges))
+
+    @staticmethod
+    def of(ids: torch.Tensor, g: torch.Tensor, spans: list[Span]) -> Lines:
+        """ids (N,), g (N, d), the tokens of each row side by side."""
+        lengths = torch.tensor([stop - start for start, stop in spans], device=ids.device)
+        row = torch.repeat_interleave(torch.arange(len(spans), device=ids.device), lengths)
+        size = int(ids.max()) + 1
+        found, line = torch.unique(row * size + ids, return_inverse=True)
+        return Lines(found // size, found % size, g.new_zeros(len(found), g.shape[1]).index_add_(0, line, g))
+
+
+HEAD: Name = ("head", 0)
+
+
+class _Sorter:
+    """A taker (passes/capture.py) that hands a batch's parts to a sink by kind."""
+
+    def __init__(self, rules: Rules, sink: Sink, spans: list[Span]) -> None:
+        self.sink, self.spans = sink, spans
+        self.all = slice(0, len(spans))
+        self.number = {
+            id(rule): k for rules in (rules.linears, rules.norms, rules.embeddings) for k, rule in enumerate(rules)
+        }
+
+    def linear(
+        self, rule: Linear, shared: Shared, rows: torch.Tensor, line: torch.Tensor | None, g: torch.Tensor
+    ) -> None:
+        b, k = wide(g), self.number[id(rule)]
+        if rule.wanted:
+            a = wide(rows if line is None else rows[line])
+            self.sink.matrix(("weight", k), a, b, slice(0, b.shape[1]), self.all, self.spans, shared.kept)
+        if rule.bias_wanted:
+            self._vector(("bias", k), b)
+
+    def norm(self, rule: Norm, x: torch.Tensor, g: torch.Tensor) -> None:
+        for kind, parts in zip(("scale", "shift"), rule.gradients(x, g)):
+            self._vector((kind, self.number[id(rule)]), parts)
+
+    def _vector(self, name: Name, parts: torch.Tensor) -> None:
+        x = torch.stack([parts[start:stop].sum(0).double().flatten() for start, stop in self.spans])
+        self.sink.vector(name, x, slice(0, x.shape[1]), x.shape[1], self.all)
+
+    def embedding(self, rule: Embedding, ids: torch.Tensor, g: torch.Tensor) -> None:
+        name = HEAD if rule.tied else ("embedding", self.number[id(rule)])
+        self.sink.lines(name, Lines.of(ids, g, self.spans))
+
+
+def rows_of(rows: Sequence[Encoded | EncodedPair], of: Of) -> dict[int, list[Item]]:
+    """The sequences of every row without a problem; of a margin two."""
+    found = {}
+    for i, row in enumerate(rows):
+        if row.problem is None:
+            items = items_of(i, row, False, None)
+            found[i] = items if len(items) == 1 or of == "margin" else [item for item in items if item.side == of]
+    return found
+
+
+def batches(model: Model, items: dict[int, list[Item]], limit: int) -> Iterator[list[int]]:
+    """Rows in their order, by length in the padded layout, at most `limit` tokens of the graph at a time; a longer row alone."""
+    padded = model.layout == "padded"
+    order = sorted(items, key=lambda row: -max(len(item.ids) for item in items[row])) if padded else list(items)
+    batch: list[int] = []
+    for row in order:
+        if batch and _tokens([items[r] for r in (*batch, row)], padded) > limit:
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+def _tokens(rows: Sequence[list[Item]], padded: bool) -> int:
+    if padded:
+        return sum(len(row) for row in rows) * max(len(item.ids) for row in rows for item in row)
+    return sum(_group(row).n_tokens for row in rows)
+
+
+def _group(row: list[Item]) -> Group:
+    return Group(tuple(row), common_prefix(row[0].ids, row[1].ids) if len(row) == 2 else 0)
+
+
+def take(model: Model, rules: Rules, memory: Footprint, items: dict[int, list[Item]], limit: int, sink: Sink) -> None:
+    """All rows, batch by batch; a batch is halved and run again where a GPU's memory is short after all."""
+    waiting = list(batches(model, items, limit))[::-1]
+    while waiting:
+        numbers = waiting.pop()
+        try:
+            take_batch(model, rules, memory, numbers, [items[row] for row in numbers], sink)
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            if len(numbers) == 1:
+                raise memory.too_long(model, items[numbers[0]]) from None
+            half = len(numbers) // 2
+            waiting += [numbers[half:], numbers[:half]]
+
+
+def take_batch(
+    model: Model, rules: Rules, memory: Footprint, numbers: list[int], rows: list[list[Item]], sink: Sink
+) -> None:
+    """One batch."""
+    checkpointed = memory.checkpointed(rows, model)
+    padded = model.layout == "padded"
+    sequences = [item for row in rows for item in row]
+    layout = Layout.of([_group(row) for row in rows])
+    longest = max(len(item.ids) for item in sequences)
+    n_tokens = longest * len(sequences) if padded else len(layout.ids)
+    where = [np.arange(i * longest, (i + 1) * longest) for i in range(len(sequences))] if padded else layout.where
+    firsts = np.cumsum([0] + [len(row) for row in rows])[:-1]
+    edges = [*(int(where[i][0]) for i in firsts), n_tokens]
+    sink.begin(numbers)
+    arena = None
+    if not checkpointed and not padded and model.device.type == "cpu" and memory.graph(rows) > APART:
+        arena = Arena(n_tokens, None, None)
+    taker = _Sorter(rules, sink, list(pairwise(edges)))
+    around = None if padded else lambda: packing.packed(layout)
+    capture = Capture(rules, taker, n_tokens, None, None, checkpointed, arena, around)
+    at, tokens = (
+        torch.from_numpy(np.concatenate(parts).astype(np.int64)).to(model.device)
+        for parts in (
+            [w[i.start - 1 : len(i.ids) - 1] for w, i in zip(where, sequences)],
+            [i.ids[i.start :] for i in sequences],
+        )
+    )
+    with torch.enable_grad(), capture.installed():
+        with arena.keeping() if arena else nullcontext():
+            states = model.padded_states(sequences) if padded else model.packed_states(layout)  # (N, d)
+        capture.forward_done()
+        slope = _head(model, rules, rows, states.detach(), at, tokens, sink)
+        with packed_attention(model) if checkpointed and not padded else nullcontext():
+            states.backward(slope)
+    sink.end()
+
+
+@torch.no_grad()
+def _head(
+    model: Model,
+    rules: Rules,
+    rows: list[list[Item]],
+    states: torch.Tensor,
+    at: torch.Tensor,
+    tokens: torch.Tensor,
+    sink: Sink,
+) -> torch.Tensor:
+    """(N, d) ∂f/∂states. The head's own parts go to the sink."""
+    lengths = [[len(item.ids) - item.start for item in row] for row in rows]
+    ends = np.cumsum([0] + [sum(row) for row in lengths]).tolist()
+    spans = list(pairwise(ends))
+    predicting = states[at]
+    h = wide(predicting)  # (n, d)
+    signs = torch.cat([torch.full((n,), 1.0 - 2 * k) for row in lengths for k, n in enumerate(row)]).to(h)  # (n,)
+    a = h * -signs[:, None]  # ∂logp/∂W = −q hᵀ
+    number = {start: i for i, start in enumerate(ends)}
+    kept: dict[int, dict[Any, Any]] = {}
+
+    def each(span: Span, block: slice, q: torch.Tensor) -> None:
+        some = slice(number[span[0]], number[span[1]])
+        own = [(start - span[0], stop - span[0]) for start, stop in spans[some]]
+        sink.matrix(HEAD, a[slice(*span)], q, block, some, own, kept.setdefault(span[0], {}))
+        if model.head.bias is not None:
+            parts = q * -signs[slice(*span), None]
+            x = torch.stack([parts[start:stop].sum(0).double() for start, stop in own])
+            sink.vector(("head bias", 0), x, block, len(model.head.weight), some)
+
+    found = head_gradient(
+        model.head,
+        predicting,
+        tokens,
+        [(start, stop, stop) for start, stop in spans],
+        products=False,
+        each=each if rules.head else None,
+    )
+    sink.head_done(HeadTokens(h, tokens, signs, found.logp, found.lse, spans))
+    slope = torch.zeros_like(states)
+    return slope.index_add_(0, at, (found.slope * signs[:, None]).to(states.dtype))

@@ -1,0 +1,165 @@
+"""Rows' gradients as k·k numbers per weight, whose inner products are unbiased estimates of the gradients' own.
+
+    W's gradient BᵀA (o, i)   ->   (B P)ᵀ(A Q)  (k, k)        P (o, k), Q (i, k): random signs / √k, Q shared by layers of one input
+    E⟨(B P)ᵀ(A Q), (B'P)ᵀ(A'Q)⟩ = ⟨BᵀA, B'ᵀA'⟩               a side of at most k stays as it is
+
+No gradient is made: T·k·(i + o + k) multiplications for T·i·o. Norms and biases stay exact. An embedding is a layer whose B is one-hot; one that is
+the head too has a single sketch for both.
+Source: Choe et al. 2024, arXiv:2405.13954 (LoGra: both sides of a layer's gradient projected).
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from curate.passes.row_gradients import HeadTokens, Lines, Name, Sink, Span
+
+
+@dataclass
+class Projections:
+    """The P and Q of a model's weights. shapes: (o, i) of each; an embedding of n lines of d has (n, d)."""
+
+    shapes: dict[Name, tuple[int, int]]
+    k: int
+    seed: int
+    inputs: dict[Name, Name] = field(default_factory=dict)  # weight -> the first weight that reads the same input
+    _made: dict[tuple[str, Name], torch.Tensor | None] = field(default_factory=dict)
+
+    def outputs(self, name: Name, like: torch.Tensor) -> torch.Tensor | None:
+        """(o, k) P; None where B stays as it is."""
+        return self._signs("P", name, self.shapes[name][0], like)
+
+    def input(self, name: Name, kept: dict[Any, Any], a: torch.Tensor) -> torch.Tensor:
+        """(n, k) A Q, made once for the layers that share `kept`."""
+        if "AQ" not in kept:
+            kept["by"] = self.inputs.setdefault(name, name)
+            signs = self._signs("Q", kept["by"], a.shape[1], a)
+            kept["AQ"] = a if signs is None else a @ signs
+        self.inputs.setdefault(name, kept["by"])
+        found: torch.Tensor = kept["AQ"]
+        return found
+
+    def _signs(self, side: str, name: Name, size: int, like: torch.Tensor) -> torch.Tensor | None:
+        if (side, name) not in self._made:
+            made = None
+            if size > self.k:
+                generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {side} {name}".encode()))
+                signs = torch.randint(0, 2, (size, self.k), generator=generator, dtype=torch.int8) * 2 - 1
+                made = signs.to(like) / self.k**0.5
+            self._made[side, name] = made
+        return self._made[side, name]
+
+
+class Sketches:
+    """A sink (passes/row_gradients.py). Of targets (`theirs` None) it keeps the sketches: parts, weight or vector -> (count, …); of other rows it has
+    products (count, M) and squares (count,) float64, estimates of ⟨g_i, g_m⟩ and ‖g_i‖², filled in as batches end.
+    """
+
+    def __init__(self, projections: Projections, count: int, device: torch.device, theirs: Sketches | None) -> None:
+        self.projections, self.count, self.theirs = projections, count, theirs
+        self.parts: dict[Name, torch.Tensor] = {}
+        self.squares = torch.zeros(count, dtype=torch.float64, device=device)
+        self.products = self.squares.new_zeros(count, theirs.count if theirs else 0)
+
+    def begin(self, numbers: Sequence[int]) -> None:
+        self._numbers = torch.tensor(list(numbers), device=self.squares.device)
+        self._parts: dict[Name, torch.Tensor] = {}
+
+    def end(self) -> None:
+        products = self.products.new_zeros(len(self._numbers), self.products.shape[1])
+        squares = self.squares.new_zeros(len(self._numbers))
+        for name, part in self._parts.items():
+            squares += part.double().square().flatten(1).sum(1)
+            if self.theirs is not None:
+                products += (part.flatten(1) @ self.theirs.parts[name].flatten(1).T).double()
+            else:
+                self.parts.setdefault(name, part.new_zeros(self.count, *part.shape[1:]))[self._numbers] = part
+        self.products[self._numbers], self.squares[self._numbers] = products, squares
+
+    def matrix(
+        self,
+        name: Name,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        columns: slice,
+        rows: slice,
+        spans: list[Span],
+        kept: dict[Any, Any],
+    ) -> None:
+        x, signs = self.projections.input(name, kept, a), self.projections.outputs(name, b)
+        out = self._part(name, x)[rows]
+        if signs is None:
+            out, y = out[:, columns], b
+        else:
+            y = b @ signs[columns]
+        for r, (start, stop) in enumerate(spans):
+            out[r].addmm_(y[start:stop].T, x[start:stop])
+
+    def vector(self, name: Name, x: torch.Tensor, columns: slice, size: int, rows: slice) -> None:
+        if name not in self._parts:
+            self._parts[name] = x.new_zeros(len(self._numbers), size)
+        self._parts[name][rows, columns] = x
+
+    def lines(self, name: Name, x: Lines) -> None:
+        z = self.projections.input(name, {}, x.x)  # (K, k)
+        signs = self.projections.outputs(name, z)
+        if signs is None:
+            signs = torch.eye(self.projections.shapes[name][0]).to(z)
+        out, ends = self._part(name, z), x.ends(len(self._numbers))
+        for r, (start, stop) in enumerate(ends):
+            out[r].addmm_(signs[x.id[start:stop]].T, z[start:stop])
+
+    def head_done(self, tokens: HeadTokens) -> None:
+        pass
+
+    def _part(self, name: Name, x: torch.Tensor) -> torch.Tensor:
+        """(R, k, k) of this batch."""
+        if name not in self._parts:
+            size = min(self.projections.k, self.projections.shapes[name][0])
+            self._parts[name] = x.new_zeros(len(self._numbers), size, x.shape[1])
+        return self._parts[name]
+
+
+class Both:
+    """Two sinks at once."""
+
+    def __init__(self, one: Sink, other: Sink) -> None:
+        self.one, self.other = one, other
+
+    def begin(self, numbers: Sequence[int]) -> None:
+        self.one.begin(numbers)
+        self.other.begin(numbers)
+
+    def matrix(
+        self,
+        name: Name,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        columns: slice,
+        rows: slice,
+        spans: list[Span],
+        kept: dict[Any, Any],
+    ) -> None:
+        self.one.matrix(name, a, b, columns, rows, spans, kept.setdefault("one", {}))
+        self.other.matrix(name, a, b, columns, rows, spans, kept.setdefault("other", {}))
+
+    def vector(self, name: Name, x: torch.Tensor, columns: slice, size: int, rows: slice) -> None:
+        self.one.vector(name, x, columns, size, rows)
+        self.other.vector(name, x, columns, size, rows)
+
+    def lines(self, name: Name, x: Lines) -> None:
+        self.one.lines(name, x)
+        self.other.lines(name, x)
+
+    def head_done(self, tokens: HeadTokens) -> None:
+        self.one.head_done(tokens)
+        self.other.head_done(tokens)
+
+    def end(self) -> None:
+        self.one.end()
+        self.other.end()
