@@ -1,182 +1,207 @@
 """Models and a training run's checkpoints: where they are, in step order, with fingerprints of their weights.
 
-A subject is one set of weights that is measured. Checkpoints are folders as transformers and TRL write them (`checkpoint-400`); their step
-is the number in the name, or `global_step` of trainer_state.json.
+A subject is one set of weights that is measured: a whole model, or a LoRA adapter on its base. Checkpoints are folders as transformers and TRL
+write them (`checkpoint-400`), or revisions of a hub repository; their step is the number in the name, or `global_step` of trainer_state.json.
 """
 
 from __future__ import annotations
 
 import difflib
-import hashlib
 import json
-import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 
-from curate.errors import ModelError
-from curate.rows import content_id
+from curate.errors import BrokenCheckpoint, ModelError
+from curate.fingerprints import FingerprintCache, check_folder, weights_fingerprint
+from curate.passes.adapter_config import is_adapter, read_adapter_config, tokenizer_folder
 
-WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 
 
 @dataclass(frozen=True)
 class Subject:
-    """One set of weights. run: the training run's name ("" for a lone model); checkpoint: its folder's name; step: None where unknown."""
+    """One set of weights. path: its folder; base: of an adapter, the folder of the model it sits on. run: the training run's name ("" for a lone
+    model); checkpoint: its folder's name or its revision; step: None where unknown.
+    """
 
     path: str
     fingerprint: str
     run: str = ""
     checkpoint: str = ""
     step: int | None = None
+    base: str | None = None
 
     @property
     def label(self) -> str:
         return f"{self.run}/{self.checkpoint}" if self.run else self.checkpoint or Path(self.path).name
 
+    @property
+    def tokenizer(self) -> str:
+        """The folder that its tokenizer is read from."""
+        return tokenizer_folder(self.path, self.base)
+
 
 def find_model(name: str, folder: Path) -> Path:
-    """The folder of a model: a path (relative to `folder`), or a hub id that is fetched into the hub's cache.
+    """The folder of a model or adapter: a path (relative to `folder`), or a hub id (`owner/name`, `owner/name@revision`) that is fetched into the
+    hub's cache.
 
-    Raises ModelError where there is neither.
+    Raises ModelError where there is neither, BrokenCheckpoint where it is incomplete.
     """
     path = folder / Path(name).expanduser()
     if path.is_dir():
-        _check_folder(path)
+        check_folder(path)
         return path.resolve()
     if path.exists():
         raise ModelError(f"{name} is a file, expected a model's folder (config.json, *.safetensors, tokenizer.json).")
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("."):
-        return _from_hub(name)
+    of_hub = HUB_ID.fullmatch(name)
+    if of_hub and not name.startswith("."):
+        try:
+            found = _from_hub(of_hub["repo"], of_hub["revision"])
+        except ModelError:
+            if not path.parent.is_dir():
+                raise
+        else:
+            check_folder(found)
+            return found
     near = (
         difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir()], 1) if path.parent.is_dir() else []
     )
     hint = f" Did you mean {Path(name).with_name(near[0]).as_posix()}?" if near else ""
     raise ModelError(
-        f"{name}: no such model folder (looked beside the recipe), and not a hub id like `owner/name`.{hint}"
+        f"{name}: no such model folder (looked beside the recipe), and not a hub id like `owner/name` or `owner/name@revision` "
+        f"that can be fetched.{hint}"
     )
 
 
-def find_checkpoints(spec: str | list[str], folder: Path, cache: FingerprintCache | None = None) -> list[Subject]:
-    """The checkpoints of a run in step order: a trainer's output folder, or a list of model folders (in the order given, if no steps).
-
-    Raises ModelError where a folder holds none, or where one of them is broken (named).
+def find_base(adapter: Path, folder: Path, given: str | None = None) -> Path:
+    """The folder of the model that an adapter sits on: `given` (models.base), else what its config names, looked for from the recipe's folder, from
+    the adapter's and the three above it, and on the hub. ModelError, with the key to set, where it is not found.
     """
-    if isinstance(spec, list):
-        paths = [find_model(name, folder) for name in spec]
-        parents = {p.parent for p in paths}
-        run = parents.pop().name if len(parents) == 1 else "checkpoints"
-        subjects = [_subject(path, run, _step(path), cache) for path in paths]
-        if any(s.step is None for s in subjects):
-            subjects = [replace(s, step=i) for i, s in enumerate(subjects, start=1)]  # step 0 is a reference's
+    config = read_adapter_config(adapter)
+    places = [folder, *([] if given else [adapter, *list(adapter.parents)[:3]])]
+    name = given or config.base
+    try:
+        if not name:
+            raise ModelError("its config names none.")
+        here = next((place for place in places if (place / Path(name).expanduser()).is_dir()), None)
+        revision = f"@{config.revision}" if config.revision and not (given or here) else ""
+        base = find_model(name + revision, here or folder)
+    except ModelError as error:
+        raise ModelError(
+            f"{adapter.name} is a LoRA adapter, and its base is not found: {error}\n"
+            "  Say where the model that it was trained on is: models.base (a folder or hub id)."
+        ) from None
+    if is_adapter(base):
+        raise ModelError(
+            f"{adapter.name} is a LoRA adapter whose base, {base.name}, is an adapter too. Merge that one into its own base (peft: merge_and_unload, "
+            "then save_pretrained) and name the merged model: models.base."
+        )
+    return base
+
+
+def find_checkpoints(
+    spec: str | Sequence[str],
+    folder: Path,
+    cache: FingerprintCache | None = None,
+    *,
+    base: str | None = None,
+    skip: Callable[[str], None] | None = None,
+) -> list[Subject]:
+    """The checkpoints of a run in step order: a trainer's output folder, or a list of model folders and hub ids (in the order given, if no steps).
+
+    base: what LoRA adapters sit on, where their configs do not say it rightly. skip: is told of a broken or half-written checkpoint, which is then
+    left out (None: it is an error). Raises ModelError where a folder holds none, or where one of them is broken (named).
+    """
+    places: Sequence[str | Path] = _of_folder(spec, folder) if isinstance(spec, str) else spec
+    subjects: list[Subject] = []
+    broken: list[str] = []
+    for place in places:
+        try:
+            path = place if isinstance(place, Path) else find_model(place, folder)
+            subjects.append(_subject(path, folder, cache, name=str(place), base=base))
+        except BrokenCheckpoint as error:
+            if skip is None:
+                raise BrokenCheckpoint(
+                    f"{error}\n  `--set models.on_broken_checkpoint=skip` leaves such checkpoints out."
+                ) from None
+            broken.append(str(error))
+    if broken and not subjects:
+        raise ModelError(f"models.checkpoints: every checkpoint is broken. The first: {broken[0]}")
+    for message in broken:
+        assert skip is not None
+        skip(message)
+    if isinstance(spec, str):
+        run = (folder / Path(spec).expanduser()).resolve().name
     else:
-        root = (folder / Path(spec).expanduser()).resolve()
-        if not root.is_dir():
-            raise ModelError(
-                f"models.checkpoints: {spec} is not a folder; give a trainer's output folder (with checkpoint-<step>/ in it) or a list."
-            )
-        found = [
-            p
-            for p in root.iterdir()
-            if p.is_dir() and (p / "config.json").is_file() | bool(re.fullmatch(r"checkpoint-\d+", p.name))
-        ]
-        if not found:
-            raise ModelError(
-                f"models.checkpoints: {spec} holds no checkpoint (a folder checkpoint-<step> with config.json and weights). "
-                "For the trainer, set save_strategy and save_steps; for a single model, use models.reference."
-            )
-        subjects = [_subject(path, root.name, _step(path), cache) for path in sorted(found)]
-    subjects.sort(key=lambda s: (s.step is None, s.step or 0))
+        runs = {s.run for s in subjects}
+        run = runs.pop() if len(runs) == 1 else "checkpoints"
+        if any(s.step is None for s in subjects):  # step 0 is a reference's
+            subjects = [replace(s, step=i) for i, s in enumerate(subjects, start=1)]
+    subjects = sorted((replace(s, run=run) for s in subjects), key=lambda s: (s.step is None, s.step or 0))
     twice = {s.step for s in subjects if s.step is not None and [x.step for x in subjects].count(s.step) > 1}
     if twice:
         raise ModelError(f"models.checkpoints: two checkpoints have step {min(twice)}; name those you mean in a list.")
     return subjects
 
 
-def single_model(name: str, folder: Path, cache: FingerprintCache | None = None, *, step: int | None = None) -> Subject:
-    """The subject of a lone model, such as `models.reference`."""
+def single_model(
+    name: str,
+    folder: Path,
+    cache: FingerprintCache | None = None,
+    *,
+    base: str | None = None,
+    step: int | None = None,
+) -> Subject:
+    """The subject of a lone model, such as `models.reference`. base: as of `find_checkpoints`."""
     path = find_model(name, folder)
-    return Subject(
-        str(path), weights_fingerprint(path, cache), "", path.name if path.parent.name != "snapshots" else name, step
-    )
+    subject = _subject(path, folder, cache, name=name, base=base)
+    return replace(subject, run="", checkpoint=name if _of_hub(path) else path.name, step=step)
 
 
-class FingerprintCache:
-    """Fingerprints of files by path, size and time of change, so that weights are read once and a tokenizer need not be loaded to be known.
-
-    Kept in a JSON file (None: not kept), which may be lost at any time.
-    """
-
-    def __init__(self, file: Path | None):
-        self.file = file
-        try:
-            self.known: dict[str, str] = json.loads(file.read_text()) if file else {}
-        except (OSError, ValueError):
-            self.known = {}
-
-    def of(self, path: Path) -> str:
-        """SHA-256 of a file."""
-        key = f"{path.resolve()}|{_state(path)}"
-        if key not in self.known:
-            with path.open("rb") as file:
-                self._keep(key, hashlib.file_digest(file, "sha256").hexdigest())
-        return self.known[key]
-
-    def tokenizer(self, folder: Path) -> str:
-        """`tokenizer_fingerprint` of a model folder, which is loaded only where a file of it has changed (weights aside)."""
-        found = (*folder.iterdir(), *folder.glob("*/*.jinja"))
-        files = sorted(p for p in found if p.is_file() and not any(p.match(w) for w in WEIGHTS))
-        state = content_id(version("transformers"), [(p.relative_to(folder).as_posix(), _state(p)) for p in files])
-        key = f"tokenizer|{folder.resolve()}|{state}"
-        if key not in self.known:
-            from curate.tokens import load_tokenizer, tokenizer_fingerprint
-
-            self._keep(key, tokenizer_fingerprint(load_tokenizer(folder)))
-        return self.known[key]
-
-    def _keep(self, key: str, value: str) -> None:
-        self.known[key] = value
-        if self.file is None or not self.file.parent.is_dir():
-            return
-        new = self.file.with_name(f".{self.file.name}.{os.getpid()}")
-        try:  # a store that cannot be written now is not this file's business
-            new.write_text(json.dumps(self.known))
-            new.replace(self.file)
-        except OSError:
-            new.unlink(missing_ok=True)
-
-
-def _state(path: Path) -> str:
-    found = path.stat()
-    return f"{found.st_size}|{found.st_mtime_ns}"
-
-
-def weights_fingerprint(path: Path, cache: FingerprintCache | None = None) -> str:
-    """20 hex digits over a model folder's config and weights; the folder's name and place do not enter.
-
-    Raises ModelError where a file is missing, unreadable, or half-written.
-    """
-    _check_folder(path)
-    cache = cache or FingerprintCache(None)
-    digest = hashlib.sha256()
-    try:
-        for file in [path / "config.json", *_weight_files(path)]:
-            digest.update(f"{file.name}:{cache.of(file)}\n".encode())
-    except OSError as error:
+def _of_folder(spec: str, folder: Path) -> list[Path]:
+    """The checkpoints in a trainer's output folder."""
+    root = (folder / Path(spec).expanduser()).resolve()
+    if not root.is_dir():
         raise ModelError(
-            f"{path.name}: {Path(error.filename or path).name} cannot be read ({error.strerror})."
-        ) from None
-    return digest.hexdigest()[:20]
+            f"models.checkpoints: {spec} is not a folder; give a trainer's output folder (with checkpoint-<step>/ in it), a list, or "
+            "revisions of a hub repository: {repo: owner/name, revisions: [...]}."
+        )
+    configs = ("config.json", "adapter_config.json")
+    found = [
+        p
+        for p in sorted(root.iterdir())
+        if p.is_dir() and (re.fullmatch(r"checkpoint-\d+", p.name) or any((p / name).is_file() for name in configs))
+    ]
+    if not found:
+        raise ModelError(
+            f"models.checkpoints: {spec} holds no checkpoint (a folder checkpoint-<step> with config.json and weights, or with a LoRA adapter). "
+            "For the trainer, set save_strategy and save_steps; for a single model, use models.reference."
+        )
+    return found
 
 
-def _subject(path: Path, run: str, step: int | None, cache: FingerprintCache | None) -> Subject:
-    return Subject(str(path), weights_fingerprint(path, cache), run, path.name, step)
+def _subject(path: Path, folder: Path, cache: FingerprintCache | None, *, name: str, base: str | None) -> Subject:
+    """A checkpoint as one of the run whose folder, or repository, it is in."""
+    check_folder(path)
+    on = find_base(path, folder, base) if is_adapter(path) else None
+    run, checkpoint = path.parent.name, path.name
+    if _of_hub(path):
+        repo, _, revision = name.partition("@")
+        run, checkpoint = repo.rpartition("/")[2], revision or name
+    fingerprint = weights_fingerprint(path, cache, base=on)
+    return Subject(str(path), fingerprint, run, checkpoint, _step(path, checkpoint), str(on) if on else None)
 
 
-def _step(path: Path) -> int | None:
-    numbered = re.fullmatch(r"(?:checkpoint|step|global_step)[-_]?(\d+)", path.name)
+def _of_hub(path: Path) -> bool:
+    return path.parent.name == "snapshots"
+
+
+def _step(path: Path, name: str) -> int | None:
+    """The step in a checkpoint's name (checkpoint-400, step1000, stage1-step1000-tokens4B, 400), or in its trainer's state."""
+    numbered = re.search(r"(?:^|[-_])(?:checkpoint|(?:global[-_]?)?step)[-_]?(\d+)(?=$|[-_])", name)
+    numbered = numbered or re.fullmatch(r"(\d{1,9})", name)
     if numbered:
         return int(numbered[1])
     try:
@@ -185,80 +210,23 @@ def _step(path: Path) -> int | None:
         return None
 
 
-def _weight_files(path: Path) -> list[Path]:
-    for pattern in WEIGHTS:
-        files = sorted(path.glob(pattern))
-        if files:
-            return files
-    return []
-
-
-def _check_folder(path: Path) -> None:
-    """A model folder has a readable config, and every weight file that its index names, each as long as its header says."""
-    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
-        raise ModelError(
-            f"{path.name} is a LoRA adapter, not a model. Merge it into its base first (`peft`: model.merge_and_unload(), then save)."
-        )
-    try:
-        json.loads((path / "config.json").read_text())
-    except FileNotFoundError:
-        inside = ", ".join(_names(path)[:6]) or "nothing"
-        raise ModelError(
-            f"{path.name}: no config.json in this folder, so it is not a model (found: {inside})."
-        ) from None
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path.name}/config.json cannot be read: {error}.") from None
-    files = _weight_files(path)
-    if not files:
-        raise ModelError(
-            f"{path.name}: no weights (*.safetensors) beside config.json; the checkpoint is incomplete (found: {', '.join(_names(path)[:6])})."
-        )
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            wanted = set(json.loads(index.read_text())["weight_map"].values())
-        except (OSError, ValueError, KeyError) as error:
-            raise ModelError(f"{path.name}/{index.name} cannot be read: {error!r}.") from None
-        missing = sorted(wanted - {f.name for f in files})
-        if missing:
-            raise ModelError(
-                f"{path.name}: {missing[0]} is missing ({len(missing)} of {len(wanted)} weight files); the checkpoint is incomplete."
-            )
-    for file in files:
-        if file.suffix == ".safetensors" and not _is_whole(file):
-            raise ModelError(
-                f"{path.name}/{file.name} is cut short or not a safetensors file; the checkpoint is half-written. Remove it or name the others."
-            )
-
-
-def _is_whole(file: Path) -> bool:
-    """Whether a safetensors file is as long as its own header says."""
-    try:
-        with file.open("rb") as handle:
-            length = int.from_bytes(handle.read(8), "little")
-            size = file.stat().st_size
-            if not 0 < length <= size - 8:
-                return False
-            header = json.loads(handle.read(length))
-        ends: Iterable[int] = (entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
-        return size == 8 + length + max(ends, default=0)
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
-def _names(path: Path) -> list[str]:
-    return sorted(p.name for p in path.iterdir())
-
-
-def _from_hub(name: str) -> Path:
+def _from_hub(repo: str, revision: str | None) -> Path:
+    """The snapshot of a hub repository, fetched where the cache has none: safetensors, or .bin weights where there are no others."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RevisionNotFoundError
 
+    name = f"{repo}@{revision}" if revision else repo
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]))
+        found = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
+        if not any(found.glob("*.safetensors")):
+            found = Path(snapshot_download(repo, revision=revision, allow_patterns=[*patterns, "pytorch_model*.bin"]))
+        return found
     except LocalEntryNotFoundError:
         raise ModelError(
             f"{name}: not a folder here, and the hub cannot be reached (or HF_HUB_OFFLINE is set) and has no cached copy."
         ) from None
+    except RevisionNotFoundError:
+        raise ModelError(f"{name}: the hub has the repository {repo}, but no revision {revision} of it.") from None
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise ModelError(f"{name}: not a folder here, and the hub refused it: {str(error).splitlines()[0]}") from None

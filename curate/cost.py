@@ -11,6 +11,7 @@ from curate.progress import span
 
 if TYPE_CHECKING:
     from curate.checkpoints import Subject
+    from curate.identity import Task
     from curate.plan import Step
     from curate.recipe import Loaded
 
@@ -36,11 +37,9 @@ def with_cost(step: Step, loaded: Loaded, speed: float | None, characters: tuple
 
 
 def weights_size(subject: Subject) -> int:
-    """Bytes of a subject's weights; 0 for a server's model."""
-    path = Path(subject.path)
-    if not path.is_dir():
-        return 0
-    return sum(f.stat().st_size for pattern in ("*.safetensors", "*.bin") for f in path.glob(pattern))
+    """Bytes of a subject's weights, an adapter's base among them; 0 for a server's model."""
+    folders = [Path(place) for place in (subject.path, subject.base) if place]
+    return sum(f.stat().st_size for p in folders for kind in ("*.safetensors", "*.bin") for f in p.glob(kind))
 
 
 def _guess(step: Step) -> float | None:
@@ -63,8 +62,16 @@ def step_line(step: Step) -> tuple[Any, ...]:
         seconds = None if step.seconds is None else span(max(step.seconds, 0.1))
         time = "?" if seconds is None else f"≈ {seconds}" if step.rough else seconds
         tokens = f"{'≤' if step.reads == 'sample' else '≈'} {_short(step.tokens)}"
-    measurements = ", ".join(task.measurement.name for task in step.tasks)
+    measurements = ", ".join(_named(task) for task in step.tasks)
     return step.reads, step.subject.label, measurements, step.rows, step.missing, tokens, time
+
+
+def _named(task: Task) -> str:
+    """A measurement's name, and over which parameters its gradients are where that is not all."""
+    over = task.measured.params.get("parameters")
+    if over is None:
+        return task.measurement.name
+    return f"{task.measurement.name} ({f'last {over} layers' if isinstance(over, int) else over})"
 
 
 def _short(n: int) -> str:

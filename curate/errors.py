@@ -24,6 +24,10 @@ class ModelError(CurateError):
     """A model, tokenizer or checkpoint that cannot be read or used."""
 
 
+class BrokenCheckpoint(ModelError):
+    """A checkpoint whose files are missing, cut short or unreadable: of a run, it can be left out (models.on_broken_checkpoint)."""
+
+
 class EngineError(CurateError):
     """A sampling engine or server that cannot start, cannot serve this model, or died."""
 

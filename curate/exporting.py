@@ -6,8 +6,8 @@ import difflib
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from curate.checkpoints import FingerprintCache
 from curate.errors import UsageError
+from curate.fingerprints import FingerprintCache
 from curate.plan import find_subjects
 from curate.recipe import Export, Loaded
 from curate.scores import resolve

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from curate.checkpoints import FingerprintCache, Subject
+from curate.checkpoints import Subject
+from curate.fingerprints import FingerprintCache
 from curate.rows import content_id
 from curate.store import Measured
 
@@ -47,9 +48,10 @@ class Identity:
     def tokenizer(self, subject: Subject) -> str:
         if not Path(subject.path).is_dir():  # a server's model: its tokenizer is its own
             return "server"
-        if subject.path not in self._tokenizers:
-            self._tokenizers[subject.path] = self.cache.tokenizer(Path(subject.path))
-        return self._tokenizers[subject.path]
+        folder = subject.tokenizer
+        if folder not in self._tokenizers:
+            self._tokenizers[folder] = self.cache.tokenizer(Path(folder))
+        return self._tokenizers[folder]
 
     def engine(self, reads: str, subject: Subject) -> str:
         engine = self.recipe.engine
@@ -60,7 +62,7 @@ class Identity:
 
                 server, path = self.recipe.server.model_dump(), subject.path if Path(subject.path).is_dir() else None
                 self._engines[key], _ = sampler_identity(
-                    engine.sampler, path, dtype=engine.dtype, device=engine.device, server=server
+                    engine.sampler, path, base=subject.base, dtype=engine.dtype, device=engine.device, server=server
                 )
             else:
                 from curate.passes.model import engine_identity
@@ -91,6 +93,8 @@ def params_of(loaded: Loaded, measurement: Measurement, tokenizer: str) -> dict[
             "seed": loaded.recipe.engine.seed,
             "grader": grader(sampling.grader, folder=loaded.folder).fingerprint,
         }
+    if measurement.reads == "backward" and loaded.recipe.gradients.parameters != "all":
+        params["parameters"] = loaded.recipe.gradients.parameters
     return params
 
 

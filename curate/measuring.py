@@ -22,6 +22,7 @@ from curate.progress import Progress
 from curate.rows import Example, Message, Row
 
 if TYPE_CHECKING:
+    from curate.checkpoints import Subject
     from curate.recipe import Loaded
     from curate.store import Store
 
@@ -38,7 +39,8 @@ def measure(loaded: Loaded, store: Store, plan: Plan, progress: Progress) -> dic
         for step, following in zip(to_do, [*to_do[1:], None], strict=True):
             if runner is None or runner.reads != step.reads:
                 engines.close()  # one engine at a time: its memory is free before the next one starts
-                runner = engines.enter_context(_runner(step.reads, loaded, progress))
+                subjects = [s.subject for s in to_do if s.reads == step.reads]
+                runner = engines.enter_context(_runner(step.reads, loaded, progress, subjects))
             _run_step(step, runner, store, progress, following)
             counts[step.reads] = counts.get(step.reads, 0) + step.missing
     return counts
@@ -90,6 +92,7 @@ class Runner:
 
     reads = ""
     extra_columns: tuple[str, ...] = ()
+    subjects: Sequence[Subject] = ()  # all that are to come
 
     def __init__(self, loaded: Loaded, progress: Progress):
         self.loaded, self.recipe, self.progress = loaded, loaded.recipe, progress
@@ -113,9 +116,9 @@ class Runner:
     def _tokenizer(self, step: Step) -> Any:
         from curate.tokens import load_tokenizer
 
-        path = step.subject.path
-        if not Path(path).is_dir():
+        if not Path(step.subject.path).is_dir():
             return None
+        path = step.subject.tokenizer
         if path not in self._tokenizers:
             self._tokenizers = {path: load_tokenizer(path)}
         return self._tokenizers[path]
@@ -185,11 +188,12 @@ class ForwardRunner(Runner):
         super().use(step)
         if self.model is not None:
             try:
-                self.model.use(step.subject.path)
+                self.model.use(step.subject.path, base=step.subject.base)
                 return
             except ModelError:  # another architecture: its own model
                 self.close()
-        self.model = load_model(step.subject.path, dtype=self.recipe.engine.dtype, device=self.recipe.engine.device)
+        engine, subject = self.recipe.engine, step.subject
+        self.model = load_model(subject.path, base=subject.base, dtype=engine.dtype, device=engine.device)
 
     def run(
         self, rows: list[Row], row_ids: Sequence[str], measurements: list[Any]
@@ -219,7 +223,13 @@ class BackwardRunner(ForwardRunner):
         if all(m.reads == "forward" for m in measurements):
             return super().run(rows, row_ids, measurements)
         encoded = self._encode(rows)
-        columns = backward.measure(self.model, encoded, measurements, token_budget=self.recipe.engine.token_budget)
+        columns = backward.measure(
+            self.model,
+            encoded,
+            measurements,
+            token_budget=self.recipe.engine.token_budget,
+            parameters=self.recipe.gradients.parameters,
+        )
         return columns, None, forward.tokens_to_run(encoded)
 
 
@@ -240,16 +250,18 @@ class SampleRunner(Runner):
         from curate.passes.sampling import choose_sampler, open_sampler
 
         super().use(step)
-        engine = self.recipe.engine
+        engine, base = self.recipe.engine, step.subject.base
         model = step.subject.path if self.tokenizer is not None else None
         if self.sampler is not None:
-            self.sampler.use(step.subject.path)
+            self.sampler.use(step.subject.path, base=base)
             return
-        name, why = choose_sampler(engine.sampler, model, device=engine.device)
+        name, why = choose_sampler(engine.sampler, model, base=base, device=engine.device)
         self.progress.say(why[:1].upper() + why[1:])
         self.sampler = open_sampler(
             name,
             model,
+            base=base,
+            adapters=[s.path for s in self.subjects if s.base == (base or model)],
             dtype=engine.dtype,
             device=engine.device,
             max_length=self.recipe.tokens.max_length,
@@ -325,10 +337,11 @@ def _plain_prompt(row: Row, seed: int, system: str | None, few_shot: str | None)
 
 
 @contextmanager
-def _runner(reads: str, loaded: Loaded, progress: Progress) -> Iterator[Runner]:
+def _runner(reads: str, loaded: Loaded, progress: Progress, subjects: list[Subject]) -> Iterator[Runner]:
     kinds: dict[str, type[Runner]] = {"tokens": TokensRunner, "sample": SampleRunner}
     kinds |= {"forward": ForwardRunner, "backward": BackwardRunner}
     runner = kinds[reads](loaded, progress)
+    runner.subjects = subjects
     try:
         yield runner
     finally:

@@ -15,9 +15,10 @@ from functools import cached_property
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from curate.checkpoints import FingerprintCache, Subject, find_checkpoints, single_model
+from curate.checkpoints import Subject, find_checkpoints, single_model
 from curate.cost import step_line, weights_size, with_cost
 from curate.errors import UsageError
+from curate.fingerprints import FingerprintCache
 from curate.identity import Identity, Task
 from curate.progress import span
 from curate.recordings import PREFIX, recorded_uses, run_meant
@@ -47,13 +48,15 @@ class Wanted:
 class Subjects:
     """Whom the recipe measures. series: in step order, the reference as step 0 of a training run if both are given (kind sft).
 
-    plain: whose values plain columns are: the last of the series for kind sft, the reference for preference pairs.
+    plain: whose values plain columns are: the last of the series for kind sft, the reference for preference pairs. skipped: what was wrong with
+    checkpoints that were left out.
     """
 
     reference: Subject | None
     policy: Subject | None
     series: tuple[Subject, ...]
     plain: Subject | None
+    skipped: tuple[str, ...] = ()
 
     def of(self, role: str, over: str | None) -> tuple[Subject, ...]:
         """The subjects whose column a need means."""
@@ -134,7 +137,23 @@ class Plan:
                     ", a rough guess before anything ran here" if any(s.rough for s in self.steps if s.missing) else ""
                 )
                 lines.append(f"About {span(sum(known))} in all{partly}{rough}.")
-        return "\n".join(lines)
+        return "\n".join([*lines, *self.notes()])
+
+    def notes(self) -> list[str]:
+        """What a user may not expect of the checkpoints: which were left out, and which no score asks for."""
+        found = [f"Left out: {message}" for message in self.subjects.skipped]
+        run = [s for s in self.subjects.series if s.step != 0]
+        measured = {task.measured.model_fingerprint for step in self.steps for task in step.tasks}
+        idle = [s for s in run if s.fingerprint not in measured]
+        if idle and self.steps:
+            names = ", ".join(s.checkpoint for s in idle[:3]) + (", …" if len(idle) > 3 else "")
+            plain = self.subjects.plain
+            of = f"what it measures is of {plain.label} alone" if plain else "what it measures is of one model"
+            found.append(
+                f"{len(idle)} of {len(run)} checkpoints are not measured ({names}): no score of this recipe is over checkpoints; "
+                f"{of}. `curate scores` says which are (needs … over checkpoints)."
+            )
+        return found
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -152,6 +171,7 @@ class Plan:
                 for s in self.steps
             ],
             "missing": self.missing,
+            "notes": self.notes(),
         }
 
 
@@ -191,9 +211,18 @@ def find_subjects(loaded: Loaded, cache: FingerprintCache) -> Subjects:
         name = loaded.recipe.server.model or loaded.recipe.server.url or "server"
         lone = Subject(name, content_id("server", loaded.recipe.server.url, name), "", name)
         return Subjects(lone, None, (), lone)
-    series = tuple(find_checkpoints(models.checkpoints, folder, cache)) if models.checkpoints else ()
-    reference = single_model(models.reference, folder, cache) if models.reference else None
-    policy = single_model(models.policy, folder, cache) if models.policy else None
+    skipped: list[str] = []
+    skip = skipped.append if models.on_broken_checkpoint == "skip" else None
+    listed = models.checkpoints
+    if listed is not None and not isinstance(listed, str | list):
+        listed = [f"{listed.repo}@{revision}" for revision in listed.revisions]
+    series = tuple(find_checkpoints(listed, folder, cache, base=models.base, skip=skip)) if listed else ()
+    reference = single_model(models.reference, folder, cache, base=models.base) if models.reference else None
+    policy = single_model(models.policy, folder, cache, base=models.base) if models.policy else None
+    of_run = {s.fingerprint: s for s in series}  # a checkpoint keeps its run's name whatever else it is used as
+    policy = policy and of_run.get(policy.fingerprint, policy)
+    if reference and loaded.recipe.kind == "preference":
+        reference = of_run.get(reference.fingerprint, reference)
     if reference and series and loaded.recipe.kind == "sft":
         first = next((s for s in series if s.step == 0), None)
         if first is not None and first.fingerprint != reference.fingerprint:
@@ -209,7 +238,7 @@ def find_subjects(loaded: Loaded, cache: FingerprintCache) -> Subjects:
         )
     last = series[-1] if series else None
     plain = reference or last if loaded.recipe.kind == "preference" else last
-    return Subjects(reference, policy, series, plain)
+    return Subjects(reference, policy, series, plain, tuple(skipped))
 
 
 def make_plan(loaded: Loaded, store: Store, sources: dict[str, list[str]]) -> Plan:
@@ -257,6 +286,15 @@ def make_plan(loaded: Loaded, store: Store, sources: dict[str, list[str]]) -> Pl
                 else "of a model: set models.reference"
             )
             raise UsageError(f"A score needs {column} {where} in the recipe.")
+        if measurement.reads == "backward" and recipe.gradients.parameters == "lora":
+            whole = next((s for s in who if s.base is None), None)
+            if whole is not None and optional:
+                return
+            if whole is not None:
+                raise UsageError(
+                    f"gradients.parameters is lora, but {whole.label} is a whole model, not a LoRA adapter. Name an adapter's folder "
+                    "(one saved before the first step will do), or take the gradients over all parameters: `--set gradients.parameters=all`."
+                )
         found = [(subject, identity.task(measurement, subject)) for subject in who]
         if optional and not all(task.fingerprint in planned for _, task in found):
             return  # used where it is measured anyway, never a reason to measure

@@ -40,13 +40,53 @@ class Source(Strict):
         return {"path": value} if isinstance(value, str | list) else value
 
 
-class Models(Strict):
-    """The models that rows are measured with."""
+class Revisions(Strict):
+    """Revisions of one hub repository, as the checkpoints of a run."""
 
-    reference: str | None = Field(None, description="a model folder or hub id")
+    repo: str = Field(description="owner/name")
+    revisions: list[str] = Field(description="branches, tags or commits, such as step1000")
+
+
+class Models(Strict):
+    """The models that rows are measured with: whole models, or LoRA adapters' folders as PEFT and TRL save them."""
+
+    reference: str | None = Field(
+        None, description="a model's or LoRA adapter's folder, or a hub id (owner/name@revision)"
+    )
     policy: str | None = Field(None, description="a second model: implicit rewards, flips")
-    checkpoints: str | list[str] | None = Field(
-        None, description="a training run's folder, a list of model folders, or recordings:RUN"
+    checkpoints: str | list[str] | Revisions | None = Field(
+        None,
+        description="a training run's folder, a list of folders and hub ids, revisions of a hub repository, or recordings:RUN",
+    )
+    base: str | None = Field(
+        None, description="the model that LoRA adapters sit on; default: the one their adapter_config.json names"
+    )
+    on_broken_checkpoint: Literal["error", "skip"] = Field(
+        "error", description="skip: a broken or half-written checkpoint is named and left out"
+    )
+
+    @field_validator("checkpoints", mode="before")
+    @classmethod
+    def whole_revisions(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        repo, revisions = str(value.get("repo")), value.get("revisions")
+        if value.keys() != {"repo", "revisions"} or not re.fullmatch(r"[\w.-]+/[\w.-]+", repo) or not revisions:
+            told = ", ".join(f"{key}: {found}" for key, found in value.items())
+            raise ValueError(
+                "revisions of a hub repository are {repo: owner/name, revisions: [step1000, step2000]}; found {"
+                + told
+                + "}"
+            )
+        return {"repo": repo, "revisions": [str(r) for r in revisions] if isinstance(revisions, list) else revisions}
+
+
+class Gradients(Strict):
+    """What a backward pass takes gradients over."""
+
+    parameters: Literal["all", "lora"] | Annotated[int, Field(ge=1)] = Field(
+        "all",
+        description="all; lora: the A and B matrices of LoRA adapters; k: the last k layers, final norm and LM head",
     )
 
 
@@ -207,6 +247,7 @@ class Recipe(Strict):
     models: Models = Models()
     tokens: Tokens = Tokens()
     engine: Engine = Engine()
+    gradients: Gradients = Gradients()
     server: Server = Server()
     sampling: Sampling = Sampling()
     scores: Annotated[

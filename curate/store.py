@@ -302,6 +302,12 @@ class Store:
 
     # ---- recipes, scores, selections, runs ----------------------------------------------------------------------------------------------
 
+    def remember(self, measured: Iterable[Measured]) -> None:
+        """Bring the names (run, checkpoint, step) of what is measured already up to date."""
+        with self.database.write() as con:
+            for one in measured:
+                tables.remember(con, one)
+
     def register_recipe(
         self, name: str, text: str, *, sources: Sequence[str] = (), uses: Sequence[str] = (), plain: Sequence[str] = ()
     ) -> None:

@@ -118,6 +118,8 @@ def run_steps(loaded: Loaded, steps: Sequence[str], *, progress: Progress, comma
             sources = read_sources(loaded, store, progress)
             result.plan = _make_plan(loaded, store, sources)
             _register(loaded, store, result.plan, sources)
+            for note in result.plan.notes() if "measure" in steps else ():
+                progress.say(note)
             if "measure" in steps:
                 _check_ahead(loaded, result)
                 _measure(loaded, result, progress)
@@ -215,6 +217,12 @@ def _register(loaded: Loaded, store: Store, plan: Plan, sources: dict[str, list[
     uses = list(dict.fromkeys([*(f for found in plan.uses.values() for f in found), *also]))
     plain = list(dict.fromkeys(found[-1] for (role, _, over), found in plan.uses.items() if over is None and not role))
     names = [name for group in sources.values() for name in group]
+    lone = {m.fingerprint for m in store.measured() if not m.run}
+    of_run = [
+        task.measured for step in plan.steps for task in step.tasks if task.measured.run and task.fingerprint in lone
+    ]
+    if of_run:  # measured as a model of its own before, now a checkpoint of a run
+        store.remember(of_run)
     store.register_recipe(
         loaded.name,
         _placed(loaded, store),

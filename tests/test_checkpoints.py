@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from curate.checkpoints import FingerprintCache, find_checkpoints, find_model, single_model, weights_fingerprint
-from curate.errors import ModelError
+from curate.checkpoints import find_checkpoints, find_model, single_model
+from curate.errors import BrokenCheckpoint, ModelError, UsageError
+from curate.fingerprints import FingerprintCache, weights_fingerprint
 
 
 def save(folder: Path, value: int = 0, config: str = "{}") -> Path:
@@ -86,6 +87,7 @@ def broken(tmp_path: Path, how: str) -> Path:
         )
     elif how == "adapter":
         (folder / "config.json").unlink()
+        weights.rename(folder / "adapter_model.safetensors")
         (folder / "adapter_config.json").write_text("{}")
     return folder
 
@@ -99,7 +101,7 @@ def broken(tmp_path: Path, how: str) -> Path:
         ("no config", "no config.json"),
         ("bad config", "config.json cannot be read"),
         ("shard missing", "model-2.safetensors is missing"),
-        ("adapter", "LoRA adapter"),
+        ("adapter", "adapter_config.json cannot be read"),
     ],
 )
 def test_a_broken_checkpoint_is_named(tmp_path, how, says):
@@ -159,3 +161,178 @@ def test_a_cache_that_cannot_be_written_is_no_error(tmp_path, monkeypatch):
         type(tmp_path), "write_text", lambda *_: (_ for _ in ()).throw(PermissionError(13, "Permission denied"))
     )
     assert len(FingerprintCache(tmp_path / "known.json").of(tmp_path / "file")) == 64
+
+
+def save_adapter(folder: Path, base: str = "base", value: int = 0, **values) -> Path:
+    """An adapter's folder with a real safetensors file, as PEFT lays it out."""
+    save(folder, value)
+    (folder / "config.json").unlink()
+    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+    told = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "base_model_name_or_path": base, "target_modules": ["q_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps({**told, **values}))
+    return folder
+
+
+def test_a_run_of_adapters(tmp_path):
+    """Its base is looked for beside the recipe, beside the adapter and above it; the fingerprint is base, config and tensors."""
+    base = save(tmp_path / "models" / "base")
+    for step in (20, 100):
+        save_adapter(tmp_path / "runs" / "dpo" / f"checkpoint-{step}", "models/base", step)
+    found = find_checkpoints("runs/dpo", tmp_path)
+    assert [(s.checkpoint, s.step, s.base) for s in found] == [
+        ("checkpoint-20", 20, str(base)),
+        ("checkpoint-100", 100, str(base)),
+    ]
+    elsewhere = find_checkpoints("dpo", tmp_path / "runs")  # a recipe in another folder: above the adapter
+    assert [s.fingerprint for s in elsewhere] == [s.fingerprint for s in found]
+    lone = single_model("runs/dpo/checkpoint-20", tmp_path)
+    assert (lone.fingerprint, lone.base, lone.checkpoint) == (found[0].fingerprint, str(base), "checkpoint-20")
+    known = {lone.fingerprint, found[1].fingerprint, weights_fingerprint(base)}
+    other = save(tmp_path / "other", 1)
+    known.add(single_model("runs/dpo/checkpoint-20", tmp_path, base="other").fingerprint)
+    save_adapter(tmp_path / "scaled", "models/base", 20, lora_alpha=16)
+    known.add(single_model("scaled", tmp_path).fingerprint)
+    assert len(known) == 5 and other.is_dir()
+    save_adapter(tmp_path / "same", str(base), 20, target_modules=["v_proj"], peft_version="0.99")
+    assert single_model("same", tmp_path).fingerprint == lone.fingerprint
+
+
+def test_the_tokenizer_of_an_adapter_is_its_own_or_its_bases(tmp_path):
+    base, adapter = save(tmp_path / "base"), save_adapter(tmp_path / "a")
+    assert single_model("a", tmp_path).tokenizer == str(base)
+    (adapter / "tokenizer_config.json").write_text("{}")
+    assert single_model("a", tmp_path).tokenizer == str(adapter)
+
+
+def test_a_base_that_is_not_found_says_which_key_to_set(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
+    for name, words in (
+        ("gone", "gone: no such model folder"),
+        ("someone/model", "cannot be reached|refused"),
+        ("", "names none"),
+    ):
+        save_adapter(tmp_path / "a", name)
+        with pytest.raises(ModelError, match=words) as error:
+            single_model("a", tmp_path)
+        assert "models.base" in str(error.value)
+        shutil.rmtree(tmp_path / "a")
+    save_adapter(tmp_path / "one", "two")
+    save_adapter(tmp_path / "two", "base")
+    with pytest.raises(ModelError, match="is an adapter too"):
+        single_model("one", tmp_path)
+
+
+@pytest.mark.parametrize("how", ["cut", "no tensors", "bad config"])
+def test_a_half_written_adapter_is_named(tmp_path, how):
+    save(tmp_path / "base")
+    folder = save_adapter(tmp_path / "run" / "checkpoint-5")
+    tensors, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    if how == "cut":
+        tensors.write_bytes(tensors.read_bytes()[:-1])
+    elif how == "no tensors":
+        tensors.unlink()
+    else:
+        config.write_text(config.read_text()[:20])
+    with pytest.raises(BrokenCheckpoint, match=r"checkpoint-5.*(half-written|incomplete|cannot be read)"):
+        find_checkpoints("run", tmp_path)
+
+
+def test_broken_checkpoints_are_left_out_only_when_asked(tmp_path):
+    broken(tmp_path, "cut")
+    for step in (10, 20):
+        save(tmp_path / "run" / f"checkpoint-{step}", step)
+    with pytest.raises(BrokenCheckpoint, match="on_broken_checkpoint=skip"):
+        find_checkpoints("run", tmp_path)
+    skipped: list[str] = []
+    assert [s.step for s in find_checkpoints("run", tmp_path, skip=skipped.append)] == [10, 20]
+    assert len(skipped) == 1 and "checkpoint-5/model.safetensors is cut short" in skipped[0]
+    listed = [f"run/checkpoint-{step}" for step in (20, 5, 10)]
+    assert [s.step for s in find_checkpoints(listed, tmp_path, skip=skipped.append)] == [10, 20]
+    with pytest.raises(
+        ModelError, match="no such model folder"
+    ):  # a name that is not there is a mistake, not a broken checkpoint
+        find_checkpoints([*listed, "run/checkpoint-30"], tmp_path, skip=skipped.append)
+    with pytest.raises(ModelError, match="every checkpoint is broken"):
+        find_checkpoints(listed[1:2], tmp_path, skip=skipped.append)
+
+
+def cached(cache: Path, repo: str, revisions: dict[str, int]) -> None:
+    """The hub's cache as huggingface_hub lays it out: blobs aside, a ref per revision to the snapshot of its commit."""
+    root = cache / f"models--{repo.replace('/', '--')}"
+    (root / "refs").mkdir(parents=True)
+    for revision, value in revisions.items():
+        commit = f"{value:040x}"
+        save(root / "snapshots" / commit, value)
+        (root / "refs" / revision).write_text(commit)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    cached(tmp_path / "cache", "owner/model", {"step1000": 1, "step20": 2, "stage2-step300-tokens4B": 3, "main": 4})
+    return tmp_path
+
+
+def test_revisions_of_a_hub_repository(hub):
+    names = [f"owner/model@{revision}" for revision in ("step1000", "step20", "stage2-step300-tokens4B")]
+    found = find_checkpoints(names, hub)
+    assert [(s.run, s.checkpoint, s.step) for s in found] == [
+        ("model", "step20", 20),
+        ("model", "stage2-step300-tokens4B", 300),
+        ("model", "step1000", 1000),
+    ]
+    assert len({s.fingerprint for s in found}) == 3
+    lone = single_model("owner/model@step20", hub)
+    assert (lone.fingerprint, lone.checkpoint, lone.run) == (found[0].fingerprint, "owner/model@step20", "")
+    assert single_model("owner/model", hub).checkpoint == "owner/model"  # main
+    save_adapter(hub / "a", "owner/model", revision="step20")
+    assert single_model("a", hub).base == lone.path
+    with pytest.raises(ModelError, match=r"owner/model@step7: .*cannot be reached"):
+        find_checkpoints([*names, "owner/model@step7"], hub)
+
+
+def test_revisions_in_a_recipe(hub):
+    from curate.plan import find_subjects
+    from curate.recipe import load_recipe
+
+    models = {
+        "reference": "owner/model@main",
+        "checkpoints": {"repo": "owner/model", "revisions": ["step1000", "step20"]},
+    }
+    loaded = load_recipe({"kind": "sft", "models": models, "scores": ["confidence"]})
+    found = find_subjects(loaded, FingerprintCache(None))
+    assert [(s.label, s.step) for s in found.series] == [
+        ("model/owner/model@main", 0),
+        ("model/step20", 20),
+        ("model/step1000", 1000),
+    ]
+    for wrong in (
+        {"repo": "model", "revisions": ["a"]},
+        {"repo": "owner/model"},
+        {"repo": "owner/model", "revision": ["a"]},
+    ):
+        with pytest.raises(UsageError, match="revisions of a hub repository are"):
+            load_recipe({"kind": "sft", "models": {"checkpoints": wrong}, "scores": []})
+    numbers = load_recipe({"kind": "sft", "models": {"checkpoints": {"repo": "owner/model", "revisions": [1000]}}})
+    assert numbers.recipe.models.checkpoints.revisions == ["1000"]  # as YAML reads it
+
+
+def test_shards_in_a_trainers_folder(tmp_path):
+    """Every shard counts in the fingerprint; a cut one is named."""
+    from tests.passes.forward_models import make
+
+    for step, seed in ((200, 2), (30, 1)):
+        make("llama", seed=seed).save_pretrained(tmp_path / "run" / f"checkpoint-{step}", max_shard_size="10KB")
+    found = find_checkpoints("run", tmp_path)
+    assert [s.step for s in found] == [30, 200] and found[0].fingerprint != found[1].fingerprint
+    shard = sorted((tmp_path / "run" / "checkpoint-30").glob("model-*.safetensors"))[2]
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    assert find_checkpoints("run", tmp_path)[0].fingerprint != found[0].fingerprint
+    shard.write_bytes(content[:-1])
+    with pytest.raises(BrokenCheckpoint, match=shard.name):
+        find_checkpoints("run", tmp_path)

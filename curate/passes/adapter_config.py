@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from curate.errors import ModelError
+from curate.errors import BrokenCheckpoint, ModelError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -88,7 +88,7 @@ def read_adapter_config(path: str | Path) -> AdapterConfig:
         if kind == "LORA":
             int(values["r"]), float(values["lora_alpha"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(
+        raise BrokenCheckpoint(
             f"{folder.name}/{CONFIG} cannot be read as PEFT's config of a LoRA adapter: {error!r}."
         ) from None
     if kind != "LORA":

@@ -1,0 +1,100 @@
+"""A LoRA run from a recipe to the store: what PEFT's merged models give, gradients over A and B, and what the plan says of it."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import yaml
+
+import curate
+from curate.errors import UsageError
+from curate.progress import Progress
+from curate.recipe import load_recipe
+from curate.workflow import make_plan
+from tests.tiny_models import make_llama
+
+pytest.importorskip("peft", reason="PEFT is not installed (extra: prove)")
+
+LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"]}
+PAIRS = [{"prompt": f"{i} + 1 =", "chosen": f" {i + 1}", "rejected": f" {i * 7}?" + "!" * (i % 3)} for i in range(8)]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A base, a run of two adapters and a half-written third, the same two merged by PEFT, and pairs."""
+    from tests.passes.test_adapter import adapt
+
+    folder = tmp_path_factory.mktemp("lora")
+    make_llama(folder / "base", seed=0)
+    for step in (10, 20):
+        model = adapt(folder / "base", folder / "runs" / "dpo" / f"checkpoint-{step}", LORA, seed=step)
+        model.merge_and_unload().save_pretrained(folder / "merged" / f"checkpoint-{step}")
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            (folder / "merged" / f"checkpoint-{step}" / file).write_bytes((folder / "base" / file).read_bytes())
+    half = folder / "runs" / "dpo" / "checkpoint-30"
+    half.mkdir()
+    (half / "adapter_config.json").write_text((half.parent / "checkpoint-20" / "adapter_config.json").read_text())
+    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, PAIRS)))
+    return folder
+
+
+def recipe(place, name: str, scores: list, **sections):
+    told = {"kind": "preference", "store": f"stores/{name}", "source": "pairs.jsonl", "tokens": {"max_length": 64}}
+    (place / f"{name}.yaml").write_text(yaml.safe_dump({**told, "scores": scores, **sections}))
+    return place / f"{name}.yaml"
+
+
+def test_a_run_of_adapters_equals_the_merged_models(place):
+    skip = {"on_broken_checkpoint": "skip"}
+    plans, frames = {}, {}
+    alone = recipe(place, "run_lora", ["ranking_gap"], models={"reference": "runs/dpo/checkpoint-20"})
+    curate.run(alone)  # a model of its own first, a checkpoint of the run afterwards
+    for name, run in (("lora", "runs/dpo"), ("merged", "merged")):
+        models = {"reference": "base", "policy": f"{run}/checkpoint-20", "checkpoints": run, **skip}
+        result = curate.run(recipe(place, f"run_{name}", ["never_flipped", "implicit_reward_gap"], models=models))
+        plans[name] = result.plan
+        frames[name] = result.store.sql(
+            "SELECT row_id, checkpoint, chosen_logp, rejected_logp FROM trajectories WHERE run <> '' ORDER BY row_id, step"
+        )
+        scored = result.store.sql("SELECT * FROM scored ORDER BY row_id")
+        frames[name, "gap"] = scored["implicit_reward_gap"].to_numpy()
+    assert len(frames["lora"]) == 2 * len(PAIRS)
+    for column in ("chosen_logp", "rejected_logp"):
+        np.testing.assert_allclose(frames["lora"][column].to_numpy(), frames["merged"][column].to_numpy(), rtol=1e-4)
+    np.testing.assert_allclose(frames["lora", "gap"], frames["merged", "gap"], rtol=1e-3, atol=1e-4)
+    assert len(plans["lora"].notes()) == 1 and "checkpoint-30" in plans["lora"].notes()[0]
+    assert not plans["merged"].notes()
+
+
+def test_gradients_over_the_adapter_are_their_own_measurement(place):
+    models = {"reference": "runs/dpo/checkpoint-10"}
+    found = {}
+    for over in ("all", "lora", 1):
+        file = recipe(place, "gradients", ["gradient_cosine"], models=models, gradients={"parameters": over})
+        result = curate.run(file)
+        assert result.measured.get("backward") == len(PAIRS)
+        frame = result.store.sql("SELECT * FROM scored ORDER BY row_id", recipe="gradients")
+        found[over] = frame["entk_cc"].to_numpy()
+        shown = {"all": "entk", "lora": "entk (lora)", 1: "entk (last 1 layers)"}[over]
+        assert f" {shown} " in f" {result.plan.text()} "
+    assert (found["lora"] < found["all"]).all() and not np.allclose(found[1], found["all"])
+    again = curate.run(
+        recipe(place, "gradients", ["gradient_cosine"], models=models)
+    )  # "all" is as it was without the key
+    assert not again.measured
+
+
+def test_lora_gradients_of_a_whole_model_are_refused_before_anything_runs(place):
+    file = recipe(place, "whole", ["gradient_cosine"], models={"reference": "base"}, gradients={"parameters": "lora"})
+    with pytest.raises(UsageError, match=r"base is a whole model, not a LoRA adapter"):
+        curate.run(file)
+
+
+def test_checkpoints_that_no_score_asks_for_are_said(place):
+    models = {"reference": "base", "checkpoints": ["runs/dpo/checkpoint-10", "runs/dpo/checkpoint-20"]}
+    loaded = load_recipe(recipe(place, "plain", ["ranking_gap"], models=models))
+    plan = make_plan(loaded, progress=Progress(quiet=True))
+    assert "2 of 2 checkpoints are not measured (checkpoint-10, checkpoint-20)" in plan.text()
+    assert "of base alone" in plan.text() and plan.to_json()["notes"] == plan.notes()
