@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from curate.errors import UsageError
+from curate.errors import ModelError, UsageError
 from curate.scores import Array, hmm
 from curate.weight_statistics import checkpoint_tensors, weight_statistics
 
@@ -82,6 +82,11 @@ def read_run(folder: Path, *, converged: float = math.nan) -> Run:
     from curate.checkpoints import find_checkpoints
 
     found = find_checkpoints(str(folder.resolve()), Path())
+    if any(s.base for s in found):
+        raise ModelError(
+            f"{folder.name}: its checkpoints are LoRA adapters, and these statistics are of whole weights. Merge each into its base "
+            "(peft: merge_and_unload, then save_pretrained)."
+        )
     steps = tuple(i if s.step is None else s.step for i, s in enumerate(found))
     statistics = np.stack([weight_statistics(checkpoint_tensors(Path(s.path))) for s in found])
     return Run(folder.resolve().name, steps, statistics, converged)

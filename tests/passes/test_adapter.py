@@ -19,6 +19,8 @@ from tests.passes.test_backward import columns, products, worst
 
 peft = pytest.importorskip("peft", reason="PEFT is not installed (extra: prove)")
 
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT's own, about the rarer kinds
+
 LOGPS = [MEASUREMENTS["likelihood"]]
 ENTK = [MEASUREMENTS["entk"]]
 QV = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"]}
@@ -73,7 +75,6 @@ def measured(model) -> np.ndarray:
     return forward.measure(model, random_pairs(5), LOGPS)["chosen_logp"]
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT's own, about the rarer kinds
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_lora_equals_peft_and_leaves_no_trace(tmp_path, kind):
     family, options = KINDS[kind]
