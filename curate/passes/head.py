@@ -19,6 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import softplus
 
+from curate.passes.cpu_products import linear
+
 ROWS = 512  # states per block
 COLUMNS = 2048  # tokens of the vocabulary per block: 4 MB of float32 logits stay in the processor's cache
 ON_GPU = 8  # blocks this much wider there
@@ -56,14 +58,19 @@ class Head:
         self, states: torch.Tensor, columns: slice = slice(None), out: torch.Tensor | None = None
     ) -> torch.Tensor:
         """(n, d) states -> (n, width) logits of a block of the vocabulary, in float32 or wider; into `out` where it fits."""
-        weight = self.weight[columns].T
-        if states.dtype != weight.dtype:
-            weight = weight.to(states.dtype)
-        room = None if out is None or out.dtype != states.dtype else out[: len(states), : weight.shape[1]]
-        z = torch.mm(states, weight, out=room)
+        weight = self.weight[columns]
+        states = states.to(weight.dtype)
+        room = None if out is None else out[: len(states), : len(weight)]
+        if states.is_cuda or states.dtype == torch.float64:
+            z = torch.mm(states, weight.T)
+        else:
+            z = linear(states, weight)
+        wide = torch.promote_types(z.dtype, torch.float32)
+        if z.dtype != wide:
+            z = z.to(wide) if room is None else room.copy_(z)
         if self.bias is not None:
             z = z.add_(self.bias[columns])
-        return self._shaped(z.to(torch.promote_types(z.dtype, torch.float32)))
+        return self._shaped(z)
 
     def target(self, states: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """(n, d) states, (n,) tokens -> (n,) float64 logit of each state's own token."""

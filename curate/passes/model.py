@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from curate.errors import ModelError
 from curate.passes import packing, weights
 from curate.passes.adapter import Adapter, Factors
 from curate.passes.adapter_config import is_adapter, read_adapter_config
+from curate.passes.cpu_products import NARROW, CpuProducts, one_dnn_is_faster
 from curate.passes.head import Head
 from curate.tokens import describe_folder, first_line
 
@@ -127,6 +129,7 @@ class Model:
         self.bos: int | None = getattr(config, "bos_token_id", None)
         self.rope_limit = _rope_limit(config)
         self.learned_positions = _learned_positions(self.module)
+        self._wide = self._keeps_float32()
         self.head = self._find_head()
         self._loop_reason: str | None = None
         self.layout_reason = "asked for" if layout == "padded" else self._why_padded()
@@ -145,7 +148,7 @@ class Model:
         base: the model that an adapter sits on (None: as its config says). ModelError when it is of another architecture or shape; what was
         here is still here then.
         """
-        base = base or own_base(path)
+        base, structure = base or own_base(path), self.structure
         factors = Factors(path, self.module) if base else None
         if factors is None or str(base) != self.base:
             self._use_whole(path if factors is None else base)
@@ -154,7 +157,8 @@ class Model:
             self.adapter = Adapter(self.module, factors)
             self.structure += 1
         self.path = str(path)
-        self.head = self._find_head()
+        # other weights in the same places: the head is what was checked when the model was loaded
+        self.head = self._read_head() if self.structure == structure else self._find_head()
 
     def _use_whole(self, path: Any) -> None:
         before = self.adapter
@@ -196,7 +200,28 @@ class Model:
         """(batch, n) ids -> (batch, n, d) final hidden states, after the final norm: what the head sees."""
         body = self.module.base_model
         self.reset_dynamic_rope()
-        return body(input_ids=ids, use_cache=False, return_dict=True, **inputs).last_hidden_state
+        with self._products():
+            return body(input_ids=ids, use_cache=False, return_dict=True, **inputs).last_hidden_state
+
+    def _products(self) -> AbstractContextManager[Any]:
+        """How this pass multiplies: as torch does, or without gradients on a CPU as passes/cpu_products.py does."""
+        if torch.is_grad_enabled() or self.device.type != "cpu" or not (self._wide or one_dnn_is_faster()):
+            return nullcontext()
+        return CpuProducts(wide=self._wide)
+
+    def _keeps_float32(self) -> bool:
+        """Whether a narrow model on a CPU runs with float32 between its products, and gives its own states so."""
+        if self.device.type != "cpu" or self.dtype not in NARROW:
+            return False
+        ids = torch.from_numpy(_probe_ids(self.module.config.get_text_config().vocab_size)[0].astype(np.int64))[None]
+        self._wide = False
+        with torch.inference_mode():
+            plain = self.states(ids)
+            self._wide = True
+            try:
+                return _close(self.states(ids), plain, self.dtype)
+            except (RuntimeError, TypeError, ValueError):  # a model that mixes dtypes in a way of its own
+                return False
 
     def packed_states(self, layout: packing.Layout) -> torch.Tensor:
         """(N, d) final hidden states of one packed row."""
@@ -233,7 +258,13 @@ class Model:
                 part.max_seq_len_cached = part.original_max_seq_len
 
     def _find_head(self) -> Head:
-        """The LM head with its bias, scale and soft-cap, checked against the model's own logits."""
+        """The LM head, checked against the model's own logits. ModelError where it does not give them."""
+        head = self._read_head()
+        self._check(head)
+        return head
+
+    def _read_head(self) -> Head:
+        """The LM head with its bias, scale and soft-cap."""
         config, linear = self.module.config.get_text_config(), self.module.get_output_embeddings()
         name = type(self.module).__name__
         if linear is None or getattr(linear, "weight", None) is None or linear.weight.ndim != 2:
@@ -242,17 +273,19 @@ class Model:
         scale /= float(getattr(config, "logits_scaling", None) or 1.0)  # Granite
         scale *= float(getattr(config, "lm_head_multiplier", None) or 1.0)  # Falcon H1
         cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
-        head = Head(linear.weight.detach(), getattr(linear, "bias", None), scale, cap)
+        return Head(linear.weight.detach(), getattr(linear, "bias", None), scale, cap)
+
+    def _check(self, head: Head) -> None:
+        config = self.module.config.get_text_config()
         ids = torch.from_numpy(_probe_ids(config.vocab_size)[0][None, :8].astype(np.int64)).to(self.device)
         with torch.inference_mode():
             ours = head.logits(self.states(ids)[0])
             theirs = self.module(input_ids=ids, use_cache=False).logits[0].to(ours.dtype)
         if not _close(ours, theirs, self.dtype):
             raise ModelError(
-                f"{name}: our reading of its LM head (scale {scale:g}, soft-cap {cap}, bias {head.bias is not None}) "
-                f"does not give the model's own logits. {_REFUSED}"
+                f"{type(self.module).__name__}: our reading of its LM head (scale {head.scale:g}, soft-cap {head.cap}, bias "
+                f"{head.bias is not None}) does not give the model's own logits. {_REFUSED}"
             )
-        return head
 
     def _why_padded(self) -> str | None:
         """None when packed rows give this model's own states; else why they do not."""

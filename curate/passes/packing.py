@@ -167,6 +167,7 @@ def attention(
 ) -> tuple[torch.Tensor, None]:
     """Attention of one packed row, (1, N, heads, dv)."""
     layout = _current.get()
+    key, value = key.to(query.dtype), value.to(query.dtype)  # rotary angles in float32 make wide queries of narrow ones
     for name, argument in kwargs.items():
         if name not in KNOWN and argument is not None and not isinstance(argument, (bool, int, float, str)):
             raise NotPackable(f"attention takes '{name}'")

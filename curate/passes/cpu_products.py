@@ -1,0 +1,113 @@
+"""Matrix products of a forward pass on a CPU, where torch's own way is slow or coarse.
+
+float32     MKL runs AVX2 kernels on processors of other makers than its own; oneDNN, which torch ships too, has AVX-512 ones:
+            2.2 times as fast on a Zen 5 core, the same numbers to rounding.
+bfloat16    products in bfloat16, everything between them in float32: residual stream, norms, attention. A residual stream that is rounded
+            at every layer is what disorders close pairs (benchmarks/README.md); it costs no time to keep it.
+
+Installed around the passes that need no gradient, over whatever calls the model makes (`F.linear`, embeddings, norms); the model itself is
+left as it is. Whether a model takes float32 between its products is tried on the spot (passes/model.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+FEW = 16  # rows; below it a product is memory traffic, and any kernel will do
+NARROW = (torch.bfloat16, torch.float16)
+
+
+class CpuProducts(TorchFunctionMode):
+    """While inside, float32 `F.linear` goes through oneDNN; with `wide`, a bfloat16 model's activations are float32 and
+    its products bfloat16.
+    """
+
+    def __init__(self, *, wide: bool) -> None:
+        super().__init__()
+        self.wide = wide
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.linear:
+            return linear(*args, **kwargs)
+        if self.wide and func in _WIDE:
+            return _WIDE[func](func, *args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """(…, i) activations, (o, i) weight -> (…, o), in the weight's dtype."""
+    x = x.to(weight.dtype)
+    if (
+        x.dtype == torch.float32
+        and x.numel() >= FEW * x.shape[-1]
+        and x.device.type == "cpu"
+        and weight.is_contiguous()
+        and one_dnn_is_faster()
+    ):
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
+
+
+@cache
+def one_dnn_is_faster() -> bool:
+    """Whether this processor has AVX-512 that MKL leaves unused, and torch's oneDNN gives MKL's numbers."""
+    processor = Path("/proc/cpuinfo")
+    if not processor.exists() or "AuthenticAMD" not in processor.read_text():
+        return False
+    if not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+        return False
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(FEW, n, generator=generator) for n in (32, 32))
+    try:
+        found = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    except (AttributeError, RuntimeError):  # an inner operator of torch: absent from some builds
+        return False
+    return torch.allclose(found, F.linear(x, weight), rtol=1e-4, atol=1e-4)
+
+
+def _embedding(func: Callable[..., Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+    found: torch.Tensor = func(*args, **kwargs)
+    return found.float() if found.dtype in NARROW else found
+
+
+def _product(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A product of a float32 activation with narrow weights: narrow."""
+    kinds = {a.dtype for a in args if isinstance(a, torch.Tensor)}
+    if torch.float32 in kinds and (narrow := kinds & set(NARROW)):
+        to = narrow.pop()
+        args = tuple(a.to(to) if isinstance(a, torch.Tensor) else a for a in args)
+    return func(*args, **kwargs)
+
+
+def _widest(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Norms and attention: all in float32."""
+    args = tuple(_wide(a) for a in args)
+    return func(*args, **{name: _wide(a) for name, a in kwargs.items()})
+
+
+def _wide(a: Any) -> Any:
+    return a.float() if isinstance(a, torch.Tensor) and a.dtype in NARROW else a
+
+
+_WIDE: dict[Any, Callable[..., Any]] = {
+    F.embedding: _embedding,
+    F.layer_norm: _widest,
+    F.rms_norm: _widest,
+    F.scaled_dot_product_attention: _widest,
+    torch.addmm: _product,
+    torch.mm: _product,
+    torch.bmm: _product,
+    torch.matmul: _product,
+    torch.Tensor.matmul: _product,
+    torch.Tensor.__matmul__: _product,
+}
