@@ -41,7 +41,7 @@ class Explanation:
                 table(
                     [
                         (
-                            s["name"],
+                            _with_settings(s),
                             s["value_name"] or s["value"],
                             s["unit"],
                             s["percentile"],
@@ -100,9 +100,21 @@ def explain_row(store: Store, row: str, selection: str | None = None) -> Explana
 
         requests = {r.name: r for r in map(ScoreRequest.read, (yaml.safe_load(known["text"]) or {}).get("scores", []))}
     scores = []
+    calibrated = dict(
+        store.sql(
+            "SELECT name, value FROM dataset_values WHERE starts_with(name, 'premem_threshold')", recipe=recipe
+        ).rows()
+    )
     for column, request in requests.items():
         if column not in line:
             continue
+        params = dict(request.params)
+        if params.get("threshold") == "auto":
+            params["threshold"] = calibrated.get("premem_threshold", "auto")
+        elif params.get("threshold") == "auto_per_group":
+            params["threshold"] = {
+                k.removeprefix("premem_threshold_"): v for k, v in calibrated.items() if "_threshold_" in k
+            }
         declared = SCORES.get(request.score)
         share = store.sql(
             f'SELECT count(*) FILTER ("{column}" <= ?) / nullif(count("{column}"), 0) AS p FROM scored',
@@ -119,7 +131,7 @@ def explain_row(store: Store, row: str, selection: str | None = None) -> Explana
                 "percentile": None if line[column] is None or share is None or code else round(100 * share, 1),
                 "worst": declared.worst if declared else "none",
                 "high_means": declared.high_means if declared else f"a score of your own: {request.score}",
-                "params": request.params,
+                "params": params,
             }
         )
     base = (*(name for name in BASE if name not in ("row_id", "position")), "index")
@@ -153,6 +165,12 @@ def _flags(store: Store, row_id: str, recipe: str | None, line: dict[str, Any], 
     )
     found = reasons(columns, SCORES["squeezing_prone"].check(params)["share"])
     return [reason.says(values, at) for reason, values, holds in found.values() if holds[at] == 1]
+
+
+def _with_settings(score: dict[str, Any]) -> str:
+    """The score's name, with the settings that it was computed with."""
+    shown = ", ".join(f"{k} {cell(v)}" for k, v in score["params"].items())
+    return f"{score['name']} ({shown})" if shown else str(score["name"])
 
 
 def _excerpt(text: str, width: int = 110) -> str:

@@ -267,7 +267,8 @@ def _measure(loaded: Loaded, result: Result, progress: Progress) -> None:
 
 
 def _score(loaded: Loaded, result: Result, sources: dict[str, list[str]], progress: Progress) -> None:
-    from curate.scoring import compute_dataset_values, compute_scores, named
+    from curate.calibrating import with_thresholds
+    from curate.scoring import Columns, compute_dataset_values, compute_scores, named
 
     store, plan = result.store, result.plan
     assert plan is not None
@@ -277,13 +278,19 @@ def _score(loaded: Loaded, result: Result, sources: dict[str, list[str]], progre
         )
     train = sources.get("train", [])
     row_ids = store.row_ids_of(train or None, kind=loaded.recipe.kind, role="train" if train else None)
-    scores = compute_scores(store, plan, row_ids, train)
-    store.write_scores(loaded.name, row_ids, named(plan, scores), made_of=_scores_of(plan))
-    result.scores = list(scores)
-    values = compute_dataset_values(store, plan, row_ids, train)
     heldout = sources.get("heldout", [])
-    if heldout:
-        ids = store.row_ids_of(heldout, kind=loaded.recipe.kind, role="heldout")
+    ids = store.row_ids_of(heldout, kind=loaded.recipe.kind, role="heldout") if heldout else []
+    made_of = _scores_of(plan)
+    columns = Columns(store, plan, row_ids, train)
+    found = with_thresholds(store, plan, columns, Columns(store, plan, ids, heldout) if ids else None)
+    for note in found.notes:
+        progress.say(note)
+    plan = found.plan
+    scores = compute_scores(store, plan, row_ids, train)
+    store.write_scores(loaded.name, row_ids, named(plan, scores), made_of=made_of)
+    result.scores = list(scores)
+    values = found.values + compute_dataset_values(store, plan, row_ids, train)
+    if ids:
         values += compute_dataset_values(store, plan, ids, heldout, prefix="heldout_")
     result.values = values
     store.write_dataset_values(loaded.name, values)

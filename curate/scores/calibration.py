@@ -184,7 +184,7 @@ def nll_floors(target_nll: Array, groups: np.ndarray, *, factor: float = 2.0) ->
         return floors, None
     return floors, (
         f"one threshold for all rows may not fit: at its best, {high!r} still has {floors[high]:.3g} nats/token, "
-        f"{low!r} {floors[low]:.3g}. Calibrate a threshold per group: `threshold: {{{low}: …, {high}: …}}`."
+        f"{low!r} {floors[low]:.3g}. Calibrate one per group: `threshold: auto_per_group`, with a column `group` in the source."
     )
 
 

@@ -11,6 +11,7 @@ Source: Kang et al. 2024, arXiv:2411.07681 (whose mask is written ln ln perplexi
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
 import numpy as np
 
@@ -18,7 +19,8 @@ from curate.scores import Array, Positive, Value, dataset_value, score
 from curate.scores.intervals import mean_value, proportion_value
 
 KANG = "Kang et al. 2024, arXiv:2411.07681"
-Threshold = Positive | dict[str, Positive]
+AUTO = ("auto", "auto_per_group")
+Threshold = Positive | dict[str, Positive] | Literal["auto", "auto_per_group"]
 
 
 def running(accuracy: Array, target_nll: Array, threshold: float | Array) -> Array:
@@ -43,8 +45,10 @@ def running(accuracy: Array, target_nll: Array, threshold: float | Array) -> Arr
     return np.where(low == high, low, np.nan)  # NaN ≠ NaN: acc_t unknown stays unknown
 
 
-def thresholds(threshold: float | Mapping[str, float], group: np.ndarray | None, rows: int) -> float | Array:
-    """τ as a number, or (rows,) from the rows' groups. ValueError where a row's group has none."""
+def thresholds(threshold: float | Mapping[str, float] | str, group: np.ndarray | None, rows: int) -> float | Array:
+    """τ as a number, or (rows,) from the rows' groups. ValueError where a row's group has none, or where τ is still to be calibrated."""
+    if isinstance(threshold, str):
+        raise ValueError(f"threshold {threshold!r} stands for what `curate score` calibrates; give a number here")
     if not isinstance(threshold, Mapping):
         return float(threshold)
     if group is None:
@@ -82,7 +86,8 @@ def premem_accuracy(
 ) -> Array:
     """premem at the last checkpoint, 0..1; (rows,) from (rows, K). NULL where the measured checkpoints do not decide it.
 
-    threshold: τ in nats/token, or one per value of the source's column `group`. 0 also where fluent from the start: see `fluent`.
+    threshold: τ in nats/token, or one per value of the source's column `group`; auto, auto_per_group: calibrated against held-out
+    accuracies. 0 also where fluent from the start: see `fluent`.
     """
     if accuracy.shape[1] == 0:
         return np.full(len(accuracy), np.nan)
