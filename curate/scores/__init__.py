@@ -378,11 +378,13 @@ def _as_column(values: Any, name: str, of: Columns) -> Any:
 # The families, last because each imports the decorators from here. Light: numpy only.
 from curate.scores import (  # noqa: E402
     answers,  # noqa: F401
+    cartography,  # noqa: F401
     displacement,  # noqa: F401
     flags,  # noqa: F401
     flips,  # noqa: F401
     gradients,  # noqa: F401
     hardness,  # noqa: F401
+    limem,  # noqa: F401
     phases,  # noqa: F401
     premem,  # noqa: F401
     ranking,  # noqa: F401

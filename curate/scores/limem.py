@@ -1,0 +1,45 @@
+"""LiMem: does the model solve a problem and fail its perturbations? Then it remembers rather than reasons.
+
+    limem = acc · (1 − CR)        acc: accuracy on the problem,  CR: mean accuracy on its perturbations
+
+Perturbations are rows of the source like any other, sampled and graded with their own answers. Two columns of the user's say what belongs
+together: `problem`, the same for a problem and its perturbations, and `perturbed`, true on the perturbations.
+Source: Xie et al. 2024, arXiv:2410.23123, section 2.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from curate.scores import Array, score
+
+XIE = "Xie et al. 2024, arXiv:2410.23123"
+
+
+@score(
+    needs=("accuracy", "row.problem", "row.perturbed"),
+    kind="sft",
+    unit="share",
+    worst="high",
+    high_means="solved as it stands, failed when it is changed a little: memorised",
+    source=XIE,
+)
+def limem(accuracy: Array, problem: np.ndarray, perturbed: np.ndarray) -> Array:
+    """acc·(1 − CR), 0..1, of every problem. NULL on the perturbations themselves, and where a problem has none measured, or acc is 0.
+
+    problem: what a problem and its perturbations have in common. perturbed: 1 or true on the perturbations, else 0.
+    """
+    flag = np.asarray(perturbed, dtype=np.float64)
+    problems = np.asarray(problem)
+    unknown = np.array([p is None or p != p for p in problems.tolist()], bool)
+    _, group = np.unique(problems.astype(str), return_inverse=True)
+    group = group.reshape(len(flag))
+    counted = (flag == 1) & ~unknown & ~np.isnan(accuracy)
+    n = np.bincount(group[counted], minlength=group.max(initial=-1) + 1)
+    total = np.bincount(group[counted], accuracy[counted], minlength=len(n))
+    if not len(n):
+        return np.full(len(accuracy), np.nan)
+    of = n[group] > 0
+    rate = np.where(of, total[group] / np.maximum(n[group], 1), np.nan)
+    known = (flag == 0) & ~unknown & (accuracy > 0)
+    return np.where(known, accuracy * (1 - rate), np.nan)
