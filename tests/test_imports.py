@@ -47,6 +47,8 @@ MAY_IMPORT = [
     (["measurements.accuracy"], [*PASSES, "grading"], ["numpy"]),
     (["passes", "passes.*"], PASSES, ["numpy", "torch", "transformers", *WITH_TRANSFORMERS]),
     (["measurements", "measurements.*"], [*PASSES, "objects"], ["numpy", "torch", "transformers"]),
+    (["audit.decomposition"], PASSES, ["numpy"]),
+    (["audit.clusters"], ["errors"], ["numpy", "sklearn"]),
 ]
 
 # The only homes of a package, and the only importers of a step that knows all the others.
@@ -59,6 +61,7 @@ ONLY_IN = {
     "peft": ["prove", "prove.*", "demo", "demo.*", "passes.*"],
     "math_verify": ["grading_math"],
     "apscheduler": ["schedule"],
+    "sklearn": ["audit.*"],
     "typer": ["cli"],
     "pandas": [],
     "curate.workflow": ["", "cli", "demo", "demo.*", "prove", "prove.*"],

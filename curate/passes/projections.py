@@ -1,0 +1,293 @@
+"""Each row's gradient projected on many directions of the weights: ⟨∇_θ ℓ, b⟩ for every row and every b, without a gradient being kept.
+
+    ℓ = −logp(y)/T      mean loss per completion token, nats (target_nll)
+
+By gradients. One forward and one backward per batch, for all r directions together. Of each linear layer the row's own gradient is formed
+from its inputs A and its outputs' gradients B, multiplied with all directions, and let go:
+
+    ⟨BᵀA, b⟩      T·i·o + r·i·o multiplications a row, against r·T·i·o for (A bᵀ)∘B, and 2 r forward passes for differences
+
+By forwards, for any architecture: [ℓ(θ + εb) − ℓ(θ − εb)]/2ε, two packed forward passes per direction (passes/derivatives.py).
+Cost in forward passes, r = 9, rows of 13 tokens: about 4 by gradients, 18 by forwards.
+Source: docs/scores.md, section 7; the layers' gradients are those of passes/layer_rules.py.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+
+from curate.errors import ModelError
+from curate.measurements import providers
+from curate.passes import forward
+from curate.passes.backward_memory import Footprint, footprint
+from curate.passes.bundles import CPU_BATCH, check_lengths
+from curate.passes.capture import Capture, Shared
+from curate.passes.derivatives import Line, derivatives
+from curate.passes.head_gradient import Each, head_gradient
+from curate.passes.inner_products import wide
+from curate.passes.layer_rules import Embedding, Linear, Norm, Rules, find_rules
+from curate.passes.model import Model
+from curate.passes.packing import Item
+from curate.passes.segments import Directions
+from curate.tokens import Encoded
+
+MATRIX = 1 << 21  # numbers of layers' gradients formed at a time
+MATRIX_ON_GPU = 1 << 27
+TOGETHER = 16  # rows that share one reading of a block of the directions
+STEP = 1e-3  # ε of a unit direction, in parts of ‖θ‖, for differences in float32
+_KNOWN: WeakKeyDictionary[Model, tuple[Rules, Footprint]] = WeakKeyDictionary()
+
+
+def row_losses(model: Model, encoded: Sequence[Encoded], *, token_budget: int = 16384) -> np.ndarray:
+    """(rows,) float64 ℓ at the model's present weights, by a packed forward pass; NaN where a row has a problem."""
+    measurement = providers("target_nll", "sft")
+    assert measurement is not None
+    return forward.measure(model, encoded, [measurement], token_budget=token_budget)["target_nll"]
+
+
+def why_not_gradients(model: Model) -> str | None:
+    """None where `by_gradients` has a rule for every parameter of this model, else the parameter that has none."""
+    try:
+        find_rules(model)
+    except ModelError as reason:
+        return str(reason).split("\n")[0]
+    return None
+
+
+def by_gradients(
+    model: Model, encoded: Sequence[Encoded], directions: Directions, *, token_budget: int = 16384
+) -> np.ndarray:
+    """(rows, r) float64 ⟨∇ℓ, b⟩, nats per unit of b, at the model's present weights; NaN where a row has a problem.
+
+    directions: {parameter's name: (r, *its shape)}, all parameters. Rows run padded, sorted by length. ModelError where a parameter has no rule,
+    and where what comes out is not autograd's on a few tokens.
+    """
+    rules, memory = _rules(model, directions)
+    count = len(next(iter(directions.values())))
+    out = np.full((len(encoded), count), np.nan)
+    items = {i: [Item(i, "completion", row.ids, row.start)] for i, row in enumerate(encoded) if row.problem is None}
+    if not items:
+        return out
+    check_lengths(model, items)
+    longest = max(len(item.ids) for (item,) in items.values())
+    if model.rope_limit is not None and longest >= model.rope_limit:
+        raise ModelError(
+            f"{model.path}: a row has {longest} tokens; from {model.rope_limit} on this model's rotary angles depend on the longest row of a batch.\n"
+            f"  Set `--set tokens.max_length={model.rope_limit - 1}`."
+        )
+    limit = memory.check(model, items, token_budget)
+    for batch in _batches(
+        [item for (item,) in items.values()], min(limit, CPU_BATCH) if model.device.type == "cpu" else limit
+    ):
+        found = _of_batch(model, rules, directions, batch)
+        out[[item.row for item in batch]] = found.cpu().numpy()
+    return out
+
+
+def by_forwards(
+    model: Model, encoded: Sequence[Encoded], directions: Directions, *, token_budget: int = 16384, step: float = STEP
+) -> np.ndarray:
+    """The same by central differences, for any architecture whose forward pass can be measured. directions of unit length; step: ε/‖θ‖."""
+    size = math.sqrt(sum(float(p.double().square().sum()) for p in model.module.parameters()))
+    lengths = np.asarray([math.nan if row.problem else row.n_response for row in encoded])
+    found = []
+    for k in range(len(next(iter(directions.values())))):
+        with Line(model, {name: d[k] for name, d in directions.items()}) as line:
+            along = derivatives(line, encoded, step * size, token_budget=token_budget)
+        found.append(-along.derivative[:, 0] / lengths)
+    return np.stack(found, axis=1)
+
+
+def _batches(items: list[Item], limit: int) -> Iterator[list[Item]]:
+    """Items of similar length together, at most `limit` tokens with padding; a longer one alone."""
+    items = sorted(items, key=lambda item: -len(item.ids))
+    at = 0
+    while at < len(items):
+        size = max(1, limit // len(items[at].ids))
+        yield items[at : at + size]
+        at += size
+
+
+def _of_batch(model: Model, rules: Rules, directions: Directions, items: list[Item]) -> torch.Tensor:
+    """(len(items), r) float64."""
+    longest = max(len(item.ids) for item in items)
+    along = _Along(model, directions, len(items), longest)
+    capture = Capture(rules, along, len(items) * longest)
+    device = model.device
+    at = np.concatenate(
+        [np.arange(i * longest + t.start - 1, i * longest + len(t.ids) - 1) for i, t in enumerate(items)]
+    )
+    where = torch.from_numpy(at).to(device)  # (M,) positions that predict
+    tokens = torch.from_numpy(np.concatenate([t.ids[t.start :] for t in items]).astype(np.int64)).to(device)
+    counts = np.asarray([len(t.ids) - t.start for t in items])
+    ends = np.cumsum([0, *counts])
+    spans = [(int(a), int(b), int(b)) for a, b in itertools.pairwise(ends)]
+    with torch.enable_grad(), capture.installed():
+        states = _states(model, items)  # (N, d)
+        capture.forward_done()
+        predicting = states.detach()[where]
+        with torch.no_grad():
+            each = along.head(predicting, counts) if rules.head else None
+            of_head = head_gradient(model.head, predicting, tokens, spans, products=False, each=each)
+            slope = torch.zeros_like(states)
+            slope[where] = of_head.slope.to(states.dtype)
+        states.backward(slope)
+    return -along.found / torch.from_numpy(counts).to(device)[:, None]
+
+
+def _states(model: Model, items: list[Item]) -> torch.Tensor:
+    """(len(items) · longest, d). A table of positions is read once per token, not once per batch: each reading has its own gradient."""
+    if model.learned_positions is None:
+        return model.padded_states(items)
+    longest = max(len(item.ids) for item in items)
+    lengths = torch.tensor([len(item.ids) for item in items], device=model.device)
+    ids = torch.stack([torch.from_numpy(np.resize(item.ids, longest).astype(np.int64)) for item in items])
+    positions = torch.arange(longest, device=model.device).repeat(len(items), 1)  # (rows, longest)
+    mask = (positions < lengths[:, None]).long()
+    return model.states(ids.to(model.device), position_ids=positions, attention_mask=mask).flatten(0, 1)
+
+
+class _Along:
+    """found (rows, r) float64 gathers ⟨∇logp, b⟩ layer by layer while one backward of padded rows runs."""
+
+    def __init__(self, model: Model, directions: Directions, rows: int, longest: int) -> None:
+        self.of = {id(p): directions[name] for name, p in model.module.named_parameters()}
+        self.rows, self.longest, self.model = rows, longest, model
+        count = len(next(iter(directions.values())))
+        self.found = torch.zeros(rows, count, dtype=torch.float64, device=model.device)
+
+    def linear(
+        self, rule: Linear, shared: Shared, rows: torch.Tensor, line: torch.Tensor | None, g: torch.Tensor
+    ) -> None:
+        b = wide(g).view(self.rows, self.longest, -1)
+        if rule.wanted:
+            a = wide(rows if line is None else rows[line]).view(self.rows, self.longest, -1)
+            weight = self.of[id(rule.module.weight)]
+            plain = isinstance(rule.module, torch.nn.Linear)  # Conv1D keeps its weight the other way round
+            self.found += _contract(b, a, weight) if plain else _contract(a, b, weight)
+        if rule.bias_wanted:
+            self._vector(b.sum(1), self.of[id(rule.module.bias)])
+
+    def norm(self, rule: Norm, x: torch.Tensor, g: torch.Tensor) -> None:
+        for name, part in zip(("weight", "bias"), rule.gradients(x, g)):
+            own = part.reshape(self.rows, self.longest, -1).sum(1)
+            self._vector(own, self.of[id(getattr(rule.module, name))])
+
+    def embedding(self, rule: Embedding, ids: torch.Tensor, g: torch.Tensor) -> None:
+        for k, table in enumerate(self.of[id(rule.module.weight)]):
+            found = (wide(table[ids]) * g).sum(1).view(self.rows, self.longest)
+            self.found[:, k] += found.sum(1, dtype=torch.float64)
+
+    def head(self, states: torch.Tensor, counts: np.ndarray) -> Each:
+        """What is to be done with every block of the head's residuals: ∂logp/∂W = −qᵀh, ∂logp/∂b = −Σ q."""
+        module = self.model.module.get_output_embeddings()
+        weight, bias = self.of[id(module.weight)], getattr(module, "bias", None)
+        ends = np.cumsum([0, *counts])
+
+        def each(where: tuple[int, int], block: slice, q: torch.Tensor) -> None:
+            first, last = np.searchsorted(ends, where)
+            own = slice(int(first), int(last))
+            lines = _lines(counts[first:last], len(q)).to(q.device)  # (rows, most tokens)
+            q, h = _padded(-q, lines), _padded(wide(states[slice(*where)]), lines)
+            self.found[own] += _contract(q, h, weight[:, block])
+            if bias is not None:
+                self._vector(q.sum(1), self.of[id(bias)][:, block], own)
+
+        return each
+
+    def _vector(self, gradients: torch.Tensor, direction: torch.Tensor, own: slice = slice(None)) -> None:
+        """(rows, n), (r, *shape of n numbers)."""
+        self.found[own] += (gradients @ wide(direction.flatten(1)).T).double()
+
+
+def _lines(counts: np.ndarray, n: int) -> torch.Tensor:
+    """(rows, most) each row's tokens among n that follow each other, n where it has no more."""
+    at = np.cumsum([0, *counts])[:-1, None] + np.arange(max(counts))
+    return torch.from_numpy(np.where(np.arange(max(counts)) < counts[:, None], at, n))
+
+
+def _padded(x: torch.Tensor, lines: torch.Tensor) -> torch.Tensor:
+    """(n, k) -> (rows, most, k), 0 beyond a row's own tokens."""
+    return torch.cat([x, x.new_zeros(1, x.shape[1])])[lines]
+
+
+def _contract(b: torch.Tensor, a: torch.Tensor, direction: torch.Tensor) -> torch.Tensor:
+    """(R, T, o), (R, T, i), (r, o, i) -> (R, r) float64: Σ_t b_tᵀ D a_t, by each row's matrix BᵀA, in blocks of rows and of outputs."""
+    rows, _, outputs = b.shape
+    inputs = a.shape[2]
+    limit = MATRIX_ON_GPU if b.is_cuda else MATRIX
+    step = min(outputs, max(1, limit // (inputs * min(rows, TOGETHER))))
+    together = max(1, limit // (step * inputs))
+    found = torch.zeros(rows, len(direction), dtype=torch.float64, device=b.device)
+    for start in range(0, outputs, step):
+        d = wide(direction[:, start : start + step].reshape(len(direction), -1))  # (r, step · i)
+        for i in range(0, rows, together):
+            own = slice(i, i + together)
+            matrices = torch.bmm(b[own, :, start : start + step].transpose(1, 2), a[own])  # (R', step, i)
+            found[own] += (matrices.flatten(1) @ d.T).double()
+    return found
+
+
+def _rules(model: Model, directions: Directions) -> tuple[Rules, Footprint]:
+    """The model's rules, checked once on a few tokens. ModelError where one is missing or wrong, or a parameter has no direction."""
+    names = [name for name, _ in model.module.named_parameters()]
+    if set(names) != directions.keys():
+        odd = sorted(set(names) ^ directions.keys())
+        raise ModelError(
+            f"{model.path}: directions are wanted for exactly the model's parameters, but {odd[0]} is on one side only."
+        )
+    if model not in _KNOWN:
+        rules = find_rules(model)
+        _check_against_autograd(model, rules, directions)
+        _KNOWN[model] = rules, footprint(model, rules)
+    return _KNOWN[model]
+
+
+def _check_against_autograd(model: Model, rules: Rules, directions: Directions) -> None:
+    """Two short rows, ours against autograd's weight gradients, which are freed one by one. ModelError where they differ."""
+    vocabulary = model.module.config.get_text_config().vocab_size
+    ids = np.random.default_rng(2).integers(0, vocabulary, 19).astype(np.int32)
+    items = [Item(0, "completion", ids[:12], 5), Item(1, "completion", ids[12:], 3)]
+    named = dict(model.module.named_parameters())
+    count = len(next(iter(directions.values())))
+    ours = _of_batch(model, rules, directions, items).sum(0)
+    theirs, norm = torch.zeros_like(ours), torch.zeros(len(items), dtype=torch.float64, device=ours.device)
+
+    def take(name: str, p: torch.Tensor, row: int) -> None:
+        assert p.grad is not None
+        theirs.add_((wide(directions[name]).reshape(count, -1) @ wide(p.grad).flatten()).double())
+        norm[row] += p.grad.double().square().sum()
+        p.grad = None
+
+    try:
+        for row, item in enumerate(items):
+            handles = [
+                p.requires_grad_().register_post_accumulate_grad_hook(lambda p, name=name, row=row: take(name, p, row))
+                for name, p in named.items()
+            ]
+            try:
+                with torch.enable_grad():
+                    tokens = torch.from_numpy(item.ids.astype(np.int64)).to(model.device)[None]
+                    model.reset_dynamic_rope()
+                    logits = wide(model.module(input_ids=tokens, use_cache=False).logits[0, item.start - 1 : -1])
+                    (-logits.log_softmax(-1).gather(1, tokens[0, item.start :, None]).mean()).backward()
+            finally:
+                for handle in handles:
+                    handle.remove()
+    finally:
+        for p in named.values():
+            p.requires_grad_(False)
+            p.grad = None
+    lengths = torch.stack([wide(d).flatten(1).square().sum(1).double() for d in directions.values()]).sum(0).sqrt()
+    allowed = (0.1 if model.dtype in (torch.bfloat16, torch.float16) else 1e-3) * norm.sqrt().sum() * lengths
+    if bool(torch.isfinite(theirs).all()) and not bool(((ours - theirs).abs() <= allowed).all()):
+        raise ModelError(
+            f"{type(model.module).__name__}: its gradients along the directions are not what autograd gives on a few tokens: some layer does "
+            'something that our rules do not know.\n  Differences of forward passes serve this model: way="forwards".'
+        )
