@@ -1,6 +1,6 @@
 """POLCA on 3-digit addition: does a direction of training sort digits by the carry that they receive, which the plain loss does not?
 
-    python examples/polca_addition.py            three to six minutes on two cores; --problems 200 for a first look
+    python examples/polca_addition.py            four minutes of CPU time; --problems 200 for a first look
 
 A Llama of 330k parameters learns "123+456=0579" from scratch, ten checkpoints are kept, and the change of the loss of every answer digit that can
 receive a carry is taken apart along the run's own directions (curate/audit/decomposition.py). HDBSCAN clusters the trajectories of each direction;
@@ -178,7 +178,7 @@ def report(decomposition: Decomposition, carry: np.ndarray, first: np.ndarray, s
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--problems", type=int, default=600)
+    parser.add_argument("--problems", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--smallest", type=float, default=0.02, help="share of the digits that makes a cluster")
     asked = parser.parse_args()
