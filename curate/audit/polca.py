@@ -20,8 +20,10 @@ import numpy as np
 
 from curate.audit.clusters import Cluster, find_clusters
 from curate.audit.decomposition import Decomposition, Integrator, Way, checkpoint_losses
-from curate.checkpoints import FingerprintCache, Subject, find_checkpoints
+from curate.checkpoints import Subject
 from curate.errors import UsageError
+from curate.fingerprints import FingerprintCache
+from curate.plan import find_subjects
 from curate.progress import Progress
 from curate.recipe import Loaded, load_recipe
 from curate.rows import Row, content_id
@@ -161,20 +163,21 @@ def audit(
         row_ids = kept.row_ids_of(sources["train"], kind="sft", role="train")
         rows = list(kept.iter_rows(row_ids))
         cache = FingerprintCache(kept.folder / "weights.json")
-        assert loaded.recipe.models.checkpoints is not None
-        subjects = find_checkpoints(loaded.recipe.models.checkpoints, loaded.folder, cache)
+        listed = find_subjects(loaded, cache)
+        subjects = list(listed.series)
         if len(subjects) < 2:
             raise UsageError(
-                f"{loaded.path or 'recipe'}: POLCA needs two checkpoints or more, found {len(subjects)} in models.checkpoints."
+                f"{loaded.path or 'recipe'}: POLCA needs the weights of two checkpoints or more, found {len(subjects)} in `models`."
             )
         decomposition, way, notes, folder = _measured(loaded, kept, row_ids, rows, subjects, cache, tolerance, progress)
     if not len(decomposition.rows):
         raise UsageError(
             f"{loaded.path or 'recipe'}: none of the {len(rows):,} rows has a completion that could be measured."
         )
+    notes = [*(f"Left out: {text}" for text in listed.skipped), *notes]
     least = smallest or max(5, round(0.02 * len(decomposition.rows)))
     texts = [_text(row) for row in rows]
-    labels = [s.checkpoint for s in subjects]
+    labels = [s.checkpoint or s.label for s in subjects]
     return Audit(decomposition, row_ids, texts, labels, find_all(decomposition, least), least, way, notes, folder)
 
 
@@ -228,7 +231,7 @@ def _measured(
         VERSION,
         row_ids,
         [s.fingerprint for s in subjects],
-        cache.tokenizer(Path(subjects[0].path)),
+        cache.tokenizer(Path(subjects[-1].tokenizer)),
         limits.model_dump(),
         engine_identity(dtype=dtype, device=engine.device),
         tolerance,
@@ -269,7 +272,7 @@ def _measure(
     from curate.tokens import Encoded, Limits, encode, load_tokenizer
 
     engine = loaded.recipe.engine
-    tokenizer = load_tokenizer(subjects[0].path)
+    tokenizer = load_tokenizer(subjects[-1].tokenizer)
     limits = Limits(loaded.recipe.tokens.max_length, loaded.recipe.tokens.truncation)
     nothing = Encoded(np.zeros(0, np.int32), 0, problem="no text")
     encoded: list[Any] = [nothing if row is None else encode(row, tokenizer, limits) for row in rows]
