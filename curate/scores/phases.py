@@ -72,7 +72,7 @@ def smoothed(accuracy: Array, target_nll: Array) -> Array:
     if scaled[1] is None or accuracy.shape[1] < 2:
         return accuracy.copy()
     x = np.stack([accuracy * np.nan if s is None else s for s in scaled], axis=-1)  # (rows, K, 2)
-    x = x[~np.isnan(x).all(axis=(1, 2))]
+    x = x[~np.isnan(accuracy).all(axis=1)]
     progress = np.where(np.isnan(x[..., 1]), 0.0, x[..., 1]) - np.where(np.isnan(x[..., 0]), 0.0, x[..., 0])
     some = x[np.argsort(progress.sum(axis=1), kind="stable")[:: -(-len(x) // FIT_ROWS)]]
     model, _ = hmm.fit(_first(some), some, floor=FLOOR, tolerance=1e-3)
@@ -91,11 +91,10 @@ def _normalised(values: Array) -> Array | None:
 
 
 def _first(x: Array) -> hmm.Model:
-    """Where EM starts: the checkpoints cut into equal parts by accuracy − nll, which needs no chance and no order of the rows."""
-    flat = x[~np.isnan(x).any(axis=-1)]
-    flat = flat if len(flat) else np.nan_to_num(x).reshape(-1, 2)
-    progress = flat[:, 1] - flat[:, 0]
-    part = np.searchsorted(np.quantile(progress, np.arange(1, STATES) / STATES), progress, side="right")
+    """Where EM starts: the checkpoints cut by accuracy into parts of equal width, which needs no chance and no order of the rows."""
+    flat = np.nan_to_num(x[~np.isnan(x[..., 1])])  # (points, 2)
+    low, high = flat[:, 1].min(), flat[:, 1].max()
+    part = np.minimum((flat[:, 1] - low) / max(high - low, 1e-9) * STATES, STATES - 1).astype(int)
     mean = np.stack([flat[part == s].mean(axis=0) if (part == s).any() else flat.mean(axis=0) for s in range(STATES)])
     transition = np.where(np.eye(STATES, dtype=bool), 0.7, 0.3 / (STATES - 1))
     return hmm.Model(np.full(STATES, 1 / STATES), transition, mean, np.full((STATES, 2), 0.3))

@@ -136,3 +136,23 @@ def test_groups_and_their_thresholds():
     assert SCORES["phase"].compute(columns, params=params).tolist() == [2.0, 3.0]
     with pytest.raises(UsageError, match="no threshold for group 'b'"):
         SCORES["phase"].compute(columns, params={"threshold": {"a": 0.1}})
+
+
+def test_the_onsets_of_known_skills_are_recovered():
+    """Four skills whose rows turn right at a known checkpoint, one that is only memorised: half of the rows are learned from there on."""
+    rng = np.random.default_rng(5)
+    onsets, k = [1, 2, 4, 6, None], 8
+    skill = np.repeat(np.arange(5), 40)
+    p, nll = np.zeros((200, k)), np.zeros((200, k))
+    for row, s in enumerate(skill):
+        on = onsets[s]
+        p[row] = np.where(np.arange(k) >= (5 if on is None else on), 0.9, 0.05)
+        nll[row] = np.where(np.arange(k) >= 5, 0.05, 1.0 if on is None else np.where(np.arange(k) >= on, 0.5, 1.0))
+    nll += 0.02 * rng.random(nll.shape)
+    onsets[3] = None  # it turns right only after its rows are by heart (checkpoint 5): learned it cannot be
+    codes = by_rules(smoothed(rng.binomial(4, p) / 4, nll), nll, 0.1)
+    for s, on in enumerate(onsets):
+        share = (codes[skill == s] == 2).mean(axis=0)
+        found = int(np.argmax(share >= 0.5)) if (share >= 0.5).any() else None
+        assert found == on
+    assert (codes[skill == 4][:, 5:] == 3).mean() > 0.95
