@@ -24,6 +24,9 @@ HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 class Subject:
     """One set of weights. path: its folder; base: of an adapter, the folder of the model it sits on. run: the training run's name ("" for a lone
     model); checkpoint: its folder's name or its revision; step: None where unknown.
+
+    rate: the mean learning rate since the checkpoint before, None where nobody wrote it down. start: of a warm-up's model, the folder of the one
+    that it started from.
     """
 
     path: str
@@ -32,6 +35,13 @@ class Subject:
     checkpoint: str = ""
     step: int | None = None
     base: str | None = None
+    rate: float | None = None
+    start: str = ""
+
+    @property
+    def home(self) -> str:
+        """The folder that is there before a warm-up has run: with config and tokenizer."""
+        return self.start or self.path
 
     @property
     def label(self) -> str:
@@ -40,7 +50,7 @@ class Subject:
     @property
     def tokenizer(self) -> str:
         """The folder that its tokenizer is read from."""
-        return tokenizer_folder(self.path, self.base)
+        return tokenizer_folder(self.home, self.base)
 
 
 def find_model(name: str, folder: Path) -> Path:
@@ -143,7 +153,22 @@ def find_checkpoints(
     twice = {s.step for s in subjects if s.step is not None and [x.step for x in subjects].count(s.step) > 1}
     if twice:
         raise ModelError(f"models.checkpoints: two checkpoints have step {min(twice)}; name those you mean in a list.")
-    return subjects
+    before = (0, *(s.step for s in subjects))
+    return [
+        replace(s, rate=_mean_rate(Path(s.path), since, s.step)) for s, since in zip(subjects, before, strict=False)
+    ]
+
+
+def _mean_rate(path: Path, since: int | None, step: int | None) -> float | None:
+    """Mean of the learning rates that a trainer logged after step `since` up to `step`; None where it logged none."""
+    try:
+        log = json.loads((path / "trainer_state.json").read_text())["log_history"]
+        rates = [
+            float(e["learning_rate"]) for e in log if "learning_rate" in e and (since or 0) < e["step"] <= (step or 0)
+        ]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return sum(rates) / len(rates) if rates else None
 
 
 def single_model(

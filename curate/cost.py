@@ -30,7 +30,11 @@ def with_cost(step: Step, loaded: Loaded, speed: float | None, characters: tuple
     per_row = length
     if step.reads == "sample":
         per_row = prompt + loaded.recipe.sampling.samples * loaded.recipe.sampling.max_new_tokens  # at most
-    tokens = round(per_row * step.missing)
+    if step.reads == "direction":
+        per_row = length * sum(
+            1 if task.measurement.direction.of == "head" else 2 for task in step.tasks if task.measurement.direction
+        )
+    tokens = round(per_row * step.missing + length * step.ahead)
     rough = speed is None
     speed = speed or _guess(step)
     return replace(step, tokens=tokens, seconds=tokens / speed if speed else None, rough=rough)
@@ -38,7 +42,7 @@ def with_cost(step: Step, loaded: Loaded, speed: float | None, characters: tuple
 
 def weights_size(subject: Subject) -> int:
     """Bytes of a subject's weights, an adapter's base among them; 0 for a server's model."""
-    folders = [Path(place) for place in (subject.path, subject.base) if place]
+    folders = [Path(place) for place in (subject.home, subject.base) if place]
     return sum(f.stat().st_size for p in folders for kind in ("*.safetensors", "*.bin") for f in p.glob(kind))
 
 

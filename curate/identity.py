@@ -16,6 +16,7 @@ from curate.rows import content_id
 from curate.store import Measured
 
 if TYPE_CHECKING:
+    from curate.directions import Directions
     from curate.measurements import Measurement
     from curate.recipe import Loaded
 
@@ -35,18 +36,21 @@ class Task:
 class Identity:
     """The fingerprints of measurements: everything that their values depend on."""
 
-    def __init__(self, loaded: Loaded, cache: FingerprintCache):
-        self.loaded, self.recipe, self.cache = loaded, loaded.recipe, cache
+    def __init__(self, loaded: Loaded, cache: FingerprintCache, directions: Directions | None = None):
+        self.loaded, self.recipe, self.cache, self.directions = loaded, loaded.recipe, cache, directions
         self._tokenizers: dict[str, str] = {}
         self._engines: dict[tuple[str, str], str] = {}
 
     def task(self, measurement: Measurement, subject: Subject) -> Task:
         engine = "" if measurement.reads == "tokens" else self.engine(measurement.reads, subject)
         params = params_of(self.loaded, measurement, self.tokenizer(subject))
+        if measurement.direction is not None:
+            assert self.directions is not None
+            params |= self.directions.identity(measurement.direction, subject)
         return task_of(measurement, subject, engine, params)
 
     def tokenizer(self, subject: Subject) -> str:
-        if not Path(subject.path).is_dir():  # a server's model: its tokenizer is its own
+        if not Path(subject.home).is_dir():  # a server's model: its tokenizer is its own
             return "server"
         folder = subject.tokenizer
         if folder not in self._tokenizers:
@@ -67,7 +71,8 @@ class Identity:
             else:
                 from curate.passes.model import engine_identity
 
-                self._engines[key] = engine_identity(dtype=engine.dtype, device=engine.device)
+                dtype = "float32" if reads == "direction" else engine.dtype  # differences of bfloat16 numbers are noise
+                self._engines[key] = engine_identity(dtype=dtype, device=engine.device)
         return self._engines[key]
 
 
@@ -93,7 +98,7 @@ def params_of(loaded: Loaded, measurement: Measurement, tokenizer: str) -> dict[
             "seed": loaded.recipe.engine.seed,
             "grader": grader(sampling.grader, folder=loaded.folder).fingerprint,
         }
-    if measurement.reads == "backward" and loaded.recipe.gradients.parameters != "all":
+    if measurement.reads in ("backward", "direction") and loaded.recipe.gradients.parameters != "all":
         params["parameters"] = loaded.recipe.gradients.parameters
     return params
 

@@ -40,7 +40,7 @@ def measure(loaded: Loaded, store: Store, plan: Plan, progress: Progress) -> dic
             if runner is None or runner.reads != step.reads:
                 engines.close()  # one engine at a time: its memory is free before the next one starts
                 subjects = [s.subject for s in to_do if s.reads == step.reads]
-                runner = engines.enter_context(_runner(step.reads, loaded, progress, subjects))
+                runner = engines.enter_context(_runner(step.reads, loaded, progress, subjects, store, plan))
             _run_step(step, runner, store, progress, following)
             counts[step.reads] = counts.get(step.reads, 0) + step.missing
     return counts
@@ -116,7 +116,7 @@ class Runner:
     def _tokenizer(self, step: Step) -> Any:
         from curate.tokens import load_tokenizer
 
-        if not Path(step.subject.path).is_dir():
+        if not Path(step.subject.home).is_dir():
             return None
         path = step.subject.tokenizer
         if path not in self._tokenizers:
@@ -177,6 +177,7 @@ class ForwardRunner(Runner):
     """One torch model for all subjects, weights swapped in place; every measurement is read off the same forward pass."""
 
     reads = "forward"
+    dtype: str | None = None  # None: the engine's
 
     def __init__(self, loaded: Loaded, progress: Progress):
         super().__init__(loaded, progress)
@@ -193,7 +194,8 @@ class ForwardRunner(Runner):
             except ModelError:  # another architecture: its own model
                 self.close()
         engine, subject = self.recipe.engine, step.subject
-        self.model = load_model(subject.path, base=subject.base, dtype=engine.dtype, device=engine.device)
+        dtype = self.dtype or engine.dtype
+        self.model = load_model(subject.path, base=subject.base, dtype=dtype, device=engine.device)
 
     def run(
         self, rows: list[Row], row_ids: Sequence[str], measurements: list[Any]
@@ -337,10 +339,17 @@ def _plain_prompt(row: Row, seed: int, system: str | None, few_shot: str | None)
 
 
 @contextmanager
-def _runner(reads: str, loaded: Loaded, progress: Progress, subjects: list[Subject]) -> Iterator[Runner]:
+def _runner(
+    reads: str, loaded: Loaded, progress: Progress, subjects: list[Subject], store: Store, plan: Plan
+) -> Iterator[Runner]:
     kinds: dict[str, type[Runner]] = {"tokens": TokensRunner, "sample": SampleRunner}
     kinds |= {"forward": ForwardRunner, "backward": BackwardRunner}
-    runner = kinds[reads](loaded, progress)
+    if reads == "direction":
+        from curate.forecasting import DirectionRunner
+
+        runner: Runner = DirectionRunner(loaded, progress, store, plan)
+    else:
+        runner = kinds[reads](loaded, progress)
     runner.subjects = subjects
     try:
         yield runner

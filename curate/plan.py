@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from curate.checkpoints import Subject, find_checkpoints, single_model
 from curate.cost import step_line, weights_size, with_cost
+from curate.directions import Directions
 from curate.errors import UsageError
 from curate.fingerprints import FingerprintCache
 from curate.identity import Identity, Task
@@ -27,12 +28,12 @@ from curate.show import table
 
 if TYPE_CHECKING:
     from curate.recipe import Loaded
-    from curate.scores import Score
+    from curate.scores import Need, Score
     from curate.store import Store
 
 # Rows of a shard, fixed for ever: a row's shard is its position in the store // SHARD_ROWS, whatever is missing of it.
-SHARD_ROWS = {"tokens": 8192, "forward": 512, "backward": 128, "sample": 256}
-ORDER = ("tokens", "sample", "forward", "backward")
+SHARD_ROWS = {"tokens": 8192, "forward": 512, "backward": 128, "sample": 256, "direction": 512}
+ORDER = ("tokens", "sample", "forward", "backward", "direction")
 
 
 @dataclass(frozen=True)
@@ -43,13 +44,17 @@ class Wanted:
     score: Score
     params: dict[str, Any]
 
+    def need(self, text: str) -> Need:
+        """One of the score's needs, its parameters filled in."""
+        return self.score.need(text, self.params)
+
 
 @dataclass(frozen=True)
 class Subjects:
     """Whom the recipe measures. series: in step order, the reference as step 0 of a training run if both are given (kind sft).
 
     plain: whose values plain columns are: the last of the series for kind sft, the reference for preference pairs. skipped: what was wrong with
-    checkpoints that were left out.
+    checkpoints that were left out. warmup: plain after the warm-up that curate runs.
     """
 
     reference: Subject | None
@@ -57,6 +62,7 @@ class Subjects:
     series: tuple[Subject, ...]
     plain: Subject | None
     skipped: tuple[str, ...] = ()
+    warmup: Subject | None = None
 
     def of(self, role: str, over: str | None) -> tuple[Subject, ...]:
         """The subjects whose column a need means."""
@@ -64,6 +70,8 @@ class Subjects:
             if self.policy is None:
                 raise UsageError("A score needs a second model: set models.policy in the recipe.")
             return (self.policy,)
+        if role == "warmup" and self.warmup is not None:
+            return (self.warmup,)
         if role:
             raise UsageError(
                 f"{role!r} is not a model of a recipe; a need is a column, `policy.column` or `row.column`."
@@ -79,6 +87,7 @@ class Step:
 
     blocks: (shard's number, row ids by position, the tasks these rows miss), of fixed membership.
     tokens, seconds: an estimate for what is missing; seconds is None where nothing is known, `rough` where no run here has been timed.
+    ahead: what comes before the rows, in rows run forward: gradients of directions, a warm-up.
     """
 
     reads: str
@@ -90,6 +99,7 @@ class Step:
     tokens: int = 0
     seconds: float | None = None
     rough: bool = False
+    ahead: int = 0
 
     @property
     def missing(self) -> int:
@@ -108,6 +118,7 @@ class Plan:
     steps: list[Step] = field(default_factory=list)
     uses: dict[tuple[str, str, str | None], list[str]] = field(default_factory=dict)
     recorded: str | None = None
+    directions: Directions | None = None
 
     @property
     def missing(self) -> int:
@@ -229,7 +240,7 @@ def find_subjects(loaded: Loaded, cache: FingerprintCache) -> Subjects:
             raise UsageError(
                 f"models.reference would be step 0 of the run, but {first.label} is, with other weights. Leave models.reference out."
             )
-        series = series if first else (replace(reference, run=series[0].run, step=0), *series)
+        series = series if first else (replace(reference, run=series[0].run, step=0, rate=series[0].rate), *series)
     elif reference and loaded.recipe.kind == "sft":
         series = (replace(reference, step=0),)
     if server and len(series) > 1:
@@ -258,6 +269,9 @@ def make_plan(loaded: Loaded, store: Store, sources: dict[str, list[str]]) -> Pl
         return plan
 
     identity = Identity(loaded, cache)
+    directions = identity.directions = Directions(loaded, store, subjects, identity, sources.get("train", []))
+    if any(want.need(text).role == "warmup" for want in wanted for text in want.score.needs):
+        subjects = plan.subjects = replace(subjects, warmup=directions.warmup())
     tasks: dict[tuple[str, str], dict[str, Task]] = {}  # (pass, subject's path or its tokenizer) -> fingerprint -> task
     lone: dict[tuple[str, str], Subject] = {}
     planned: set[str] = set()
@@ -277,6 +291,8 @@ def make_plan(loaded: Loaded, store: Store, sources: dict[str, list[str]]) -> Pl
                 f"A score needs the column {column}, which nothing measures on {recipe.kind} rows{f'; did you mean {near[0]}?' if near else '.'}"
             )
         who = subjects.of(role, over) if not (optional and role == "policy" and subjects.policy is None) else ()
+        if measurement.direction is not None and not who and subjects.plain:
+            who = (subjects.plain,)  # a series of one
         if not who:
             if optional:
                 return
@@ -286,7 +302,7 @@ def make_plan(loaded: Loaded, store: Store, sources: dict[str, list[str]]) -> Pl
                 else "of a model: set models.reference"
             )
             raise UsageError(f"A score needs {column} {where} in the recipe.")
-        if measurement.reads == "backward" and recipe.gradients.parameters == "lora":
+        if measurement.reads in ("backward", "direction") and recipe.gradients.parameters == "lora":
             whole = next((s for s in who if s.base is None), None)
             if whole is not None and optional:
                 return
@@ -295,6 +311,12 @@ def make_plan(loaded: Loaded, store: Store, sources: dict[str, list[str]]) -> Pl
                     f"gradients.parameters is lora, but {whole.label} is a whole model, not a LoRA adapter. Name an adapter's folder "
                     "(one saved before the first step will do), or take the gradients over all parameters: `--set gradients.parameters=all`."
                 )
+        if (
+            measurement.direction is not None
+            and recipe.kind == "preference"
+            and any(directions.has_margins(s) for s in who)
+        ):
+            need("chosen_logp", "", None)  # the reference's: margins are against it
         found = [(subject, identity.task(measurement, subject)) for subject in who]
         if optional and not all(task.fingerprint in planned for _, task in found):
             return  # used where it is measured anyway, never a reason to measure
@@ -313,11 +335,11 @@ def make_plan(loaded: Loaded, store: Store, sources: dict[str, list[str]]) -> Pl
             need(text, "", None)
     for want in wanted:
         for text in want.score.needs:
-            role, _, column = text.rpartition(".")
+            role, column = want.need(text)
             need(column, role, want.score.over)
     for want in wanted:
         for text in want.score.optional:
-            role, _, column = text.rpartition(".")
+            role, column = want.need(text)
             need(column, role, want.score.over, optional=True)
     from curate.scores import DATASET_VALUES
 
@@ -329,7 +351,7 @@ def make_plan(loaded: Loaded, store: Store, sources: dict[str, list[str]]) -> Pl
 
     names = [name for group in sources.values() for name in group]
     order: dict[str, int] = {}
-    for subject in (*subjects.series, *(s for s in (subjects.reference, subjects.policy) if s)):
+    for subject in (*subjects.series, *(s for s in (subjects.reference, subjects.policy, subjects.warmup) if s)):
         order.setdefault(subject.path, len(order))
     rows = Rows(store, names, recipe.kind)
     for path in [path for reads, path in tasks if reads == "backward"]:  # which gives the forward's values too
@@ -340,6 +362,8 @@ def make_plan(loaded: Loaded, store: Store, sources: dict[str, list[str]]) -> Pl
             tasks["forward", path] = apart
     for reads, path in sorted(tasks, key=lambda place: (ORDER.index(place[0]), order.get(place[1], -1))):
         step = _step(reads, lone[reads, path], tuple(tasks[reads, path].values()), rows)
+        if reads == "direction" and step.missing:
+            step, plan.directions = replace(step, ahead=directions.ahead(step)), directions
         plan.steps.append(with_cost(step, loaded, store.throughput(step.key), rows.characters))
     return plan
 
@@ -355,7 +379,7 @@ def imported_uses(store: Store, wanted: Iterable[Wanted]) -> dict[tuple[str, str
     uses: dict[tuple[str, str, str | None], list[str]] = {}
     for want in wanted:
         for text in (*want.score.needs, *want.score.optional):
-            role, _, column = text.rpartition(".")
+            role, column = want.need(text)
             if role == "row":
                 continue
             found = [m.fingerprint for m in known if column in columns.get(m.fingerprint, ()) and not role]

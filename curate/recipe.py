@@ -131,6 +131,27 @@ class Sampling(Strict):
     grader: str | dict[str, Any] = "gsm8k"
 
 
+class Target(Source):
+    """Rows that a score's influence is taken on: what must survive, or what must get better."""
+
+    of: Literal["chosen", "rejected", "margin", "completion"] = Field(
+        description="whose log-probability: of a pair's chosen or rejected response, of chosen minus rejected, or an SFT row's completion"
+    )
+
+
+class Forecast(Strict):
+    """The training that forecasts are about, and the short warm-up that curate runs itself where a score asks for one."""
+
+    beta: float = Field(0.1, gt=0, description="DPO's β")
+    optimizer: str | None = Field(
+        None,
+        description="optimizer.pt of a trainer's checkpoint, for step: adam; null: the measured checkpoint's own, else a warm-up's",
+    )
+    learning_rate: float = Field(1e-6, gt=0, description="the warm-up's, constant")
+    warmup_steps: int = Field(30, ge=1, description="AdamW steps of the warm-up")
+    warmup_rows: int = Field(32, ge=1, description="rows of each of its steps")
+
+
 class ScoreRequest(Strict):
     """A score under the name that its column gets: two settings of one score live side by side under two names."""
 
@@ -250,6 +271,8 @@ class Recipe(Strict):
     gradients: Gradients = Gradients()
     server: Server = Server()
     sampling: Sampling = Sampling()
+    targets: dict[Annotated[str, Field(pattern=r"^[A-Za-z]\w*$")], Target] = {}
+    forecast: Forecast = Forecast()
     scores: Annotated[
         list[ScoreRequest], BeforeValidator(lambda v: [ScoreRequest.read(e) for e in v] if isinstance(v, list) else v)
     ] = []
@@ -436,14 +459,15 @@ def _explain(error: ValidationError, raw: Any, lines: dict[tuple[Any, ...], int]
             path
             and path not in lines
             and len(path) > 1
-            and not (isinstance(path[-1], int) or item["type"] == "extra_forbidden")
+            and not (isinstance(path[-1], int) or item["type"] in ("extra_forbidden", "missing"))
         ):
             path = path[:-1]  # pydantic adds the names of union members
         key = ".".join(str(p) for p in path)
         if key in seen:
             continue
         seen.add(key)
-        where = f"{file}, line {lines[path]}" if path in lines else file
+        line = lines.get(path) or (lines.get(path[:-1]) if item["type"] == "missing" else None)
+        where = f"{file}, line {line}" if line else file
         if item["type"] == "extra_forbidden":
             allowed = _fields(Recipe, path[:-1])
             near = difflib.get_close_matches(str(path[-1]), allowed, 1, 0.5)

@@ -294,7 +294,7 @@ def wanted_measurements(loaded: Loaded) -> list[Any]:
     found: dict[str, Any] = {}
     for want in wanted_scores(loaded):
         for text in want.score.needs:
-            role, _, column = text.rpartition(".")
+            role, column = want.need(text)
             measurement = providers(column, loaded.recipe.kind) if role != "row" else None
             if role == "row" or (measurement is not None and measurement.reads == "tokens"):
                 continue
@@ -306,7 +306,7 @@ def wanted_measurements(loaded: Loaded) -> list[Any]:
                 raise UsageError(
                     f"{want.name} needs the column {column}, which nothing measures on {loaded.recipe.kind} rows."
                 )
-            if measurement.reads == "backward":
+            if measurement.reads in ("backward", "direction"):
                 raise UsageError(
                     f"{want.name} needs a backward pass, which is measured on saved checkpoints, not in training."
                 )

@@ -85,11 +85,11 @@ def recorded_uses(store: Store, run: str, wanted: Iterable[Wanted], kind: str) -
         return [m.fingerprint for m in tokens if not role and column in having.get(m.measurement, ())][:1]
 
     uses: Uses = {}
-    declared: list[tuple[Any, bool]] = [(want.score, True) for want in wanted]
-    declared += [(value, False) for value in DATASET_VALUES.values() if value.kind in ("any", kind)]
-    for columns, asked in declared:
+    declared: list[tuple[Any, dict[str, Any], bool]] = [(want.score, want.params, True) for want in wanted]
+    declared += [(value, {}, False) for value in DATASET_VALUES.values() if value.kind in ("any", kind)]
+    for columns, params, asked in declared:
         for text in (*columns.needs, *columns.optional):
-            role, _, column = text.rpartition(".")
+            role, column = columns.need(text, params)
             if role == "row":
                 continue
             found = find(column, role, columns.over)

@@ -73,7 +73,8 @@ def compute_scores(store: Store, plan: Plan, row_ids: list[str], sources: list[s
         for series in columns.runs(want.score.over):
             given = columns.of(want, series)
             if given is not None:
-                values = want.score.compute(given, steps=series.steps if series else None, params=want.params)
+                steps, rates = (series.steps, columns.rates(series)) if series else (None, None)
+                values = want.score.compute(given, steps=steps, rates=rates, params=want.params)
                 per_run.append(columns.where_trained(values, series))
         over_runs = _most_common if want.score.names else _mean
         result[want.name] = over_runs(per_run) if per_run else np.full(len(row_ids), np.nan)
@@ -161,6 +162,11 @@ class Columns:
             return [None]
         return series_of(self.measured, self.plan.uses, over)
 
+    def rates(self, series: Series) -> list[float | None]:
+        """The checkpoints' learning rates, as far as their trainers wrote them down."""
+        known = {(s.run, s.checkpoint): s.rate for s in self.plan.subjects.series}
+        return [known.get((series.run, checkpoint)) for checkpoint in series.checkpoints]
+
     @property
     def plan_is_imported(self) -> bool:
         return not self.plan.steps and self.plan.recorded is None
@@ -169,7 +175,7 @@ class Columns:
         """need -> array for a score; None where a column that it needs is not there."""
         given: dict[str, Any] = {}
         for text in (*want.score.needs, *want.score.optional):
-            role, _, column = text.rpartition(".")
+            role, column = want.need(text)
             values = (
                 self.own(column, text in want.score.needs)
                 if role == "row"

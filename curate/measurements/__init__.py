@@ -8,6 +8,7 @@
 reads    "tokens": the function takes one Encoded or EncodedPair and returns {column: number}; no model runs
          "forward": it takes a Batch of the forward pass (passes/batch.py) and returns {column: (rows,) tensor}
          "sample", "backward": as their passes say
+         "direction": it takes the rows' derivatives along `direction` (measurements/directions.py)
 kind     rows it is for: "preference", "sft", or "any"
 head     statistics of the LM head it reads (passes/head.py); what no measurement asks for is not computed
 columns  name -> unit. NaN is unknown.
@@ -28,8 +29,18 @@ import numpy as np
 from curate.errors import CurateError
 from curate.tokens import Encoded, EncodedPair
 
-Reads = Literal["tokens", "forward", "sample", "backward"]
+Reads = Literal["tokens", "forward", "sample", "backward", "direction"]
 Kind = Literal["preference", "sft", "any"]
+
+
+@dataclass(frozen=True)
+class Direction:
+    """A direction in weight space. of: "step" (the training set's own), "chosen" (its mean chosen gradient), "head" (the LM head's part of the
+    step), or "target.NAME" (the mean gradient of a target that the recipe names). step: the diagonal P, of sgd, sign or adam.
+    """
+
+    of: str
+    step: Literal["sgd", "sign", "adam"]
 
 
 @dataclass(frozen=True)
@@ -47,6 +58,7 @@ class Measurement:
     head: tuple[str, ...] = ()
     without_prompt: bool = False
     prompt_only: bool = False
+    direction: Direction | None = None
 
     @property
     def description(self) -> str:
@@ -113,11 +125,15 @@ def _home(function: Callable[..., Any]) -> str:
 
 
 def providers(column: str, kind: str) -> Measurement | None:
-    """The measurement that gives a column for rows of a kind; None where none does."""
+    """The measurement that gives a column for rows of a kind, made on the spot where the column's name says along which direction; None
+    where none does.
+    """
     for m in MEASUREMENTS.values():
         if column in m.columns and m.kind in (kind, "any"):
             return m
-    return None
+    from curate.measurements.directions import along_direction
+
+    return along_direction(column, kind)
 
 
 def measure_tokens(

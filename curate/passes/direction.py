@@ -11,7 +11,9 @@ Source: Rafailov et al. 2023, arXiv:2305.18290 (DPO's gradient); Xia et al. 2024
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -178,6 +180,33 @@ def accumulate_head(model: Model, encoded: Rows, weigh: Weigh, *, token_budget: 
             states, where = states_of(model, bundle)
             _head(model, bundle, weigh, states, where, weight, bias, slope=False)
     return {"weight": weight.cpu()} | ({} if bias is None else {"bias": bias.cpu()})
+
+
+def save_vector(vector: Vector, file: Path) -> None:
+    """As safetensors, whole or not at all."""
+    from safetensors.torch import save_file
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    new = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        save_file({name: value.contiguous() for name, value in vector.items()}, new)
+        new.replace(file)
+    except OSError as problem:
+        new.unlink(missing_ok=True)
+        raise ModelError(f"{file}: a direction cannot be kept there ({problem.strerror}).") from None
+
+
+def load_vector(file: Path) -> Vector:
+    """What `save_vector` wrote; read from the disk as it is used. ModelError where it cannot be read."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as problem:
+        raise ModelError(
+            f"{file}: unreadable ({type(problem).__name__}). Delete its folder, it is made anew."
+        ) from problem
 
 
 def precondition(x: Vector, step: Step, at: Vector, second_moment: Vector | None = None) -> Vector:

@@ -144,6 +144,8 @@ def find_rules(model: Model, parameters: Parameters = "all") -> Rules:
 def parameter_names(model: Model, parameters: Parameters = "all") -> tuple[str, ...]:
     """The parameters that were asked for, with a rule or without, by the names of `named_parameters`. ModelError where there are none."""
     found = _wanted(model.module, _owners(model.module), _decoder_layers(model.module), parameters)
+    if parameters != "lora" and model.adapter is not None:
+        found = {key: name for key, name in found.items() if ".lora_" not in name}
     if not found:
         raise ModelError(
             f"{model.path or type(model.module).__name__}: {_said(parameters)} were asked for, it has none."

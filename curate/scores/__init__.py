@@ -7,6 +7,7 @@ arguments are its parameters. One file per family; a user's own is named `packag
     def ches(hidden_cc, hidden_cr):
         return hidden_cr - hidden_cc
 
+A need may name its parameters in braces: "forecast_{step}_chosen" with step: sign is the column forecast_sign_chosen.
 A need is a column's name, or a role and a column: "policy.chosen_logp" is the policy model's, "row.agreement" the user's own column
 `agreement`; without a role it is the reference's (preference) or the last checkpoint's (sft; with over="checkpoints" every checkpoint's).
 """
@@ -48,7 +49,7 @@ Array = np.ndarray[Any, np.dtype[np.float64]]
 Kind = Literal["preference", "sft", "any"]
 Over = Literal["checkpoints"] | None
 Worst = Literal["high", "low", "none"]
-Cost = Literal["free", "forward", "sampling", "backward"]
+Cost = Literal["free", "forward", "sampling", "backward", "direction"]
 
 # What a column costs to measure, for those that cost something other than a forward pass (a test holds it to the measurements' own word).
 _READS: dict[str, Cost] = {
@@ -57,11 +58,19 @@ _READS: dict[str, Cost] = {
     **dict.fromkeys(("n_samples", "n_correct", "accuracy", "sample_logp", "n_unfinished"), "sampling"),
     **dict.fromkeys(("entk_cc", "entk_cr", "entk_rr", "loss_gradient"), "backward"),
 }
-_COSTS: tuple[Cost, ...] = ("free", "forward", "sampling", "backward")
+_ALONG = ("forecast_", "head_forecast_", "contribution_", "influence_")  # columns along a direction in weight space
+_COSTS: tuple[Cost, ...] = ("free", "forward", "sampling", "backward", "direction")
+
+
+def cost_of(column: str) -> Cost:
+    """What a column costs to measure."""
+    return "direction" if column.startswith(_ALONG) else _READS.get(column, "forward")
 
 
 class Need(NamedTuple):
-    """One column that a score reads. role: "" (see above), a model's role such as "policy", or "row" for the user's own column."""
+    """One column that a score reads. role: "" (see above; "reference" is the same), "policy", "warmup" (the reference after a short warm-up
+    that curate runs), or "row" for the user's own column.
+    """
 
     role: str
     column: str
@@ -69,7 +78,7 @@ class Need(NamedTuple):
     @classmethod
     def read(cls, text: str) -> Need:
         role, _, column = text.rpartition(".")
-        return cls(role, column)
+        return cls("" if role == "reference" else role, column)
 
 
 @dataclass(frozen=True)
@@ -77,7 +86,8 @@ class Columns:
     """What a score and a dataset value have in common: a function over columns, with parameters.
 
     name: the function's. path: "module:name". needs, optional: column names, in the order of the function's positional arguments (an
-    optional column is None where nobody measured it). takes_steps: the function wants `steps`, the (K,) steps of the checkpoints.
+    optional column is None where nobody measured it). takes_steps: the function wants `steps`, the (K,) steps of the checkpoints;
+    takes_rates: `rates`, their (K,) learning rates.
     """
 
     name: str
@@ -90,6 +100,7 @@ class Columns:
     source: str
     parameters: Mapping[str, Parameter]
     takes_steps: bool
+    takes_rates: bool
 
     what: typing.ClassVar[str] = "function"
 
@@ -108,12 +119,16 @@ class Columns:
         """needs, then optional, as (role, column)."""
         return tuple(Need.read(text) for text in (*self.needs, *self.optional))
 
+    def need(self, text: str, params: Mapping[str, Any]) -> Need:
+        """One of needs or optional with its parameters filled in: "forecast_{step}_chosen" is forecast_sign_chosen where step is sign."""
+        return Need.read(text.format_map(params) if "{" in text else text)
+
     @property
     def cost(self) -> Cost:
         """The dearest pass that its needs ask for: free (tokens or the user's own columns), forward, sampling, backward."""
         needs = [Need.read(text) for text in self.needs]
         return max(
-            ("free" if n.role == "row" else _READS.get(n.column, "forward") for n in needs),
+            ("free" if n.role == "row" else cost_of(n.column) for n in needs),
             key=_COSTS.index,
             default="free",
         )
@@ -144,7 +159,12 @@ class Columns:
         return result
 
     def call(
-        self, columns: Mapping[str, Any], *, steps: Iterable[int] | None = None, params: Mapping[str, Any] | None = None
+        self,
+        columns: Mapping[str, Any],
+        *,
+        steps: Iterable[int] | None = None,
+        rates: Iterable[float | None] | None = None,
+        params: Mapping[str, Any] | None = None,
     ) -> Any:
         """The function over named columns. `columns` maps each need, as it is written in `needs`, to its array."""
         missing = [need for need in self.needs if columns.get(need) is None]
@@ -159,6 +179,8 @@ class Columns:
         extra: dict[str, Any] = (
             {"steps": None if steps is None else np.asarray(list(steps))} if self.takes_steps else {}
         )
+        if self.takes_rates:
+            extra["rates"] = None if rates is None else np.asarray(list(rates), dtype=np.float64)
         try:
             return self.function(*arrays, **self.check(params or {}), **extra)
         except ValueError as error:
@@ -187,14 +209,19 @@ class Score(Columns):
     what = "score"
 
     def compute(
-        self, columns: Mapping[str, Any], *, steps: Iterable[int] | None = None, params: Mapping[str, Any] | None = None
+        self,
+        columns: Mapping[str, Any],
+        *,
+        steps: Iterable[int] | None = None,
+        rates: Iterable[float | None] | None = None,
+        params: Mapping[str, Any] | None = None,
     ) -> Array:
         """(rows,) float64, NaN where unknown.
 
         columns: need (as written in `needs` and `optional`) -> (rows,) array, or (rows, K) over checkpoints in step order.
         Raises UsageError for a missing column, bad parameters, or a function that returns another shape.
         """
-        result = np.asarray(self.call(columns, steps=steps, params=params), dtype=np.float64)
+        result = np.asarray(self.call(columns, steps=steps, rates=rates, params=params), dtype=np.float64)
         rows = len(columns[(*self.needs, *self.optional)[0]])
         if result.shape != (rows,):
             raise UsageError(
@@ -251,7 +278,8 @@ def score(
     names: tuple[str, ...] = (),
 ) -> Callable[[Callable[..., Any]], Score]:
     """Declare a score. needs, optional: see the module. over="checkpoints": every column comes as (rows, K), in step order, NaN where
-    unmeasured (K counts the base model as step 0 where it is given); an argument called `steps` then gets the K steps.
+    unmeasured (K counts the base model as step 0 where it is given); an argument called `steps` then gets the K steps, one called `rates`
+    the learning rates there (None or NaN where nobody knows them).
 
     The function takes needs, then optional columns, in that order; keyword-only arguments are parameters.
     """
@@ -342,7 +370,7 @@ def _described(
     keyword = [p for p in signature.parameters.values() if p.kind == p.KEYWORD_ONLY]
     parameters = {}
     for p in keyword:
-        if p.name == "steps":
+        if p.name in ("steps", "rates"):
             continue
         known = p.default is not p.empty and p.default is not None
         parameters[p.name] = Parameter(p.name, p.default, hints.get(p.name, type(p.default) if known else None))
@@ -357,6 +385,7 @@ def _described(
         "source": source,
         "parameters": types.MappingProxyType(parameters),
         "takes_steps": any(p.name == "steps" for p in keyword),
+        "takes_rates": any(p.name == "rates" for p in keyword),
     }
 
 
@@ -382,6 +411,7 @@ from curate.scores import (  # noqa: E402
     displacement,  # noqa: F401
     flags,  # noqa: F401
     flips,  # noqa: F401
+    forecast,  # noqa: F401
     gradients,  # noqa: F401
     hardness,  # noqa: F401
     limem,  # noqa: F401

@@ -15,7 +15,9 @@ NOW = {
     "edit_distance", "ches", "ches_ln", "last_state_product", "accuracy", "target_nll", "difficulty", "premem_accuracy",
     "fluent", "confidence", "variability", "correctness", "forgetting_events", "first_learned_step", "never_learned",
     "loss_drop", "learning_impact", "phase", "limem", "map_region", "flipped", "flip_step", "never_flipped",
+    "batch_forecast", "margin_forecast", "head_forecast", "displacement_contribution", "influence",
 }  # fmt: skip
+NO_DEFAULT = {"influence": {"target": "refusals"}}
 
 
 def test_every_name_of_the_interface_so_far():
@@ -33,7 +35,7 @@ def test_every_score_says_what_it_is(name):
         and s.description.endswith((".", ":"))
         and s.worst in ("high", "low", "none")
     )
-    assert s.kind in ("preference", "sft")
+    assert s.kind in ("preference", "sft") or name == "influence"
     assert s.null_where == "" or s.null_where in SCORES
 
 
@@ -46,7 +48,7 @@ def test_no_rows_and_unknown_rows(name):
         shape = (rows, k) if k else (rows,)
         columns = {need: np.full(shape, np.nan) for need in s.needs}
         with np.errstate(all="raise"):
-            result = s.compute(columns, steps=[0, 5, 9][: k or 0] or None)
+            result = s.compute(columns, steps=[0, 5, 9][: k or 0] or None, params=NO_DEFAULT.get(name))
         assert result.shape == (rows,) and np.isnan(result).all()
 
 
@@ -66,9 +68,10 @@ def test_a_row_does_not_depend_on_the_others(name):
     rng = np.random.default_rng(0)
     shape = (40, 4) if s.over else (40,)
     columns = {need: np.where(rng.random(shape) < 0.15, np.nan, rng.random(shape).round(1)) for need in s.needs}
-    whole = s.compute(columns, steps=[0, 1, 2, 3])
+    whole = s.compute(columns, steps=[0, 1, 2, 3], params=NO_DEFAULT.get(name))
     order = rng.permutation(40)
-    shuffled = s.compute({need: values[order] for need, values in columns.items()}, steps=[0, 1, 2, 3])
+    mixed = {need: values[order] for need, values in columns.items()}
+    shuffled = s.compute(mixed, steps=[0, 1, 2, 3], params=NO_DEFAULT.get(name))
     np.testing.assert_array_equal(shuffled, whole[order])
 
 
@@ -78,7 +81,7 @@ def test_arguments_are_not_changed(name):
     shape = (4, 3) if s.over else (4,)
     columns = {need: np.linspace(0.1, 0.9, int(np.prod(shape))).reshape(shape) for need in s.needs}
     before = {need: values.copy() for need, values in columns.items()}
-    result = s.compute(columns, steps=[1, 2, 3])
+    result = s.compute(columns, steps=[1, 2, 3], params=NO_DEFAULT.get(name))
     assert all(not np.shares_memory(result, values) for values in columns.values())
     assert all((columns[need] == before[need]).all() for need in columns)
 
@@ -86,7 +89,7 @@ def test_arguments_are_not_changed(name):
 @pytest.mark.parametrize(
     "name, cost",
     [("edit_distance", "free"), ("ches_ln", "forward"), ("flip_loss", "forward"), ("implicit_reward_gap", "forward"),
-     ("accuracy", "sampling"), ("premem_accuracy", "sampling"), ("fluent", "forward")],
+     ("accuracy", "sampling"), ("premem_accuracy", "sampling"), ("fluent", "forward"), ("influence", "direction"), ("head_forecast", "direction")],
 )  # fmt: skip
 def test_cost_comes_from_the_needs(name, cost):
     assert SCORES[name].cost == cost
@@ -95,16 +98,18 @@ def test_cost_comes_from_the_needs(name, cost):
 def test_costs_agree_with_the_measurements():
     """What scores believe a column costs is what its measurement reads."""
     from curate.measurements import providers
-    from curate.scores import _READS
+    from curate.scores import cost_of
 
-    reads = {"tokens": "free", "forward": "forward", "sample": "sampling", "backward": "backward"}
+    reads = {"tokens": "free", "forward": "forward", "sample": "sampling"}
     for s in SCORES.values():
-        for role, column in map(Need.read, s.needs):
+        for need in s.needs:
+            role, column = s.need(need, s.check(NO_DEFAULT.get(s.name, {})))
             if role == "row":  # the user's own
                 continue
-            provider = providers(column, s.kind)
-            assert provider is not None, f"{s.name} needs {column}, which no measurement gives"
-            assert _READS.get(column, "forward") == reads[provider.reads]
+            for kind in ("preference", "sft") if s.kind == "any" else (s.kind,):
+                provider = providers(column, kind)
+                assert provider is not None, f"{s.name} needs {column}, which no measurement gives"
+                assert cost_of(column) == cost_of(Need.read(need).column) == reads.get(provider.reads, provider.reads)
 
 
 @pytest.mark.parametrize(

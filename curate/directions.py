@@ -1,0 +1,215 @@
+"""What a recipe's directions in weight space are made of (rows, models, β, Adam's state, targets), their identity, and where they are kept.
+
+    STORE/directions/<id>.safetensors   a gradient, or what P makes of it: 4 bytes a parameter each
+    STORE/directions/<id>.json          how far the weights are moved along it, and how exact that is
+    STORE/directions/warmup-<id>/       the reference after a warm-up, with Adam's second moments
+
+The folder may be deleted at any time: what is measured stays, what is still to be measured makes them anew. G is over every distinct
+training row once.
+"""
+
+from __future__ import annotations
+
+import difflib
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from curate.checkpoints import Subject
+from curate.errors import UsageError
+from curate.rows import Row, content_id
+
+if TYPE_CHECKING:
+    from curate.data import Reading
+    from curate.identity import Identity
+    from curate.measurements import Direction
+    from curate.plan import Step, Subjects
+    from curate.recipe import Loaded, Target
+    from curate.store import Store
+
+OPTIMIZER = "optimizer.pt"
+MOMENTS = "second_moments.safetensors"
+
+
+class Directions:
+    """The directions of one recipe. `train`: the names of its training sources, already read into the store."""
+
+    def __init__(self, loaded: Loaded, store: Store, subjects: Subjects, identity: Identity, train: list[str]):
+        self.loaded, self.recipe, self.store = loaded, loaded.recipe, store
+        self.subjects, self.ids, self.train = subjects, identity, train
+        self.folder = store.folder / "directions"
+        self.pairs = loaded.recipe.kind == "preference"
+        self._targets: dict[str, str] = {}
+
+    @cached_property
+    def rows(self) -> list[str]:
+        """Ids of the training rows, in a fixed order."""
+        return self.store.row_ids_of(self.train, kind=self.recipe.kind, role="train")
+
+    @cached_property
+    def rows_id(self) -> str:
+        return content_id(*sorted(self.rows))
+
+    @property
+    def start(self) -> Subject:
+        """The model that training begins from: the reference, else the model whose plain columns are shown."""
+        found = self.subjects.reference or self.subjects.plain
+        assert found is not None
+        return found
+
+    def has_margins(self, subject: Subject) -> bool:
+        """Whether a pair's DPO margin is not 0 by definition: the model is not the reference. UsageError where no reference is named."""
+        if not self.pairs or subject.fingerprint == self.start.fingerprint:
+            return False
+        if self.subjects.reference is None:
+            raise UsageError(
+                f"DPO's margins at {subject.label} are against a reference: set models.reference in the recipe."
+            )
+        return True
+
+    def identity(self, direction: Direction, subject: Subject) -> dict[str, Any]:
+        """What a value along a direction depends on, beyond the measured model and how rows become tokens."""
+        found = {"gradient": self.gradient_id(direction.of, subject), "step": direction.step}
+        if self.pairs:
+            found["beta"] = str(self.recipe.forecast.beta)
+        if self.has_margins(subject):
+            found["reference"] = self.start.fingerprint
+        if direction.step == "sign" and direction.of != "head":
+            found["taken_at"] = self.gradient_id("step", subject)
+        if direction.step == "adam":
+            found["optimizer"] = self.optimizer_id(subject)
+        return found
+
+    def gradient_id(self, of: str, subject: Subject) -> str:
+        """The identity of a gradient before P."""
+        if of.startswith("target."):
+            about: tuple[Any, ...] = (self.target_id(of.removeprefix("target.")),)
+        elif of == "chosen":
+            about = (self.rows_id,)
+        else:
+            beta = self.recipe.forecast.beta if self.pairs else None
+            about = (self.rows_id, beta, self.start.fingerprint if self.has_margins(subject) else None)
+        return content_id("gradient", of, subject.fingerprint, self._encoding(subject), *about)
+
+    def _encoding(self, subject: Subject) -> list[Any]:
+        tokens = self.recipe.tokens
+        engine = self.ids.engine("direction", subject)
+        found = [engine, self.ids.tokenizer(subject), tokens.max_length, tokens.truncation]
+        return [*found, self.recipe.gradients.parameters]
+
+    # ---- Adam's state -------------------------------------------------------------------------------------------------------------------
+
+    def warmup(self) -> Subject:
+        """The model after the warm-up that curate runs, whether it was run yet or not."""
+        forecast, start = self.recipe.forecast, self.start
+        if start.base is not None:
+            raise UsageError(
+                f"{start.label} is a LoRA adapter, and a warm-up trains whole models. Merge it first (peft's merge_and_unload), or take "
+                "`at: reference` and a step other than adam."
+            )
+        settings = forecast.model_dump(exclude={"optimizer"} if self.pairs else {"optimizer", "beta"})
+        fingerprint = content_id(
+            "warmup", start.fingerprint, self._encoding(start), self.rows_id, self.recipe.engine.seed, settings
+        )
+        path = self.folder / f"warmup-{fingerprint}"
+        return Subject(
+            str(path), fingerprint, "", f"{start.label} after {forecast.warmup_steps} steps", start=start.path
+        )
+
+    def optimizer(self, subject: Subject) -> Path | Subject:
+        """Where Adam's second moments come from: a file, or the warm-up. UsageError where there is neither."""
+        given = self.recipe.forecast.optimizer
+        if given is not None:
+            path = self.loaded.resolve(given)
+            if not path.is_file():
+                raise UsageError(
+                    f"forecast.optimizer: {given} is not a file; give a trainer's saved {OPTIMIZER} (in its checkpoint's folder)."
+                )
+            return path
+        own = Path(subject.path) / OPTIMIZER
+        if own.is_file() and not (
+            self.pairs and subject.fingerprint == self.start.fingerprint
+        ):  # DPO starts a new Adam
+            return own
+        warmed = self.warmup()
+        if subject.fingerprint in (self.start.fingerprint, warmed.fingerprint):
+            return warmed
+        raise UsageError(
+            f"step: adam needs Adam's state at {subject.label}, and there is no {OPTIMIZER} in its folder. Keep it there (the trainer's "
+            "save_only_model: false), name one with forecast.optimizer, or take step: sgd."
+        )
+
+    def optimizer_id(self, subject: Subject) -> str:
+        found = self.optimizer(subject)
+        return found.fingerprint if isinstance(found, Subject) else self.ids.cache.of(found)
+
+    # ---- targets ------------------------------------------------------------------------------------------------------------------------
+
+    def target(self, name: str) -> Target:
+        """A target of the recipe. UsageError naming the nearest."""
+        targets = self.recipe.targets
+        if name in targets:
+            return targets[name]
+        near = difflib.get_close_matches(name, targets, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(targets) or 'none'}."
+        raise UsageError(
+            f"{self.loaded.path or 'recipe'}: influence on {name!r}: the recipe's `targets` name no such rows; {hint} "
+            f"`targets: {{{name}: {{path: …, of: chosen}}}}` adds them."
+        )
+
+    def target_id(self, name: str) -> str:
+        if name not in self._targets:
+            target = self.target(name)
+            sources = [info.fingerprint for info in self._reading(target).sources]
+            settings = target.model_dump(exclude={"path"})
+            self._targets[name] = content_id(sources, settings)
+        return self._targets[name]
+
+    def target_rows(self, name: str) -> list[Row]:
+        """The target's rows, bad ones as its `on_bad_row` says."""
+        target = self.target(name)
+        records = self._reading(target).good(
+            target.on_bad_row, setting=f"targets.{name}", target=str(self.loaded.path or target.path)
+        )
+        found = [record.row for record in records if record.row is not None]
+        return found[: target.limit]
+
+    def _reading(self, target: Target) -> Reading:
+        from curate.data import read
+
+        return read(
+            target.path,
+            kind="sft" if target.of == "completion" else "preference",
+            split=target.split,
+            revision=target.revision,
+            format=target.format,
+            columns=target.columns,
+            base=self.loaded.folder,
+        )
+
+    # ---- what is kept -------------------------------------------------------------------------------------------------------------------
+
+    def file(self, name: str, ending: str = "safetensors") -> Path:
+        return self.folder / f"{name}.{ending}"
+
+    def ahead(self, step: Step) -> int:
+        """What comes before a step's rows, in rows run forward: a gradient counts each of its rows three times."""
+        rows, subject, wanted = 0, step.subject, set()
+        for task in {task.fingerprint: task for _, _, tasks in step.blocks for task in tasks}.values():
+            direction = task.measurement.direction
+            if direction is None:
+                continue
+            wanted.add(direction.of)
+            if direction.step == "sign" and direction.of != "head":
+                wanted.add("step")
+            if direction.step == "adam" or subject.start:
+                found = subject if subject.start else self.optimizer(subject)
+                if isinstance(found, Subject) and not Path(found.path).is_dir():
+                    wanted.add("warmup")
+        forecast = self.recipe.forecast
+        for of in wanted:
+            if of == "warmup":
+                rows += 3 * forecast.warmup_steps * forecast.warmup_rows
+            elif not of.startswith("target.") and not self.file(self.gradient_id(of, subject)).is_file():
+                rows += (1 if of == "head" else 3) * len(self.rows)
+        return rows

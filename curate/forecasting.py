@@ -1,0 +1,281 @@
+"""Running the direction steps of a plan: directions made once and kept in the store, then two forward passes a shard along each of them.
+
+A direction is over the whole training set; killed while one is made, it is made again, and what was done before it is kept. Weights are
+float32 whatever engine.dtype says: the difference of two bfloat16 log-probabilities is noise.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from curate.checkpoints import Subject
+from curate.errors import ModelError, UsageError
+from curate.measuring import ForwardRunner
+from curate.progress import Progress
+from curate.rows import Row
+
+if TYPE_CHECKING:
+    from curate.identity import Task
+    from curate.passes.derivatives import Epsilon
+    from curate.passes.direction import Vector
+    from curate.plan import Plan, Step
+    from curate.recipe import Loaded
+    from curate.store import Store
+
+CHUNK = 4096  # training rows encoded at a time
+CHECKED = 64  # rows among which those are that ε is checked on
+
+
+class DirectionRunner(ForwardRunner):
+    """One float32 model for all subjects, moved along each direction and put back."""
+
+    reads = "direction"
+    dtype = "float32"
+
+    def __init__(self, loaded: Loaded, progress: Progress, store: Store, plan: Plan):
+        super().__init__(loaded, progress)
+        assert plan.directions is not None
+        self.store, self.plan, self.directions = store, plan, plan.directions
+        self.said: list[str] = []
+
+    def use(self, step: Step) -> None:
+        self.step = step
+        missing = {task.fingerprint: task for _, _, tasks in step.blocks for task in tasks}
+        subject = step.subject
+        if subject.start and not Path(subject.path).is_dir():
+            self._warm_up(step, subject)
+        found = {task.measurement.name: self.directions.optimizer(subject) for task in missing.values() if _adam(task)}
+        for optimizer in found.values():
+            if isinstance(optimizer, Subject) and not Path(optimizer.path).is_dir():
+                self._warm_up(step, optimizer)
+        super().use(step)
+        self.ready = {task.measurement.name: self._direction(task) for task in missing.values()}
+        self._say_once()
+
+    def run(
+        self, rows: list[Row], row_ids: Sequence[str], measurements: list[Any]
+    ) -> tuple[Mapping[str, Any], None, int]:
+        from curate.passes import forward
+        from curate.passes.derivatives import Line, derivatives, head_derivatives
+
+        encoded = self._encode(rows)
+        budget = self.recipe.engine.token_budget
+        columns: dict[str, Any] = {}
+        runs = 0
+        for m in measurements:
+            v, epsilon = self.ready[m.name]
+            if epsilon is None:
+                runs += 1
+                derivative = head_derivatives(self.model, encoded, v, token_budget=budget)
+                columns |= m.function(derivative, np.ones(len(rows)))
+                continue
+            runs += 2
+            with Line(self.model, v) as line:
+                along = derivatives(line, encoded, epsilon, token_budget=budget)
+            columns |= m.function(along.derivative, self._own_step(encoded, row_ids, along.logp))
+        return columns, None, runs * forward.tokens_to_run(encoded)
+
+    def notes(self) -> list[str]:
+        said, self.said = self.said, []
+        return list(dict.fromkeys(said))
+
+    def _say_once(self) -> None:
+        """What somebody who reads the numbers has to know: another precision than elsewhere, checkpoints that all weigh the same."""
+        from curate.passes.model import engine_identity
+
+        engine = self.recipe.engine
+        asked = engine_identity(dtype=engine.dtype, device=engine.device).split()[-1]
+        if asked != self.dtype:
+            self.said.append(
+                f"Along directions the model runs in {self.dtype}, not {asked}: a difference of two {asked} numbers is noise."
+            )
+        series = self.plan.subjects.series
+        targets = any(
+            "target." in task.measurement.direction.of for task in self.step.tasks if task.measurement.direction
+        )
+        if targets and len(series) > 1 and any(s.rate is None for s in series):
+            unknown = next(s for s in series if s.rate is None)
+            self.said.append(
+                f"influence adds up {len(series)} checkpoints with equal weights: {unknown.label} has no learning rate in a trainer_state.json."
+            )
+
+    def _own_step(self, encoded: list[Any], row_ids: Sequence[str], logp: np.ndarray) -> np.ndarray:
+        """(rows,): s_i of pairs, 1/T_i of SFT rows."""
+        if not self.directions.pairs:
+            return np.array([1 / row.n_response if row.problem is None else np.nan for row in encoded])
+        beta, reference = self.recipe.forecast.beta, self._reference(row_ids)
+        margin = 0.0 if reference is None else (logp - reference) @ [1.0, -1.0]
+        return np.broadcast_to(beta / (1 + np.exp(beta * margin)), len(encoded))
+
+    def _reference(self, row_ids: Sequence[str]) -> np.ndarray | None:
+        """(rows, 2) the reference's log-probabilities of both responses, None where the model is the reference."""
+        if not self.directions.has_margins(self.step.subject):
+            return None
+        names = ["chosen_logp", "rejected_logp"]
+        found = self.store.columns(self.plan.uses["", "chosen_logp", None][0], names, row_ids)
+        return np.stack([found[name] for name in names], 1)
+
+    # ---- making directions --------------------------------------------------------------------------------------------------------------
+
+    def _direction(self, task: Task) -> tuple[Vector, float | None]:
+        """v, and how far to go along it; None of the head's part, which is exact."""
+        from curate.passes.derivatives import Line, choose_epsilon
+        from curate.passes.direction import load_vector, precondition, save_vector
+
+        direction, files = task.measurement.direction, self.directions
+        assert direction is not None
+        kept, said = files.file(task.fingerprint), files.file(task.fingerprint, "json")
+        if said.is_file():
+            v = self._gradient(direction.of) if direction.step == "sgd" else load_vector(kept)
+            epsilon: float | None = json.loads(said.read_text())["epsilon"]
+            return v, epsilon
+        x = self._gradient(direction.of)
+        at = x if direction.step != "sign" or direction.of == "head" else self._gradient("step")
+        v = precondition(x, direction.step, at, self._moments() if direction.step == "adam" else None)
+        found: Epsilon | None = None
+        if direction.of != "head":
+            sample = files.rows[:: max(len(files.rows) // CHECKED, 1)]
+            encoded = self._encode([row for row in self.store.iter_rows(sample) if row is not None])
+            with Line(self.model, v) as line:
+                found = choose_epsilon(line, encoded, token_budget=self.recipe.engine.token_budget)
+            self.said.append(f"{task.measurement.name} along {self._name(direction.of)}: {found}")
+        if direction.step != "sgd":
+            save_vector(v, kept)
+        written = {"name": task.measurement.name, "model": self.step.subject.label} | (
+            {"epsilon": None}
+            if found is None
+            else {"epsilon": found.value, "error": found.error, "spearman": found.rank, "rows": found.rows}
+        )
+        _write(said, json.dumps(written))
+        return v, found.value if found else None
+
+    def _name(self, of: str) -> str:
+        names = {
+            "step": "the set's step",
+            "chosen": "the mean chosen gradient",
+            "head": "the head's part of the set's step",
+        }
+        return names.get(of) or f"the gradient of {of.removeprefix('target.')}"
+
+    def _moments(self) -> Vector:
+        from curate.directions import MOMENTS
+        from curate.passes.adam import second_moments
+        from curate.passes.direction import load_vector
+
+        found = self.directions.optimizer(self.step.subject)
+        if isinstance(found, Path):
+            return second_moments(found, self.model.module)
+        return load_vector(Path(found.path) / MOMENTS)
+
+    def _gradient(self, of: str) -> Vector:
+        """A mean gradient before P, made or from the store's folder."""
+        from curate.passes.direction import load_vector, save_vector
+
+        file = self.directions.file(self.directions.gradient_id(of, self.step.subject))
+        if not file.is_file():
+            save_vector(self._accumulated(of), file)
+        return load_vector(file)
+
+    def _accumulated(self, of: str) -> Vector:
+        from curate.passes import forward
+        from curate.passes.direction import accumulate, accumulate_head
+
+        total: Vector = {}
+        n = tokens = 0
+        started = time.perf_counter()
+        with self.progress.bar(f"gradient: {self._name(of)}", self._size(of)) as count:
+            for encoded, weigh in self._chunks(of):
+                known = sum(row.problem is None for row in encoded)
+                if known:
+                    budget = self.recipe.engine.token_budget
+                    if of == "head":
+                        found = accumulate_head(self.model, encoded, weigh, token_budget=budget)
+                        count(known)
+                    else:
+                        over = self.recipe.gradients.parameters
+                        found = accumulate(
+                            self.model, encoded, weigh, token_budget=budget, parameters=over, count=count
+                        )
+                    total = {name: total[name].add_(x) for name, x in found.items()} if total else found
+                n += known
+                count(len(encoded) - known)
+                tokens += forward.tokens_to_run(encoded) * (1 if of == "head" else 3)
+        if not n:
+            raise UsageError(
+                f"None of the rows of {self._name(of)} can be measured with {self.step.subject.label}; `curate validate` says more."
+            )
+        self.store.log_throughput(self.step.key, tokens, time.perf_counter() - started)
+        return {name: x.div_(n) for name, x in total.items()}
+
+    def _size(self, of: str) -> int:
+        return 0 if of.startswith("target.") else len(self.directions.rows)
+
+    def _chunks(self, of: str) -> Iterator[tuple[list[Any], Callable[..., Any]]]:
+        """Encoded rows and their weights, whose sum over the rows is so many times the mean."""
+        from curate.passes.direction import dpo_weights, fixed_weights, token_mean_weights
+
+        weights = {"chosen": (1.0, 0.0), "rejected": (0.0, 1.0), "margin": (1.0, -1.0), "completion": (1.0,)}
+        if of.startswith("target."):
+            name = of.removeprefix("target.")
+            weigh = fixed_weights(*weights[self.directions.target(name).of])
+            rows = self.directions.target_rows(name)
+            for i in range(0, len(rows), CHUNK):
+                yield self._encode(rows[i : i + CHUNK]), weigh
+            return
+        ids = self.directions.rows
+        for i in range(0, len(ids), CHUNK):
+            some = ids[i : i + CHUNK]
+            encoded = self._encode([row for row in self.store.iter_rows(some) if row is not None])
+            if of == "chosen":
+                yield encoded, fixed_weights(*weights["chosen"])
+            elif self.directions.pairs:
+                yield encoded, dpo_weights(self.recipe.forecast.beta, 1, self._reference(some))
+            else:
+                yield encoded, token_mean_weights(encoded, 1)
+
+    def _warm_up(self, step: Step, subject: Subject) -> None:
+        """Train the reference for a few steps; its weights and Adam's second moments into the subject's folder, whole or not at all."""
+        from curate.directions import MOMENTS
+        from curate.passes.direction import save_vector
+        from curate.passes.warmup import WarmUp, warm_up
+
+        forecast, start = self.recipe.forecast, self.directions.start
+        super().use(replace(step, subject=start))
+        settings = WarmUp(
+            forecast.warmup_steps, forecast.warmup_rows, forecast.learning_rate, forecast.beta, self.recipe.engine.seed
+        )
+        ids = self.directions.rows
+        order = np.random.default_rng(settings.seed).permutation(len(ids))[: 2 * settings.steps * settings.rows]
+        rows = [row for row in self.store.iter_rows([ids[i] for i in np.sort(order)]) if row is not None]
+        with self.progress.bar(f"warm-up of {start.label}", settings.steps) as count:
+            moments = warm_up(
+                self.model, self._encode(rows), settings, token_budget=self.recipe.engine.token_budget, count=count
+            )
+        folder = Path(subject.path)
+        unfinished = folder.with_name(f".{folder.name}.{os.getpid()}")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        try:
+            self.model.module.save_pretrained(unfinished)
+            save_vector(moments, unfinished / MOMENTS)
+            unfinished.replace(folder)
+        except OSError as problem:
+            raise ModelError(f"{folder}: the warmed-up model cannot be kept there ({problem.strerror}).") from None
+
+
+def _adam(task: Task) -> bool:
+    return task.measurement.direction is not None and task.measurement.direction.step == "adam"
+
+
+def _write(file: Path, text: str) -> None:
+    new = file.with_name(f".{file.name}.{os.getpid()}")
+    new.write_text(text)
+    new.replace(file)

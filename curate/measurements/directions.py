@@ -1,0 +1,64 @@
+"""Columns along a direction in weight space; their names say which: STEP is sgd, sign or adam, TARGET a name of the recipe's `targets`.
+
+    forecast_STEP_chosen, forecast_STEP_rejected   ⟨g±_i, P·G⟩, G = mean_j s_j (g+_j − g−_j), the training set's step
+    head_forecast_STEP                             the LM head's part of the first, exact and forward only
+    contribution_STEP                              s_i ⟨P·ḡ+, g+_i − g−_i⟩, ḡ+ the training set's mean chosen gradient
+    influence_TARGET_STEP                          the same with the target's mean gradient in place of ḡ+; of SFT rows the product of P·ḡ_target with
+                                                   the gradient of the row's mean log-probability per token
+
+They belong to the model, to the rows that made the direction, to β, to P and to the target's rows: their fingerprint holds all of these.
+A direction is made once (passes/direction.py), a column costs two forward passes (passes/derivatives.py) of a float32 model.
+
+Source: Pruthi et al. 2020, arXiv:2002.08484 (TracIn); Xia et al. 2024, arXiv:2402.04333 (LESS).
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+
+from curate.measurements import Direction, Measurement
+
+STEPS = "sgd|sign|adam"
+UNIT = "nats per unit of step"
+
+
+def along_direction(column: str, kind: str) -> Measurement | None:
+    """The measurement that gives such a column; None where the name is no such column, or not for rows of this kind."""
+    pairs = kind == "preference"
+    if (found := re.fullmatch(rf"forecast_({STEPS})_(?:chosen|rejected)", column)) and pairs:
+        name = f"forecast_{found[1]}"
+        return _made(name, kind, "step", found[1], responses, f"{name}_chosen", f"{name}_rejected")
+    if (found := re.fullmatch(r"head_forecast_(sgd|sign)", column)) and pairs:
+        return _made(column, kind, "head", found[1], chosen_alone, column)
+    if (found := re.fullmatch(rf"contribution_({STEPS})", column)) and pairs:
+        return _made(column, kind, "chosen", found[1], own_step, column)
+    if found := re.fullmatch(rf"influence_(\w+)_({STEPS})", column):
+        return _made(column, kind, f"target.{found[1]}", found[2], own_step, column)
+    return None
+
+
+def _made(name: str, kind: Any, of: str, step: Any, function: Any, *columns: str) -> Measurement:
+    def read(derivative: np.ndarray, weight: np.ndarray) -> dict[str, np.ndarray]:
+        return dict(zip(columns, function(derivative, weight), strict=True))
+
+    read.__doc__ = function.__doc__
+    return Measurement(name, "direction", kind, dict.fromkeys(columns, UNIT), 1, read, direction=Direction(of, step))
+
+
+def responses(derivative: np.ndarray, weight: np.ndarray) -> list[np.ndarray]:
+    """What the step does to each response, per unit of it. derivative (rows, 2)."""
+    return [derivative[:, 0], derivative[:, 1]]
+
+
+def chosen_alone(derivative: np.ndarray, weight: np.ndarray) -> list[np.ndarray]:
+    """What the step does to the chosen response, per unit of it."""
+    return [derivative[:, 0]]
+
+
+def own_step(derivative: np.ndarray, weight: np.ndarray) -> list[np.ndarray]:
+    """What the row's own step does to the direction's log-probabilities. derivative (rows, 2) of pairs, weight s_i; (rows, 1) of SFT rows, 1/T_i."""
+    sign = np.array([1.0, -1.0])[: derivative.shape[1]]
+    return [weight * (derivative @ sign)]

@@ -1,0 +1,101 @@
+"""What the training set as a whole is about to do to a pair, whose fault that is, and what a row does to a target: first-order forecasts.
+
+    G = mean_j s_j (g+_j − g−_j)          the step that the set will take; s_j = β σ(−β·margin_j), β/2 at the reference
+    batch_forecast  = ⟨g+_i, P·G⟩         margin_forecast = ⟨g+_i − g−_i, P·G⟩        head_forecast: the LM head's part of the first, forward only
+    displacement_contribution = s_i ⟨P·ḡ+, g+_i − g−_i⟩          ḡ+ = mean_j g+_j: their mean is the mean batch_forecast, where P is the same
+    influence = Σ_k η_k s_i ⟨P·ḡ_target, g+_i − g−_i⟩            over checkpoints k; SFT rows: ⟨P·ḡ_target, ∇ mean log-probability per token⟩
+
+P, a diagonal taken at G and then fixed: sgd (1), sign (1/|G|: P·G = sign(G), AdamW's first step), adam (1/√v̂ of a saved optimizer or of a
+warm-up). Along another gradient than G, sign's diagonal weighs coordinates most where G is nearly 0: take sgd or adam there. Values are per
+unit of step: times η they are nats. First order: they rank, they are no calibrated change of a long run. β, warm-up and optimizer are the
+recipe's `forecast:`, the targets its `targets:`.
+
+Source: docs/scores.md, section 4; Pruthi et al. 2020, arXiv:2002.08484 (TracIn); Xia et al. 2024, arXiv:2402.04333 (LESS).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+
+from curate.scores import Array, score
+
+REN = "first order in the set's step; Ren & Sutherland 2024, arXiv:2407.10490"
+TRACIN = "Pruthi et al. 2020, arXiv:2002.08484; Xia et al. 2024, arXiv:2402.04333"
+UNIT = "nats per unit of step"
+Step = Literal["sgd", "sign", "adam"]
+At = Literal["reference", "policy", "warmup"]
+
+
+@score(
+    needs=("{at}.forecast_{step}_chosen",),
+    kind="preference",
+    unit=UNIT,
+    worst="low",
+    high_means="the set's step lifts this chosen response; below 0 it is about to fall, whoever's fault it is",
+    source=REN,
+)
+def batch_forecast(chosen: Array, *, step: Step = "sign", at: At = "reference") -> Array:
+    """⟨g+_i, P·G⟩, (rows,). NULL where unmeasured. at: the model that is measured: the reference, models.policy, or the reference after a warm-up."""
+    return chosen.copy()
+
+
+@score(
+    needs=("{at}.forecast_{step}_chosen", "{at}.forecast_{step}_rejected"),
+    kind="preference",
+    unit=UNIT,
+    worst="low",
+    high_means="the set's step widens this pair's margin much",
+    source=REN,
+)
+def margin_forecast(chosen: Array, rejected: Array, *, step: Step = "sign", at: At = "reference") -> Array:
+    """⟨g+_i − g−_i, P·G⟩, (rows,). NULL where unmeasured."""
+    return chosen - rejected
+
+
+@score(
+    needs=("{at}.head_forecast_{step}",),
+    kind="preference",
+    unit=UNIT,
+    worst="low",
+    high_means="the LM head's part of the set's step lifts this chosen response",
+    source=REN,
+)
+def head_forecast(chosen: Array, *, step: Literal["sgd", "sign"] = "sgd", at: At = "reference") -> Array:
+    """The LM head's part of batch_forecast, (rows,): two forward passes and no backward. NULL where unmeasured."""
+    return chosen.copy()
+
+
+@score(
+    needs=("{at}.contribution_{step}",),
+    kind="preference",
+    unit=UNIT,
+    worst="low",
+    high_means="this pair's own step lifts the set's chosen responses; below 0 it pushes them down",
+    source=REN,
+)
+def displacement_contribution(contribution: Array, *, step: Step = "adam", at: At = "warmup") -> Array:
+    """s_i⟨P·ḡ+, g+_i − g−_i⟩, (rows,): whose fault a falling chosen response is. NULL where unmeasured.
+
+    Taken after a short warm-up of DPO by default: at the reference itself it misleads.
+    """
+    return contribution.copy()
+
+
+@score(
+    needs=("influence_{target}_{step}",),
+    over="checkpoints",
+    unit=UNIT,
+    worst="low",
+    high_means="training on this row makes the target's answers likelier",
+    source=TRACIN,
+)
+def influence(along: Array, *, target: str, step: Step = "sgd", rates: Array | None = None) -> Array:
+    """Σ_k η_k⟨P·ḡ_target, the row's own step⟩ over the checkpoints, (rows,). NULL where one of them is unmeasured.
+
+    target: one of the recipe's `targets`. η_k: the mean learning rate up to checkpoint k by its trainer_state.json; 1 for all where one is not known.
+    """
+    if rates is None or len(rates) < 2 or np.isnan(rates).any():
+        rates = np.ones(along.shape[1])
+    return (along * rates).sum(axis=1)
