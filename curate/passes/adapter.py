@@ -110,8 +110,10 @@ class Factors:
             )
 
     @property
-    def shapes(self) -> dict[str, Any]:
-        """What two adapters share that can be exchanged in place."""
+    def shapes(self) -> dict[str, Any] | None:
+        """What two adapters share that can be exchanged in place; None where one takes the place of the base's own tensors."""
+        if self.whole or self.merged:
+            return None
         return {f"{layer} {name}": t.shape for layer, own in self.linear.items() for name, t in own.items()}
 
 
@@ -132,10 +134,9 @@ class Adapter:
         return not self.factors.merged
 
     def exchange(self, factors: Factors) -> bool:
-        """Another adapter's values in place; False, and nothing done, where it is on other layers or of other ranks."""
-        if factors.shapes != self.factors.shapes:
+        """Another adapter's values in place; False, and nothing done, where it is on other layers or of other ranks, or is more than factors."""
+        if factors.shapes is None or factors.shapes != self.factors.shapes:
             return False
-        self._restore()
         self.factors = factors
         self._fill()
         return True

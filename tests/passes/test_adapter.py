@@ -198,6 +198,25 @@ def test_gradients_over_an_adapter_equal_pefts(tmp_path):
         assert worst(last, columns(backward.measure(merged, pairs, ENTK, parameters=1))) < 1e-5
 
 
+def test_gradients_see_the_tensors_that_took_the_place_of_the_bases(tmp_path):
+    """Biases that one adapter brings are gone with the next."""
+    base, pairs = save("qwen2", tmp_path / "base"), random_pairs(4)
+    with forward.load_model(base, device="cpu") as model:
+        for seed in (1, 2):
+            theirs = double(adapt(base, tmp_path / str(seed), {**QV, "bias": "all"}, seed=seed))
+            model.use(tmp_path / str(seed), base=base)
+            found = backward.measure(model, pairs, ENTK, parameters="lora")
+            assert worst(columns(found), products(theirs, pairs, "lora_")) < 1e-6
+
+
+def test_bf16_is_close_to_peft(tmp_path):
+    base = save("qwen2", tmp_path / "base")
+    theirs = adapt(base, tmp_path / "a", QV)
+    with forward.load_model(tmp_path / "a", base=base, device="cpu", dtype="bfloat16") as model:
+        found = measured(model)
+    np.testing.assert_allclose(found, logps(double(theirs), random_pairs(5)), rtol=0.02)
+
+
 def test_factors_without_a_rule_have_no_lora_gradients(tmp_path):
     base = save("llama", tmp_path / "base")
     adapt(base, tmp_path / "a", {**QV, "target_modules": ["q_proj", "lm_head"]})
