@@ -276,7 +276,7 @@ def _measure(
     limits = Limits(loaded.recipe.tokens.max_length, loaded.recipe.tokens.truncation)
     nothing = Encoded(np.zeros(0, np.int32), 0, problem="no text")
     encoded: list[Any] = [nothing if row is None else encode(row, tokenizer, limits) for row in rows]
-    with load_model(subjects[0].path, dtype=dtype, device=engine.device) as model:
+    with load_model(subjects[0].path, base=subjects[0].base, dtype=dtype, device=engine.device) as model:
         reason = why_not_gradients(model)
         way: Way = "gradients" if reason is None else "forwards"
         notes = [] if reason is None else [f"By differences of forward passes: {reason}"]
