@@ -1,19 +1,31 @@
-"""SFT prioritising: measure a training run's checkpoints, and export the rows whose like should be collected next.
+"""SFT prioritising: measure a training run's checkpoints, and export the rows whose like should be collected next; or do that in rounds.
 
     python pipelines/prioritize_sft.py configs/prioritize_sft.yaml [--set select.keep.rows=500]
+    python pipelines/prioritize_sft.py RECIPE --rounds 3 --take 500 --pool pool.jsonl --like states --model BASE
+    python pipelines/prioritize_sft.py RECIPE --rounds 3 --take 500 --generate template.txt --train "python train.py {data} {out}"
 
 Rows with a low pre-memorization accuracy are the ones that the run recites rather than solves (Kang et al. 2024, arXiv:2411.07681): more data
-like them pays. Rows that were fluent from the start get 0 by the formula although most are easy, so they are counted apart and never
-picked silently. Exit 0 done, 1 failed, 2 wrong recipe.
+like them is said to pay; what the demo's task says of that: benchmarks/README.md. Rows that were fluent from the start get 0 by the
+formula although most are easy: they are counted apart, never picked silently here, and never hard in rounds.
+
+With --rounds: train, measure, collect `--take` rows like the hard ones, again, and a last training on everything. The rows to start from
+are the recipe's source. New rows come from a pool (read as the source is; `--like states`, `group:COLUMN` or `module:function`) or from a
+model that writes problems after `--generate`'s template and answers them (kept where the answers agree). None is known, held out or a
+repetition. Training is TRL's SFTTrainer from --model, or a command of your own. Stopped, it goes on where it was. Exit 0 done, 1 failed, 2
+wrong recipe or use.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 import curate
+from curate import next_rows, rounds
 from curate.errors import CurateError, UsageError
 from curate.progress import Progress
 from curate.recipe import load_recipe
@@ -68,14 +80,79 @@ def prioritize_sft(recipe: str | Path, *, overrides: list[str] | None = None, qu
     return "\n".join(lines)
 
 
+def grow(recipe: Path, asked: argparse.Namespace) -> list[dict[str, Any]]:
+    """The rounds that the command line asks for. UsageError where it does not say where rows come from, or what is trained."""
+    if (asked.pool is None) == (asked.generate is None):
+        raise UsageError("--rounds: say where new rows come from, either --pool FILE or --generate TEMPLATE.")
+    if (asked.model is None) == (asked.train is None):
+        raise UsageError(
+            '--rounds: say what is trained, either --model BASE or --train "python train.py {data} {out}".'
+        )
+    if asked.take is None:
+        raise UsageError("--rounds: say how many rows a round collects, --take N.")
+    out_folder = asked.out or recipe.with_name(f"{recipe.stem}-rounds")
+    script = shlex.join([sys.executable, str(Path(__file__).resolve().with_name("train_sft.py"))])
+    command = asked.train or f"{script} {{data}} {{out}} --model {{model}} --seed {{seed}}"
+    if asked.pool is not None:
+        collect = next_rows.from_pool(asked.pool, asked.like)
+        source = {"pool": asked.pool, "like": asked.like}
+    else:
+        collect = next_rows.from_model(asked.generate, generator=asked.generator, agree=asked.agree)
+        source = {"generate": str(asked.generate), "generator": asked.generator, "agree": asked.agree}
+    return rounds.grow(
+        recipe,
+        out=out_folder,
+        rounds=asked.rounds,
+        take=asked.take,
+        train=rounds.by_command(command, model=asked.model, seed=asked.seed),
+        collect=collect,
+        asked={**source, "model": asked.model, "train": asked.train},
+        overrides=asked.set,
+        seed=asked.seed,
+        progress=Progress(quiet=asked.quiet),
+    )
+
+
+def rounds_table(lines: list[dict[str, Any]]) -> str:
+    """One line a training: what it was trained on, what came out, and what was collected after it."""
+    columns = ("round", "rows", "train", "premem", "heldout", "hard", "fluent", "undecided", "collected")
+    text = table([[line.get(name) for name in columns] for line in lines], head=columns)
+    left_out = [f"round {x['round']}: {n:,} {why}" for x in lines for why, n in x.get("left_out", {}).items()]
+    notes = [f"Left out in {', '.join(left_out)}."] if left_out else []
+    if any(line["undecided"] for line in lines):
+        notes.append("Undecided rows are not known to be hard or fluent: no early checkpoint was measured for them.")
+    return "\n".join([text, *notes])
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--set", action="append", metavar="KEY=VALUE", help="put a value over the recipe's")
     parser.add_argument("--quiet", action="store_true", help="no progress")
+    more = parser.add_argument_group("rounds")
+    more.add_argument("--rounds", type=int, help="how often to train, measure and collect")
+    more.add_argument("--take", type=int, help="rows to collect in a round")
+    more.add_argument("--pool", help="rows to collect from: anything that a recipe's source can be")
+    more.add_argument("--like", default="states", help="states (default), group:COLUMN, or package.module:function")
+    more.add_argument("--generate", type=Path, metavar="TEMPLATE", help="a text with {1}, {2}, … for hard problems")
+    more.add_argument(
+        "--generator", metavar="MODEL", help="what writes and answers (default: the round's last checkpoint)"
+    )
+    more.add_argument("--agree", type=float, default=0.6, help="share of the answers that has to agree (default 0.6)")
+    more.add_argument("--model", metavar="BASE", help="what TRL's trainer starts from")
+    more.add_argument(
+        "--train", metavar="COMMAND", help="a trainer of your own, with {data} and {out}; {round} and {seed} too"
+    )
+    more.add_argument("--out", type=Path, help="the rounds' folder (default: <recipe>-rounds beside it)")
+    more.add_argument("--seed", type=int, default=0)
+    more.add_argument("--json", action="store_true", help="print the rounds as JSON (kept in summary.json too)")
     asked = parser.parse_args()
     try:
-        out(prioritize_sft(asked.recipe, overrides=asked.set, quiet=asked.quiet))
+        if asked.rounds is None:
+            out(prioritize_sft(asked.recipe, overrides=asked.set, quiet=asked.quiet))
+        else:
+            lines = grow(asked.recipe, asked)
+            out(json.dumps(lines, indent=2) if asked.json else rounds_table(lines))
     except CurateError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code

@@ -64,7 +64,7 @@ ONLY_IN = {
     "sklearn": ["audit.*"],
     "typer": ["cli"],
     "pandas": [],
-    "curate.workflow": ["", "cli", "demo", "demo.*", "prove", "prove.*"],
+    "curate.workflow": ["", "cli", "rounds", "demo", "demo.*", "prove", "prove.*"],
     "curate.schedule": ["cli"],
     "curate.cli": ["__main__"],
     "pipelines": [],

@@ -137,3 +137,69 @@ def test_long_texts_and_conversations_are_shown_on_one_line():
     assert shortened("a\n  b") == "a b"
     assert shortened("x" * 200) == "x" * 159 + "…"
     assert shortened(({"role": "user", "content": "hi"}, {"role": "assistant", "content": "so\nlong"})) == "so long"
+
+
+def rounds_of(monkeypatch, capsys, *arguments) -> tuple[int, str, str]:
+    """The job's exit code, and what it printed: in this process, as `python pipelines/prioritize_sft.py` would."""
+    from pipelines import prioritize_sft as job
+
+    monkeypatch.setattr(sys, "argv", ["prioritize_sft.py", *map(str, arguments)])
+    code = job.main()
+    return code, *capsys.readouterr()
+
+
+def test_rounds_from_the_command_line(sft, folder, monkeypatch, capsys):
+    """With a trainer of the user's own that copies a finished run; rows of the pool by a function of the user's own."""
+    copy = f'{sys.executable} -c "import shutil, sys; shutil.copytree(sys.argv[1], sys.argv[3])" {folder / "run"} {{data}} {{out}}'
+    pool = folder / "more.jsonl"
+    pool.write_text(
+        "".join(json.dumps({"question": f"add {a} and 7.", "answer": f"#### {a + 7}"}) + "\n" for a in (3, 4, 5))
+    )
+    (folder / "mine.py").write_text("def last(hard, pool, take, seed):\n    return [len(pool) - 1][:take]\n")
+    given = [sft, "--rounds", 1, "--take", 1, "--pool", pool, "--train", copy, "--quiet", "--out", folder / "rounds"]
+    code, text, _ = rounds_of(monkeypatch, capsys, *given, "--like", "mine:last", "--json")
+    assert code == 0
+    first, second = json.loads(text)
+    assert (first["rows"], first["collected"], second["rows"]) == (8, 1, 9)
+    data = (folder / "rounds" / "round-2" / "data.jsonl").read_text().splitlines()
+    assert json.loads(data[-1]) == {"prompt": "add 5 and 7.", "completion": "#### 12", "answer": "12"}
+    code, text, _ = rounds_of(monkeypatch, capsys, *given, "--like", "mine:last")
+    assert code == 0
+    head, _, *lines = text.splitlines()
+    assert head.split() == ["round", "rows", "train", "premem", "heldout", "hard", "fluent", "undecided", "collected"]
+    assert [line.split()[1] for line in lines[:2]] == ["8", "9"]
+    code, _, error = rounds_of(monkeypatch, capsys, *given)  # the default: like states
+    assert code == 2 and "asked for differently (like)" in error
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        (["--take", "1", "--model", "m"], "--pool FILE or --generate TEMPLATE"),
+        (["--take", "1", "--pool", "p"], "--model BASE or --train"),
+        (["--pool", "p", "--model", "m"], "--take N"),
+        (["--take", "1", "--pool", "p", "--train", "train.py"], "{data} and {out}"),
+    ],
+)
+def test_rounds_say_what_is_missing(sft, monkeypatch, capsys, given, wanted):
+    code, text, error = rounds_of(monkeypatch, capsys, sft, "--rounds", 1, *given)
+    assert code == 2 and text == "" and wanted in error
+
+
+def test_the_default_trainer_leaves_checkpoints_along_the_run(tmp_path):
+    pytest.importorskip("trl", reason="the default trainer needs the extra `prove`")
+    import torch
+    from safetensors.torch import load_file
+
+    from curate.checkpoints import find_checkpoints
+    from curate.demo import task
+    from curate.demo.model import BASE
+    from pipelines.train_sft import train
+
+    rows = task.splits(seed=1, train=8)["train"]
+    data = task.write_jsonl(tmp_path / "data.jsonl", rows)
+    train(data, tmp_path / "run", model=str(BASE), epochs=4, rate=1e-3, batch=4, checkpoints=2, seed=0)
+    found = find_checkpoints(str(tmp_path / "run"), tmp_path)
+    assert [subject.step for subject in found] == [4, 8]
+    weights = [load_file(Path(subject.path) / "model.safetensors")["model.norm.weight"] for subject in found]
+    assert not torch.equal(*weights)

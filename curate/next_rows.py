@@ -1,0 +1,126 @@
+"""Where a round's new rows come from: a pool of the user's, or a model that writes them. Both make a `Collect` for `rounds.grow`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from curate.collecting import Candidate, Known, by_function, by_group, fresh, nearest
+from curate.errors import UsageError
+from curate.objects import load_object
+from curate.rounds import Collect, Round, read_rows
+from curate.rows import Example
+
+
+def from_pool(pool: str, like: str) -> Collect:
+    """Rows of a pool, read as the recipe's source is (format, columns): like `states`, `group:COLUMN` or `package.module:function`.
+
+    Raises UsageError where the pool or a column is not there, and where `like` is none of the three.
+    """
+    kind, _, name = like.partition(":")
+    if like != "states" and not (kind and name):
+        raise UsageError(f"like: wanted states, group:COLUMN or package.module:function, found {like!r}.")
+
+    def collect(asked: Round) -> tuple[list[Candidate], dict[str, int]]:
+        source = asked.loaded.recipe.source
+        assert source is not None
+        found = source.model_copy(update={"path": pool, "limit": None})
+        rows, left_out = fresh(read_rows(asked.loaded, found, "pool", base=Path.cwd()), asked.known)
+        if like == "states":
+            picked = _by_states(asked, rows)
+        elif kind == "group":
+            picked = by_group(
+                [_column(row, name, "the hard rows") for row in asked.hard],
+                [_column(row, name, pool) for row in rows],
+                asked.take,
+                seed=asked.seed,
+            )
+        else:
+            function = load_object(like, what="function", folder=asked.loaded.folder)
+            picked = by_function(function, asked.hard, rows, asked.take, seed=asked.seed, name=like)
+        return [rows[at] for at in picked], left_out
+
+    return collect
+
+
+def _by_states(asked: Round, pool: Sequence[Candidate]) -> list[int]:
+    from curate.passes.model import load_model
+    from curate.passes.states import prompt_states
+    from curate.tokens import Limits
+
+    recipe = asked.loaded.recipe
+    limits = Limits(recipe.tokens.max_length, recipe.tokens.truncation)
+    with load_model(asked.checkpoint, dtype=recipe.engine.dtype, device=recipe.engine.device) as model:
+        hard, free = (
+            prompt_states(model, [c.row for c in rows], limits=limits, token_budget=recipe.engine.token_budget)
+            for rows in (asked.hard, pool)
+        )
+    return nearest(hard, free, asked.take, seed=asked.seed)
+
+
+def _column(row: Candidate, name: str, where: str) -> Any:
+    if name not in row.columns:
+        has = ", ".join(sorted(row.columns)) or "none"
+        raise UsageError(f"like group:{name}: {where} has no column {name!r}; its columns besides the texts: {has}.")
+    return row.columns[name]
+
+
+def from_model(template: Path, *, generator: str | None = None, agree: float = 0.6) -> Collect:
+    """Rows that a model writes (curate/generating.py): by the round's last checkpoint, or `generator`, a model's folder or hub id.
+
+    Problems are written at temperature 1 up to a blank line or the end marker, answers are sampled as the recipe samples them.
+    """
+    from curate.generating import Template
+
+    try:
+        text = template.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UsageError(
+            f"{template}: wanted a text with {{1}}, {{2}}, … for hard rows' problems ({error.strerror})."
+        ) from None
+    shots = Template.of(text, file=str(template))
+
+    def collect(asked: Round) -> tuple[list[Candidate], dict[str, int]]:
+        from curate.checkpoints import find_model
+        from curate.generating import generate
+        from curate.grading import grader
+        from curate.identity import few_shot_text
+        from curate.passes.sampling import Prompt, Sampling, open_sampler
+        from curate.tokens import Limits, encode_prompt, load_tokenizer
+
+        recipe, loaded = asked.loaded.recipe, asked.loaded
+        model = find_model(generator, loaded.folder) if generator else asked.checkpoint
+        tokenizer, limits = load_tokenizer(model), Limits(recipe.tokens.max_length, recipe.tokens.truncation)
+
+        def prompt(text: Any, seed: int, **context: Any) -> Prompt | None:
+            tokens = encode_prompt(Example(text), tokenizer, limits=limits, **context)
+            return None if tokens.problem else Prompt(tokens.ids, tokens.text, tokens.messages, seed)
+
+        context = {"system": recipe.sampling.system, "few_shot": few_shot_text(loaded)}
+        s = recipe.sampling
+        with open_sampler(
+            recipe.engine.sampler,
+            model,
+            dtype=recipe.engine.dtype,
+            device=recipe.engine.device,
+            max_length=recipe.tokens.max_length,
+            seed=asked.seed,
+            server=recipe.server.model_dump(),
+        ) as sampler:
+            return generate(
+                asked.hard,
+                asked.take,
+                template=shots,
+                known=Known(asked.known),
+                sampler=sampler,
+                encode=lambda text, seed: prompt(text, seed, **context),
+                encode_plain=prompt,
+                grader=grader(s.grader, folder=loaded.folder),
+                writing=Sampling(1, 1.0, s.top_p, s.max_new_tokens, ("\n\n",)),
+                answering=Sampling(s.samples, s.temperature, s.top_p, s.max_new_tokens, tuple(s.stop)),
+                agree=agree,
+                seed=asked.seed,
+            )
+
+    return collect

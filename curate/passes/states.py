@@ -1,0 +1,42 @@
+"""Where a prompt leaves the model: the final state of its last token, the one that predicts the first token of a response.
+
+    h_i = the state after the final norm at position start − 1       (rows, d)
+
+What is nearest to a row in these states is asked the same way: on the demo's task they find rows of the same kind more often than the
+mean over the prompt does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from curate.measurements import Measurement
+from curate.passes.batch import Batch
+from curate.passes.forward import measure
+from curate.passes.model import Model
+from curate.rows import Example, Pair
+from curate.tokens import Limits, encode, load_tokenizer
+
+
+def prompt_states(
+    model: Model, rows: Sequence[Example | Pair], *, limits: Limits = Limits(), token_budget: int = 16384
+) -> np.ndarray:
+    """(rows, d) float32: the state of each prompt's last token. The responses are not run.
+
+    NaN where a prompt cannot be encoded or is cut by `limits`. Raises ModelError as `passes.forward.measure` does.
+    """
+    tokenizer = load_tokenizer(model.path)
+    encoded = [encode(Example(row.prompt), tokenizer, limits) for row in rows]
+    out = np.full((len(rows), model.head.weight.shape[1]), np.nan, dtype=np.float32)
+
+    def last_states(batch: Batch) -> dict[str, np.ndarray]:
+        for at, row in enumerate(batch.rows):
+            stop = len(batch.encoded[at].ids)  # type: ignore[union-attr]
+            out[row] = batch.completion.states_of(at, stop - 1, stop)[0].float().cpu().numpy()
+        return {}
+
+    reading = Measurement("prompt_states", "forward", "sft", {}, 1, last_states, prompt_only=True)
+    measure(model, encoded, [reading], token_budget=token_budget)
+    return out

@@ -1,0 +1,266 @@
+"""Rounds of collecting: train, measure, collect rows like the ones that are not solved yet, again (Algorithm 1).
+
+    round t:  data_t -> train -> checkpoints -> premem_accuracy, fluent -> hard rows -> rows like them -> data_{t+1} = data_t + new rows
+
+After the last round a training on everything is measured as well, so that the table says what the last rows brought. Hard are the rows
+that the recipe's `select:` keeps and that were not fluent from the start: a fluent row's 0 says nothing about it.
+
+Every step leaves a file when it is done, and a stopped job goes on after the last one:
+
+    out/rounds.json                  what was asked; another question in the same folder is refused
+    out/store/                       measurements; rows measured in one round keep theirs
+    out/round-t/data.jsonl           what round t trains on        out/runs/round-t/checkpoint-*
+    out/round-t/trained              the training ended            out/round-t/measured.json, hard.jsonl, collected.json, new.jsonl
+
+Source: Kang et al. 2024, arXiv:2411.07681, Algorithm 1.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from curate.collecting import Candidate
+from curate.errors import CurateError, UsageError
+from curate.progress import Progress
+from curate.recipe import Loaded, Source, load_recipe
+from curate.rows import Example
+
+LAST_VALUES = """
+    SELECT name, value FROM dataset_values WHERE name IN ('accuracy', 'premem_accuracy', 'heldout_accuracy')
+    AND step = (SELECT max(step) FROM dataset_values WHERE checkpoint IS NOT NULL)
+"""
+HARD = """
+    SELECT row_id, fluent FROM selections JOIN scored USING (row_id) WHERE selection = ? AND kept ORDER BY row_id
+"""
+
+
+@dataclass(frozen=True)
+class Round:
+    """What a collector is given. hard: the rows whose like is wanted; known: what may not come again; checkpoint: the run's last one."""
+
+    number: int
+    hard: list[Candidate]
+    known: list[Example]
+    checkpoint: Path
+    loaded: Loaded
+    take: int
+    seed: int
+
+
+Train = Callable[[Path, Path, int], None]  # (data.jsonl, the run's folder, round): writes checkpoint-<step>/ folders
+Collect = Callable[[Round], tuple[list[Candidate], dict[str, int]]]  # new rows, and what was left out by reason
+
+
+def grow(
+    recipe: str | Path,
+    *,
+    out: Path,
+    rounds: int,
+    take: int,
+    train: Train,
+    collect: Collect,
+    asked: dict[str, Any],
+    overrides: list[str] | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> list[dict[str, Any]]:
+    """Run the rounds, or what is left of them. One dict a training: round, rows, train, premem, heldout (None where there is none), and
+    after all but the last: picked, fluent, undecided, hard, collected, left_out.
+
+    asked: what makes this job another job (the pool, how rows are picked, the trainer): kept, and compared when the job goes on. `rounds`
+    may be raised later. A round without hard rows is the last. Raises UsageError for a recipe without `premem_accuracy`, `fluent` or
+    `select:`, and CurateError from the steps.
+    """
+    progress = progress or Progress(quiet=True)
+    loaded = load_recipe(recipe, set=overrides)
+    _check(loaded, recipe, rounds, take)
+    _claim(out, {"recipe": loaded.text, "take": take, "seed": seed, **asked})
+    found = []
+    for number in range(1, rounds + 2):
+        folder = out / f"round-{number}"
+        if number == 1 and not (folder / "data.jsonl").is_file():
+            _write_rows(folder / "data.jsonl", read_rows(loaded, loaded.recipe.source, "source"))
+        run = out / "runs" / folder.name
+        if not (folder / "trained").is_file():
+            shutil.rmtree(run, ignore_errors=True)
+            progress.say(f"round {number}: training on {folder / 'data.jsonl'}")
+            train(folder / "data.jsonl", run, number)
+            (folder / "trained").touch()
+        if not (folder / "measured.json").is_file():
+            progress.say(f"round {number}: measuring {run}")
+            _measure(recipe, overrides, folder, run, out / "store", progress)
+        line = {"round": number, **json.loads((folder / "measured.json").read_text(encoding="utf-8"))}
+        found.append(line)
+        if number == rounds + 1 or not line["hard"]:
+            break
+        if not (folder / "collected.json").is_file():
+            _collect(loaded, folder, run, out / f"round-{number + 1}", number, take, seed, collect)
+        line |= json.loads((folder / "collected.json").read_text(encoding="utf-8"))
+        progress.say(f"round {number}: {line['hard']:,} hard rows, {line['collected']:,} like them collected")
+        if not line["collected"]:
+            break
+    _write(out / "summary.json", json.dumps(found, indent=2) + "\n")
+    return found
+
+
+def _check(loaded: Loaded, recipe: str | Path, rounds: int, take: int) -> None:
+    if rounds < 1 or take < 1:
+        raise UsageError(f"rounds and take: wanted at least 1 of each, found {rounds} and {take}.")
+    missing = [n for n in ("premem_accuracy", "fluent") if n not in {wanted.name for wanted in loaded.recipe.scores}]
+    if missing or loaded.recipe.select is None or loaded.recipe.source is None:
+        wanted = (
+            f"`{missing[0]}` among the scores"
+            if missing
+            else f"a `{'source' if loaded.recipe.source is None else 'select'}:` section"
+        )
+        raise UsageError(f"{recipe}: rounds need {wanted}. `curate init sft` writes a recipe that has it.")
+
+
+def _claim(out: Path, asked: dict[str, Any]) -> None:
+    """The folder is this job's. UsageError where it is another's."""
+    mark = out / "rounds.json"
+    if mark.is_file():
+        before = json.loads(mark.read_text(encoding="utf-8"))
+        other = [key for key in asked | before if asked.get(key) != before.get(key)]
+        if other:
+            raise UsageError(
+                f"{out}: holds rounds that were asked for differently ({', '.join(other)}). Name another folder, or delete this one."
+            )
+        return
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"{out}: is not empty, and not a folder of rounds. Name another one.")
+    _write(mark, json.dumps(asked, indent=2) + "\n")
+
+
+def _measure(
+    recipe: str | Path, overrides: list[str] | None, folder: Path, run: Path, store: Path, progress: Progress
+) -> None:
+    """The recipe over this round's rows and checkpoints; its numbers and hard rows into the round's folder."""
+    from curate import workflow
+
+    data = folder / "data.jsonl"
+    source = {"path": str(data.resolve()), "format": "prompt_completion"}
+    given = [f"source={json.dumps(source)}", f"models.checkpoints={json.dumps(str(run.resolve()))}"]
+    result = workflow.run(
+        recipe, set=[*(overrides or []), *given, "export=null", "report=null"], store=store, progress=progress
+    )
+    assert result.selection is not None
+    picked = result.store.sql(HARD, [result.selection.name], recipe=result.recipe)
+    flags = picked["fluent"].to_list()
+    hard = {row_id for row_id, fluent in zip(picked["row_id"].to_list(), flags, strict=True) if fluent == 0}
+    values = dict(result.store.sql(LAST_VALUES, recipe=result.recipe).iter_rows())
+    rows = _read_rows(data)
+    first = {row.row.row_id: row for row in rows if row.row.row_id in hard}  # once each, however often it occurs
+    _write_rows(folder / "hard.jsonl", list(first.values()))
+    measured = {
+        "rows": len(rows),
+        "train": values.get("accuracy"),
+        "premem": values.get("premem_accuracy"),
+        "heldout": values.get("heldout_accuracy"),
+        "picked": len(picked),
+        "fluent": sum(flag == 1 for flag in flags),
+        "undecided": sum(flag is None for flag in flags),
+        "hard": len(first),
+    }
+    _write(folder / "measured.json", json.dumps(measured) + "\n")
+
+
+def _collect(
+    loaded: Loaded, folder: Path, run: Path, following: Path, number: int, take: int, seed: int, collect: Collect
+) -> None:
+    from curate.checkpoints import find_checkpoints
+
+    rows = _read_rows(folder / "data.jsonl")
+    heldout = read_rows(loaded, loaded.recipe.heldout, "heldout") if loaded.recipe.heldout is not None else []
+    known = [row.row for row in (*rows, *heldout)]
+    last = Path(find_checkpoints(str(run.resolve()), run.parent)[-1].path)
+    asked = Round(number, _read_rows(folder / "hard.jsonl"), known, last, loaded, take, seed * 1000 + number)
+    new, left_out = collect(asked)
+    _write_rows(folder / "new.jsonl", new)
+    _write_rows(following / "data.jsonl", [*rows, *new])
+    _write(folder / "collected.json", json.dumps({"collected": len(new), "left_out": left_out}) + "\n")
+
+
+# ------------------------------------------------------------------------------------------------ training
+
+
+def by_command(command: str, **values: Any) -> Train:
+    """A trainer as a command line: {data}, {out} and {round} in it are replaced, and whatever `values` names. No shell is between.
+
+    CurateError where it fails, with the end of what it wrote (all of it: `train.log` beside the data).
+    """
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise UsageError(f"train: {command!r} is no command line: {error}.") from None
+    if not any("{data}" in word for word in words) or not any("{out}" in word for word in words):
+        raise UsageError(
+            f"train: wanted a command with {{data}} and {{out}}, found {command!r}, for example 'python train.py {{data}} {{out}}'."
+        )
+
+    def train(data: Path, out: Path, number: int) -> None:
+        given = {**values, "data": data.resolve(), "out": out.resolve(), "round": number}
+        filled = list(words)
+        for name, value in given.items():
+            filled = [word.replace(f"{{{name}}}", str(value)) for word in filled]
+        log = data.with_name("train.log")
+        try:
+            with log.open("w", encoding="utf-8") as to:
+                done = subprocess.run(filled, stdout=to, stderr=subprocess.STDOUT, check=False)
+        except OSError as error:
+            raise UsageError(f"train: {filled[0]} cannot be started: {error.strerror}.") from None
+        if done.returncode:
+            end = "\n".join(f"    {line}" for line in log.read_text("utf-8", "replace").splitlines()[-8:])
+            raise CurateError(f"train: {shlex.join(filled)}\n  ended with exit code {done.returncode} ({log}):\n{end}")
+
+    return train
+
+
+# ------------------------------------------------------------------------------------------------ files
+
+
+def read_rows(loaded: Loaded, source: Source | None, setting: str, *, base: Path | None = None) -> list[Candidate]:
+    from curate.data import read
+
+    assert source is not None
+    reading = read(
+        source.path,
+        kind="sft",
+        split=source.split,
+        revision=source.revision,
+        format=source.format,
+        columns=source.columns,
+        base=base or loaded.folder,
+    )
+    good = reading.good(source.on_bad_row, setting=setting, target=str(loaded.path or source.path))
+    rows = [Candidate(r.row, r.columns) for r in good if isinstance(r.row, Example)]
+    return rows[: source.limit]
+
+
+def _read_rows(path: Path) -> list[Candidate]:
+    from curate.data import read
+
+    if not path.stat().st_size:
+        return []
+    records = read(path, kind="sft", format="prompt_completion").good()
+    return [Candidate(r.row, r.columns) for r in records if isinstance(r.row, Example)]
+
+
+def _write_rows(path: Path, rows: Sequence[Candidate]) -> None:
+    _write(path, "".join(json.dumps(row.to_dict(), ensure_ascii=False) + "\n" for row in rows))
+
+
+def _write(path: Path, text: str) -> None:
+    """All of it or nothing: a file that is there was finished."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
