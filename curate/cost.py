@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from curate.neighbours import COUNT
 from curate.progress import span
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ def with_cost(step: Step, loaded: Loaded, speed: float | None, characters: tuple
     per_row = length
     if step.reads == "sample":
         per_row = prompt + loaded.recipe.sampling.samples * loaded.recipe.sampling.max_new_tokens  # at most
+    if step.reads == "neighbours":
+        per_row = (1 + COUNT) * length
     if step.reads == "direction":
         per_row = length * sum(
             1 if task.measurement.direction.of == "head" else 2 for task in step.tasks if task.measurement.direction

@@ -6,7 +6,9 @@ Values of different fingerprints are never mixed, and a value under a known fing
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +40,7 @@ class Identity:
 
     def __init__(self, loaded: Loaded, cache: FingerprintCache, directions: Directions | None = None):
         self.loaded, self.recipe, self.cache, self.directions = loaded, loaded.recipe, cache, directions
+        self.pool: Sequence[str] = ()  # the rows that a row's neighbours are taken from
         self._tokenizers: dict[str, str] = {}
         self._engines: dict[tuple[str, str], str] = {}
 
@@ -47,7 +50,15 @@ class Identity:
         if measurement.direction is not None:
             assert self.directions is not None
             params |= self.directions.identity(measurement.direction, subject)
+        if measurement.reads == "neighbours":
+            params["neighbours"] = self._neighbours
         return task_of(measurement, subject, engine, params)
+
+    @cached_property
+    def _neighbours(self) -> str:
+        from curate.neighbours import pool_fingerprint
+
+        return pool_fingerprint(self.pool)
 
     def tokenizer(self, subject: Subject) -> str:
         if not Path(subject.home).is_dir():  # a server's model: its tokenizer is its own

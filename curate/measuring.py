@@ -212,6 +212,54 @@ class ForwardRunner(Runner):
             self.model = None
 
 
+class NeighboursRunner(ForwardRunner):
+    """The forward pass over rows with their nearest other training examples before the prompt: as many as fit into max_length."""
+
+    reads = "neighbours"
+
+    def __init__(self, loaded: Loaded, progress: Progress, store: Store, plan: Plan):
+        from curate.neighbours import Neighbours
+
+        super().__init__(loaded, progress)
+        self.neighbours = Neighbours(plan.pool, list(store.iter_rows(plan.pool)))
+        self.lonely = self.seen = 0
+
+    def run(
+        self, rows: list[Row], row_ids: Sequence[str], measurements: list[Any]
+    ) -> tuple[Mapping[str, Any], None, int]:
+        from curate.passes import forward
+
+        found = [self._after(row, row_id) for row, row_id in zip(rows, row_ids, strict=True)]
+        at = [i for i, encoded in enumerate(found) if encoded is not None]
+        encoded = [found[i] for i in at]
+        measured = forward.measure(self.model, encoded, measurements, token_budget=self.recipe.engine.token_budget)
+        columns = {name: np.full(len(rows), np.nan) for name in measured}
+        for name, values in measured.items():
+            columns[name][at] = values
+        self.seen += len(rows)
+        self.lonely += len(rows) - len(at)
+        return columns, None, forward.tokens_to_run(encoded)
+
+    def _after(self, row: Row, row_id: str) -> Any:
+        """The row encoded after its neighbours, the nearest last; None where not even one fits, or there is none."""
+        from curate.tokens import Limits, after_examples, encode
+
+        near = self.neighbours.nearest(row_id, row) if isinstance(row, Example) and row.completion else []
+        limits = Limits(self.recipe.tokens.max_length, "drop")
+        for count in range(len(near), 0, -1):
+            encoded = encode(after_examples(row, near[:count][::-1]), self.tokenizer, limits)  # type: ignore[arg-type]
+            if encoded.problem is None:
+                return encoded
+        return None
+
+    def notes(self) -> list[str]:
+        if not self.lonely:
+            return []
+        said = f"{self.lonely:,} of {self.seen:,} rows have no neighbour, or none that fits into max_length: neighbour_nll is NULL there."
+        self.lonely = self.seen = 0
+        return [said]
+
+
 class BackwardRunner(ForwardRunner):
     """The same model; what reads the forward pass is read off the backward's own, and alone where nothing else is missing."""
 
@@ -348,6 +396,8 @@ def _runner(
         from curate.forecasting import DirectionRunner
 
         runner: Runner = DirectionRunner(loaded, progress, store, plan)
+    elif reads == "neighbours":
+        runner = NeighboursRunner(loaded, progress, store, plan)
     else:
         runner = kinds[reads](loaded, progress)
     runner.subjects = subjects

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from curate.store import Store
 
 # Rows of a shard, fixed for ever: a row's shard is its position in the store // SHARD_ROWS, whatever is missing of it.
-SHARD_ROWS = {"tokens": 8192, "forward": 512, "backward": 128, "sample": 256, "direction": 512}
-ORDER = ("tokens", "sample", "forward", "backward", "direction")
+SHARD_ROWS = {"tokens": 8192, "forward": 512, "backward": 128, "sample": 256, "direction": 512, "neighbours": 512}
+ORDER = ("tokens", "sample", "forward", "neighbours", "backward", "direction")
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class Step:
 class Plan:
     """The steps in the order they run, and for every (role, column, over) the fingerprints that scores read.
 
-    recorded: the recorded training run that they are read from, if any.
+    recorded: the recorded training run that they are read from, if any. pool: the rows that neighbours are taken from.
     """
 
     wanted: list[Wanted]
@@ -119,6 +119,7 @@ class Plan:
     uses: dict[tuple[str, str, str | None], list[str]] = field(default_factory=dict)
     recorded: str | None = None
     directions: Directions | None = None
+    pool: list[str] = field(default_factory=list)
 
     @property
     def missing(self) -> int:
@@ -268,8 +269,11 @@ def make_plan(loaded: Loaded, store: Store, sources: dict[str, list[str]]) -> Pl
         )
         return plan
 
+    train = sources.get("train", [])
+    plan.pool = store.row_ids_of(train or None, kind=recipe.kind, role="train" if train else None)
     identity = Identity(loaded, cache)
-    directions = identity.directions = Directions(loaded, store, subjects, identity, sources.get("train", []))
+    identity.pool = plan.pool
+    directions = identity.directions = Directions(loaded, store, subjects, identity, train)
     if any(want.need(text).role == "warmup" for want in wanted for text in want.score.needs):
         subjects = plan.subjects = replace(subjects, warmup=directions.warmup())
     tasks: dict[tuple[str, str], dict[str, Task]] = {}  # (pass, subject's path or its tokenizer) -> fingerprint -> task

@@ -202,6 +202,17 @@ def encode(row: Row, tokenizer: PreTrainedTokenizerBase, limits: Limits = Limits
     return EncodedPair(sides[0], sides[1], common_prefix(sides[0].ids, sides[1].ids))
 
 
+def after_examples(row: Example, examples: Sequence[Example]) -> Example:
+    """The row with solved examples before its prompt, as a few-shot prompt has them."""
+    if isinstance(row.prompt, str):
+        return replace(row, prompt=_shots(examples) + row.prompt)
+    return replace(row, prompt=_with_context(row.prompt, None, examples))
+
+
+def _shots(examples: Sequence[Example]) -> str:
+    return "".join(f"{e.prompt}{e.completion}\n\n" for e in examples)
+
+
 def encode_prompt(
     row: Row,
     tokenizer: PreTrainedTokenizerBase,
@@ -219,9 +230,7 @@ def encode_prompt(
     """
     messages: tuple[Message, ...] | None = None
     if isinstance(row.prompt, str):
-        shots = (
-            few_shot if isinstance(few_shot, str) else "".join(f"{e.prompt}{e.completion}\n\n" for e in few_shot or ())
-        )
+        shots = few_shot if isinstance(few_shot, str) else _shots(few_shot or ())
         text = (f"{system}\n\n" if system else "") + shots + row.prompt
         source: Text = text
     else:

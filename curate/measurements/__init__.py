@@ -7,6 +7,7 @@
 
 reads    "tokens": the function takes one Encoded or EncodedPair and returns {column: number}; no model runs
          "forward": it takes a Batch of the forward pass (passes/batch.py) and returns {column: (rows,) tensor}
+         "neighbours": the same, each row after its nearest other training examples
          "sample", "backward": as their passes say
          "direction": it takes the rows' derivatives along `direction` (measurements/directions.py)
 kind     rows it is for: "preference", "sft", or "any"
@@ -29,7 +30,7 @@ import numpy as np
 from curate.errors import CurateError
 from curate.tokens import Encoded, EncodedPair
 
-Reads = Literal["tokens", "forward", "sample", "backward", "direction"]
+Reads = Literal["tokens", "forward", "sample", "backward", "direction", "neighbours"]
 Kind = Literal["preference", "sft", "any"]
 
 

@@ -3,6 +3,7 @@
 el2n = mean_t ‖π − onehot(y_t)‖₂                              Paul et al. 2021, arXiv:2107.07075
 aum  = mean over checkpoints of mean_t (z_y − largest other)  Pleiss et al. 2020, arXiv:2001.10528
 ifd  = mean CE(y | x) / mean CE(y)                            Li et al. 2023, arXiv:2308.12032
+neighbour_excess = ℓ(y | x) − ℓ(y | neighbours, x)            ICA; RHO-LOSS: Mindermann et al. 2022, arXiv:2206.07137
 angle_concentration = intra + inter                           GAIN-RL 2025, arXiv:2506.02281
 """
 
@@ -65,3 +66,19 @@ def ifd(target_nll: Array, alone_nll: Array) -> Array:
 def angle_concentration(angle_intra: Array, angle_inter: Array) -> Array:
     """Angle concentration within the question plus between question and the rest of the prompt, −2..2, (rows,). NULL where one is."""
     return angle_intra + angle_inter
+
+
+@score(
+    needs=("target_nll", "neighbour_nll"),
+    kind="sft",
+    unit="nats/token",
+    worst="low",
+    high_means="its nearest training examples make it likelier: it can be learned, and they teach it",
+    source="ICA, in-context approximation; RHO-LOSS: Mindermann et al. 2022, arXiv:2206.07137",
+)
+def neighbour_excess(target_nll: Array, neighbour_nll: Array) -> Array:
+    """ℓ(y|x) − ℓ(y|x, neighbours), of the last checkpoint; below 0 where the neighbours make it unlikelier. NULL without a neighbour that fits.
+
+    The neighbours, at most three, are the rows of the source whose prompts share most words with this one's (BM25).
+    """
+    return target_nll - neighbour_nll

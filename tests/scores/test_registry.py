@@ -14,7 +14,7 @@ NOW = {
     "ranking_gap", "ranking_correct", "ranking_correct_ln", "flip_loss", "break_even_agreement", "implicit_reward_gap",
     "edit_distance", "ches", "ches_ln", "last_state_product", "accuracy", "target_nll", "difficulty", "premem_accuracy",
     "fluent", "confidence", "variability", "correctness", "forgetting_events", "first_learned_step", "never_learned",
-    "loss_drop", "learning_impact", "phase", "limem", "map_region", "flipped", "flip_step", "never_flipped",
+    "loss_drop", "learning_impact", "phase", "limem", "map_region", "neighbour_excess", "flipped", "flip_step", "never_flipped",
     "batch_forecast", "margin_forecast", "head_forecast", "displacement_contribution", "influence",
 }  # fmt: skip
 NO_DEFAULT = {"influence": {"target": "refusals"}}
@@ -100,7 +100,7 @@ def test_costs_agree_with_the_measurements():
     from curate.measurements import providers
     from curate.scores import cost_of
 
-    reads = {"tokens": "free", "forward": "forward", "sample": "sampling"}
+    reads = {"tokens": "free", "forward": "forward", "sample": "sampling", "neighbours": "forward"}
     for s in SCORES.values():
         for need in s.needs:
             role, column = s.need(need, s.check(NO_DEFAULT.get(s.name, {})))
