@@ -4,7 +4,8 @@
 
 Each RUN is a trainer's output folder with checkpoint-<step>/ in it. When a run converged is read from its trainer's log (trainer_state.json):
 the first step at which --metric reached --reach (without one: the worst of the runs' best values, which all reach); or from --times, a csv with
-the columns run and step (empty: never). Exit 0 done, 1 failed, 2 wrong use. Needs no GPU; large matrices take a while (singular values).
+the columns run (the folder's name) and step (empty: never). Needs no GPU; singular values of large matrices take a while. Exit 0 done, 1
+failed, 2 wrong use.
 """
 
 from __future__ import annotations
@@ -38,13 +39,25 @@ def states_of_sweep(
     quiet: bool = False,
 ) -> tuple[list[Run], RunStates]:
     """The runs with their convergence steps, and their states. UsageError, ModelError: what is wrong with a folder or the times."""
-    converged = read_times(times, [f.resolve().name for f in folders]) if times else logged(folders, metric, reach)
+    names = labels(folders)
+    converged = read_times(times, names) if times else logged(folders, metric, reach)
     runs = []
     progress = Progress(quiet=quiet)
-    for folder, step in zip(folders, converged, strict=True):
-        runs.append(replace(read_run(folder), converged=step))
+    for folder, name, step in zip(folders, names, converged, strict=True):
+        runs.append(replace(read_run(folder), name=name, converged=step))
         progress.say(f"{runs[-1].name}: {len(runs[-1].steps)} checkpoints")
     return runs, run_states(runs, most=most)
+
+
+def labels(folders: Sequence[Path]) -> list[str]:
+    """The folders' names, with as many parents as it takes to tell them apart. UsageError for one folder twice."""
+    parts = [folder.resolve().parts for folder in folders]
+    if len(set(parts)) < len(parts):
+        raise UsageError(f"{next(f for f, p in zip(folders, parts) if parts.count(p) > 1)} is named twice.")
+    depth = 1
+    while len({p[-depth:] for p in parts}) < len(parts):
+        depth += 1
+    return ["/".join(p[-depth:]) for p in parts]
 
 
 def logged(folders: Sequence[Path], metric: str, reach: float | None) -> list[float]:

@@ -16,7 +16,7 @@ import torch
 from curate.errors import ModelError, UsageError
 from curate.run_states import Run, convergence_step, held_out, holm, run_states, standardised, visit_test
 from curate.weight_statistics import STATISTICS, checkpoint_tensors, weight_statistics
-from pipelines.run_states import main, report, states_of_sweep
+from pipelines.run_states import labels, main, report, states_of_sweep
 from tests.sweeps import ROUND, STRAIGHT, write_sweep
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -170,6 +170,13 @@ def test_times_of_ones_own_and_none(sweep, tmp_path, job):
     times.write_text("run,step\nrun1,7\n")
     code, text, wrong = job(*sweep, "--times", times, "--quiet")
     assert code == 2 and text == "" and "no line for run 'run0'" in wrong
+
+
+def test_folders_of_one_name_are_told_apart(tmp_path):
+    assert labels([tmp_path / "a" / "sft", tmp_path / "b" / "sft"]) == ["a/sft", "b/sft"]
+    assert labels([tmp_path / "a", tmp_path / "b"]) == ["a", "b"]
+    with pytest.raises(UsageError, match="named twice"):
+        labels([tmp_path / "a", tmp_path / "b" / ".." / "a"])
 
 
 def test_what_cannot_be_a_sweep(tmp_path, sweep, job):

@@ -13,7 +13,7 @@
 Every checkpoint with a known accuracy and NLL has exactly one. The rules name; the model only takes sampling noise out of the accuracies
 before: its states have no names, it is fitted to (nll, accuracy) of all rows, each normalised over all of them, and the accuracy that the
 rules read is half the row's own and half what the model expects of it, given the row's whole series (`curate summary` says how many labels
-that changes). States that are themselves named, as a start, move off their meaning in EM.
+that changes). States that are themselves the phases lose their meaning in EM: benchmarks/README.md has the figures.
 Sources: hidden Markov models of training dynamics, Hu et al. 2023, arXiv:2308.09543; solved before memorised, Kang et al. 2024, arXiv:2411.07681.
 """
 
@@ -136,7 +136,8 @@ def phase(
     NULL where the measured checkpoints do not decide it. Over several runs, the phase in most of them, NULL at a tie. Rows fluent from the
     start are never memorised: see `fluent`.
 
-    threshold: τ in nats/token, or one per value of the source's column `group`. smooth: false takes every accuracy as it was sampled.
+    threshold: τ in nats/token, or one per value of the source's column `group`; auto, auto_per_group: calibrated, as for premem_accuracy.
+    smooth: false takes every accuracy as it was sampled.
     """
     if accuracy.shape[1] == 0:
         return np.full(len(accuracy), np.nan)
