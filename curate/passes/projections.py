@@ -8,7 +8,7 @@ from its inputs A and its outputs' gradients B, multiplied with all directions, 
     ⟨BᵀA, b⟩      T·i·o + r·i·o multiplications a row, against r·T·i·o for (A bᵀ)∘B, and 2 r forward passes for differences
 
 By forwards, for any architecture: [ℓ(θ + εb) − ℓ(θ − εb)]/2ε, two packed forward passes per direction (passes/derivatives.py).
-Cost in forward passes, r = 9, rows of 13 tokens: about 4 by gradients, 18 by forwards.
+Measured for r = 9: 5 to 6 forward passes by gradients, 18 by forwards (benchmarks/projections.py).
 Source: docs/scores.md, section 7; the layers' gradients are those of passes/layer_rules.py.
 """
 

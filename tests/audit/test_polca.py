@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,10 +11,10 @@ import pytest
 from curate.audit.polca import audit
 from curate.errors import UsageError
 from curate.passes import model as models
+from pipelines import polca
 from tests.tiny_models import make_llama
 
 pytest.importorskip("sklearn", reason="POLCA clusters with scikit-learn, the extra `report`")
-REPOSITORY = Path(__file__).resolve().parent.parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +65,11 @@ def test_what_cannot_be_taken_apart_is_refused(recipe):
         audit(recipe, set={"models.checkpoints": ["run/checkpoint-10"]})
 
 
-def test_as_a_job(recipe):
-    command = [sys.executable, REPOSITORY / "pipelines" / "polca.py", recipe, "--json", "--quiet", "--smallest", "4"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=recipe.parent, env=None)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["measured"] == 20
+def test_as_a_job(recipe, monkeypatch, capsys):
+    command = ["polca.py", str(recipe), "--json", "--quiet", "--smallest", "4"]
+    monkeypatch.setattr(sys, "argv", command)
+    assert polca.main() == 0
+    assert json.loads(capsys.readouterr().out)["measured"] == 20
+    monkeypatch.setattr(sys, "argv", [*command, "--set", "models.checkpoints=null"])
+    assert polca.main() == 2
+    assert capsys.readouterr().err.startswith("UsageError: ")
