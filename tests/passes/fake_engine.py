@@ -19,12 +19,20 @@ class Fake:
             raise ValueError("float64 is not for me")
         self.settings = settings
         self.weights = settings.get("model")
+        self.adapter = None
 
     def about(self):
         return {"max_model_len": self.settings.get("max_model_len"), "dtype": "float32"}
 
     def use(self, path):
         self.weights = path
+
+    def adapt(self, path):
+        assert path is None or self.settings["enable_lora"]
+        self.adapter = path
+
+    def told(self):
+        return self.settings, self.weights, self.adapter
 
     def likelihood(self, rows):
         if self.settings["max_num_batched_tokens"] > 1024:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import select
 import signal
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -160,3 +162,52 @@ def test_the_child_ends_with_its_parent():
     parent.wait()
     assert ended(pid)
     parent.stdout.close()
+
+
+def adapter(folder, rank, layer):
+    """An adapter's folder with empty factors of one layer."""
+    folder.mkdir()
+    told = {"peft_type": "LORA", "r": rank, "lora_alpha": 8, "base_model_name_or_path": "a"}
+    (folder / "adapter_config.json").write_text(json.dumps(told))
+    names = [f"base_model.model.model.layers.0.self_attn.{layer}.lora_{x}.weight" for x in "AB"]
+    header = json.dumps({name: {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for name in names}).encode()
+    (folder / "adapter_model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    return folder
+
+
+def test_when_an_engine_is_kept_and_when_it_is_started_anew_for_adapters(models, tmp_path):
+    base, other = map(str, models)
+    one, two = adapter(tmp_path / "one", 4, "q_proj"), adapter(tmp_path / "two", 12, "v_proj")
+    small = replace(CPU, max_num_seqs=8, max_num_batched_tokens=512)
+    with FakeSampler(base, adapters=[one], memory=small) as sampler:
+        seen, pids = [], []
+
+        def use(path, on=None):
+            sampler.use(path, base=on)
+            settings, weights, adapter = sampler._call("told", tokens=0)
+            seen.append((settings.get("max_lora_rank"), settings.get("lora_target_modules"), weights, adapter))
+            pids.append(sampler.pid)
+
+        for step in ((one, base), (base,), (two, base), (one, base), (other,), (base,), (one, base), (one, other)):
+            use(*step)
+    q, qv = ["q_proj"], ["q_proj", "v_proj"]
+    assert seen == [
+        (8, q, base, str(one)),  # the engine was opened for it
+        (8, q, base, None),
+        (16, qv, base, str(two)),  # anew: another rank and another layer
+        (16, qv, base, str(one)),
+        (None, None, other, None),  # anew: other whole weights
+        (None, None, base, None),
+        (8, q, base, str(one)),  # anew: an engine that was opened without adapters
+        (8, q, other, str(one)),  # anew: another base
+    ]
+    assert [a == b for a, b in pairwise(pids)] == [True, False, True, False, True, False, False]
+    assert len(sampler.notes) == 4 and "rank 12 on v_proj" in sampler.notes[0]
+
+
+def test_an_engine_that_was_started_again_has_its_adapter_back(models, tmp_path):
+    base, one = str(models[0]), adapter(tmp_path / "one", 4, "q_proj")
+    with FakeSampler(one, base=base, memory=replace(CPU, max_num_seqs=8)) as sampler:
+        sampler.likelihood([Encoded(np.array([1, 2, 3], np.int32), 1)])  # halves the tokens at a time, twice
+        settings, weights, on = sampler._call("told", tokens=0)
+        assert settings["max_num_batched_tokens"] == 1024 and (weights, on) == (base, str(one))
