@@ -265,7 +265,9 @@ def make_plan(loaded: Loaded, store: Store, sources: dict[str, list[str]]) -> Pl
     if not subjects.reference and not subjects.series:
         plan.recorded = run_meant(loaded, store)
         plan.uses = (
-            recorded_uses(store, plan.recorded, wanted, recipe.kind) if plan.recorded else imported_uses(store, wanted)
+            recorded_uses(store, plan.recorded, wanted, recipe.kind)
+            if plan.recorded
+            else imported_uses(store, wanted, recipe.kind)
         )
         return plan
 
@@ -372,8 +374,11 @@ def make_plan(loaded: Loaded, store: Store, sources: dict[str, list[str]]) -> Pl
     return plan
 
 
-def imported_uses(store: Store, wanted: Iterable[Wanted]) -> dict[tuple[str, str, str | None], list[str]]:
-    """Without models in the recipe, scores are computed from what was imported: every fingerprint that has the column."""
+def imported_uses(store: Store, wanted: Iterable[Wanted], kind: str) -> dict[tuple[str, str, str | None], list[str]]:
+    """Without models in the recipe, scores are computed from what was imported: every fingerprint that has the column.
+
+    A plain column of pairs is that of a run's first checkpoint, which stands for the reference; one of SFT rows that of the last.
+    """
     known = store.measured(reads="import")
     if not known:
         raise UsageError(
@@ -387,6 +392,11 @@ def imported_uses(store: Store, wanted: Iterable[Wanted]) -> dict[tuple[str, str
             if role == "row":
                 continue
             found = [m.fingerprint for m in known if column in columns.get(m.fingerprint, ()) and not role]
+            if kind == "preference" and want.score.over is None:
+                first = {
+                    m.run: m.fingerprint for m in reversed(known) if m.fingerprint in found
+                }  # known is in step order
+                found = list(first.values())
             if found:
                 uses[(role, column, want.score.over)] = found
             elif text in want.score.needs:

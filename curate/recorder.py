@@ -306,9 +306,9 @@ def wanted_measurements(loaded: Loaded) -> list[Any]:
                 raise UsageError(
                     f"{want.name} needs the column {column}, which nothing measures on {loaded.recipe.kind} rows."
                 )
-            if measurement.reads in ("backward", "direction"):
+            if measurement.reads not in ("forward", "sample"):
                 raise UsageError(
-                    f"{want.name} needs a backward pass, which is measured on saved checkpoints, not in training."
+                    f"{want.name} needs a {measurement.reads} pass, which is measured on saved checkpoints, not in training."
                 )
             found[measurement.name] = measurement
     if not found:

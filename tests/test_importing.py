@@ -11,6 +11,7 @@ import numpy as np
 import polars as pl
 import pytest
 
+import curate
 from curate.errors import UsageError, ValidationError
 from curate.importing import import_file
 from curate.rows import Example, foreign_id
@@ -238,6 +239,10 @@ def test_two_runs_of_pairs_are_told_apart_and_between_is_checked(tmp_path):
     ]  # fmt: skip
     assert flips.cells[2].reward_margin == pytest.approx(0.1 * (1 + 3))  # pair 1: c from 1 to −3
     assert flips.path[0]["chosen_logp"] == -3.0  # pair 3 is unknown at the end: in no mean
+    raw = {"kind": "preference", "scores": ["ranking_gap", "flipped"]}
+    scored = curate.run(raw, store=store.folder).store.sql("SELECT ranking_gap, flipped FROM scored ORDER BY index")
+    # a run's first checkpoint is the reference: c = 1, −1, 1 in run a, and −1, −1 in run b; a row's score is the mean over its runs
+    assert scored.rows() == [(0.0, 1.0), (-1.0, -1.0), (1.0, None)]
     (back,) = summarise(store, between=(5, 0)).flips
     assert back.cells[2].n == 1 and (back.first, back.last) == ("5", "0")
     with pytest.raises(UsageError, match="no run has pairs measured at both steps. There are: a: 0, 5; b: 9"):

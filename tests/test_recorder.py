@@ -265,6 +265,7 @@ def test_what_fails_later_is_said_and_the_training_goes_on(base, examples, tmp_p
         ({"every": 0}, "expected steps"),
         ({"every": 1.5}, "share of the training"),
         ({"scores": ["grand"]}, "backward pass, which is measured on saved checkpoints"),
+        ({"scores": ["neighbour_excess"]}, "needs a neighbours pass"),
         ({"scores": ["target_nl"]}, "did you mean 'target_nll'"),
         ({"rows": []}, "expected a recipe, data, or rows"),
         ({"rows": {"kind": "sft", "source": "x.jsonl", "scores": ["target_nll"]}, "samples": 2}, "stand in the recipe"),

@@ -115,13 +115,14 @@ def flipped(
     last: int | None = None,
     steps: np.ndarray | None = None,
 ) -> Array:
-    """1: the run flipped the pair to right; −1: to wrong; 0: the ranking at `last` is that at `first`. NULL where one is unmeasured.
+    """1: the run flipped the pair to right; −1: to wrong; 0: the ranking at `last` is that at `first`. NULL where one is unmeasured, and
+    in a series of one checkpoint.
 
     first, last: steps of the series (its ends, if none are given).
     """
     ranked = right(gap(chosen_logp, rejected_logp))  # (rows, K)
     count = ranked.shape[1]
-    if not count:
+    if count < 2:
         return np.full(len(ranked), np.nan)
     start, end = place_of(first, steps, count, 0), place_of(last, steps, count, count - 1)
     return np.asarray(ranked[:, end] - ranked[:, start])
@@ -162,10 +163,10 @@ def flip_step(chosen_logp: Array, rejected_logp: Array, *, steps: np.ndarray | N
     source=CHEN,
 )
 def never_flipped(chosen_logp: Array, rejected_logp: Array) -> Array:
-    """1 where every checkpoint ranks the pair as the first does, 0 where one does not. NULL where the measured ones do not decide it."""
+    """1 where every checkpoint ranks the pair as the first does, 0 where one does not. NULL where those measured do not decide it."""
     ranked = right(gap(chosen_logp, rejected_logp))
     other = (ranked == 1 - ranked[:, :1]).any(axis=1)
-    undecided = np.isnan(ranked).any(axis=1) | (ranked.shape[1] == 0)
+    undecided = np.isnan(ranked).any(axis=1) | (ranked.shape[1] < 2)
     return np.where(other, 0.0, np.where(undecided, np.nan, 1.0))
 
 
