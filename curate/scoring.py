@@ -86,9 +86,10 @@ def named(plan: Plan, scores: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     result = dict(scores)
     for want in plan.wanted:
         if want.score.names and want.name in scores:
-            names = np.array([*want.score.names, None], dtype=object)
+            text = np.dtypes.StringDType(na_object=None)  # so that a column of nothing but NULL is text too
             codes = scores[want.name]
-            result[f"{want.name}_name"] = names[np.where(np.isnan(codes), len(names) - 1, codes).astype(int)]
+            names = [None if np.isnan(code) else want.score.names[int(code)] for code in codes]
+            result[f"{want.name}_name"] = np.array(names, dtype=text)
     return result
 
 

@@ -74,7 +74,7 @@ def test_the_summary_shows_shares_per_run_and_checkpoint(store):
 def test_explain_says_the_name(store):
     row_id = store.sql("SELECT row_id FROM scored WHERE phase_name = 'memorised'").item()
     text = explain_row(store, row_id).text()
-    assert any(line.split()[:3] == ["phase", "memorised", "phase"] for line in text.splitlines())
+    assert any(line.startswith("phase ") and "  memorised  " in line for line in text.splitlines())
     assert "phase_name" not in text
 
 
@@ -92,3 +92,17 @@ def test_nobody_asks_nobody_pays(store):
     curate.run(store.folder.parent / "plain.yaml")
     names = set(store.sql("SELECT name FROM dataset_values", recipe="plain")["name"])
     assert "premem_accuracy" in names and not any(name.startswith("phase_") for name in names)
+
+
+def test_names_are_text_even_where_no_phase_is_known(store):
+    """τ of a run of one late checkpoint, all below it: fluent or memorised, nobody can tell."""
+    folder = store.folder.parent
+    lines = {"id": [1, 2], "run": ["c", "c"], "step": [30, 30], "k": [4, 4], "n": [4, 4], "nll": [0.01, 0.02]}
+    pl.DataFrame(lines).write_parquet(folder / "late.parquet")
+    names = {"row": "id", "run": "run", "checkpoint": "step", "correct": "k", "samples": "n", "nll": "nll"}
+    import_file(folder / "late", folder / "late.parquet", names)
+    (folder / "late.yaml").write_text("kind: sft\nstore: late\nscores: [phase]\n")
+    curate.run(folder / "late.yaml")
+    found = Store(folder / "late").sql("SELECT phase, phase_name FROM scored")
+    assert found.rows() == [(None, None)] * 2 and found["phase_name"].dtype == pl.String
+    assert Store(folder / "late").sql("SELECT 1 FROM scored WHERE phase_name = 'learned'").is_empty()
