@@ -115,10 +115,9 @@ def flipped(
     last: int | None = None,
     steps: np.ndarray | None = None,
 ) -> Array:
-    """1: the run flipped the pair to right; −1: to wrong; 0: the ranking at `last` is that at `first`. NULL where one is unmeasured, and
-    in a series of one checkpoint.
+    """1 where the run flipped the pair to right, −1 to wrong, 0 where the ranking at `last` is that at `first`.
 
-    first, last: steps of the series (its ends, if none are given).
+    NULL where one is unmeasured, and in a series of one checkpoint. first, last: steps of the series (its ends, if none are given).
     """
     ranked = right(gap(chosen_logp, rejected_logp))  # (rows, K)
     count = ranked.shape[1]
