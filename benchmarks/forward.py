@@ -1,7 +1,7 @@
 """The forward pass beside what a user would run instead, in one process, interleaved, CPU time, medians, one thread.
 
     python benchmarks/forward.py            about ten minutes on one core
-    python benchmarks/forward.py --quick    three minutes
+    python benchmarks/forward.py --quick    two to three minutes; --only bf16 checkpoints: these parts alone
 
 Model: a random Llama of 57M parameters (d = 512, 8 layers, 32,000 tokens, untied), so that nothing has to be downloaded. Pairs of random
 tokens in three length mixes. Rivals:
@@ -11,7 +11,8 @@ tokens in three length mixes. Rivals:
     ours   log-probs, entropy, largest log-prob, hidden sums and CHES' inner products in one pass
 
     compute bound = (2P + R)(body + head) / ((P + R)·body + R·head)        R: both responses' tokens
-    share of peak = floating-point operations of (P + R)·body + R·head and of attention, over ours' time, over the best matrix product's rate
+    share of peak = floating-point operations of (P + R)·body + R·head and of attention, over ours' time, over the rate of the best product
+                    that ours uses
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from unittest import mock
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -32,8 +35,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy as np
 import torch
 
+import curate.passes.model
 from curate.measurements import MEASUREMENTS
-from curate.passes import forward
+from curate.passes import cpu_products, forward
 from curate.passes.model import Model
 from curate.tokens import Encoded, EncodedPair, common_prefix
 
@@ -41,6 +45,7 @@ VOCABULARY, WIDTH, LAYERS, INNER, HEADS = 32_000, 512, 8, 1376, 8
 BODY = LAYERS * (4 * WIDTH**2 + 3 * WIDTH * INNER)  # weights a token meets in the body
 HEAD = VOCABULARY * WIDTH
 MIXES = {"prompt-heavy": (300, 50), "mixed": (150, 100), "response-heavy": (50, 200)}  # mean prompt, mean response
+PARTS = ["rivals", "prices", "exactness", "bf16", "checkpoints"]
 ALL = [MEASUREMENTS[name] for name in ("likelihood", "entropy", "hidden")]
 
 
@@ -183,11 +188,21 @@ def _give_back_memory() -> None:
         pass
 
 
-def peak_rate(dtype: torch.dtype) -> float:
-    """Best rate of a matrix product of the head's shape, flop/s of CPU time."""
-    a, b = torch.randn(1024, 1024).to(dtype), torch.randn(1024, 1024).to(dtype)
-    a @ b
-    return max(2 * 1024**3 * 4 / seconds(lambda: [a @ b for _ in range(4)]) for _ in range(5))
+def peak_rate(dtype: torch.dtype, products: AbstractContextManager[object] | None = None) -> float:
+    """Best rate of the products that the pass uses, flop/s of CPU time, over the shapes of its body and head."""
+    best = 0.0
+    with products or nullcontext():
+        for rows, i, o in ((2048, WIDTH, INNER), (512, WIDTH, 2048), (1024, 1024, 1024)):
+            x, weight = torch.randn(rows, i).to(dtype), torch.randn(o, i).to(dtype)
+            cpu_products.linear(x, weight)
+            best = max(
+                best,
+                *(
+                    2 * rows * i * o * 4 / seconds(lambda: [cpu_products.linear(x, weight) for _ in range(4)])  # noqa: B023
+                    for _ in range(8)
+                ),
+            )
+    return best
 
 
 def operations(pairs: list[EncodedPair]) -> float:
@@ -223,23 +238,30 @@ def worst(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> tuple[
 def main() -> None:
     parser = argparse.ArgumentParser(description="Forward pass: ours, a plain loop, TRL.")
     parser.add_argument("--quick", action="store_true", help="fewer pairs and rounds")
-    quick = parser.parse_args().quick
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="these parts of it")
+    asked = parser.parse_args()
+    quick, only = asked.quick, asked.only
     torch.set_num_threads(1)
-    n, rounds = (4, 2) if quick else (16, 5)
+    n, rounds = (4, 2) if quick else (8, 5)
     module = make_model()
     model = Model(module)
     print(
         f"{model.engine}; {sum(p.numel() for p in module.parameters()) / 1e6:.0f}M parameters; {n} pairs, {rounds} rounds"
     )
     rate = peak_rate(torch.float32)
-    print(f"best float32 matrix product: {rate / 1e9:.0f} Gflop/s\n")
+    plain = peak_rate(torch.float32, mock.patch.object(cpu_products, "one_dnn_is_faster", return_value=False))
+    print(f"best float32 matrix product: {rate / 1e9:.0f} Gflop/s, torch's own {plain / 1e9:.0f}\n")
     with tempfile.TemporaryDirectory() as folder:
-        trl = make_trl(module, folder)
-        compare(module, model, trl, rate, n, rounds)
-        prices(model, n, rounds)
-        exactness(module, model, 2 if quick else 4)
-        half(module, model, n, rounds)
-        checkpoints(module, folder, n)
+        if "rivals" in only:
+            compare(module, model, make_trl(module, folder), rate, n, rounds)
+        if "prices" in only:
+            prices(model, n, rounds)
+        if "exactness" in only:
+            exactness(module, model, 2 if quick else 4)
+        if "bf16" in only:
+            half(module, model, n, rounds, 40 if quick else 240)
+        if "checkpoints" in only:
+            checkpoints(module, folder, 2 * n)
 
 
 def compare(module: torch.nn.Module, model: Model, trl, rate: float, n: int, rounds: int) -> None:
@@ -286,30 +308,47 @@ def exactness(module: torch.nn.Module, model: Model, n: int) -> None:
     print(f"\nAgainst float64: log-probs {logp:.1e} relative, CHES {ches:.1e} of |⟨h+,h−⟩| + ‖h+‖²", flush=True)
 
 
-def half(module: torch.nn.Module, model: Model, n: int, rounds: int) -> None:
-    """bf16, where the processor multiplies in it."""
+def half(module: torch.nn.Module, model: Model, n: int, rounds: int, ranked: int) -> None:
+    """bf16, where the processor multiplies in it: its speed, and whether it keeps the order of hard pairs."""
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     if "avx512_bf16" not in flags and "amx_bf16" not in flags:
         print("\nbf16: this processor has no bf16 products, not measured")
         return
     small = Model(copy.deepcopy(module).bfloat16())
     pairs = make_pairs("mixed", n)
-    wide, narrow = [], []
+    torchs_own = mock.patch.object(cpu_products, "one_dnn_is_faster", return_value=False)  # in the products, and
+    of_model = mock.patch.object(
+        curate.passes.model, "one_dnn_is_faster", return_value=False
+    )  # in whether to replace them
+    times: dict[str, list[float]] = {"bf16": [], "float32": [], "torch": []}
     ours(small, pairs)
     for _ in range(rounds):
-        wide.append(seconds(lambda: ours(model, pairs)))
-        narrow.append(seconds(lambda: ours(small, pairs)))
-    share = operations(pairs) / statistics.median(narrow) / peak_rate(torch.bfloat16)
-    speed = statistics.median(w / x for w, x in zip(wide, narrow))
+        times["bf16"].append(seconds(lambda: ours(small, pairs)))
+        times["float32"].append(seconds(lambda: ours(model, pairs)))
+        with torchs_own, of_model:
+            times["torch"].append(seconds(lambda: ours(model, pairs)))
+    rate, wide, plain = peak_rate(torch.bfloat16), peak_rate(torch.float32), peak_rate(torch.float32, torchs_own)
+    share = operations(pairs) / statistics.median(times["bf16"]) / rate
+    faster = {k: statistics.median(t / b for t, b in zip(times[k], times["bf16"])) for k in ("float32", "torch")}
     print(
-        f"\nbf16: {speed:.2f}× float32, {share:.0%} of its peak; Spearman on hard pairs with float32, the same weights:"
+        f"\nbf16: {faster['float32']:.2f}× our float32 (best products: {rate / wide:.2f}×), {faster['torch']:.2f}× our float32 with "
+        f"torch's own products ({rate / plain:.2f}×); {share:.0%} of its peak, {rate / 1e9:.0f} Gflop/s"
     )
-    hard = make_pairs("mixed", n, seed=1, hard=True)
-    wanted = ours(Model(copy.deepcopy(small.module).float()), hard)
-    for name, found in (("ours", ours(small, hard)), ("loop", loop(small.module, hard))):
-        ches = spearman(ches_ln(wanted, hard), ches_ln(found, hard))
-        gap = spearman(*(x["chosen_logp"] - x["rejected_logp"] for x in (wanted, found)))
-        print(f"  {name}: ches_ln {ches:.4f}, ranking gap {gap:.4f}", flush=True)
+    hard = make_pairs("mixed", ranked, seed=1, hard=True)
+    of_rounded = ours(Model(copy.deepcopy(small.module).float()), hard)
+    print(
+        f"Spearman over {ranked} pairs whose responses differ in three tokens, against float32 of the same bf16 weights:"
+    )
+    found = {"ours": ours(small, hard), "plain bf16 loop": loop(small.module, hard)}
+    for name, x in found.items():
+        print(f"  {name}: {ranking(of_rounded, x, hard)}", flush=True)
+    print(f"  rounding float32 weights to bf16 alone: {ranking(ours(model, hard), of_rounded, hard)}", flush=True)
+
+
+def ranking(wanted: dict[str, np.ndarray], found: dict[str, np.ndarray], pairs: list[EncodedPair]) -> str:
+    ches = spearman(ches_ln(wanted, pairs), ches_ln(found, pairs))
+    gap = spearman(*(x["chosen_logp"] - x["rejected_logp"] for x in (wanted, found)))
+    return f"ches_ln {ches:.4f}, ranking gap {gap:.4f}"
 
 
 def ches_ln(found: dict[str, np.ndarray], pairs: list[EncodedPair]) -> np.ndarray:
@@ -317,23 +356,25 @@ def ches_ln(found: dict[str, np.ndarray], pairs: list[EncodedPair]) -> np.ndarra
     return found["hidden_cr"] / (chosen * rejected) - found["hidden_cc"] / chosen**2
 
 
-def checkpoints(module: torch.nn.Module, folder: str, n: int, k: int = 3) -> None:
-    """K checkpoints, loading included, against K passes of a model in memory."""
+def checkpoints(module: torch.nn.Module, folder: str, n: int, k: int = 8) -> None:
+    """K checkpoints, loading included, against K passes of a model in memory; CPU time."""
     pairs = make_pairs("mixed", n)
     paths = [Path(folder) / f"checkpoint-{i}" for i in range(k)]
     for path in paths:
         module.save_pretrained(path)
     with forward.load_model(paths[0], device="cpu", dtype="float32") as model:
         ours(model, pairs)
-        single = statistics.median(seconds(lambda: ours(model, pairs)) for _ in range(3))
-
-        def series() -> None:
-            for path in paths:
-                model.use(path)
-                ours(model, pairs)
-
+        whole, swaps, singles = [], [], []
+        for path in paths:  # a single pass beside each, so that both see the same load
+            start = time.process_time()
+            model.use(path)
+            swaps.append(time.process_time() - start)
+            ours(model, pairs)
+            whole.append(time.process_time() - start)
+            singles.append(seconds(lambda: ours(model, pairs)))
         print(
-            f"{k} checkpoints: {seconds(series) / (k * single):.2f}× {k} single passes of {n} pairs, loading included"
+            f"\n{k} checkpoints of {sum(p.numel() for p in module.parameters()) * 4 / 1e6:.0f} MB: {sum(whole) / sum(singles):.2f}× {k} single "
+            f"passes of {n} pairs, loading included ({statistics.median(swaps) * 1e3:.0f} ms of {statistics.median(singles) * 1e3:.0f} ms)"
         )
 
 
