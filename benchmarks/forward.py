@@ -261,7 +261,7 @@ def main() -> None:
         if "bf16" in only:
             half(module, model, n, rounds, 40 if quick else 240)
         if "checkpoints" in only:
-            checkpoints(module, folder, 2 * n)
+            checkpoints(module, folder, n)
 
 
 def compare(module: torch.nn.Module, model: Model, trl, rate: float, n: int, rounds: int) -> None:
