@@ -1,7 +1,8 @@
 """Data efficiency: does growing a training set by rows like the hard ones need fewer rows than growing it at random?
 
     python benchmarks/data_efficiency.py            # the table of what is measured so far, and what is left
-    python benchmarks/data_efficiency.py --run      # goes on measuring, cell by cell; may be stopped and started again
+    python benchmarks/data_efficiency.py --run      # goes on measuring, run by run; may be stopped and started again
+    python benchmarks/data_efficiency.py --calibrate    # how the threshold and the checkpoints were chosen, on a seed of no study
 
 Algorithm 1 of Kang et al. 2024 (arXiv:2411.07681) on the demo's task, against four rivals. All share the base, the start set, the steps and
 the seeds; they differ in where a round's new rows come from:
@@ -14,7 +15,8 @@ the seeds; they differ in where a round's new rows come from:
 
 "Like" is: a kind is drawn as often as it occurs among the picked rows, and a fresh problem of that kind is made. One line of
 data_efficiency.jsonl is one training run: (seed, method, rows). Seeds are taken until the 95% interval of rounds − iid has a half-width of
-at most .02 of accuracy at every budget, or until 20 are spent.
+at most .02 of accuracy at every budget, or until 20 are spent. Threshold and checkpoints were fixed before, on another seed: with checkpoints
+too far apart, every row is memorised between two of them, nearly all count as hard, and the rounds are i.i.d. growth by another name.
 
 The data ratio is how many times as many rows the i.i.d. curve needs for the same test accuracy: the curve is the mean over the seeds, made
 monotone, linear in log rows. Its interval resamples the seeds, all methods of a seed together.
@@ -47,8 +49,8 @@ STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228
            2.093)  # fmt: skip  # the 97.5% quantile of Student's t for 2 to 20 seeds
 SETTINGS: dict[str, Any] = {
     "start": 240, "round": 120, "rounds": 3, "beyond": [840],  # rows; beyond: i.i.d. only, so that a ratio can be read
-    "steps": 450, "batch": 16, "fractions": [0.15, 0.25, 0.4, 1.0], "test": 600,
-    "samples": 4, "temperature": 0.8, "top_p": 0.95, "threshold": 0.66, "hard_below": 0.5,
+    "steps": 450, "batch": 16, "fractions": [0.15, 0.3, 0.45, 0.6, 0.8, 1.0], "test": 600,
+    "samples": 4, "temperature": 0.8, "top_p": 0.95, "threshold": 0.7, "hard_below": 0.5,
 }  # fmt: skip
 BUDGETS = [SETTINGS["start"] + SETTINGS["round"] * t for t in range(1, SETTINGS["rounds"] + 1)]
 
@@ -395,11 +397,44 @@ def run(path: Path = RESULTS, *, minutes: float = math.inf) -> None:
             )
 
 
+def calibrate(seed: int = 101) -> None:
+    """Pre-memorization accuracy against test accuracy for several thresholds, with all checkpoints and without the two before the last."""
+    from curate.scores.premem import running
+
+    with one_thread(), tempfile.TemporaryDirectory() as folder:
+        test = task.splits(seed=seed, train=0, test=SETTINGS["test"], pool=0)["test"]
+        for size in (SETTINGS["start"], BUDGETS[1]):
+            rows = training_rows(seed, "iid", size, {})
+            checkpoints = training.train_sft(
+                [(row.prompt, row.completion) for row in rows], Path(folder) / str(size), steps=SETTINGS["steps"],
+                batch=SETTINGS["batch"], fractions=SETTINGS["fractions"], seed=seed,
+            )  # fmt: skip
+            right = sampled_accuracy(checkpoints[-1:], test, samples=1, temperature=0.0)
+            nll = target_nll(checkpoints, rows)
+            accuracy = sampled_accuracy(
+                checkpoints, rows, samples=SETTINGS["samples"], temperature=SETTINGS["temperature"], top_p=SETTINGS["top_p"]
+            )  # fmt: skip
+            print(f"{size} rows: test accuracy {right.mean():.2f}, train accuracy {accuracy[:, -1].mean():.2f}")
+            few = [at for at in range(len(checkpoints)) if at not in (len(checkpoints) - 2, len(checkpoints) - 3)]
+            body = []
+            for tau in (0.5, 0.6, 0.66, 0.7, 0.775):
+                line = [tau]
+                for kept in (list(range(len(checkpoints))), few):
+                    value = running(accuracy[:, kept], nll[:, kept], tau)[:, -1]
+                    line += [round(float(value.mean()), 2), f"{(value < SETTINGS['hard_below']).mean():.0%}"]
+                body.append(line)
+            print(table(body, head=("threshold", "premem", "hard", "premem, fewer checkpoints", "hard")), flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", action="store_true", help="measure what is left; without it only the table is printed")
     parser.add_argument("--minutes", type=float, default=math.inf, help="start no further run after so many")
+    parser.add_argument("--calibrate", action="store_true", help="premem against test accuracy, by threshold")
     asked = parser.parse_args()
+    if asked.calibrate:
+        calibrate()
+        return
     if asked.run:
         run(minutes=asked.minutes)
     done = load()
