@@ -6,7 +6,7 @@ A step of size η up f_i changes f_m by η·⟨g_i, g_m⟩ to first order. Summe
 2020, arXiv:2002.08484); cosines over LoRA parameters, LESS (Xia et al. 2024, arXiv:2402.04333) with plain gradients in place of Adam's.
 
 exact      every target's gradient is kept, the training rows come by once              (passes/target_gradients.py)
-factored   k numbers for each layer's input and for each output gradient stand for all   (passes/sketches.py)
+factored   one side of each weight's gradient is projected to k numbers                (passes/sketches.py)
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def cross_products(
     parameters: as in backward.measure: "all", "lora", or the last k layers. of, target_of: what of a pair is differentiated, "margin" (log-prob of
     chosen minus that of rejected), "chosen" or "rejected"; target_of None: as `of`. SFT rows have their completion's log-prob.
 
-    factored: None for exact products; a number k for estimates from k·k random projections of each weight's gradient, drawn with `seed`: no
+    factored: None for exact products; a number k for estimates from each weight's gradient with one side projected to k, drawn with `seed`: no
     gradient is made or kept, and `error` says what they are worth.
 
     Targets whose gradients do not fit into half of the free memory are taken in blocks, the training rows once per block. ModelError where a
@@ -182,7 +182,7 @@ def _exact(passes: _Passes, rows: list[list[Item]], targets: list[list[Item]]) -
             raise ModelError(
                 f"{passes.model.path or type(passes.model.module).__name__}: one target's gradient needs {passes.keeping(left[:1]) / 1e9:.1f} GB, "
                 f"{SHARE / 2 * free_for(passes.model) / 1e9:.1f} GB may be taken on {passes.model.device}.\n"
-                '  Take factored=64 (projections), parameters="lora", or the last layers alone (parameters=2).'
+                '  Take factored=32 (projections), parameters="lora", or the last layers alone (parameters=2).'
             )
         some, left = left[:fit], left[fit:]
         kept = Targets(len(some), passes.shapes, passes.by_tokens(some))

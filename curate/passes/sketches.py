@@ -1,11 +1,12 @@
-"""Rows' gradients as k·k numbers per weight, whose inner products are unbiased estimates of the gradients' own.
+"""Rows' gradients with one side of each weight's gradient projected: inner products are unbiased estimates of the gradients' own.
 
-    W's gradient BᵀA (o, i)   ->   (B P)ᵀ(A Q)  (k, k)        P (o, k), Q (i, k): random signs / √k, Q shared by layers of one input
-    E⟨(B P)ᵀ(A Q), (B'P)ᵀ(A'Q)⟩ = ⟨BᵀA, B'ᵀA'⟩               a side of at most k stays as it is
+    W's gradient BᵀA (o, i)   ->   Bᵀ(A Q)  (o, k)   or   (B P)ᵀA  (k, i)        Q (i, k), P (o, k): random signs / √k
+    E⟨Bᵀ(A Q), B'ᵀ(A'Q)⟩ = ⟨BᵀA, B'ᵀA'⟩,  variance at most 2/k of (|BᵀA| |B'ᵀA'|)², less where the gradient has many directions
 
-No gradient is made: T·k·(i + o + k) multiplications for T·i·o. Norms and biases stay exact. An embedding is a layer whose B is one-hot; one that is
-the head too has a single sketch for both.
-Source: Choe et al. 2024, arXiv:2405.13954 (LoGra: both sides of a layer's gradient projected).
+The wider side is projected, the input where both are alike: once for all layers that read it. Both sides at k (LoGra's way, Choe et al. 2024,
+arXiv:2405.13954) cost as much and have twice the variance. No gradient is made: T·k·(i + o) multiplications for T·i·o. A side of at most k stays as
+it is. Norms and biases stay exact. An embedding is a layer whose B is one-hot; one that is the head too has a single sketch for both.
+Source: random projections, Johnson & Lindenstrauss; Achlioptas 2003 (signs).
 """
 
 from __future__ import annotations
@@ -30,12 +31,21 @@ class Projections:
     inputs: dict[Name, Name] = field(default_factory=dict)  # weight -> the first weight that reads the same input
     _made: dict[tuple[str, Name], torch.Tensor | None] = field(default_factory=dict)
 
+    def shape(self, name: Name) -> tuple[int, int]:
+        """Of a sketch."""
+        o, i = self.shapes[name]
+        return (min(o, self.k), i) if o > i else (o, min(i, self.k))
+
     def outputs(self, name: Name, like: torch.Tensor) -> torch.Tensor | None:
         """(o, k) P; None where B stays as it is."""
-        return self._signs("P", name, self.shapes[name][0], like)
+        o, i = self.shapes[name]
+        return self._signs("P", name, o, like) if o > i else None
 
     def input(self, name: Name, kept: dict[Any, Any], a: torch.Tensor) -> torch.Tensor:
-        """(n, k) A Q, made once for the layers that share `kept`."""
+        """(n, k) A Q, made once for the layers that share `kept`; a itself where it stays as it is."""
+        o, i = self.shapes[name]
+        if o > i:
+            return a
         if "AQ" not in kept:
             kept["by"] = self.inputs.setdefault(name, name)
             signs = self._signs("Q", kept["by"], a.shape[1], a)
@@ -106,7 +116,7 @@ class Sketches:
         self._parts[name][rows, columns] = x
 
     def lines(self, name: Name, x: Lines) -> None:
-        z = self.projections.input(name, {}, x.x)  # (K, k)
+        z = self.projections.input(name, {}, x.x)  # (K, d), or (K, k)
         signs = self.projections.outputs(name, z)
         if signs is None:
             signs = torch.eye(self.projections.shapes[name][0]).to(z)
@@ -118,10 +128,9 @@ class Sketches:
         pass
 
     def _part(self, name: Name, x: torch.Tensor) -> torch.Tensor:
-        """(R, k, k) of this batch."""
+        """Of this batch's R rows, (R, k, i) or (R, o, k)."""
         if name not in self._parts:
-            size = min(self.projections.k, self.projections.shapes[name][0])
-            self._parts[name] = x.new_zeros(len(self._numbers), size, x.shape[1])
+            self._parts[name] = x.new_zeros(len(self._numbers), *self.projections.shape(name))
         return self._parts[name]
 
 

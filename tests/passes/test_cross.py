@@ -153,7 +153,7 @@ def test_what_cannot_be_known_is_nan_and_what_does_not_fit_is_refused(monkeypatc
     assert np.isnan(found.train_norms).tolist() == [False, True, False, False]
     assert cross.cross_products(model, rows[1:2], rows).products.shape == (1, 4)
     monkeypatch.setattr(cross, "free_for", lambda model: 10_000)
-    with pytest.raises(ModelError, match=r"(?s)one target's gradient needs .* factored=64"):
+    with pytest.raises(ModelError, match=r"(?s)one target's gradient needs .* factored=32"):
         cross.cross_products(model, rows, rows[:2])
     assert cross.cross_products(model, rows, rows[:1], factored=4).error is None
 
