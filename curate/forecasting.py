@@ -164,7 +164,7 @@ class DirectionRunner(ForwardRunner):
             "chosen": "the mean chosen gradient",
             "head": "the head's part of the set's step",
         }
-        return names.get(of) or f"the gradient of {of.removeprefix('target.')}"
+        return names.get(of) or f"target {of.removeprefix('target.')}"
 
     def _moments(self) -> Vector:
         from curate.directions import MOMENTS
@@ -256,7 +256,7 @@ class DirectionRunner(ForwardRunner):
         ids = self.directions.rows
         order = np.random.default_rng(settings.seed).permutation(len(ids))[: 2 * settings.steps * settings.rows]
         rows = [row for row in self.store.iter_rows([ids[i] for i in np.sort(order)]) if row is not None]
-        with self.progress.bar(f"warm-up of {start.label}", settings.steps) as count:
+        with self.progress.bar(f"warm-up of {start.label}", settings.steps * min(settings.rows, len(rows))) as count:
             moments = warm_up(
                 self.model, self._encode(rows), settings, token_budget=self.recipe.engine.token_budget, count=count
             )

@@ -43,7 +43,7 @@ def warm_up(
     token_budget: int = 16384,
     count: Callable[[int], object] = lambda n: None,
 ) -> Vector:
-    """Train the model in place, and give Adam's v̂ at the end, float32 on the CPU. count is told of steps as they are done."""
+    """Train the model in place, and give Adam's v̂ at the end, float32 on the CPU. count is told of rows as they are done."""
     known = [row for row in encoded if row.problem is None]
     pairs = any(isinstance(row, EncodedPair) for row in known)
     batches = _batches(len(known), settings)
@@ -69,7 +69,7 @@ def warm_up(
                 v[name].mul_(BETAS[1]).addcmul_(new, new, value=1 - BETAS[1])
                 size = (v[name] / (1 - BETAS[1] ** t)).sqrt_().add_(ADAM_EPSILON)
                 p.addcdiv_((m[name] / (1 - BETAS[0] ** t)).to(p.dtype), size.to(p.dtype), value=settings.learning_rate)
-        count(1)
+        count(len(rows))
     return {name: (value / (1 - BETAS[1] ** len(batches))).cpu() for name, value in v.items()}
 
 
