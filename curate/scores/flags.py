@@ -4,13 +4,15 @@
     states alike     CHES is among the highest `share` of the pairs                   a forward pass
     valley deep      valley depth is among the highest `share`                        a forward pass
     share negative   displacement share ρ < 0                                         a backward pass: used where it was measured
+    forecast low     the batch forecast (sign) is below 0 and among the lowest `share`   a direction: used where batch_forecast was scored
 
     squeezing_prone  = how many reasons hold
     squeezing_weight = 1/(1 + squeezing_prone): a weight for training
 
-Ranks, not forecasts: how far a chosen response falls is not told by any of them. In trials with small models ρ < 0 seldom fired and was
-nearly always right, CHES alone was weak (AUC .66), and no drop filter beat an NLL term on the chosen response or an earlier stop: ADVICE
-is in that order.
+Ranks, not forecasts: how far a chosen response falls is not told by any of them, and by its ranks alone up to three times `share` of the
+pairs are flagged. What each sign is worth after real DPO runs: benchmarks/after_dpo.py. In trials with small models ρ < 0 seldom fired and
+was nearly always right, the batch forecast ranked best, CHES was weak, and no drop filter beat an NLL term on the chosen response or an
+earlier stop: ADVICE is in that order.
 Source: Razin et al. 2024, arXiv:2410.08847; Ren & Sutherland 2024, arXiv:2407.10490.
 """
 
@@ -18,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -34,31 +37,40 @@ ADVICE = (
 )
 
 
+FORECAST = "forecast_sign_chosen"
+OPTIONAL = (*KERNEL, f"reference.{FORECAST}")
+
+
 @dataclass(frozen=True)
 class Reason:
-    """One sign of squeezing. columns: what `of` takes. below: it holds where the value is below this; None: in the highest `share` of the
-    rows. words: with {value}, and {percentile} where it is a rank.
+    """One sign of squeezing. columns: what `of` takes. below: it holds only where the value is below this. end: and among the `share` of the rows
+    at this end; None: whatever its rank. words: with {value}, and {percentile} where it is a rank.
     """
 
     name: str
     columns: tuple[str, ...]
     of: Callable[..., Array]
     words: str
-    below: float | None = None
+    below: float = np.inf
+    end: Literal["high", "low"] | None = None
 
     def holds(self, values: Array, share: float) -> Array:
         """(rows,) 1.0, 0.0, or NaN where the value is unknown."""
         known = ~np.isnan(values)
-        if self.below is not None:
-            return np.where(known, values < self.below, np.nan)
         if not known.any():
             return np.full(values.shape, np.nan)
-        return np.where(known, values > np.quantile(values[known], 1 - share), np.nan)
+        holds = values < self.below
+        if self.end == "high":
+            holds &= values > np.quantile(values[known], 1 - share)
+        elif self.end == "low":
+            holds &= values < np.quantile(values[known], share)
+        return np.where(known, holds, np.nan)
 
     def says(self, values: Array, row: int) -> str:
         """The reason in words, of one row where it holds."""
         known = values[~np.isnan(values)]
-        return self.words.format(value=values[row], percentile=100 * float((known < values[row]).mean()))
+        beyond = known > values[row] if self.end == "low" else known < values[row]
+        return self.words.format(value=values[row], percentile=100 * float(beyond.mean()))
 
 
 REASONS = (
@@ -67,12 +79,14 @@ REASONS = (
         PRODUCTS,
         lambda cc, cr: cr - cc,
         "the hidden states of its two responses are alike: ches {value:.4g}, above {percentile:.0f}% of the pairs",
+        end="high",
     ),
     Reason(
         "valley deep",
         ("valley_depth",),
         np.asarray,
         "its rejected response lies deep in a valley: valley_depth {value:.3g} nats a token, above {percentile:.0f}% of the pairs",
+        end="high",
     ),
     Reason(
         "share negative",
@@ -80,6 +94,15 @@ REASONS = (
         displacement_share.function,
         "its own gradient pushes the chosen response down: displacement_share {value:.3g} nats per nat of margin",
         below=0.0,
+    ),
+    Reason(
+        "forecast low",
+        (FORECAST,),
+        np.asarray,
+        "the set's first step pushes its chosen response down: batch_forecast {value:.3g} nats per unit of step, below {percentile:.0f}% "
+        "of the pairs",
+        below=0.0,
+        end="low",
     ),
 )
 
@@ -105,7 +128,7 @@ def count(columns: Mapping[str, Array | None], share: float) -> Array:
 
 @score(
     needs=(*PRODUCTS, "valley_depth"),
-    optional=KERNEL,
+    optional=OPTIONAL,
     kind="preference",
     unit="reasons",
     worst="high",
@@ -119,16 +142,17 @@ def squeezing_prone(
     entk_cc: Array | None = None,
     entk_cr: Array | None = None,
     entk_rr: Array | None = None,
+    forecast: Array | None = None,
     *,
     share: Share = 0.1,
 ) -> Array:
     """How many reasons hold, (rows,); `curate explain` says which. NULL where CHES or the valley depth is. share: the worst end of a rank."""
-    return count(_named(hidden_cc, hidden_cr, valley_depth, entk_cc, entk_cr, entk_rr), share)
+    return count(_named(hidden_cc, hidden_cr, valley_depth, entk_cc, entk_cr, entk_rr, forecast), share)
 
 
 @score(
     needs=(*PRODUCTS, "valley_depth"),
-    optional=KERNEL,
+    optional=OPTIONAL,
     kind="preference",
     unit="weight",
     worst="low",
@@ -142,14 +166,15 @@ def squeezing_weight(
     entk_cc: Array | None = None,
     entk_cr: Array | None = None,
     entk_rr: Array | None = None,
+    forecast: Array | None = None,
     *,
     share: Share = 0.1,
 ) -> Array:
     """1/(1 + squeezing_prone), (rows,): for `export.weight`. NULL where squeezing_prone is."""
-    return 1 / (1 + count(_named(hidden_cc, hidden_cr, valley_depth, entk_cc, entk_cr, entk_rr), share))
+    return 1 / (1 + count(_named(hidden_cc, hidden_cr, valley_depth, entk_cc, entk_cr, entk_rr, forecast), share))
 
 
-@dataset_value(needs=(*PRODUCTS, "valley_depth"), optional=KERNEL, kind="preference", source=REN)
+@dataset_value(needs=(*PRODUCTS, "valley_depth"), optional=OPTIONAL, kind="preference", source=REN)
 def squeezing_flags(
     hidden_cc: Array,
     hidden_cr: Array,
@@ -157,11 +182,12 @@ def squeezing_flags(
     entk_cc: Array | None = None,
     entk_cr: Array | None = None,
     entk_rr: Array | None = None,
+    forecast: Array | None = None,
     *,
     share: Share = 0.1,
 ) -> list[Value]:
     """The share of pairs with at least one reason, and with at least two; Wilson intervals."""
-    found = count(_named(hidden_cc, hidden_cr, valley_depth, entk_cc, entk_cr, entk_rr), share)
+    found = count(_named(hidden_cc, hidden_cr, valley_depth, entk_cc, entk_cr, entk_rr, forecast), share)
     return [
         proportion_value(name, np.where(np.isnan(found), np.nan, found >= least))
         for name, least in (("squeezing_prone_any", 1), ("squeezing_prone_two", 2))
@@ -169,4 +195,4 @@ def squeezing_flags(
 
 
 def _named(*columns: Array | None) -> dict[str, Array | None]:
-    return dict(zip((*PRODUCTS, "valley_depth", *KERNEL), columns, strict=True))
+    return dict(zip((*PRODUCTS, "valley_depth", *KERNEL, FORECAST), columns, strict=True))
