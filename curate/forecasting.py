@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from curate.store import Store
 
 CHUNK = 4096  # training rows encoded at a time
+ROUGH = 0.02  # error over the spread from which on it is said
 CHECKED = 64  # rows among which those are that ε is checked on
 
 
@@ -148,6 +149,10 @@ class DirectionRunner(ForwardRunner):
             with Line(self.model, v) as line:
                 found = choose_epsilon(line, encoded, token_budget=self.recipe.engine.token_budget)
             self.said.append(f"{task.measurement.name} along {self._name(direction.of)}: {found}")
+            if not found.error <= ROUGH:
+                self.said.append(
+                    f"{task.measurement.name}: float32 is not exact enough along it; take its ranks with care."
+                )
         if direction.step != "sgd":
             save_vector(v, kept)
         written = {"name": task.measurement.name, "model": self.step.subject.label} | (
