@@ -15,8 +15,11 @@ from curate.errors import UsageError
 from curate.passes import derivatives as along
 from curate.passes import direction
 from curate.passes.model import load_model
+from curate.progress import Progress
+from curate.recipe import load_recipe
 from curate.rows import Example, Pair
 from curate.tokens import Limits, encode, load_tokenizer
+from curate.workflow import make_plan
 from tests.tiny_models import make_llama
 
 PAIRS = [{"prompt": f"{i} + 1 =", "chosen": f" {i + 1}", "rejected": f" {i * 7}?" + "!" * (i % 3)} for i in range(12)]
@@ -26,17 +29,26 @@ ANSWERS = [{"prompt": f"{i} + 2 =", "completion": f" {i + 2}"} for i in range(5)
 
 @pytest.fixture
 def line(tmp_path):
-    """run(kind, scores, **rest of the recipe) -> the Result."""
+    """run(kind, *scores, **rest of the recipe) -> the Result; run.misses(…) -> {measurement: rows it would measure}."""
     make_llama(tmp_path / "model", seed=0)
     for name, rows in (("pairs", PAIRS), ("refusals", REFUSALS), ("answers", ANSWERS)):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
 
-    def run(kind, *scores, **rest):
+    def write(kind, scores, rest):
         source = {"path": "pairs.jsonl" if kind == "preference" else "answers.jsonl"}
         recipe = {"kind": kind, "source": source, "models": {"reference": "model"}, "scores": list(scores)} | rest
         (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-        return curate.run(tmp_path / "recipe.yaml")
+        return tmp_path / "recipe.yaml"
 
+    def run(kind, *scores, **rest):
+        return curate.run(write(kind, scores, rest))
+
+    def misses(kind, *scores, **rest):
+        plan = make_plan(load_recipe(write(kind, scores, rest)), progress=Progress(quiet=True))
+        blocks = [(task, rows) for step in plan.steps for _, rows, tasks in step.blocks for task in tasks]
+        return {task.measurement.name: len(rows) for task, rows in blocks}
+
+    run.misses = misses
     run.folder = tmp_path
     return run
 
@@ -98,13 +110,12 @@ def test_forecasts_contributions_and_influence(line):
     np.testing.assert_allclose(
         column(store, "head_forecast", rows), along.head_derivatives(model, pairs, head)[:, 0], rtol=1e-4
     )
-    again = line("preference", *scores, targets=targets, forecast={"beta": 0.3})
-    assert not again.measured and result.measured["direction"] == 12
-    assert line("preference", *scores, targets=targets).measured == {"direction": 12}  # another β, another step
+    assert result.measured["direction"] == 12
+    assert not line.misses("preference", *scores, targets=targets, forecast={"beta": 0.3})
+    of_beta = line.misses("preference", *scores, targets=targets)  # another β, another step and other weights
+    assert len(of_beta) == 6 and set(of_beta.values()) == {12}
     (line.folder / "refusals.jsonl").write_text(json.dumps(REFUSALS[0]))
-    again = line("preference", *scores, targets=targets, forecast={"beta": 0.3})
-    fresh = [t.measurement.name for s in again.plan.steps if s.missing for t in s.blocks[0][2]]
-    assert fresh == ["influence_refusals_sgd"]
+    assert line.misses("preference", *scores, targets=targets, forecast={"beta": 0.3}) == {"influence_refusals_sgd": 12}
 
 
 def test_killed_between_shards_it_goes_on(line, monkeypatch):
@@ -158,7 +169,7 @@ def test_after_a_warm_up(line):
     v = direction.accumulate(model, pairs, direction.fixed_weights(1 / 12, 0))
     v = direction.precondition(v, "adam", v, direction.load_vector(folder / "second_moments.safetensors"))
     close(contribution, s * (along.exact_products(model, pairs, v) @ [1, -1]))
-    assert not line("preference", *scores, forecast=forecast).measured
+    assert not line.misses("preference", *scores, forecast=forecast)
 
 
 def test_influence_over_the_checkpoints_of_a_run(line):

@@ -25,8 +25,8 @@ from curate.passes.residuals import residuals
 from curate.tokens import EncodedPair
 
 MOVED = 0.2  # nats: how far ε moves a typical row of the sample
-LADDER = (1.0, 0.25, 4.0, 0.0625, 16.0)  # times that: the first that is good enough, else the best
-GOOD = 3e-4  # error, as a share of the products' spread
+LADDER = (1.0, 0.25, 4.0)  # times that: the first that is good enough, else the best
+GOOD = 5e-4  # error, as a share of the products' spread
 SAMPLE = 8  # rows that ε is checked on
 STATES = 512  # per block of logits
 
@@ -86,7 +86,7 @@ def exact_products(model: Model, encoded: Rows, v: Vector) -> np.ndarray:
     for i, row in enumerate(encoded):
         for side in range(sides) if row.problem is None else ():
             g = accumulate(model, [row], fixed_weights(*np.eye(sides)[side]))
-            found[i, side] = float(sum((g[name].double() * v[name].double()).sum() for name in v))
+            found[i, side] = float(sum(g[name].mul_(v[name]).sum(dtype=torch.float64) for name in v))
     return found
 
 
