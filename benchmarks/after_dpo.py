@@ -11,8 +11,8 @@ the first half from the reference; all scores are taken at the reference, from t
     flips    among pairs that the reference ranks wrong, those that the run turned round
 
 AUC .5 is chance; 1 is perfect. "in quintiles": the mean AUC within fifths of equal length of the chosen response, so that length cannot be what a
-score knows. Mean over seeds, with the smallest and the largest. A result is appended to --out as a line of JSON, and a run that is there is not made
-again.
+score knows. Mean over seeds, with the smallest and the largest. A result is appended to --out (after_dpo.jsonl beside this file) as a line of JSON, and a run
+that is there is not made again.
 """
 
 from __future__ import annotations
@@ -257,7 +257,7 @@ def main() -> None:
     parser.add_argument("--data", nargs="+", choices=DATA, default=list(DATA))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=Path("after_dpo.jsonl"))
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".jsonl"))
     asked = parser.parse_args()
     if not MODEL.is_dir():
         sys.exit(f"{MODEL} is not there: this benchmark needs the shared models and data beside the checkout.")
