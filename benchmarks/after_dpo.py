@@ -11,8 +11,8 @@ the first half from the reference; all scores are taken at the reference, from t
     flips    among pairs that the reference ranks wrong, those that the run turned round
 
 AUC .5 is chance; 1 is perfect. "in quintiles": the mean AUC within fifths of equal length of the chosen response, so that length cannot be what a
-score knows. Mean over seeds, with the smallest and the largest. A result is appended to --out (after_dpo.jsonl beside this file) as a line of JSON, and a run
-that is there is not made again.
+score knows. Mean over seeds, with the smallest and the largest. A result is appended to --out (after_dpo.jsonl beside this file) as a line of JSON,
+and a run that is there is not made again.
 """
 
 from __future__ import annotations
