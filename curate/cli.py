@@ -355,6 +355,7 @@ def schedule(
     overrides: Set = None,
     store: StoreOption = None,
     run_now: Annotated[bool, typer.Option("--now", help="run once at the start, too")] = False,
+    json: Annotated[bool, typer.Option("--json", help="print a JSON object a line: next times, outcomes")] = False,
     quiet: Quiet = False,
 ) -> None:
     """Run a recipe by the clock, unattended: only what is new is measured, never two runs of it at once."""
@@ -365,7 +366,8 @@ def schedule(
     extra = [arg for entry in overrides or [] for arg in ("--set", entry)]
     extra += ["--store", str(store)] if store else []
     extra += ["--quiet"] if quiet else []
-    start(recipe, cron=cron, extra_args=extra, run_now=run_now)
+    events = (lambda event: out(to_json(event, indent=None))) if json else None
+    start(recipe, cron=cron, extra_args=extra, run_now=run_now, events=events)
 
 
 def _recipe(path: Path, overrides: list[str] | None, store: Path | None) -> Loaded:

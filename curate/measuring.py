@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from curate.errors import ModelError
+from curate.errors import ModelError, UsageError
 from curate.identity import few_shot_text
 from curate.plan import Plan, Step
 from curate.progress import Progress
@@ -33,6 +33,15 @@ INGEST_EVERY = 5.0  # seconds: how long finished shards may wait until readers s
 def measure(loaded: Loaded, store: Store, plan: Plan, progress: Progress) -> dict[str, int]:
     """Run every step that misses rows, inside `store.measuring()`. Returns how many rows each pass measured, and what truncation touched."""
     counts: dict[str, int] = {}
+    recipe = loaded.recipe
+    if (
+        recipe.engine.sampler == "openai"
+        and not recipe.server.url
+        and any(s.reads == "sample" and s.missing for s in plan.steps)
+    ):
+        from curate.passes.sample_openai import NO_URL
+
+        raise UsageError(NO_URL)  # now, not after the passes before it
     with ExitStack() as engines:
         runner: Runner | None = None
         to_do = [step for step in plan.steps if step.missing]

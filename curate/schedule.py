@@ -4,6 +4,9 @@ Never two runs of one recipe at once, also across two schedulers: every run hold
 slept are one run when it wakes; one that comes due while the run before is still going is left out (the next finds everything that is new).
 On SIGTERM or SIGINT the child is asked to stop (what it measured is kept), waited for, and ended after a grace. What a run did, and with
 which version, the child writes into the store.
+
+With events (`--json`) every fact is an object too: `next` and `started` with their time, `ended` with exit code, outcome, seconds and what
+`curate run --json` printed (`result`; null where it printed none), `left_out` and `failed` with why, `stopped`.
 """
 
 from __future__ import annotations
@@ -11,12 +14,14 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import importlib.util
+import json
 import logging
 import os
 import select
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -56,20 +61,23 @@ def schedule(
     extra_args: Sequence[str] = (),
     run_now: bool = False,
     say: Callable[[str], Any] = say_line,
+    events: Callable[[dict[str, Any]], Any] | None = None,
     grace: float = GRACE,
 ) -> None:
     """Run `recipe` at the times of `cron` until SIGTERM or SIGINT.
 
     cron: minute hour day month weekday, as in a crontab (weekday 0 and 7 are Sunday), in this machine's time zone.
-    extra_args: passed on to `curate run`. run_now: also once at the start. grace: seconds a run gets to stop when the schedule is stopped.
+    extra_args: passed on to `curate run`. run_now: also once at the start. say: takes lines for people. events: takes an object for every
+    fact (header); what a run prints then goes into its `ended`, not to stdout. grace: seconds a run gets to stop when the schedule is stopped.
     Raises UsageError for a bad cron line, a bad recipe, or when the extra `schedule` is missing.
     """
     from curate.recipe import load_recipe
 
     trigger = parse_cron(cron)
     loaded = load_recipe(recipe, set=_given(extra_args, "--set"), store=next(iter(_given(extra_args, "--store")), None))
-    command = [sys.executable, "-m", "curate", "run", str(recipe), *extra_args]
-    runs = Runs(command, name=Path(recipe).name, lock=lock_file(loaded.store, recipe), say=say, grace=grace)
+    command = [sys.executable, "-m", "curate", "run", str(recipe), *extra_args, *(["--json"] if events else [])]
+    lock = lock_file(loaded.store, recipe)
+    runs = Runs(command, name=Path(recipe).name, lock=lock, say=say, events=events, grace=grace)
     say(f"{Path(recipe).name} by `{cron}`; stop with Ctrl-C or SIGTERM.")
     serve(runs, trigger, first=now() if run_now else None)
 
@@ -146,41 +154,67 @@ class Runs:
     """The runs of one recipe, one at a time. Calling it does one run and says what came of it."""
 
     def __init__(
-        self, command: Sequence[str], *, name: str, lock: Path, say: Callable[[str], Any], grace: float = GRACE
+        self,
+        command: Sequence[str],
+        *,
+        name: str,
+        lock: Path,
+        say: Callable[[str], Any],
+        events: Callable[[dict[str, Any]], Any] | None = None,
+        grace: float = GRACE,
     ):
         self.command, self.name, self.lock, self.say, self.grace = list(command), name, lock, say, grace
+        self.events = events
         self.finished = 0  # runs that ended, whatever their exit code
         self.stopping = threading.Event()
         self._guard = threading.Lock()
         self._child: subprocess.Popen[bytes] | None = None
 
+    def tell(self, text: str, event: str, **fields: Any) -> None:
+        """A line for people and, where events are wanted, the same as an object."""
+        self.say(text)
+        if self.events is not None:
+            time_of = fields.pop("time", None) or now()
+            self.events({"event": event, "recipe": self.name, "time": time_of.isoformat(timespec="seconds"), **fields})
+
     def __call__(self) -> int | None:
         """The child's exit code; None where there was no run: another one holds the lock, or the schedule is being stopped."""
-        with self.lock.open("a") as lock:
+        with self.lock.open("a") as lock, tempfile.TemporaryFile() as printed:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                self.say(f"{self.name}: another scheduler's run is still going; this one is left out.")
+                text = f"{self.name}: another scheduler's run is still going; this one is left out."
+                self.tell(text, "left_out", reason="another scheduler's run is still going")
                 return None
             started = time.monotonic()
             with self._guard:
                 if self.stopping.is_set():
                     return None
-                self.say(f"{self.name}: run started {now():%Y-%m-%d %H:%M:%S}")
+                at = now()
+                self.tell(f"{self.name}: run started {at:%Y-%m-%d %H:%M:%S}", "started", time=at)
                 try:
                     # A session of its own: Ctrl-C reaches it through stop() only, and once. The lock is the child's too, so that
                     # it holds as long as the run does, even if this process is killed.
                     self._child = subprocess.Popen(
-                        self.command, stdin=subprocess.DEVNULL, start_new_session=True, pass_fds=(lock.fileno(),)
+                        self.command,
+                        stdin=subprocess.DEVNULL,
+                        stdout=printed if self.events else None,
+                        start_new_session=True,
+                        pass_fds=(lock.fileno(),),
                     )
                 except OSError as error:
-                    self.say(f"{self.name}: the run could not be started ({error.strerror}).")
+                    text = f"{self.name}: the run could not be started ({error.strerror})."
+                    self.tell(text, "failed", reason=error.strerror)
                     return None
             code = self._child.wait()
             with self._guard:
                 self._child = None
             self.finished += 1
-        self.say(f"{self.name}: {outcome(code)} after {time.monotonic() - started:.0f} s")
+            printed.seek(0)
+            result = _parsed(printed.read()) if self.events else None
+        took = time.monotonic() - started
+        text = f"{self.name}: {outcome(code)} after {took:.0f} s"
+        self.tell(text, "ended", code=code, outcome=outcome(code), seconds=round(took, 3), result=result)
         return code
 
     def stop(self) -> None:
@@ -210,6 +244,13 @@ def outcome(code: int) -> str:
     return f"{words.get(code, 'FAILED')} (exit code {code})"
 
 
+def _parsed(printed: bytes) -> Any:
+    try:
+        return json.loads(printed)
+    except ValueError:  # nothing, where the run failed
+        return None
+
+
 def _signal(pid: int, number: int) -> None:
     try:
         os.kill(pid, number)
@@ -236,10 +277,12 @@ def serve(runs: Runs, trigger: Any, *, first: datetime | None = None) -> None:
 
     def report(event: JobEvent) -> None:
         if event.code == EVENT_JOB_MAX_INSTANCES:
-            runs.say(f"{runs.name}: due again while the run before is still going; left out.")
+            text = f"{runs.name}: due again while the run before is still going; left out."
+            runs.tell(text, "left_out", reason="the run before is still going")
             return
         if event.code == EVENT_JOB_ERROR:
-            runs.say(f"{runs.name}: {type(event.exception).__name__}: {event.exception}")
+            reason = f"{type(event.exception).__name__}: {event.exception}"
+            runs.tell(f"{runs.name}: {reason}", "failed", reason=reason)
         if not runs.stopping.is_set():
             say_next()
 
@@ -247,7 +290,7 @@ def serve(runs: Runs, trigger: Any, *, first: datetime | None = None) -> None:
         # From the trigger, not from the scheduler: its lock is held while it shuts down and waits for the thread that calls this.
         following = trigger.get_next_fire_time(None, now())
         if following is not None:
-            runs.say(f"{runs.name}: next run {following:%Y-%m-%d %H:%M:%S %Z}")
+            runs.tell(f"{runs.name}: next run {following:%Y-%m-%d %H:%M:%S %Z}", "next", time=following)
 
     scheduler.add_listener(report, EVENT_JOB_EXECUTED | EVENT_JOB_ERROR | EVENT_JOB_MAX_INSTANCES)
     with _StopSignals() as wait:
@@ -258,7 +301,7 @@ def serve(runs: Runs, trigger: Any, *, first: datetime | None = None) -> None:
         runs.say(f"{name}: stopping the schedule")
         runs.stop()
         scheduler.shutdown(wait=True)
-    runs.say("Stopped. The same command goes on from here.")
+    runs.tell("Stopped. The same command goes on from here.", "stopped", signal=name)
 
 
 class _StopSignals:

@@ -61,8 +61,8 @@ def _short(text: str, longest: int | None) -> str:
     return text if longest is None or len(text) <= longest else text[: longest - 1] + "…"
 
 
-def to_json(value: Any) -> str:
-    return json.dumps(value, default=_plain, ensure_ascii=False, indent=2)
+def to_json(value: Any, *, indent: int | None = 2) -> str:
+    return json.dumps(value, default=_plain, ensure_ascii=False, indent=indent)
 
 
 def out(text: str) -> None:

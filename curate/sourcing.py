@@ -117,7 +117,11 @@ def validate_source(
             raise UsageError(
                 f"--set and --store are for recipes; {source} is data. `--column prompt=question` names a column."
             )
-        return {"source": validate(source, kind=kind, format=format, split=split, columns=columns or {})}
+        try:
+            return {"source": validate(source, kind=kind, format=format, split=split, columns=columns or {})}
+        except ValidationError as problem:  # its advice is for recipes; data has options of its own
+            advice = str(problem).replace("--set source.columns.", "--column ").replace("--set kind=", "--kind ")
+            raise ValidationError(advice) from problem
     if kind or columns or format != "auto" or split != "train":
         raise UsageError(
             f"{source} is a recipe, which says kind, format, split and columns itself; change them with --set."

@@ -318,6 +318,18 @@ def test_validate_says_which_options_do_nothing_here(curate, tmp_path, done):
     assert "change them with --set" in curate("validate", done, "--kind", "sft").err
 
 
+def test_advice_about_data_names_options_of_validate(curate, tmp_path):
+    data = write_rows(tmp_path / "odd.jsonl", [{"instruct": "a", "good": "b", "bad": "c"}])
+    said = curate("validate", data).err
+    assert "`--column <ours>=<theirs>`" in said and "--set" not in said
+    assert (
+        curate(
+            "validate", data, "--column", "prompt=instruct", "--column", "chosen=good", "--column", "rejected=bad"
+        ).code
+        == 0
+    )
+
+
 def test_all_of_the_first_rows_bad_is_said_as_that(curate, tmp_path, model):
     write_rows(tmp_path / "pairs.jsonl", [{"prompt": "a", "chosen": True, "rejected": "b"}] * 3 + pairs(3))
     recipe = write_recipe(

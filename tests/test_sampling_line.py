@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import curate
+from curate.errors import UsageError
 from curate.rows import Example
 from tests.tiny_models import make_llama
 
@@ -102,6 +103,15 @@ def test_a_series_is_sampled_by_one_engine_and_a_killed_run_repeats_itself(tmp_p
     assert set(values["name"]) >= {"accuracy", "premem_accuracy", "target_nll", "heldout_accuracy"}
     assert values.filter(values["name"] == "heldout_accuracy")["n"].to_list() == [1, 1]
     assert len(result.store.sql("SELECT * FROM scored WHERE role = 'train' AND premem_accuracy IS NOT NULL")) == 10
+
+
+def test_a_server_without_an_address_is_said_before_anything_runs(tmp_path):
+    make_llama(tmp_path / "run" / "checkpoint-10", seed=1)
+    recipe = folder(tmp_path / "line", tmp_path / "run") / "recipe.yaml"
+    with pytest.raises(UsageError, match="--set server.url"):
+        curate.run(recipe, set=["engine.sampler=openai"])
+    store = curate.Store(recipe.parent / "store")
+    assert len(store.sql("SELECT * FROM rows")) == 11 and not list((recipe.parent / "store").rglob("shards/*/*"))
 
 
 def test_likelihoods_of_vllm_and_torch_agree_on_the_demos_model():

@@ -22,6 +22,7 @@ import pytest
 from curate import schedule as module
 from curate.errors import UsageError
 from curate.schedule import Runs, lock_file, outcome, parse_cron, schedule
+from tests.tiny_models import make_llama
 
 DEADLINE = 60.0  # seconds; what is waited for takes a fraction of one on an idle machine
 
@@ -289,6 +290,33 @@ def test_a_run_that_cannot_be_started_is_said_and_the_schedule_goes_on(folder):
     assert runs() is None
     assert "could not be started (No such file or directory)" in lines[-1]
     assert runs() is None  # and its lock was given back
+
+
+def test_with_json_every_fact_is_an_object_a_line(tmp_path):
+    """A real scheduler of a real run over one pair: its outcome holds what the run printed, which stays off stdout."""
+    make_llama(tmp_path / "base", seed=0)
+    data = tmp_path / "pairs.jsonl"
+    data.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("kind: preference\nsource: pairs.jsonl\nmodels: {reference: base}\nscores: [ranking_gap]\n")
+    command = [sys.executable, "-m", "curate", "schedule", str(recipe), "--cron", "0 2 1 1 *", "--now", "--json"]
+    with (tmp_path / "said").open("w") as output, (tmp_path / "errors").open("w") as errors:
+        process = subprocess.Popen(command, stdout=output, stderr=errors)
+    try:
+        wait_for(lambda: '"next"' in said(tmp_path) or process.poll() is not None, "the run's outcome")
+        assert stop(process) == 0
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+    events = [json.loads(line) for line in said(tmp_path).splitlines()]
+    assert [event["event"] for event in events] == ["started", "ended", "next", "stopped"]
+    assert {event["recipe"] for event in events} == {"recipe.yaml"}
+    started, ended, following, _ = events
+    assert (ended["code"], ended["outcome"]) == (0, "done (exit code 0)"), (tmp_path / "errors").read_text()
+    assert "ranking_gap" in ended["result"]["scores"] and ended["seconds"] > 0
+    assert datetime.fromisoformat(started["time"]) < datetime.fromisoformat(following["time"])
+    assert datetime.fromisoformat(following["time"]).strftime("%m-%d %H:%M") == "01-01 02:00"
 
 
 @pytest.mark.parametrize(

@@ -91,10 +91,11 @@ def card_text(
 ) -> str:
     """The merged card. Of a head that is not YAML the text is kept and a new head is written."""
     from huggingface_hub import DatasetCard
+    from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
     head: dict[str, Any] = {}
     body = existing or ""
-    if existing:
+    if existing and REGEX_YAML_BLOCK.search(existing):  # without a head DatasetCard warns on stderr
         try:
             old = DatasetCard(existing, ignore_metadata_errors=True)
             head, body = old.data.to_dict(), old.text

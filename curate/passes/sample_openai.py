@@ -31,6 +31,8 @@ WITHOUT = {
     "n": "one request per sample",
 }
 
+NO_URL = "server.url: wanted the address of an OpenAI-compatible server, found none. `--set server.url=http://localhost:8000/v1`"
+
 
 class OpenAISampler:
     """A `Sampler` (see sampling.py) over a server.
@@ -44,9 +46,7 @@ class OpenAISampler:
 
     def __init__(self, server: dict[str, Any], *, max_length: int | None = None):
         if not server.get("url"):
-            raise UsageError(
-                "server.url: wanted the address of an OpenAI-compatible server, found none. `--set server.url=http://localhost:8000/v1`"
-            )
+            raise UsageError(NO_URL)
         self.url = str(server["url"]).rstrip("/")
         self.key_env = str(server.get("key_env") or "OPENAI_API_KEY")
         self.concurrency = int(server.get("concurrency") or 16)

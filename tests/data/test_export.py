@@ -12,6 +12,7 @@ import yaml
 
 from curate.data import Card, ExportRow, distribution, export, load, read
 from curate.data import export as export_function
+from curate.data.card import card_text
 from curate.data.replace import exchange, recover
 from curate.errors import UsageError, ValidationError
 from curate.rows import Example, Pair
@@ -384,3 +385,12 @@ def test_push(tmp_path, monkeypatch):
         ValidationError, match=r"the export is in .*, but pushing it to me/curated failed \(ConnectionError: no route\)"
     ):
         export(tmp_path / "out", [pair(1)], push_to_hub="me/curated")
+
+
+def test_a_card_without_a_head_is_kept_and_nothing_is_said_of_it(capfd):
+    """huggingface_hub's card class warns of a card without YAML; nobody asked, and --quiet would not stop it."""
+    text = card_text(
+        Card(), existing="# Mine\n\nkept\n", split="train", n_rows=1, n_dropped=0, kind="sft", layout="trl sft"
+    )
+    assert text.startswith("---\n") and "# Mine\n\nkept\n" in text
+    assert capfd.readouterr().err == ""
