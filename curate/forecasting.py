@@ -94,7 +94,7 @@ class DirectionRunner(ForwardRunner):
         from curate.passes.model import engine_identity
 
         engine = self.recipe.engine
-        asked = engine_identity(dtype=engine.dtype, device=engine.device).split()[-1]
+        asked = engine_identity(dtype=engine.dtype, device=engine.device).split()[3]  # torch, version, device, dtype
         if asked != self.dtype:
             self.said.append(
                 f"Along directions the model runs in {self.dtype}, not {asked}: a difference of two {asked} numbers is noise."

@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
 from curate.errors import ModelError
+from curate.passes.cpu_products import linear, product
 from curate.passes.graph_memory import Arena
 from curate.passes.inner_products import wide
 from curate.passes.layer_rules import Embedding, Linear, Norm, Rules
@@ -231,7 +231,7 @@ class _Linear(torch.autograd.Function):
         if ctx.rule.wanted or ctx.rule.bias_wanted:
             rows = ctx.saved_tensors[0] if ctx.rule.wanted else g[:0]
             ctx.capture.linear_done(ctx.rule, ctx.shared, rows, g)
-        below = (g @ ctx.rule.weight).view(ctx.shape) if ctx.needs_input_grad[0] else None
+        below = product(g, ctx.rule.weight).view(ctx.shape) if ctx.needs_input_grad[0] else None
         return below, None, None, None, None
 
 

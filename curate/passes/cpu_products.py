@@ -1,12 +1,13 @@
-"""Matrix products of a forward pass on a CPU, where torch's own way is slow or coarse.
+"""Matrix products of a pass on a CPU, where torch's own way is slow or coarse.
 
 float32     MKL runs AVX2 kernels on processors of other makers than its own; oneDNN, which torch ships too, has AVX-512 ones:
-            2.2 times as fast on a Zen 5 core, the same numbers to rounding.
+            2.2 times as fast on a Zen 5 core, the same numbers to rounding. A shape that it has not met costs it 0.3 to 0.8 ms once.
 bfloat16    products in bfloat16, everything between them in float32: residual stream, norms, attention. A residual stream that is rounded
-            at every layer is what disorders close pairs (benchmarks/README.md); it costs no time to keep it.
+            at every layer is what disorders close pairs (benchmarks/README.md); to keep it costs about 8% more time.
 
 Installed around the passes that need no gradient, over whatever calls the model makes (`F.linear`, embeddings, norms); the model itself is
-left as it is. Whether a model takes float32 between its products is tried on the spot (passes/model.py).
+left as it is. Whether a model takes float32 between its products is tried on the spot (passes/model.py). Passes with a backward of their own
+(passes/capture.py) call `linear` and `product` themselves. autograd does not see through oneDNN's products: what it follows stays torch's.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 FEW = 16  # rows; below it a product is memory traffic, and any kernel will do
+SMALL = 1 << 22  # multiplications; below it oneDNN's calls cost more than its kernels save
 NARROW = (torch.bfloat16, torch.float16)
 
 
@@ -47,15 +49,34 @@ class CpuProducts(TorchFunctionMode):
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """(…, i) activations, (o, i) weight -> (…, o), in the weight's dtype."""
     x = x.to(weight.dtype)
-    if (
-        x.dtype == torch.float32
-        and x.numel() >= FEW * x.shape[-1]
-        and x.device.type == "cpu"
-        and weight.is_contiguous()
-        and one_dnn_is_faster()
-    ):
+    if _suits(x, weight):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
+
+
+def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """(n, k) and (k, o) -> a @ b (n, o)."""
+    if _suits(a, b.T) and _is_matrix(a):
+        return torch.ops.mkldnn._linear_pointwise(a, b.T, None, "none", [], "")
+    return a @ b
+
+
+def _suits(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether x (…, i) with weight (o, i) is oneDNN's."""
+    return (
+        x.dtype == weight.dtype == torch.float32
+        and x.device.type == "cpu"
+        and x.numel() >= max(FEW * x.shape[-1], SMALL // max(1, len(weight)))
+        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+        and _is_matrix(weight)
+        and one_dnn_is_faster()
+    )
+
+
+def _is_matrix(a: torch.Tensor) -> bool:
+    """Whether (n, k) numbers lie line by line, or column by column, without overlap."""
+    (n, k), (by_line, by_column) = a.shape, a.stride()
+    return (by_column == 1 and by_line >= k) or (by_line == 1 and by_column >= n)
 
 
 @cache

@@ -17,6 +17,7 @@ import torch
 from torch.nn.functional import softplus
 
 from curate.passes import inner_products
+from curate.passes.cpu_products import product
 from curate.passes.head import ROWS, Head
 from curate.passes.inner_products import wide
 
@@ -103,7 +104,7 @@ def head_backward(
             if bias is not None:
                 bias[block] -= q.sum(0)
             for i in range(0, len(h) if slope else 0, ROWS):
-                found[i : i + ROWS] -= q[i : i + ROWS].to(head.weight.dtype) @ head.weight[block]
+                found[i : i + ROWS] -= product(q[i : i + ROWS].to(head.weight.dtype), head.weight[block])
         slopes.append(found)
         row, start = stop_row, stop
     return torch.cat(slopes)
@@ -130,7 +131,7 @@ def _of_rows(
         q = _residuals(head, z, y, logp, lse, block)
         weight = head.weight[block]
         for i in range(0, len(h), ROWS):
-            slope[i : i + ROWS] -= q[i : i + ROWS].to(weight.dtype) @ weight
+            slope[i : i + ROWS] -= product(q[i : i + ROWS].to(weight.dtype), weight)
         for row in sums:
             row.add(q)
         if each is not None:

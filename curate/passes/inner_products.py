@@ -19,6 +19,8 @@ from itertools import pairwise
 
 import torch
 
+from curate.passes.cpu_products import product
+
 TILE = 96  # rows of a tile: small enough that half of the products is really saved, large enough for the matrix kernel
 BLOCK = 1 << 19  # numbers of one block of a layer's matrix: two blocks stay in the processor's cache
 PER_PAIR = 32  # what weighing one pair of tokens costs, in multiplications of a matrix product
@@ -49,7 +51,7 @@ def tiles(n: int, middle: int) -> list[tuple[int, int]]:
 
 def gram(x: torch.Tensor, middle: int) -> list[torch.Tensor]:
     """(n, k) -> the tiles of xxᵀ from the diagonal rightwards, (rows, n − first row) each."""
-    return [x[start:stop] @ x[start:].T for start, stop in tiles(len(x), middle)]
+    return [product(x[start:stop], x[start:].T) for start, stop in tiles(len(x), middle)]
 
 
 def weigh(a: list[torch.Tensor], b: list[torch.Tensor], n: int, middle: int) -> torch.Tensor:
@@ -69,10 +71,10 @@ def matrix_products(a: torch.Tensor, b: torch.Tensor, middle: int) -> torch.Tens
     step = max(1, BLOCK // a.shape[1])
     for start in range(0, b.shape[1], step):
         part = b[:, start : start + step]
-        first = part[:middle].T @ a[:middle]  # (step, i)
+        first = product(part[:middle].T, a[:middle])  # (step, i)
         found[0] += dot(first, first)
         if middle < len(a):
-            second = part[middle:].T @ a[middle:]
+            second = product(part[middle:].T, a[middle:])
             found[1] += dot(first, second)
             found[2] += dot(second, second)
     return found

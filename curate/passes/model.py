@@ -27,6 +27,7 @@ from curate.passes.head import Head
 from curate.tokens import describe_folder, first_line
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+BETWEEN = "float32-between"  # in an engine's name: float32 between narrow products
 
 
 def load_model(path: str | Path, *, base: str | Path | None = None, dtype: str = "auto", device: str = "auto") -> Model:
@@ -104,9 +105,13 @@ def _dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 
 def engine_identity(*, dtype: str = "auto", device: str = "auto") -> str:
-    """What would run, before anything is loaded: "torch 2.13.0 cpu float32". The layout is left out: it changes no number beyond rounding."""
+    """What would run, before anything is loaded: "torch 2.13.0 cpu float32". The layout is left out: it changes no number beyond rounding.
+    "cpu bfloat16 float32-between": passes/cpu_products.py, where the model takes it.
+    """
     chosen = _device(device)
-    return f"torch {torch.__version__.split('+')[0]} {chosen.type} {str(_dtype(dtype, chosen)).removeprefix('torch.')}"
+    kind = _dtype(dtype, chosen)
+    between = f" {BETWEEN}" if chosen.type == "cpu" and kind in NARROW else ""
+    return f"torch {torch.__version__.split('+')[0]} {chosen.type} {str(kind).removeprefix('torch.')}{between}"
 
 
 class Model:
@@ -140,7 +145,8 @@ class Model:
     def engine(self) -> str:
         """What ran, for fingerprints and for the user: "torch 2.13.0 cpu float32 packed"."""
         version = torch.__version__.split("+")[0]
-        return f"torch {version} {self.device.type} {str(self.dtype).removeprefix('torch.')} {self.layout}"
+        between = f" {BETWEEN}" if self._wide else ""
+        return f"torch {version} {self.device.type} {str(self.dtype).removeprefix('torch.')}{between} {self.layout}"
 
     def use(self, path: str | Path, *, base: str | Path | None = None) -> None:
         """Put another checkpoint's weights into this model, in place; of an adapter its own tensors alone, where its base is here already.

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 
 from curate.passes.batch import Side
+from curate.passes.cpu_products import product
 from curate.passes.head import Head
 
 
@@ -46,9 +47,10 @@ def _one_pair(
     for block in head.blocks():
         r = residuals(head, states, tokens, logp, lse, block)  # (n, width)
         if gather:
-            products += (r[:n_chosen] @ r.T).double()
+            products += product(r[:n_chosen], r.T).double()
         else:
-            c, o = r[:n_chosen].T @ states[:n_chosen], r[n_chosen:].T @ states[n_chosen:]  # (width, d)
+            c = product(r[:n_chosen].T, states[:n_chosen])  # (width, d)
+            o = product(r[n_chosen:].T, states[n_chosen:])
             sums += torch.stack([_dot(c, c), _dot(c, o)])
             if head.bias is not None:
                 c, o = r[:n_chosen].sum(0), r[n_chosen:].sum(0)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from curate.passes import inner_products
+from curate.passes.cpu_products import product
 from curate.passes.head import Head
 from curate.passes.head_gradient import residuals_at
 from curate.passes.row_gradients import HEAD, HeadTokens, Lines, Name, Span
@@ -159,8 +160,8 @@ class Crossing:
         if name in self.targets.tokens:
             for k, part in enumerate(self.targets.tokens[name]):
                 if k not in kept:
-                    kept[k] = a @ part.a.T
-                both = (b @ part.b.T).mul_(kept[k])  # (n, K)
+                    kept[k] = product(a, part.a.T)
+                both = product(b, part.b.T).mul_(kept[k])  # (n, K)
                 lines = torch.stack([both[start:stop].sum(0) for start, stop in spans]).double()
                 found[:, part.numbers] += torch.stack([lines[:, start:stop].sum(1) for start, stop in part.spans], 1)
             for r, (start, stop) in enumerate(spans):

@@ -1,4 +1,4 @@
-"""Products on a CPU: oneDNN's are torch's own; a bfloat16 model with float32 between its products is nearer to its float64 self."""
+"""Products on a CPU: oneDNN's are torch's own, forward and backward; a bfloat16 model is nearer to its float64 self with float32 between them."""
 
 from __future__ import annotations
 
@@ -9,14 +9,22 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from curate.measurements import MEASUREMENTS
-from curate.passes import cpu_products, forward
-from curate.passes.model import Model
+from curate.passes import backward, cpu_products, forward
+from curate.passes.bundles import items_of
+from curate.passes.model import Model, engine_identity
 from tests.passes.forward_models import BODY, double, make, oracle, random_pairs
+
+
+@pytest.fixture
+def one_dnn(monkeypatch):
+    """Every product goes to oneDNN that could, however small; on a processor where torch's own are as fast, nothing does."""
+    monkeypatch.setattr(cpu_products, "SMALL", 1)
+    monkeypatch.setattr(cpu_products, "FEW", 1)
 
 
 @pytest.mark.parametrize("lead", [(1,), (15,), (16,), (3, 40), (2, 3, 64)])
 @pytest.mark.parametrize("biased", [False, True])
-def test_linear_is_torchs_own(lead, biased):
+def test_linear_is_torchs_own(lead, biased, one_dnn):
     torch.manual_seed(0)
     x, weight, bias = torch.randn(*lead, 48), torch.randn(33, 48), torch.randn(33) if biased else None
     wanted = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
@@ -28,6 +36,61 @@ def test_linear_is_torchs_own(lead, biased):
     assert narrow.dtype == torch.bfloat16
     striped = torch.randn(48, 33).T
     torch.testing.assert_close(cpu_products.linear(x, striped), x @ striped.T, rtol=1e-4, atol=1e-4)
+
+
+def test_product_of_matrices_however_they_lie(one_dnn):
+    torch.manual_seed(0)
+    x = torch.randn(90, 120)
+    views = {
+        "as it is": x,
+        "turned": torch.randn(120, 90).T,
+        "columns of more": torch.randn(90, 300)[:, 100:220],
+        "rows of a turned one": torch.randn(120, 200).T[20:110],
+        "every other": torch.randn(90, 240)[:, ::2],
+        "one line": torch.randn(1, 120).expand(90, 120),
+        "one column": torch.randn(90, 1).expand(90, 120),
+        "a single row": x[:1],
+    }
+    for name, a in views.items():
+        for other, b in views.items():
+            found = cpu_products.product(a, b.T)
+            torch.testing.assert_close(
+                found.double(), a.double() @ b.double().T, rtol=1e-5, atol=1e-4, msg=name + other
+            )
+    single = x[:, :1]
+    torch.testing.assert_close(cpu_products.product(single, single.T), single @ single.T)
+
+
+def test_what_autograd_follows_is_torchs_own(one_dnn):
+    x, weight = torch.randn(20, 8, requires_grad=True), torch.randn(5, 8)
+    cpu_products.linear(x, weight).sum().backward()
+    torch.testing.assert_close(x.grad, weight.sum(0).expand(20, 8))
+    cpu_products.product(x, weight.T).sum().backward()
+    torch.testing.assert_close(x.grad, 2 * weight.sum(0).expand(20, 8))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])  # gpt2 keeps its matrices the other way round
+@pytest.mark.parametrize("way", ["plain", "checkpointed", "apart"])
+def test_backward_is_torchs_own(family, way, one_dnn, monkeypatch):
+    model, pairs = Model(make(family)), random_pairs(4)
+    items = {i: items_of(i, pair, False, None) for i, pair in enumerate(pairs)}
+    found, calls = [], []
+    for faster in (cpu_products.one_dnn_is_faster(), False):
+        monkeypatch.setattr(cpu_products, "one_dnn_is_faster", lambda faster=faster: calls.append(faster) or faster)
+        rules, _ = backward.understood(model, "all")
+        batch = backward.run(model, rules, items, pairs, **{} if way == "plain" else {way: True})
+        found.append(batch.products)
+    assert len(calls) > 100 and not calls[-1]
+    own, theirs = found
+    scale = (theirs[:, 0] * theirs[:, 2]).sqrt()[:, None]
+    torch.testing.assert_close(own / scale, theirs / scale, rtol=1e-5, atol=1e-5)
+
+
+def test_identity_tells_float32_between_narrow_products():
+    assert engine_identity(dtype="bfloat16", device="cpu").endswith(" cpu bfloat16 float32-between")
+    assert engine_identity(dtype="float32", device="cpu").endswith(" cpu float32")
+    assert Model(make("llama").bfloat16()).engine.endswith(" cpu bfloat16 float32-between packed")
+    assert Model(make("bloom").bfloat16()).engine.endswith(" cpu bfloat16 padded")
 
 
 def test_float32_between_bfloat16_products_keeps_digits(monkeypatch):
