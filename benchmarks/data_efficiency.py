@@ -301,7 +301,7 @@ def report(done: dict[Cell, Line]) -> str:
     lines = [
         f"{len(seeds)} seeds, {SETTINGS['steps']} steps of {SETTINGS['batch']} for every run; "
         f"start set of {SETTINGS['start']} rows: test accuracy {start:.3f} ± {half:.3f}",
-        *(f"i.i.d. at {size} rows: {interval(iid[size])[0]:.3f}" for size in SETTINGS["beyond"]),
+        *(_beyond(size, iid) for size in SETTINGS["beyond"]),
         "",
     ]
     body = []
@@ -341,6 +341,13 @@ def kinds(done: dict[Cell, Line], seeds: Sequence[int]) -> list[str]:
     ]
     title = f"What was picked ({np.mean(hard):.0%} of the rows were hard; i.i.d. takes {1 / len(task.CELLS):.1%} of each kind):"
     return [title, table(body, head=("kind", "i.i.d. accuracy", *picked))]
+
+
+def _beyond(size: int, iid: dict[int, np.ndarray]) -> str:
+    """The i.i.d. curve past the last budget, and whether it still rises: where it does not, no ratio can be read off its end."""
+    mean, half = interval(iid[size] - iid[BUDGETS[-1]])
+    text = f"i.i.d. at {size} rows: {iid[size].mean():.3f}, {mean:+.3f} ± {half:.3f} over {BUDGETS[-1]} rows"
+    return text if mean > half else f"{text}: not known to rise, so ratios near its end say little"
 
 
 def _ratio(value: float, low: float, high: float) -> str:

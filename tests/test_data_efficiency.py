@@ -61,3 +61,17 @@ def test_a_line_that_was_cut_off_is_measured_again(tmp_path):
     file.write_text(json.dumps({**study.SETTINGS, "steps": 1}) + "\n")
     with pytest.raises(SystemExit, match="other settings"):
         study.load(file)
+
+
+def test_the_committed_result_is_whole():
+    done = study.load()
+    assert done
+    assert len(study.finished_seeds(done)) >= 2
+    text = study.report(done)
+    assert text.count("±") > len(study.METHODS)
+    for (seed, method, size), line in done.items():
+        assert 0 <= line["accuracy"] <= 1
+        if method == "rounds" and size < study.BUDGETS[-1]:
+            assert sum(line["picked"]["rounds"].values()) == line["hard"]
+        if method == "loss" and "picked" in line:  # as many as the hard rows of the same seed
+            assert sum(line["picked"]["loss"].values()) == done[seed, "rounds", size]["hard"]
