@@ -101,8 +101,9 @@ def test_forecasts_contributions_and_influence(line):
         ("on_answers", on_answers, "sign"),
     ):
         exact = along.exact_products(model, pairs, direction.precondition(x, kind, step))
-        # along another gradient, coordinates where G is nearly 0, and rounding its sign, weigh most
-        close(column(store, name, rows), 0.15 * exact @ [1, -1], 2e-2 if kind == "sign" else 2e-3)
+        # differences of forwards, ε checked to 5e-4 (root mean square) on 8 of the rows: of the worst row of all, ten times that. Along another
+        # gradient, coordinates where G is nearly 0, and rounding its sign, weigh most
+        close(column(store, name, rows), 0.15 * exact @ [1, -1], 2e-2 if kind == "sign" else 5e-3)
     np.testing.assert_allclose(
         column(store, "displacement_contribution", rows).mean(), column(store, "batch_forecast", rows).mean(), rtol=1e-2
     )
