@@ -38,6 +38,7 @@ ADVICE = (
 
 
 FORECAST = "forecast_sign_chosen"
+NEEDS = (*PRODUCTS, "valley_depth")
 OPTIONAL = (*KERNEL, f"reference.{FORECAST}")
 
 
@@ -127,7 +128,7 @@ def count(columns: Mapping[str, Array | None], share: float) -> Array:
 
 
 @score(
-    needs=(*PRODUCTS, "valley_depth"),
+    needs=NEEDS,
     optional=OPTIONAL,
     kind="preference",
     unit="reasons",
@@ -135,23 +136,13 @@ def count(columns: Mapping[str, Array | None], share: float) -> Array:
     high_means="several signs say that DPO may push its chosen response down",
     source=f"{RAZIN}; {REN}",
 )
-def squeezing_prone(
-    hidden_cc: Array,
-    hidden_cr: Array,
-    valley_depth: Array,
-    entk_cc: Array | None = None,
-    entk_cr: Array | None = None,
-    entk_rr: Array | None = None,
-    forecast: Array | None = None,
-    *,
-    share: Share = 0.1,
-) -> Array:
+def squeezing_prone(*columns: Array | None, share: Share = 0.1) -> Array:
     """How many reasons hold, (rows,); `curate explain` says which. NULL where CHES or the valley depth is. share: the worst end of a rank."""
-    return count(_named(hidden_cc, hidden_cr, valley_depth, entk_cc, entk_cr, entk_rr, forecast), share)
+    return count(_named(*columns), share)
 
 
 @score(
-    needs=(*PRODUCTS, "valley_depth"),
+    needs=NEEDS,
     optional=OPTIONAL,
     kind="preference",
     unit="weight",
@@ -159,35 +150,15 @@ def squeezing_prone(
     high_means="no sign of squeezing: full weight",
     source=f"{RAZIN}; {REN}",
 )
-def squeezing_weight(
-    hidden_cc: Array,
-    hidden_cr: Array,
-    valley_depth: Array,
-    entk_cc: Array | None = None,
-    entk_cr: Array | None = None,
-    entk_rr: Array | None = None,
-    forecast: Array | None = None,
-    *,
-    share: Share = 0.1,
-) -> Array:
+def squeezing_weight(*columns: Array | None, share: Share = 0.1) -> Array:
     """1/(1 + squeezing_prone), (rows,): for `export.weight`. NULL where squeezing_prone is."""
-    return 1 / (1 + count(_named(hidden_cc, hidden_cr, valley_depth, entk_cc, entk_cr, entk_rr, forecast), share))
+    return 1 / (1 + count(_named(*columns), share))
 
 
-@dataset_value(needs=(*PRODUCTS, "valley_depth"), optional=OPTIONAL, kind="preference", source=REN)
-def squeezing_flags(
-    hidden_cc: Array,
-    hidden_cr: Array,
-    valley_depth: Array,
-    entk_cc: Array | None = None,
-    entk_cr: Array | None = None,
-    entk_rr: Array | None = None,
-    forecast: Array | None = None,
-    *,
-    share: Share = 0.1,
-) -> list[Value]:
+@dataset_value(needs=NEEDS, optional=OPTIONAL, kind="preference", source=REN)
+def squeezing_flags(*columns: Array | None, share: Share = 0.1) -> list[Value]:
     """The share of pairs with at least one reason, and with at least two; Wilson intervals."""
-    found = count(_named(hidden_cc, hidden_cr, valley_depth, entk_cc, entk_cr, entk_rr, forecast), share)
+    found = count(_named(*columns), share)
     return [
         proportion_value(name, np.where(np.isnan(found), np.nan, found >= least))
         for name, least in (("squeezing_prone_any", 1), ("squeezing_prone_two", 2))
@@ -195,4 +166,4 @@ def squeezing_flags(
 
 
 def _named(*columns: Array | None) -> dict[str, Array | None]:
-    return dict(zip((*PRODUCTS, "valley_depth", *KERNEL, FORECAST), columns, strict=True))
+    return dict(zip((*NEEDS, *KERNEL, FORECAST), columns, strict=True))
