@@ -260,8 +260,9 @@ DRIVER = """
         global done
         done += 1
         if done == at and how == "before the rename":
-            path.with_name("." + path.name + ".1-x.tmp").parent.mkdir(parents=True, exist_ok=True)
-            path.with_name("." + path.name + ".1-x.tmp").write_bytes(b"half")
+            half = path.with_name(f".{path.name}.{os.getpid()}-x.tmp")
+            half.parent.mkdir(parents=True, exist_ok=True)
+            half.write_bytes(b"half")
             os.kill(os.getpid(), signal.SIGKILL)
         writes(table, path)
         if done == at and how == "after the rename":
