@@ -1,12 +1,14 @@
 """`threshold: auto`: τ of pre-memorization accuracy from held-out accuracies, before the scores that use it are computed.
 
 Held-out accuracy is measured on the recipe's `heldout` rows at the same checkpoints, or imported as `test_accuracy`. `auto` fits one τ for
-all rows, `auto_per_group` one for each value of the source's column `group` (scores/calibration.py: how, and how it is judged). The τ that
-was chosen stands among the dataset values as premem_threshold, with the range that it has when one run is left out, and is said aloud.
+all rows, `auto_per_group` one for each value of the column that the score's `per` names (scores/calibration.py: how, and how it is judged).
+The τ that was chosen stands among the dataset values as premem_threshold, with the range that it has when one run is left out, and is said
+aloud.
 """
 
 from __future__ import annotations
 
+import difflib
 import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -14,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from curate.errors import UsageError
-from curate.scores.premem import AUTO
+from curate.scores.premem import AUTO, group_names
 from curate.store import DatasetValue
 
 if TYPE_CHECKING:
@@ -43,9 +45,11 @@ def with_thresholds(store: Store, plan: Plan, train: Columns, heldout: Columns |
 
     train, heldout: the columns of the rows to score and of the held-out ones. UsageError where there is nothing to calibrate against.
     """
-    given = [want.params["threshold"] for want in plan.wanted if "threshold" in want.params]
+    params = [want.params for want in plan.wanted if {"threshold", "per"} <= want.params.keys()]
+    given = [p["threshold"] for p in params]
     asked = [t for t in given if isinstance(t, str)]
-    notes = floors(store, train, lengths=bool(asked)) if any(not isinstance(t, dict) for t in given) else []
+    one_for_all = any(not isinstance(t, dict) for t in given)
+    notes = floors(store, train, per=params[0]["per"], lengths=bool(asked)) if one_for_all else []
     if not asked:
         return Calibrated(plan, [], notes)
     chosen: dict[str, float | dict[str, float]] = {}
@@ -56,20 +60,33 @@ def with_thresholds(store: Store, plan: Plan, train: Columns, heldout: Columns |
         values.append(_value("premem_threshold", found))
         notes = [*_said(found, ""), *notes]
     if "auto_per_group" in asked:
-        of = {group: _calibration(store, train, heldout, group) for group in _groups(train)}
+        per = _one_column([p["per"] for p in params if p["threshold"] == "auto_per_group"])
+        of = {name: _calibration(store, train, heldout, Group(per, name)) for name in _groups(train, per)}
         chosen["auto_per_group"] = {group: c.threshold for group, c in of.items()}
         values += [_value(f"premem_threshold_{group}", c) for group, c in of.items()]
         notes = [line for group, c in of.items() for line in _said(c, f" of group {group}")]
     wanted = [
         replace(want, params={**want.params, "threshold": chosen[want.params["threshold"]]})
-        if isinstance(want.params.get("threshold"), str)
+        if "per" in want.params and isinstance(want.params.get("threshold"), str)
         else want
         for want in plan.wanted
     ]
     return Calibrated(replace(plan, wanted=wanted), values, notes)
 
 
-def _calibration(store: Store, train: Columns, heldout: Columns | None, group: str | None = None) -> Calibration:
+@dataclass(frozen=True)
+class Group:
+    """The rows whose column `per` has one value."""
+
+    per: str
+    name: str
+
+    def rows(self, columns: Columns) -> np.ndarray:
+        """(rows,) bool."""
+        return group_names(columns.own(self.per)) == self.name  # type: ignore[arg-type]
+
+
+def _calibration(store: Store, train: Columns, heldout: Columns | None, group: Group | None = None) -> Calibration:
     from curate.scores.calibration import calibrate
 
     try:
@@ -78,11 +95,11 @@ def _calibration(store: Store, train: Columns, heldout: Columns | None, group: s
         raise UsageError(f"threshold: {AUTO[0] if group is None else AUTO[1]}: {error}.") from None
 
 
-def _runs(store: Store, train: Columns, heldout: Columns | None, group: str | None) -> list[Run]:
+def _runs(store: Store, train: Columns, heldout: Columns | None, group: Group | None) -> list[Run]:
     """Every run with the rows that it trained on (of one group), and the held-out accuracy at its checkpoints."""
     from curate.scores.calibration import Run
 
-    rows = np.ones(len(train.row_ids), bool) if group is None else _is(train, group)
+    rows = np.ones(len(train.row_ids), bool) if group is None else group.rows(train)
     runs, imported = [], _imported(store) if group is None else {}
     for series in train.runs("checkpoints"):
         read = [train.column("", name, "checkpoints", series) for name in ("accuracy", "target_nll")]
@@ -96,12 +113,12 @@ def _runs(store: Store, train: Columns, heldout: Columns | None, group: str | No
         known = [imported.get((series.run, step), math.nan) for step in series.steps]
         measured = heldout.column("", "accuracy", "checkpoints", series) if heldout is not None else None
         if measured is not None and heldout is not None:
-            measured = measured if group is None else measured[_is(heldout, group)]
+            measured = measured if group is None else measured[group.rows(heldout)]
             own = [float(np.nanmean(v)) if np.isfinite(v).any() else math.nan for v in measured.T]
             known = [y if math.isnan(x) else x for x, y in zip(known, own, strict=True)]
         runs.append(Run(series.run, accuracy[kept], nll[kept], np.array(known, dtype=np.float64)))
     if not any(np.isfinite(run.heldout).any() for run in runs):
-        where = "" if group is None else f" of group {group!r}"
+        where = "" if group is None else f" of group {group.name!r}"
         also = ", or import test_accuracy for each run and checkpoint" if group is None else ""
         raise UsageError(
             f"threshold: auto needs held-out accuracies{where}, and there are none. Name rows with answers as `heldout: {{path: …}}`{also}; "
@@ -118,17 +135,32 @@ def _imported(store: Store) -> dict[tuple[str, int | None], float]:
     return {(run, step): value for run, step, value in found.rows()}
 
 
-def _is(columns: Columns, group: str) -> np.ndarray:
-    return np.asarray(columns.own("group")).astype(str) == group
+def _one_column(named: list[str]) -> str:
+    """The column that groups are the values of; dataset values are named by group, so there is one such column in a recipe."""
+    for other in named[1:]:
+        if other != named[0]:
+            raise UsageError(
+                f"threshold: auto_per_group is asked for per {named[0]!r} and per {other!r}; one recipe calibrates per one column. "
+                "Give every score with this threshold the same `per:`."
+            )
+    return named[0]
 
 
-def _groups(train: Columns) -> list[str]:
-    found = train.own("group", False)
+def _groups(train: Columns, per: str) -> list[str]:
+    found = train.own(per, False)
     if found is None:
+        have = [
+            c
+            for c in train.store.sql("SELECT * FROM occurrences LIMIT 0").columns
+            if c not in ("row_id", "index", "role")
+        ]
+        near = difflib.get_close_matches(per, have, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(have)}."
         raise UsageError(
-            "threshold: auto_per_group needs a column `group` in the source: a task, a topic, a length class (`source.columns: {group: theirs}`)."
+            f"threshold: auto_per_group: the source has no column {per!r}; {hint} Name a task, a topic or a length class: "
+            "`{threshold: auto_per_group, per: COLUMN}`."
         )
-    return [str(name) for name in np.unique(np.asarray(found).astype(str))]
+    return np.unique(group_names(found)).tolist()
 
 
 def _value(name: str, c: Calibration) -> DatasetValue:
@@ -154,8 +186,10 @@ def _said(c: Calibration, where: str) -> list[str]:
     return lines + [f"Note: {note}." for note in c.notes]
 
 
-def floors(store: Store, train: Columns, *, lengths: bool) -> list[str]:
-    """Warnings where one τ cannot fit all: groups (else sources), and classes of length, whose lowest NLL a token lies far apart."""
+def floors(store: Store, train: Columns, *, per: str, lengths: bool) -> list[str]:
+    """Warnings where one τ cannot fit all: values of the column `per` (else sources), and classes of length, whose lowest NLL a token lies
+    far apart.
+    """
     from curate.scores.calibration import nll_floors
 
     series = train.runs("checkpoints")
@@ -163,7 +197,7 @@ def floors(store: Store, train: Columns, *, lengths: bool) -> list[str]:
     if nll is None or not len(nll):
         return []
     groupings: list[Any] = []
-    own = train.own("group", False)
+    own = train.own(per, False)
     if own is None:
         found = dict(store.sql("SELECT row_id, source FROM rows").rows())
         own = np.array([found.get(row_id) or "" for row_id in train.row_ids], dtype=object)

@@ -88,15 +88,17 @@ def test_runs_that_want_other_thresholds_are_said(tmp_path, capsys):
     assert "This τ does not transfer from run to run" in capsys.readouterr().err
 
 
-def test_a_threshold_per_group_from_held_out_rows(tmp_path, capsys):
+@pytest.mark.parametrize("column", ["group", "meta.topic"])
+def test_a_threshold_per_group_from_held_out_rows(tmp_path, capsys, column):
     """Two groups with their own τ and held-out rows: one τ for both is warned of, each group's own is found."""
+    per = {} if column == "group" else {"per": column}
     rng, rows, heldout, logs = np.random.default_rng(2), [], [], []
     for group, tau in TAUS.items():
         accuracy, nll = trajectories(rng, 300, tau)
         examples = [Example(f"{group}{i}", "x", "y") for i in range(300)]
-        rows += [{"prompt": e.prompt, "completion": "x", "answer": "y", "group": group} for e in examples]
+        rows += [{"prompt": e.prompt, "completion": "x", "answer": "y", column: group} for e in examples]
         tests = [Example(f"test {group}{i}", "x", "y") for i in range(2)]
-        heldout += [{"prompt": e.prompt, "completion": "x", "answer": "y", "group": group} for e in tests]
+        heldout += [{"prompt": e.prompt, "completion": "x", "answer": "y", column: group} for e in tests]
         expected = np.tile(running(accuracy, nll, tau).mean(axis=0), (2, 1))
         logs += [
             lines([e.row_id for e in examples], "r", accuracy, nll),
@@ -106,7 +108,7 @@ def test_a_threshold_per_group_from_held_out_rows(tmp_path, capsys):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
     pl.concat(logs).write_parquet(tmp_path / "logs.parquet")
     raw = {"kind": "sft", "source": str(tmp_path / "train.jsonl"), "heldout": str(tmp_path / "heldout.jsonl")}
-    raw |= {"scores": [{"premem_accuracy": {"threshold": "auto_per_group"}}]}
+    raw |= {"scores": [{"premem_accuracy": {"threshold": "auto_per_group", **per}}]}
     with pytest.raises(UsageError, match="nothing was imported"):  # but the rows are read now
         curate.run(raw, store=tmp_path / "store")
     import_file(
@@ -117,15 +119,23 @@ def test_a_threshold_per_group_from_held_out_rows(tmp_path, capsys):
     assert found == {f"premem_threshold_{g}": pytest.approx(tau, rel=0.03) for g, tau in TAUS.items()}
     assert "τ of group a = 0.1" in capsys.readouterr().err
     own = result.store.sql("SELECT premem_accuracy FROM scored WHERE role = 'train' ORDER BY row_id")
-    by_hand = {"threshold": {g: found[f"premem_threshold_{g}"] for g in TAUS}}
+    by_hand = {"threshold": {g: found[f"premem_threshold_{g}"] for g in TAUS}, **per}
     fixed = curate.run({**raw, "scores": [{"premem_accuracy": by_hand}]}, store=tmp_path / "store")
     assert own.equals(fixed.store.sql("SELECT premem_accuracy FROM scored WHERE role = 'train' ORDER BY row_id"))
     curate.run(
-        {**raw, "scores": [{"premem_accuracy": {"threshold": 0.1}}]}, store=tmp_path / "store", progress=Progress()
+        {**raw, "scores": [{"premem_accuracy": {"threshold": 0.1, **per}}]},
+        store=tmp_path / "store",
+        progress=Progress(),
     )
     said = capsys.readouterr().err
-    assert "One threshold for all rows may not fit" in said and "threshold: auto_per_group" in said
+    assert "One threshold for all rows may not fit" in said and "{threshold: auto_per_group, per: COLUMN}" in said
+    with pytest.raises(UsageError, match=f"no column '{column}s'; did you mean '{column}'"):
+        misspelt = {"premem_accuracy": {"threshold": "auto_per_group", "per": f"{column}s"}}
+        curate.run({**raw, "scores": [misspelt]}, store=tmp_path / "store")
+    with pytest.raises(UsageError, match=f"per '{column}' and per 'answer_length'"):
+        other = {"fluent": {"threshold": "auto_per_group", "per": "answer_length"}}
+        curate.run({**raw, "scores": [*raw["scores"], other]}, store=tmp_path / "store")
     with pytest.raises(UsageError, match="of group 'b', and there are none"):
-        lone = [json.dumps(row) for row in heldout if row["group"] == "a"]
+        lone = [json.dumps(row) for row in heldout if row[column] == "a"]
         (tmp_path / "heldout.jsonl").write_text("\n".join(lone) + "\n")
         curate.run(raw, store=tmp_path / "store")

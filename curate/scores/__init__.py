@@ -77,7 +77,9 @@ class Need(NamedTuple):
 
     @classmethod
     def read(cls, text: str) -> Need:
-        role, _, column = text.rpartition(".")
+        role, dot, column = text.partition(".")  # a user's column may have a dot in its name
+        if not dot:
+            return cls("", text)
         return cls("" if role == "reference" else role, column)
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from curate.scores import Array
-from curate.scores.premem import running
+from curate.scores.premem import group_names, running
 
 GRID = 200
 REFINED = 41
@@ -175,7 +175,7 @@ def nll_floors(target_nll: Array, groups: np.ndarray, *, factor: float = 2.0) ->
     """
     known = ~np.isnan(target_nll).all(axis=1)
     lowest = np.nanmin(target_nll[known], axis=1)
-    names = np.asarray(groups).astype(str)[known]
+    names = group_names(groups)[known]
     floors = {str(name): float(np.median(lowest[names == name])) for name in np.unique(names)}
     if len(floors) < 2:
         return floors, None
@@ -184,7 +184,7 @@ def nll_floors(target_nll: Array, groups: np.ndarray, *, factor: float = 2.0) ->
         return floors, None
     return floors, (
         f"one threshold for all rows may not fit: at its best, {high!r} still has {floors[high]:.3g} nats/token, "
-        f"{low!r} {floors[low]:.3g}. Calibrate one per group: `threshold: auto_per_group`, with a column `group` in the source."
+        f"{low!r} {floors[low]:.3g}. Calibrate one per group: `{{threshold: auto_per_group, per: COLUMN}}`."
     )
 
 

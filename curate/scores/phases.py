@@ -109,7 +109,7 @@ def _phases(
 
 @score(
     needs=("accuracy", "target_nll"),
-    optional=("row.group",),
+    optional=("row.{per}",),
     kind="sft",
     over="checkpoints",
     unit="phase",
@@ -124,6 +124,7 @@ def phase(
     group: np.ndarray | None = None,
     *,
     threshold: Threshold = 0.1,
+    per: str = "group",
     level: Share = 0.5,
     smooth: bool = True,
     steps: np.ndarray | None = None,
@@ -136,17 +137,18 @@ def phase(
     NULL where the measured checkpoints do not decide it. Over several runs, the phase in most of them, NULL at a tie. Rows fluent from the
     start are never memorised: see `fluent`.
 
-    threshold: τ in nats/token, or one per value of the source's column `group`; auto, auto_per_group: calibrated, as for premem_accuracy.
+    threshold: τ in nats/token, or one per value of the source's column `per`; auto, auto_per_group: calibrated, as for premem_accuracy.
     smooth: false takes every accuracy as it was sampled.
     """
     if accuracy.shape[1] == 0:
         return np.full(len(accuracy), np.nan)
-    return _phases(accuracy, target_nll, thresholds(threshold, group, len(accuracy)), level, smooth, steps)[:, -1]
+    tau = thresholds(threshold, group, len(accuracy), per=per)
+    return _phases(accuracy, target_nll, tau, level, smooth, steps)[:, -1]
 
 
 @dataset_value(
     needs=("accuracy", "target_nll"),
-    optional=("in_train", "row.group"),
+    optional=("in_train", "row.{per}"),
     kind="sft",
     over="checkpoints",
     source=HU,
@@ -159,6 +161,7 @@ def phase_values(
     group: np.ndarray | None = None,
     *,
     threshold: Threshold = 0.1,
+    per: str = "group",
     level: Share = 0.5,
     smooth: bool = True,
     steps: np.ndarray | None = None,
@@ -169,7 +172,7 @@ def phase_values(
     are in.
     """
     trained = np.ones(len(accuracy), bool) if in_train is None else ~(in_train == 0).any(axis=1)
-    tau = thresholds(threshold, group, len(accuracy))
+    tau = thresholds(threshold, group, len(accuracy), per=per)
     tau = tau[trained] if isinstance(tau, np.ndarray) else tau
     accuracy, target_nll = accuracy[trained], target_nll[trained]
     codes = _phases(accuracy, target_nll, tau, level, smooth, steps)

@@ -45,15 +45,31 @@ def running(accuracy: Array, target_nll: Array, threshold: float | Array) -> Arr
     return np.where(low == high, low, np.nan)  # NaN ≠ NaN: acc_t unknown stays unknown
 
 
-def thresholds(threshold: float | Mapping[str, float] | str, group: np.ndarray | None, rows: int) -> float | Array:
-    """τ as a number, or (rows,) from the rows' groups. ValueError where a row's group has none, or where τ is still to be calibrated."""
+def group_names(group: np.ndarray) -> np.ndarray:
+    """(rows,) text, as a recipe's mapping names the groups: a whole number without a point, None where a row has no value."""
+    values = np.asarray(group)
+    if values.dtype.kind != "f":
+        return values.astype(str)
+    return np.array(
+        ["None" if v != v else f"{v:.0f}" if v.is_integer() else str(v) for v in values.tolist()], dtype=str
+    )
+
+
+def thresholds(
+    threshold: float | Mapping[str, float] | str, group: np.ndarray | None, rows: int, *, per: str = "group"
+) -> float | Array:
+    """τ as a number, or (rows,) from the rows' groups, which are the values of the column `per`. ValueError where there is no such column, where
+    a row's group has no τ, or where τ is still to be calibrated.
+    """
     if isinstance(threshold, str):
         raise ValueError(f"threshold {threshold!r} stands for what `curate score` calibrates; give a number here")
     if not isinstance(threshold, Mapping):
         return float(threshold)
     if group is None:
-        raise ValueError("a threshold per group needs a column `group` in the source (`source.columns: {group: …}`)")
-    names, where = np.unique(np.asarray(group).astype(str), return_inverse=True)
+        raise ValueError(
+            f"a threshold per group needs a column of the source, and there is no {per!r}; name it: `per: COLUMN`"
+        )
+    names, where = np.unique(group_names(group), return_inverse=True)
     missing = [str(name) for name in names if name not in threshold]
     if missing:
         raise ValueError(f"no threshold for group {missing[0]!r}; there are thresholds for {', '.join(threshold)}")
@@ -73,7 +89,7 @@ def from_the_start(target_nll: Array, threshold: float | Array, steps: np.ndarra
 
 @score(
     needs=("accuracy", "target_nll"),
-    optional=("row.group",),
+    optional=("row.{per}",),
     kind="sft",
     over="checkpoints",
     unit="share",
@@ -82,21 +98,26 @@ def from_the_start(target_nll: Array, threshold: float | Array, steps: np.ndarra
     source=KANG,
 )
 def premem_accuracy(
-    accuracy: Array, target_nll: Array, group: np.ndarray | None = None, *, threshold: Threshold = 0.1
+    accuracy: Array,
+    target_nll: Array,
+    group: np.ndarray | None = None,
+    *,
+    threshold: Threshold = 0.1,
+    per: str = "group",
 ) -> Array:
     """premem at the last checkpoint, 0..1; (rows,) from (rows, K). NULL where the measured checkpoints do not decide it.
 
-    threshold: τ in nats/token, or one per value of the source's column `group`; auto, auto_per_group: calibrated against held-out
+    threshold: τ in nats/token, or one per value of the source's column `per`; auto, auto_per_group: calibrated against held-out
     accuracies. 0 also where fluent from the start: see `fluent`.
     """
     if accuracy.shape[1] == 0:
         return np.full(len(accuracy), np.nan)
-    return running(accuracy, target_nll, thresholds(threshold, group, len(accuracy)))[:, -1]
+    return running(accuracy, target_nll, thresholds(threshold, group, len(accuracy), per=per))[:, -1]
 
 
 @score(
     needs=("target_nll",),
-    optional=("row.group",),
+    optional=("row.{per}",),
     kind="sft",
     over="checkpoints",
     unit="0 or 1",
@@ -109,18 +130,19 @@ def fluent(
     group: np.ndarray | None = None,
     *,
     threshold: Threshold = 0.1,
+    per: str = "group",
     steps: np.ndarray | None = None,
 ) -> Array:
     """1 where nll < τ at the base model or, without one, at the first checkpoint; else 0.
 
     NULL where that one is unmeasured, and everywhere when only one checkpoint, not the base model, is in the series.
     """
-    return from_the_start(target_nll, thresholds(threshold, group, len(target_nll)), steps)
+    return from_the_start(target_nll, thresholds(threshold, group, len(target_nll), per=per), steps)
 
 
 @dataset_value(
     needs=("accuracy", "target_nll"),
-    optional=("in_train", "row.group"),
+    optional=("in_train", "row.{per}"),
     kind="sft",
     over="checkpoints",
     source=KANG,
@@ -132,6 +154,7 @@ def premem_values(
     group: np.ndarray | None = None,
     *,
     threshold: Threshold = 0.1,
+    per: str = "group",
     steps: np.ndarray | None = None,
 ) -> list[Value]:
     """Per checkpoint: premem_accuracy, the mean over the rows trained on; premem_zeros_fluent, the share of its zeros that are fluent.
@@ -140,7 +163,7 @@ def premem_values(
     count. Rows whose value is NULL are left out, n says how many are in. Intervals: normal for the mean, Wilson for the shares.
     """
     trained = np.ones(len(accuracy), bool) if in_train is None else ~(in_train == 0).any(axis=1)
-    tau = thresholds(threshold, group, len(accuracy))
+    tau = thresholds(threshold, group, len(accuracy), per=per)
     tau = tau[trained] if isinstance(tau, np.ndarray) else tau
     values = running(accuracy[trained], target_nll[trained], tau)
     flag = from_the_start(target_nll[trained], tau, steps)

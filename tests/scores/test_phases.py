@@ -130,7 +130,7 @@ def test_shares_per_checkpoint():
 
 
 def test_groups_and_their_thresholds():
-    columns = {"accuracy": np.ones((2, 2)), "target_nll": np.array([[2.0, 0.2], [2.0, 0.2]]), "row.group": ["a", "b"]}
+    columns = {"accuracy": np.ones((2, 2)), "target_nll": np.array([[2.0, 0.2], [2.0, 0.2]]), "row.{per}": ["a", "b"]}
     columns["accuracy"][:, 0] = 0
     params = {"threshold": {"a": 0.1, "b": 0.5}, "smooth": False}
     assert SCORES["phase"].compute(columns, params=params).tolist() == [2.0, 3.0]

@@ -86,15 +86,18 @@ def test_rows_with_gaps_do_not_change_complete_rows():
 
 def test_a_threshold_per_group():
     columns = {"accuracy": np.array([[0.2, 0.8]] * 3), "target_nll": np.array([[0.5, 0.15]] * 3)}
-    groups = {**columns, "row.group": np.array(["a", "b", "a"])}
+    groups = {**columns, "row.{per}": np.array(["a", "b", "a"])}
     per_group = {"threshold": {"a": 0.1, "b": 0.2}}
     s = SCORES["premem_accuracy"]
     assert s.compute(groups, params=per_group).tolist() == [0.8, 0.2, 0.8]
     assert s.compute(groups, params={"threshold": 0.2}).tolist() == [0.2, 0.2, 0.2]
     with pytest.raises(UsageError, match="no threshold for group 'b'"):
         s.compute(groups, params={"threshold": {"a": 0.1}})
-    with pytest.raises(UsageError, match="needs a column `group`"):
-        s.compute(columns, params=per_group)
+    with pytest.raises(UsageError, match="there is no 'topic'"):
+        s.compute(columns, params={**per_group, "per": "topic"})
+    numbered = {**columns, "row.{per}": np.array([1.0, 2.0, np.nan])}  # whole numbers and NULL, as a recipe's keys
+    by_number = s.check({"threshold": {1: 0.1, 2: 0.2, None: 0.1}})
+    assert s.compute(numbered, params=by_number).tolist() == [0.8, 0.2, 0.8]
 
 
 @pytest.mark.parametrize(

@@ -134,7 +134,8 @@ def test_parameters_are_filled_in_and_become_floats():
     found = SCORES["flip_loss"].check({"beta": 1})
     assert found == {"beta": 1.0} and isinstance(found["beta"], float)
     assert SCORES["premem_accuracy"].check({"threshold": {"easy": 1, "hard": 0.2}}) == {
-        "threshold": {"easy": 1.0, "hard": 0.2}
+        "threshold": {"easy": 1.0, "hard": 0.2},
+        "per": "group",
     }
     with pytest.raises(UsageError, match="above 0"):
         SCORES["premem_accuracy"].check({"threshold": -1})
