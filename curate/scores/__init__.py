@@ -122,8 +122,10 @@ class Columns:
         return tuple(Need.read(text) for text in (*self.needs, *self.optional))
 
     def need(self, text: str, params: Mapping[str, Any]) -> Need:
-        """One of needs or optional with its parameters filled in: "forecast_{step}_chosen" is forecast_sign_chosen where step is sign."""
-        return Need.read(text.format_map(params) if "{" in text else text)
+        """One of needs or optional with its parameters (else their defaults) filled in: "forecast_{step}_chosen" is forecast_sign_chosen where
+        step is sign.
+        """
+        return Need.read(text.format_map({**self.defaults, **params}) if "{" in text else text)
 
     @property
     def cost(self) -> Cost:

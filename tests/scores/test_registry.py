@@ -147,6 +147,12 @@ def test_parameters_are_filled_in_and_become_floats():
         SCORES["ches"].check({"eos_state": 1})
 
 
+def test_a_need_takes_the_default_of_a_parameter_that_nobody_gave():
+    """Dataset values are asked with the parameters that the recipe's scores happen to share."""
+    assert DATASET_VALUES["premem_values"].need("row.{per}", {}) == ("row", "group")
+    assert SCORES["premem_accuracy"].need("row.{per}", {"per": "topic"}) == ("row", "topic")
+
+
 def test_a_misspelt_score_gets_the_nearest_name():
     with pytest.raises(UsageError, match="did you mean 'flip_loss'"):
         resolve("flip_los")
