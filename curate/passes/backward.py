@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from typing import TYPE_CHECKING
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -41,7 +40,6 @@ __all__ = ["GradientBatch", "Parameters", "measure"]
 
 TOKENS_ON_CPU = 512  # more tokens at a time cost memory there and gain nothing
 APART = 192 << 20  # bytes of a graph from which on it is kept apart: a few percent of time for a third of the memory
-_KNOWN: WeakKeyDictionary[Model, dict[tuple[Parameters, int], tuple[Rules, Footprint]]] = WeakKeyDictionary()
 
 
 class GradientBatch(Batch):
@@ -285,14 +283,13 @@ def _tied(
 
 def understood(model: Model, parameters: Parameters) -> tuple[Rules, Footprint]:
     """The model's rules, checked once against autograd on a few tokens, and what a token costs in memory."""
-    known, key = _KNOWN.setdefault(model, {}), (parameters, model.structure)
-    if key not in known:
+    key = "gradients", parameters
+    if key not in model.known:
         rules = find_rules(model, parameters)
         _check_against_autograd(model, rules, parameters)
-        for old in [k for k in known if k[1] != model.structure]:
-            del known[old]
-        known[key] = rules, footprint(model, rules)
-    return known[key]
+        model.known[key] = rules, footprint(model, rules)
+    found: tuple[Rules, Footprint] = model.known[key]
+    return found
 
 
 def _probe(model: Model) -> dict[int, list[Item]]:

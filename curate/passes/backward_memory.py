@@ -111,7 +111,7 @@ def _saved(model: Model, rules: Rules, n: int) -> float:
         storage = x.untyped_storage()
         if storage.data_ptr() not in own:
             seen[storage.data_ptr()] = storage.nbytes()
-        return x
+        return x.detach()  # an output that kept itself would never be freed
 
     capture = Capture(rules, PairProducts([], model.device), n)
     with torch.enable_grad(), capture.installed(), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):

@@ -70,6 +70,7 @@ class Capture:
     def installed(self) -> Iterator[None]:
         """While inside, the model's modules hand over what they see."""
         with ExitStack() as stack:
+            stack.callback(self.forward_done)  # a layer that was run again and this would hold each other for ever
             for rule in self.rules.linears:
                 _patch(stack, rule.module, lambda x, rule=rule: self._linear(rule, x))
             for norm in self.rules.norms:

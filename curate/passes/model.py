@@ -116,8 +116,8 @@ def engine_identity(*, dtype: str = "auto", device: str = "auto") -> str:
 
 class Model:
     """A loaded model: `module`, `device`, `dtype`, `head`, `layout` ("packed" or "padded") and `layout_reason`: why it is
-    padded, or why packed attention on CUDA runs without its kernel; else None. `adapter`: the LoRA adapter on it, or None; `structure` counts how
-    often one was put on, taken off, or exchanged for one of other layers or ranks.
+    padded, or why packed attention on CUDA runs without its kernel; else None. `adapter`: the LoRA adapter on it, or None. `known`: what passes
+    found out about its modules; forgotten where an adapter is put on, taken off, or exchanged for one of other layers or ranks.
     """
 
     def __init__(self, module: Any, *, path: str = "", layout: str = "auto") -> None:
@@ -125,7 +125,7 @@ class Model:
         self.module = module.eval().requires_grad_(False)
         self.path = self.base = path
         self.adapter: Adapter | None = None
-        self.structure = 0
+        self.known: dict[Any, Any] = {}
         self.device: torch.device = self.module.device
         self.dtype: torch.dtype = self.module.dtype
         self.plain_attention: str = self.module.config._attn_implementation
@@ -154,17 +154,17 @@ class Model:
         base: the model that an adapter sits on (None: as its config says). ModelError when it is of another architecture or shape; what was
         here is still here then.
         """
-        base, structure = base or own_base(path), self.structure
+        base, before = base or own_base(path), self.adapter
         factors = Factors(path, self.module) if base else None
         if factors is None or str(base) != self.base:
             self._use_whole(path if factors is None else base)
         if factors is not None and not (self.adapter and self.adapter.exchange(factors)):
             self._take_off()
             self.adapter = Adapter(self.module, factors)
-            self.structure += 1
+            self.known.clear()
         self.path = str(path)
         # other weights in the same places: the head is what was checked when the model was loaded
-        self.head = self._read_head() if self.structure == structure else self._find_head()
+        self.head = self._read_head() if self.adapter is before else self._find_head()
 
     def _use_whole(self, path: Any) -> None:
         before = self.adapter
@@ -182,7 +182,7 @@ class Model:
         if self.adapter is not None:
             self.adapter.take_off()
             self.adapter = None
-            self.structure += 1
+            self.known.clear()
 
     def refresh(self) -> None:
         """After its weights were changed in place by somebody else, a training: the head is looked up and checked again."""
@@ -191,6 +191,7 @@ class Model:
 
     def close(self) -> None:
         """Give the memory back; the model is unusable afterwards."""
+        self.known.clear()  # it holds weights too
         del self.module, self.head
         gc.collect()
         if self.device.type == "cuda":

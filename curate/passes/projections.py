@@ -17,7 +17,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -41,7 +40,6 @@ MATRIX = 1 << 21  # numbers of layers' gradients formed at a time
 MATRIX_ON_GPU = 1 << 27
 TOGETHER = 16  # rows that share one reading of a block of the directions
 STEP = 1e-3  # ε of a unit direction, in parts of ‖θ‖, for differences in float32
-_KNOWN: WeakKeyDictionary[Model, tuple[Rules, Footprint]] = WeakKeyDictionary()
 
 
 def row_losses(model: Model, encoded: Sequence[Encoded], *, token_budget: int = 16384) -> np.ndarray:
@@ -242,11 +240,12 @@ def _rules(model: Model, directions: Directions) -> tuple[Rules, Footprint]:
         raise ModelError(
             f"{model.path}: directions are wanted for exactly the model's parameters, but {odd[0]} is on one side only."
         )
-    if model not in _KNOWN:
+    if "projections" not in model.known:
         rules = find_rules(model)
         _check_against_autograd(model, rules, directions)
-        _KNOWN[model] = rules, footprint(model, rules)
-    return _KNOWN[model]
+        model.known["projections"] = rules, footprint(model, rules)
+    found: tuple[Rules, Footprint] = model.known["projections"]
+    return found
 
 
 def _check_against_autograd(model: Model, rules: Rules, directions: Directions) -> None:

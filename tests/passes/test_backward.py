@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -13,6 +15,7 @@ import transformers
 from curate.errors import ModelError
 from curate.measurements import MEASUREMENTS
 from curate.passes import backward, backward_memory, forward, head_gradient
+from curate.passes.capture import Capture
 from curate.passes.model import Model
 from curate.tokens import Encoded, EncodedPair
 from tests.passes.forward_models import BODY, FAMILIES, double, make, random_pairs
@@ -254,3 +257,18 @@ def test_bf16_is_close():
     module = make("llama").bfloat16()
     pairs = random_pairs(6)
     assert worst(columns(backward.measure(Model(module), pairs, ENTK)), products(double(module), pairs)) < 0.1
+
+
+def test_a_closed_model_leaves_nothing_behind(monkeypatch):
+    """What was found out about its layers holds its weights, a graph that was never let go its activations: on a GPU both would stay there."""
+    made, init = [], Capture.__post_init__
+    monkeypatch.setattr(Capture, "__post_init__", lambda self: (init(self), made.append(weakref.ref(self)))[0])
+    model = Model(make("llama"))
+    rules = weakref.ref(backward.understood(model, "all")[0])
+    for again in (False, True):  # kept, and run again on the way back
+        monkeypatch.setattr(backward_memory.Footprint, "checkpointed", lambda *_, again=again: again)
+        backward.measure(model, random_pairs(4), ENTK)
+    model.close()
+    gc.collect()
+    assert len(made) == 5 and [one() for one in made] == [None] * 5
+    assert rules() is None
