@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from curate.errors import ModelError
 from curate.measurements import MEASUREMENTS, Measurement
 from curate.passes import forward
 from curate.passes.batch import Batch, Side
@@ -80,12 +81,14 @@ def derivatives(line: Line, encoded: Rows, epsilon: float, *, token_budget: int 
 
 
 def exact_products(model: Model, encoded: Rows, v: Vector) -> np.ndarray:
-    """(rows, sides) ⟨∇ log π(y), v⟩ by a backward of each response and a float64 product: slow, what the derivatives are checked against."""
+    """(rows, sides) ⟨∇ log π(y), v⟩ over v's parameters, by a backward of each response and a float64 product: slow, what the derivatives are
+    checked against.
+    """
     sides = _sides(encoded)
     found = np.full((len(encoded), sides), np.nan)
     for i, row in enumerate(encoded):
         for side in range(sides) if row.problem is None else ():
-            g = accumulate(model, [row], fixed_weights(*np.eye(sides)[side]))
+            g = accumulate(model, [row], fixed_weights(*np.eye(sides)[side]), parameters=v.keys())
             found[i, side] = float(sum(g[name].mul_(v[name]).sum(dtype=torch.float64) for name in v))
     return found
 
@@ -145,12 +148,18 @@ class Epsilon:
 
 
 def choose_epsilon(line: Line, encoded: Rows, *, sample: int = SAMPLE, token_budget: int = 16384) -> Epsilon:
-    """The step length for derivatives along a line, checked against exact products on rows spread evenly over those that can be measured."""
+    """The step length for derivatives along a line, checked against exact products on rows spread evenly over those that can be measured.
+    ModelError where there are none, or where the products are not finite.
+    """
     known = [row for row in encoded if row.problem is None]
+    if not known:
+        raise ModelError(f"none of {len(encoded):,} rows can be measured: there is nothing to choose a step length on.")
     picked = [known[i] for i in np.unique(np.linspace(0, len(known) - 1, min(sample, len(known))).round().astype(int))]
     exact = exact_products(line.model, picked, line.v)
     typical = float(np.sqrt(np.mean(exact**2)))
-    if not typical > 0:
+    if not np.isfinite(typical):
+        raise ModelError(f"{line.model.path}: the rows' gradients, or the direction itself, are not finite.")
+    if typical == 0:
         return Epsilon(1.0, 0.0, 1.0, len(picked))  # nothing moves
     best: Epsilon | None = None
     for factor in LADDER:
@@ -159,7 +168,7 @@ def choose_epsilon(line: Line, encoded: Rows, *, sample: int = SAMPLE, token_bud
         compared = [(_columns(found)[:, i], _columns(exact)[:, i]) for i in range(_columns(exact).shape[1])]
         error = max(float(np.sqrt(np.mean((a - b) ** 2)) / (b.std() or typical)) for a, b in compared)
         tried = Epsilon(value, error, min(spearman(a, b) for a, b in compared), len(picked))
-        if best is None or not error >= best.error:
+        if best is None or error < best.error or np.isnan(best.error):
             best = tried
         if error <= GOOD:
             break

@@ -12,7 +12,8 @@ Source: Rafailov et al. 2023, arXiv:2305.18290 (DPO's gradient); Xia et al. 2024
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -21,11 +22,12 @@ import torch
 
 from curate.errors import ModelError
 from curate.passes.bundles import Bundle, batch_rows, check_lengths, items_of, states_of
+from curate.passes.cpu_products import NARROW
 from curate.passes.head_gradient import head_backward
 from curate.passes.layer_rules import Parameters, parameter_names
 from curate.passes.model import Model
 from curate.passes.packing import Item
-from curate.tokens import Encoded, EncodedPair
+from curate.tokens import Encoded, EncodedPair, first_line
 
 Rows = Sequence[Encoded | EncodedPair]
 Vector = dict[str, torch.Tensor]  # parameter's name -> tensor of its shape, on the CPU
@@ -70,32 +72,44 @@ def accumulate(
     weigh: Weigh,
     *,
     token_budget: int = 16384,
-    parameters: Parameters = "all",
+    parameters: Parameters | Collection[str] = "all",
     count: Callable[[int], object] = lambda n: None,
 ) -> Vector:
     """Σ_j Σ_side w ∇ log π over the rows that can be measured, all of one kind: an ordinary backward, gradients accumulated in the
-    model's dtype.
+    model's dtype, float32 or wider.
 
-    count is told of rows as they are done. Where a GPU's memory is short the batches are halved and it begins anew. ModelError where a
-    single row does not fit, or nothing can be measured.
+    parameters: as of backward.measure, a tied matrix whole; or the parameters' own names. count is told of rows as they are done. Where a GPU's
+    memory is short the batches are halved and it begins anew. ModelError where a single row does not fit, nothing can be measured, or the model is
+    narrower: sums over a set's rows do not fit into bfloat16.
     """
-    names = set(parameter_names(model, parameters))
+    if model.dtype in NARROW:
+        raise ModelError(
+            f"{model.path or type(model.module).__name__}: gradients are summed over many rows, which {str(model.dtype).removeprefix('torch.')} "
+            'cannot hold. Load the model with dtype="float32".'
+        )
+    names = set(parameter_names(model, parameters) if isinstance(parameters, str | int) else parameters)
     wanted = {name: p for name, p in model.module.named_parameters() if name in names}
     rows = _rows(model, encoded)
     limit = min(token_budget, TOKENS_ON_CPU) if model.device.type == "cpu" else token_budget
+    bundle: Bundle | None = None
     try:
         while True:
-            for p in wanted.values():
-                p.requires_grad_(True)
-                p.grad = torch.zeros_like(p)
             done = 0
             try:
+                for p in wanted.values():
+                    p.requires_grad_(True)
+                    p.grad = torch.zeros_like(p)
                 for bundle in batch_rows(model, rows, limit):
                     _backward(model, bundle, weigh)
                     done += len(bundle.rows)
                     count(len(bundle.rows))
                 return {name: p.grad.cpu() for name, p in wanted.items() if p.grad is not None}
             except torch.OutOfMemoryError:
+                if bundle is None:
+                    raise ModelError(
+                        f"{model.path}: the weights and a gradient of them do not fit into the memory of {model.device}.\n"
+                        "  Take the gradients over the last layers alone: `--set gradients.parameters=2`."
+                    ) from None
                 if len(bundle.rows) == 1:
                     raise ModelError(
                         f"{model.path}: forward and backward of one row of {bundle.n_tokens} tokens do not fit into the memory of "
@@ -183,7 +197,8 @@ def accumulate_head(model: Model, encoded: Rows, weigh: Weigh, *, token_budget: 
 
 
 def save_vector(vector: Vector, file: Path) -> None:
-    """As safetensors, whole or not at all."""
+    """As safetensors, whole or not at all. ModelError where it cannot be written."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -191,9 +206,11 @@ def save_vector(vector: Vector, file: Path) -> None:
     try:
         save_file({name: value.contiguous() for name, value in vector.items()}, new)
         new.replace(file)
-    except OSError as problem:
-        new.unlink(missing_ok=True)
-        raise ModelError(f"{file}: a direction cannot be kept there ({problem.strerror}).") from None
+    except (OSError, SafetensorError) as problem:  # the second is how a full disk is said
+        raise ModelError(f"{file}: a direction cannot be kept there ({first_line(problem)}).") from None
+    finally:
+        with suppress(OSError):
+            new.unlink(missing_ok=True)
 
 
 def load_vector(file: Path) -> Vector:
@@ -211,7 +228,7 @@ def load_vector(file: Path) -> Vector:
 
 def precondition(x: Vector, step: Step, at: Vector, second_moment: Vector | None = None) -> Vector:
     """P·x. at: G, where sign's diagonal is taken (0 where G is 0). second_moment: Adam's v̂ by parameter, bias-corrected; what it lacks
-    does not move.
+    does not move. ModelError where that is all of x.
     """
     if step == "sgd":
         return x
@@ -219,6 +236,11 @@ def precondition(x: Vector, step: Step, at: Vector, second_moment: Vector | None
         return {name: torch.where(at[name] == 0, 0, value / at[name].abs()) for name, value in x.items()}
     if second_moment is None:
         raise ModelError("step adam needs Adam's second moments: a checkpoint's optimizer.pt, or a warm-up.")
+    if not second_moment.keys() & x.keys():
+        raise ModelError(
+            f"Adam's state is of other parameters ({next(iter(second_moment), 'none')}, …) than the gradients ({next(iter(x))}, …): nothing moves.\n"
+            "  Of a LoRA run the optimizer holds the adapter alone: `--set gradients.parameters=lora`."
+        )
     return {
         name: value / (second_moment[name].sqrt() + ADAM_EPSILON) if name in second_moment else torch.zeros_like(value)
         for name, value in x.items()

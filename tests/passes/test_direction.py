@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -206,11 +207,57 @@ def test_what_gives_no_direction():
         direction.accumulate(model, [replace(pairs[0].chosen, problem="empty")], direction.fixed_weights(1))
     with pytest.raises(ModelError, match="warm-up"):
         direction.precondition({}, "adam", {})
+    whole = {"lm_head.weight": torch.ones(2)}
+    with pytest.raises(ModelError, match=r"(?s)other parameters \(q\.lora_A.*gradients\.parameters=lora"):
+        direction.precondition(whole, "adam", whole, {"q.lora_A.weight": torch.ones(2)})
+    with pytest.raises(ModelError, match='bfloat16 cannot hold. Load the model with dtype="float32"'):
+        direction.accumulate(Model(make("llama").bfloat16()), pairs, direction.fixed_weights(1, 0))
     with along.Line(model, {"lm_head.weight": torch.zeros(101, 32)}) as line:  # nothing moves
         assert along.derivatives(line, pairs, along.choose_epsilon(line, pairs).value).derivative.tolist() == [
             [0, 0],
             [0, 0],
         ]
+
+
+def test_no_step_length_is_made_up():
+    """Where no row can be measured, or what is measured is not finite: "nothing moves" is another thing."""
+    model, pairs = Model(make("llama")), random_pairs(3)
+    v = direction.accumulate(model, pairs, direction.fixed_weights(1, 0))
+    unmeasurable = [replace(pair, chosen=replace(pair.chosen, problem="cut off")) for pair in pairs]
+    with along.Line(model, v) as line, pytest.raises(ModelError, match="none of 3 rows"):
+        along.choose_epsilon(line, unmeasurable)
+    with (
+        along.Line(model, {name: value * float("nan") for name, value in v.items()}) as line,
+        pytest.raises(ModelError, match="not finite"),
+    ):
+        along.choose_epsilon(line, pairs)
+
+
+def test_a_direction_of_some_parameters():
+    """The last layer's alone: exact products and derivatives are over these."""
+    model, pairs = Model(make("llama")), random_pairs(12)
+    v = direction.accumulate(model, pairs, direction.dpo_weights(BETA, 12), parameters=1)
+    assert "model.layers.0.mlp.up_proj.weight" not in v and "model.layers.1.mlp.up_proj.weight" in v
+    exact = along.exact_products(model, pairs, v)
+    zero = {name: torch.zeros_like(p) for name, p in model.module.named_parameters()}
+    np.testing.assert_allclose(exact, along.exact_products(model, pairs, zero | v), rtol=1e-5)
+    with along.Line(model, v) as line:
+        assert along.choose_epsilon(line, pairs).error < 5e-3
+
+
+def test_what_does_not_fit_is_said(monkeypatch, tmp_path):
+    model, pairs = Model(make("llama")), random_pairs(3)
+    (tmp_path / f".v.safetensors.{os.getpid()}").mkdir()
+    with pytest.raises(ModelError, match=r"v\.safetensors: a direction cannot be kept there"):
+        direction.save_vector({"x": torch.zeros(3)}, tmp_path / "v.safetensors")
+
+    def full(p):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("curate.passes.direction.torch.zeros_like", full)
+    with pytest.raises(ModelError, match="the weights and a gradient of them do not fit"):
+        direction.accumulate(model, pairs, direction.fixed_weights(1, 0))
+    assert all(p.grad is None and not p.requires_grad for p in model.module.parameters())
 
 
 def test_a_warm_up_is_torchs_adamw():
