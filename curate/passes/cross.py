@@ -185,7 +185,7 @@ def _exact(passes: _Passes, rows: list[list[Item]], targets: list[list[Item]]) -
                 '  Take factored=32 (projections), parameters="lora", or the last layers alone (parameters=2).'
             )
         some, left = left[:fit], left[fit:]
-        kept = Targets(len(some), passes.shapes, passes.by_tokens(some))
+        kept = Targets(len(some), passes.shapes, passes.by_tokens(some), passes.model.device)
         passes.run(some, kept)
         crossing = passes.crossed(rows, kept)
         products.append(crossing.products)
@@ -201,7 +201,7 @@ def _factored(passes: _Passes, rows: list[list[Item]], targets: list[list[Item]]
     n_rows, n_targets = min(CHECKED[1], len(rows)), min(CHECKED[0], len(targets), passes.fit(targets[: CHECKED[0]]))
     projections, device = Projections(passes.shapes, k, seed), passes.model.device
     theirs = Sketches(projections, len(targets), device, None)
-    exact = Targets(n_targets, passes.shapes, frozenset())
+    exact = Targets(n_targets, passes.shapes, frozenset(), device)
     _in_two(passes, targets, n_targets, theirs, exact)
     mine = Sketches(projections, len(rows), device, theirs)
     crossing = Crossing(passes.model.head, exact, n_rows) if n_targets else None

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from curate.measurements import Measurement
+from curate.passes.adapter_config import tokenizer_folder
 from curate.passes.batch import Batch
 from curate.passes.forward import measure
 from curate.passes.model import Model
@@ -27,7 +28,7 @@ def prompt_states(
 
     NaN where a prompt cannot be encoded or is cut by `limits`. Raises ModelError as `passes.forward.measure` does.
     """
-    tokenizer = load_tokenizer(model.path)
+    tokenizer = load_tokenizer(tokenizer_folder(model.path, model.base))
     encoded = [encode(Example(row.prompt), tokenizer, limits) for row in rows]
     out = np.full((len(rows), model.head.weight.shape[1]), np.nan, dtype=np.float32)
 

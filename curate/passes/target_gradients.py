@@ -45,8 +45,10 @@ class Targets:
     matrices: weight -> (M, o, i). tokens: weight -> batches. vectors: name -> (M, size) float64.
     """
 
-    def __init__(self, count: int, shapes: dict[Name, tuple[int, int]], by_tokens: frozenset[Name]) -> None:
-        self.count, self.shapes, self.by_tokens = count, shapes, by_tokens
+    def __init__(
+        self, count: int, shapes: dict[Name, tuple[int, int]], by_tokens: frozenset[Name], device: torch.device
+    ) -> None:
+        self.count, self.shapes, self.by_tokens, self.device = count, shapes, by_tokens, device
         self.matrices: dict[Name, torch.Tensor] = {}
         self.tokens: dict[Name, list[Tokens]] = {}
         self.vectors: dict[Name, torch.Tensor] = {}
@@ -109,7 +111,7 @@ class Targets:
 
     def squares(self) -> torch.Tensor:
         """(M,) float64 ‖g_m‖²."""
-        total = next(iter([*self.vectors.values(), *self.matrices.values()])).new_zeros(self.count, dtype=torch.float64)
+        total = torch.zeros(self.count, dtype=torch.float64, device=self.device)
         for x in self.vectors.values():
             total += x.square().sum(1)
         for x in self.matrices.values():
@@ -133,10 +135,8 @@ class Crossing:
 
     def __init__(self, head: Head, targets: Targets, count: int) -> None:
         self.head, self.targets, self.tables = head, targets, targets.tables()
-        some = next(iter(targets.vectors.values()), None)
-        device = head.weight.device if some is None else some.device
-        self.products = torch.zeros(count, targets.count, dtype=torch.float64, device=device)
-        self.squares = torch.zeros(count, dtype=torch.float64, device=device)
+        self.products = torch.zeros(count, targets.count, dtype=torch.float64, device=targets.device)
+        self.squares = torch.zeros(count, dtype=torch.float64, device=targets.device)
 
     def begin(self, numbers: Sequence[int]) -> None:
         self._numbers = list(numbers)

@@ -13,7 +13,7 @@ from curate.measurements import MEASUREMENTS
 from curate.passes import backward, cross
 from curate.passes.backward import understood
 from curate.passes.model import Model
-from curate.tokens import EncodedPair
+from curate.tokens import Encoded, EncodedPair
 from tests.passes.forward_models import double, make, random_pairs
 from tests.passes.test_backward import gradient
 
@@ -142,6 +142,17 @@ def test_lora_and_the_last_layers():
     )
     mine, theirs = (gradients(module64, x) for x in (rows[:5], rows[5:]))
     assert worst(cross.cross_products(Model(make("llama")), rows[:5], rows[5:], parameters=1), mine, theirs) < 1e-6
+
+
+def test_a_short_target_of_wide_factors_is_kept_as_tokens():
+    """In every layer: there is no matrix of it and no vector."""
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(make("llama"), peft.LoraConfig(r=64, target_modules=["q_proj", "down_proj"]))
+    rows = [pair.chosen for pair in random_pairs(5)]
+    targets = [Encoded(rows[0].ids[:6], 2)]
+    mine, theirs = (gradients(double(adapted), x, names="lora_") for x in (rows, targets))
+    found = cross.cross_products(Model(adapted.get_base_model()), rows, targets, parameters="lora")
+    assert worst(found, mine, theirs) < 1e-6
 
 
 def test_what_cannot_be_known_is_nan_and_what_does_not_fit_is_refused(monkeypatch):

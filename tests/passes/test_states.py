@@ -62,3 +62,15 @@ def test_neighbours_are_of_the_same_kind(model):
         made["pool"][nearest(a[at : at + 1], b, 1, seed=0)[0]].cell == row.cell for at, row in enumerate(made["train"])
     ]
     assert np.mean(hits) > 0.7
+
+
+def test_an_adapters_tokenizer_is_its_bases(tmp_path, model, rows):
+    """PEFT saves none; its factors of 0 change nothing."""
+    pytest.importorskip("peft", reason="PEFT is not installed (extra: prove)")
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(BASE), LoraConfig(target_modules=["q_proj"]))
+    adapted.save_pretrained(tmp_path / "adapter")
+    with load_model(tmp_path / "adapter", base=BASE, device="cpu") as on_it:
+        assert np.allclose(prompt_states(on_it, rows[:3]), prompt_states(model, rows[:3]), atol=1e-4)
