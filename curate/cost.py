@@ -30,7 +30,8 @@ def with_cost(step: Step, loaded: Loaded, speed: float | None, characters: tuple
     length, prompt = (n / CHARACTERS_PER_TOKEN for n in characters)
     per_row = length
     if step.reads == "sample":
-        per_row = prompt + loaded.recipe.sampling.samples * loaded.recipe.sampling.max_new_tokens  # at most
+        per_prompt = prompt + loaded.recipe.sampling.samples * loaded.recipe.sampling.max_new_tokens  # at most
+        per_row = per_prompt * len(step.tasks)  # as if a row had one perturbation
     if step.reads == "neighbours":
         per_row = (1 + COUNT) * length
     if step.reads == "direction":
@@ -68,7 +69,8 @@ def step_line(step: Step) -> tuple[Any, ...]:
     if step.missing:
         seconds = None if step.seconds is None else span(max(step.seconds, 0.1))
         time = "?" if seconds is None else f"≈ {seconds}" if step.rough else seconds
-        tokens = f"{'≤' if step.reads == 'sample' else '≈'} {_short(step.tokens)}"
+        at_most = step.reads == "sample" and not any(task.measurement.perturbed for task in step.tasks)
+        tokens = f"{'≤' if at_most else '≈'} {_short(step.tokens)}"
     measurements = ", ".join(_named(task) for task in step.tasks)
     return step.reads, step.subject.label, measurements, step.rows, step.missing, tokens, time
 

@@ -15,7 +15,6 @@ An answer that a text does not give is wrong, not unknown.
 from __future__ import annotations
 
 import difflib
-import hashlib
 import inspect
 import json
 import re
@@ -27,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from curate.errors import UsageError
-from curate.objects import load_object
+from curate.objects import load_object, places, source_version
 from curate.rows import Row
 
 # A minus is a sign unless it follows a digit, a letter, a point or a closing bracket.
@@ -296,17 +295,9 @@ def _regex(pattern: str) -> Grader:
 def _of_your_own(spec: str, folder: str | Path | None) -> Grader:
     function = load_object(spec, what="grader", folder=folder)
     try:
-        signature = inspect.signature(function)
-        takes_row = (
-            sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in signature.parameters.values()) >= 3
-        )
-        signature.bind(*range(3 if takes_row else 2))
-    except (TypeError, ValueError):
+        takes_row = places(function, 2, 3) == 3
+    except TypeError:
         raise UsageError(f"grader {spec!r}: expected a function of (text, answer) or (text, answer, row).") from None
-    try:
-        version = hashlib.sha256(inspect.getsource(function).encode()).hexdigest()[:12]
-    except (OSError, TypeError):
-        version = "unknown"
 
     def same(text: str, answer: str, row: Row | None) -> bool:
         try:
@@ -320,7 +311,7 @@ def _of_your_own(spec: str, folder: str | Path | None) -> Grader:
             )
         return bool(verdict)
 
-    return Grader(spec, version, {}, lambda text: text, same, needs_answer=False)
+    return Grader(spec, source_version(function), {}, lambda text: text, same, needs_answer=False)
 
 
 # name -> (how it is made, the setting that may stand alone: {regex: "…"} is {regex: {pattern: "…"}})

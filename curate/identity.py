@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from curate.checkpoints import Subject
 from curate.fingerprints import FingerprintCache
+from curate.perturbing import perturbation
 from curate.rows import content_id
 from curate.store import Measured
 
@@ -109,6 +110,8 @@ def params_of(loaded: Loaded, measurement: Measurement, tokenizer: str) -> dict[
             "seed": loaded.recipe.engine.seed,
             "grader": grader(sampling.grader, folder=loaded.folder).fingerprint,
         }
+    if measurement.perturbed and sampling.perturb is not None:
+        params["perturb"] = perturbation(sampling.perturb, folder=loaded.folder).fingerprint
     if measurement.reads in ("backward", "direction") and loaded.recipe.gradients.parameters != "all":
         params["parameters"] = loaded.recipe.gradients.parameters
     return params

@@ -17,6 +17,7 @@ import numpy as np
 
 from curate.errors import ModelError, UsageError
 from curate.identity import few_shot_text
+from curate.perturbing import perturbation
 from curate.plan import Plan, Step
 from curate.progress import Progress
 from curate.rows import Example, Message, Row
@@ -70,7 +71,7 @@ def _run_step(step: Step, runner: Runner, store: Store, progress: Progress, foll
             for task in tasks:
                 names = [*task.measurement.columns, *runner.extra_columns]
                 mine = {name: columns[name] for name in names if name in columns}
-                store.write_shard(task.measured, number, row_ids, mine, samples)
+                store.write_shard(task.measured, number, row_ids, mine, None if task.measurement.perturbed else samples)
             store.log_throughput(step.key, tokens, seconds)
             count(len(row_ids))
             if time.monotonic() - waiting > INGEST_EVERY:
@@ -303,6 +304,8 @@ class SampleRunner(Runner):
 
         self.sampler: Any = None
         self.grader = grader(self.recipe.sampling.grader, folder=loaded.folder)
+        perturb = self.recipe.sampling.perturb
+        self.perturb = perturbation(perturb, folder=loaded.folder) if perturb else None
         self.few_shot = few_shot_text(loaded)
 
     def use(self, step: Step) -> None:
@@ -330,7 +333,32 @@ class SampleRunner(Runner):
 
     def run(
         self, rows: list[Row], row_ids: Sequence[str], measurements: list[Any]
-    ) -> tuple[Mapping[str, Any], list[Any], int]:
+    ) -> tuple[Mapping[str, Any], list[Any] | None, int]:
+        plain = [m for m in measurements if not m.perturbed]
+        perturbed = [m for m in measurements if m.perturbed]
+        columns: dict[str, Any] = {}
+        kept, tokens = None, 0
+        if plain:
+            drawn, graded, tokens = self._answers(rows, row_ids)
+            for measurement in plain:
+                columns |= measurement.function(graded)
+            kept = [
+                [{**asdict(s), "correct": mark.correct} for s, mark in zip(found, marks, strict=True)]
+                for found, marks in zip(drawn, graded, strict=True)
+            ]
+        if perturbed:
+            assert self.perturb is not None
+            variants = [self.perturb.of(row) if isinstance(row, Example) else [] for row in rows]
+            every = [variant for of_row in variants for variant in of_row]
+            _, graded, more = self._answers(every, [variant.row_id for variant in every])
+            answers = iter(graded)
+            for measurement in perturbed:
+                columns |= measurement.function([[next(answers) for _ in of_row] for of_row in variants])
+            tokens += more
+        return columns, kept, tokens
+
+    def _answers(self, rows: Sequence[Row], row_ids: Sequence[str]) -> tuple[list[list[Any]], list[list[Any]], int]:
+        """Every row's samples, the same graded, and the tokens that they cost. [] for a row that leaves nothing to sample from."""
         from curate.measurements.accuracy import Graded
         from curate.passes.sampling import Prompt, Sampling
 
@@ -342,20 +370,12 @@ class SampleRunner(Runner):
         drawn: list[list[Any]] = [[] for _ in rows]
         for i, found in zip(asked, answers, strict=True):
             drawn[i] = found
-        marks = [[self._correct(sample.text, row) for sample in found] for row, found in zip(rows, drawn, strict=True)]
         graded = [
-            [Graded(mark, s.n_tokens, s.logp, s.finished) for s, mark in zip(found, mark_of, strict=True)]
-            for found, mark_of in zip(drawn, marks, strict=True)
-        ]
-        columns: dict[str, Any] = {}
-        for measurement in measurements:
-            columns |= measurement.function(graded)
-        kept = [
-            [{**asdict(s), "correct": mark} for s, mark in zip(found, mark_of, strict=True)]
-            for found, mark_of in zip(drawn, marks, strict=True)
+            [Graded(self._correct(s.text, row), s.n_tokens, s.logp, s.finished) for s in found]
+            for row, found in zip(rows, drawn, strict=True)
         ]
         tokens = sum(len(prompts[i].ids) for i in asked) + sum(s.n_tokens or 0 for found in drawn for s in found)
-        return columns, kept, tokens
+        return drawn, graded, tokens
 
     def _prompt(self, row: Row, row_id: str) -> Any:
         """The row's prompt, or None where it leaves nothing to sample from. The seed is the row's own, so a row's answers stay its own."""

@@ -1,13 +1,15 @@
 """Objects of a user's own that a recipe names: "package.module:object". Standard library only.
 
-Scores, measurements and graders are found this way; a user's module is looked for on Python's path, then in the recipe's folder and the
-current one (a console command's own path has neither).
+Scores, measurements, graders and perturbations are found this way; a user's module is looked for on Python's path, then in the recipe's
+folder and the current one (a console command's own path has neither).
 """
 
 from __future__ import annotations
 
 import difflib
+import hashlib
 import importlib
+import inspect
 import sys
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,26 @@ def load_object(spec: str, *, what: str, folder: str | Path | None = None) -> An
             raise UsageError(f"{what} {spec!r}: module {module_name!r} ({_where(module)}) has no {part!r}.{hint}")
         found = getattr(found, part)
     return found
+
+
+def places(function: Any, least: int, most: int) -> int:
+    """How many positional arguments to call a function with: `most` where it has places for them, else `least`. TypeError where it takes neither."""
+    try:
+        signature = inspect.signature(function)
+    except ValueError as error:
+        raise TypeError(str(error)) from None
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    n = most if sum(p.kind in positional for p in signature.parameters.values()) >= most else least
+    signature.bind(*range(n))
+    return n
+
+
+def source_version(function: Any) -> str:
+    """12 hex digits over a function's own source; "unknown" where there is none. What it calls is not in it."""
+    try:
+        return hashlib.sha256(inspect.getsource(function).encode()).hexdigest()[:12]
+    except (OSError, TypeError):
+        return "unknown"
 
 
 def _import(module_name: str, spec: str, what: str, folder: str | Path | None) -> Any:

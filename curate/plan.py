@@ -296,6 +296,15 @@ def make_plan(loaded: Loaded, store: Store, sources: dict[str, list[str]]) -> Pl
             raise UsageError(
                 f"A score needs the column {column}, which nothing measures on {recipe.kind} rows{f'; did you mean {near[0]}?' if near else '.'}"
             )
+        if measurement.perturbed:
+            if recipe.sampling.perturb is None and optional:
+                return
+            if recipe.sampling.perturb is None:
+                raise UsageError(
+                    f"A score needs {column}, which is measured on perturbations of the rows: name the function that makes them, "
+                    "`--set sampling.perturb=package.module:function`."
+                )
+            optional = False  # who names the function wants its perturbations measured
         who = subjects.of(role, over) if not (optional and role == "policy" and subjects.policy is None) else ()
         if measurement.direction is not None and not who and subjects.plain:
             who = (subjects.plain,)  # a series of one

@@ -129,6 +129,10 @@ class Sampling(Strict):
     system: str | None = None
     few_shot: str | None = Field(None, description="text put before every prompt, or a file with it")
     grader: str | dict[str, Any] = "gsm8k"
+    perturb: str | None = Field(
+        None,
+        description="package.module:function of (prompt, answer) or (prompt, answer, row) that gives changed prompts, for limem",
+    )
 
 
 class Target(Source):

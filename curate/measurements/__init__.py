@@ -59,6 +59,7 @@ class Measurement:
     head: tuple[str, ...] = ()
     without_prompt: bool = False
     prompt_only: bool = False
+    perturbed: bool = False
     direction: Direction | None = None
 
     @property
@@ -84,6 +85,7 @@ def measurement(
     head: Sequence[str] = (),
     without_prompt: bool = False,
     prompt_only: bool = False,
+    perturbed: bool = False,
     name: str | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a function as a measurement under its own name. Two of one name, or one column from two for one kind:
@@ -91,6 +93,7 @@ def measurement(
 
     `without_prompt`: the forward pass also runs each response without its prompt, as sides `chosen_alone`, `rejected_alone`,
     `completion_alone`. `prompt_only`: it reads the prompt's states alone, and is taken of SFT rows without a completion too.
+    `perturbed`: of the samples it reads those to the row's perturbations (`sampling.perturb`), a list of them a row.
     """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -104,6 +107,7 @@ def measurement(
             head=tuple(head),
             without_prompt=without_prompt,
             prompt_only=prompt_only,
+            perturbed=perturbed,
         )
         known = MEASUREMENTS.get(made.name)
         if known is not None and _home(known.function) != _home(function):

@@ -1,7 +1,8 @@
 """Accuracy by sampling: what graded answers say of each row.
 
-    accuracy    = n_correct / n_samples
-    sample_logp = Σ logp / Σ tokens over the row's samples: the model's own log-probability of what it said, nats per token
+    accuracy           = n_correct / n_samples
+    perturbed_accuracy = mean of that over the row's perturbations, each graded with its own answer
+    sample_logp        = Σ logp / Σ tokens over the row's samples: the model's own log-probability of what it said, nats per token
 
 A sample that hit max_new_tokens is graded as it stands, and counted in n_unfinished.
 
@@ -50,6 +51,25 @@ def accuracy(graded: Sequence[Sequence[Graded]]) -> dict[str, np.ndarray]:
         if marks and None not in marks:
             out["n_correct"][i] = sum(map(bool, marks))
             out["accuracy"][i] = out["n_correct"][i] / len(marks)
+    return out
+
+
+@measurement(
+    reads="sample", kind="sft", columns={"n_perturbed": "perturbations", "perturbed_accuracy": "share"}, perturbed=True
+)
+def perturbed(graded: Sequence[Sequence[Sequence[Graded]]]) -> dict[str, np.ndarray]:
+    """How many of the sampled answers to a row's perturbations are right.
+
+    graded: one list per row of one list per perturbation. Each column is (rows,) float64: n_perturbed, how many perturbations gave an
+    accuracy, and the mean of these; NaN where none did.
+    """
+    out = {column: np.full(len(graded), np.nan) for column in ("n_perturbed", "perturbed_accuracy")}
+    for i, of_row in enumerate(graded):
+        found = accuracy(of_row)["accuracy"]
+        known = found[~np.isnan(found)]
+        out["n_perturbed"][i] = len(known)
+        if len(known):
+            out["perturbed_accuracy"][i] = known.mean()
     return out
 
 

@@ -2,8 +2,9 @@
 
     limem = acc · (1 − CR)        acc: accuracy on the problem,  CR: mean accuracy on its perturbations
 
-Perturbations are rows of the source like any other, sampled and graded with their own answers. Two columns of the user's say what belongs
-together: `problem`, the same for a problem and its perturbations, and `perturbed`, true on the perturbations.
+Perturbations are made by a function of the user's own (`sampling.perturb`, curate/perturbing.py), or are rows of the source like any other,
+sampled and graded with their own answers. Two columns of the user's then say what belongs together: `problem`, the same for a problem and its
+perturbations, and `perturbed`, true on the perturbations.
 Source: Xie et al. 2024, arXiv:2410.23123, section 2.
 """
 
@@ -17,18 +18,32 @@ XIE = "Xie et al. 2024, arXiv:2410.23123"
 
 
 @score(
-    needs=("accuracy", "row.problem", "row.perturbed"),
+    needs=("accuracy",),
+    optional=("perturbed_accuracy", "row.problem", "row.perturbed"),
     kind="sft",
     unit="share",
     worst="high",
     high_means="solved as it stands, failed when it is changed a little: memorised",
     source=XIE,
 )
-def limem(accuracy: Array, problem: np.ndarray, perturbed: np.ndarray) -> Array:
-    """acc·(1 − CR), 0..1, of every problem. NULL on the perturbations themselves, and where a problem has none measured, or acc is 0.
+def limem(
+    accuracy: Array,
+    perturbed_accuracy: Array | None = None,
+    problem: np.ndarray | None = None,
+    perturbed: np.ndarray | None = None,
+) -> Array:
+    """acc·(1 − CR), 0..1, of every problem. NULL where a problem has no perturbation measured, where acc is 0, and on rows that are perturbations.
 
-    problem: what a problem and its perturbations have in common. perturbed: 1 or true on the perturbations, else 0.
+    perturbed_accuracy: CR by the recipe's function; where there is one the columns are not read. problem: what a problem and its
+    perturbations have in common. perturbed: 1 or true on the perturbations, else 0.
     """
+    if perturbed_accuracy is not None:
+        return np.where(accuracy > 0, accuracy * (1 - perturbed_accuracy), np.nan)
+    if problem is None or perturbed is None:
+        raise ValueError(
+            "there are no perturbations; name a function that makes them, `--set sampling.perturb=package.module:function`, or give the "
+            "source the columns `problem` and `perturbed`"
+        )
     flag = np.asarray(perturbed, dtype=np.float64)
     problems = np.asarray(problem)
     unknown = np.array([p is None or p != p for p in problems.tolist()], bool)

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 
+from curate.errors import UsageError
 from curate.scores import DATASET_VALUES, SCORES
 
 NAN = math.nan
@@ -63,3 +64,16 @@ def test_limem_by_hand():
     np.testing.assert_allclose(shuffled, expected[order])
     numbered = {**columns, "row.problem": np.array([1, 1, 1, 2, 3, 3, 4, 4, 4, 1, NAN, 1])}
     np.testing.assert_allclose(SCORES["limem"].compute(numbered), expected)
+
+
+def test_limem_by_a_functions_perturbations():
+    """Their accuracy stands in a column of its own; the rows' columns are not read then."""
+    columns = {
+        "accuracy": np.array([0.8, 1.0, 0.0, NAN, 0.5]),
+        "perturbed_accuracy": np.array([0.25, NAN, 0.5, 0.5, 1.0]),
+        "row.problem": np.array(["a"] * 5, dtype=object),
+        "row.perturbed": np.ones(5),
+    }
+    np.testing.assert_allclose(SCORES["limem"].compute(columns), [0.6, NAN, NAN, NAN, 0.0])
+    with pytest.raises(UsageError, match="no perturbations; name a function that makes them"):
+        SCORES["limem"].compute({"accuracy": columns["accuracy"], "row.problem": columns["row.problem"]})
