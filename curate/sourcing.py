@@ -16,6 +16,7 @@ from curate.progress import Progress
 from curate.recipe import Loaded, Source, load_recipe
 from curate.recordings import recorded_runs
 from curate.rows import content_id
+from curate.sharing import check_sources
 from curate.store import Store
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ def _read_source(loaded: Loaded, source: Source, role: str, store: Store, progre
         source.limit,
     ]
     prints = {info.name: content_id(info.fingerprint, *settings) for info in reading.sources}
+    check_sources(loaded, store, prints)
     if all(store.source_is_current(name, key, role=role) for name, key in prints.items()):  # type: ignore[arg-type]
         return list(prints)
     target = str(loaded.path or source.path)

@@ -6,13 +6,10 @@ result.selection, result.dataset, result.values
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
-
-import yaml
 
 from curate.errors import CurateError, UsageError
 from curate.plan import Plan, wanted_scores
@@ -21,6 +18,7 @@ from curate.progress import Progress
 from curate.recipe import Loaded, load_recipe
 from curate.recordings import recorded_runs
 from curate.rows import content_id
+from curate.sharing import check_name, placed
 from curate.sourcing import read_sources
 from curate.store import DatasetValue, Store
 
@@ -31,7 +29,6 @@ if TYPE_CHECKING:
     from curate.select import SelectSpec
     from curate.store import Selection
 
-PLACE = "# recipe: "
 STEPS = ("measure", "score", "select", "export")
 
 
@@ -109,8 +106,7 @@ def run_steps(loaded: Loaded, steps: Sequence[str], *, progress: Progress, comma
     _check_steps(loaded, steps, command)
     wanted_scores(loaded)  # a misspelt score is said before anything is read
     store = _open_store(loaded, progress)
-    _check_name(loaded, store)
-    _check_sources(loaded, store)
+    check_name(loaded, store)
     number = store.begin_run(loaded.name, command, curate.__version__)
     result = Result(store, loaded.name)
     try:
@@ -155,60 +151,8 @@ def make_plan(loaded: Loaded, *, progress: Progress) -> Plan:
     """What a run would measure. Rows are read into the store (that is cheap, and done once); no model is run."""
     wanted_scores(loaded)
     store = _open_store(loaded, progress)
-    _check_name(loaded, store)
-    _check_sources(loaded, store)
+    check_name(loaded, store)
     return _make_plan(loaded, store, read_sources(loaded, store, progress))
-
-
-def _check_name(loaded: Loaded, store: Store) -> None:
-    """Two recipes of one name would take each other's scores and selections. UsageError naming the other one.
-
-    The place is kept relative to the store, so that both can be moved or copied together.
-    """
-    if loaded.path is None:
-        return
-    known = next((r["text"] for r in store.recipes() if r["name"] == loaded.name), "")
-    first = known.partition("\n")[0]
-    other = store.folder / first.removeprefix(PLACE) if first.startswith(PLACE) else None
-    if other is not None and other.is_file() and not other.samefile(loaded.path):
-        raise UsageError(
-            f"{store.folder} holds the scores of another recipe called {loaded.name!r} ({other.resolve()}). "
-            "Rename one of the two files, or give this one a store of its own with --store."
-        )
-
-
-def _check_sources(loaded: Loaded, store: Store) -> None:
-    """A source's name is its path as typed: two recipes of different folders would take each other's rows. UsageError naming the other one."""
-    mine = [name for name in _typed(loaded.raw) if loaded.resolve(name).parent != Path(name).parent]
-    for other in store.recipes():
-        first, _, text = other["text"].partition("\n")
-        if other["name"] == loaded.name or not first.startswith(PLACE):
-            continue
-        folder = (store.folder / first.removeprefix(PLACE)).parent
-        if folder.resolve() == loaded.folder.resolve():
-            continue
-        shared = sorted(set(mine) & set(_typed(yaml.safe_load(text) or {})))
-        if shared:
-            raise UsageError(
-                f"{store.folder} holds rows under the name {shared[0]!r} from another folder (recipe {other['name']!r}, {folder.resolve()}). "
-                f"Write this recipe's path in full (source.path: {loaded.resolve(shared[0])}), or give it a store of its own with --store."
-            )
-
-
-def _typed(raw: dict[str, Any]) -> list[str]:
-    """The paths of a recipe's sources as they are typed."""
-    found: list[str] = []
-    for source in (raw.get("source"), raw.get("heldout")):
-        path = source.get("path") if isinstance(source, dict) else source
-        found += [path] if isinstance(path, str) else list(path or [])
-    return found
-
-
-def _placed(loaded: Loaded, store: Store) -> str:
-    """The recipe as the store keeps it: a first line says where it is from."""
-    if loaded.path is None:
-        return loaded.text
-    return f"{PLACE}{Path(os.path.relpath(loaded.path.resolve(), store.folder.resolve())).as_posix()}\n{loaded.text}"
 
 
 def _register(loaded: Loaded, store: Store, plan: Plan, sources: dict[str, list[str]]) -> None:
@@ -217,15 +161,14 @@ def _register(loaded: Loaded, store: Store, plan: Plan, sources: dict[str, list[
     uses = list(dict.fromkeys([*(f for found in plan.uses.values() for f in found), *also]))
     plain = list(dict.fromkeys(found[-1] for (role, _, over), found in plan.uses.items() if over is None and not role))
     names = [name for group in sources.values() for name in group]
-    lone = {m.fingerprint for m in store.measured() if not m.run}
-    of_run = [
-        task.measured for step in plan.steps for task in step.tasks if task.measured.run and task.fingerprint in lone
-    ]
-    if of_run:  # measured as a model of its own before, now a checkpoint of a run
-        store.remember(of_run)
+    kept = {m.fingerprint: (m.run, m.checkpoint, m.step) for m in store.measured()}
+    of_run = [task.measured for step in plan.steps for task in step.tasks if task.measured.run]
+    renamed = [m for m in of_run if kept.get(m.fingerprint) not in (None, (m.run, m.checkpoint, m.step))]
+    if renamed:  # measured as a model of its own before, or in another run: now a checkpoint of this one
+        store.remember(renamed)
     store.register_recipe(
         loaded.name,
-        _placed(loaded, store),
+        placed(loaded, store),
         sources=names,
         uses=uses,
         plain=plain if plan.steps or plan.recorded else [],
@@ -280,7 +223,7 @@ def _score(loaded: Loaded, result: Result, sources: dict[str, list[str]], progre
     row_ids = store.row_ids_of(train or None, kind=loaded.recipe.kind, role="train" if train else None)
     heldout = sources.get("heldout", [])
     ids = store.row_ids_of(heldout, kind=loaded.recipe.kind, role="heldout") if heldout else []
-    made_of = _scores_of(plan)
+    made_of = _scores_of(store, result, sources)
     columns = Columns(store, plan, row_ids, train)
     found = with_thresholds(store, plan, columns, Columns(store, plan, ids, heldout) if ids else None)
     for note in found.notes:
@@ -305,12 +248,12 @@ def _select(loaded: Loaded, result: Result, sources: dict[str, list[str]]) -> No
         raise UsageError(
             f"Not every score of {loaded.name!r} is computed yet: `curate score {loaded.path}` does that, `curate run {loaded.path}` does all steps."
         )
-    _check_current(loaded, store, "scores", _scores_of(result.plan), "score")
+    _check_current(loaded, store, "scores", _scores_of(store, result, sources), "score")
     spec = _spec(loaded)
     worst = {want.name: want.score.worst for want in wanted}
     known = {w.name: f"{other.name} = 1" for w in wanted for other in wanted if w.score.null_where == other.score.name}
     decisions = select(store, spec, worst=worst, recipe=loaded.name, sources=sources.get("train"), null_is_known=known)
-    made_of = _selection_of(loaded, result.plan)
+    made_of = _selection_of(loaded, result, sources)
     result.selection = store.write_selection(
         loaded.name, decisions, recipe=loaded.name, spec=spec.as_dict(), made_of=made_of
     )
@@ -321,29 +264,33 @@ def _export(loaded: Loaded, result: Result, sources: dict[str, list[str]], progr
 
     if result.selection is None:
         result.selection = result.store.selection(loaded.name)
-        _check_current(loaded, result.store, "selection", _selection_of(loaded, result.plan), "select")
+        _check_current(loaded, result.store, "selection", _selection_of(loaded, result, sources), "select")
     result.exported = export_selection(loaded, result.store, result.selection, sources.get("train", []))
     for note in result.exported.notes:
         progress.say(note)
 
 
-def _scores_of(plan: Plan | None) -> str:
-    """What scores are computed from: the scores with their settings, and the measurements that they read."""
+def _scores_of(store: Store, result: Result, sources: dict[str, list[str]]) -> str:
+    """What scores are computed from: the scores with their settings, the measurements that they read, the rows and what is missing of them."""
+    plan = result.plan
     assert plan is not None
     uses = sorted((*map(str, key), *prints) for key, prints in plan.uses.items())
-    return content_id([(want.name, want.score.name, want.params) for want in plan.wanted], uses)
+    wanted = [(want.name, want.score.name, want.params) for want in plan.wanted]
+    names = {name for group in sources.values() for name in group}
+    rows = sorted((s["role"], s["source"], s["fingerprint"]) for s in store.sources() if s["source"] in names)
+    return content_id(wanted, uses, rows, 0 if result.measured else plan.missing)
 
 
-def _selection_of(loaded: Loaded, plan: Plan | None) -> str:
+def _selection_of(loaded: Loaded, result: Result, sources: dict[str, list[str]]) -> str:
     assert loaded.recipe.select is not None
-    return content_id(_scores_of(plan), loaded.recipe.select.model_dump())
+    return content_id(_scores_of(result.store, result, sources), loaded.recipe.select.model_dump())
 
 
 def _check_current(loaded: Loaded, store: Store, what: Literal["scores", "selection"], made_of: str, step: str) -> None:
     """Scores of another setting are no basis for a selection, nor an old selection for an export."""
     if store.made_of(what, loaded.name) not in (None, made_of):
         raise UsageError(
-            f"{store.folder}: what is there as {what} of {loaded.name!r} comes from other settings or measurements than the recipe has now. "
+            f"{store.folder}: what is there as {what} of {loaded.name!r} comes from other settings, rows or measurements than the recipe has now. "
             f"`curate {step} {loaded.path}` makes that anew, `curate run {loaded.path}` does all steps."
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import yaml
 
 import curate
 import curate.plan
+from curate import workflow
 from curate.errors import CurateError, ModelError, StoreError, UsageError, ValidationError
 from curate.progress import Progress
 from curate.recipe import load_recipe
@@ -189,6 +191,38 @@ def test_a_source_that_grew_is_measured_only_where_it_is_new(recipe, tmp_path):
     after = scored(grown.store)
     assert len(after) == 47
     assert after.filter(pl.col("row_id").is_in(before["row_id"].to_list())).equals(before)
+
+
+def test_no_selection_or_export_of_rows_that_have_changed_since(recipe, tmp_path):
+    """One step at a time over a source that grew: what was made of the rows before is refused, with the command that makes it anew."""
+    loaded = load_recipe(recipe(select={"order_by": "flip_loss", "unknown": "keep"}))
+    step = lambda *steps: workflow.run_steps(loaded, steps, progress=Progress(quiet=True))  # noqa: E731
+    step("measure", "score", "select")
+    write_rows(tmp_path / "pairs.jsonl", pairs(47))
+    with pytest.raises(UsageError, match=r"as scores of 'recipe' comes from other .*rows.*curate score"):
+        step("select")
+    with pytest.raises(UsageError, match=r"as selection of 'recipe' comes from other .*rows.*curate select"):
+        step("export")
+    step("score")  # before the new rows are measured: their scores are NULL
+    step("measure")
+    with pytest.raises(UsageError, match=r"as scores of 'recipe' comes from other .*measurements.*curate score"):
+        step("select")
+    step("score")
+    step("select")
+    assert step("export").exported.n_rows == 47
+
+
+def test_a_reference_is_step_0_of_the_run_that_was_measured_last(tmp_path, model, other_model):
+    """Two runs from one base in one store: its values are measured once, and stand in the series of the recipe that asks."""
+    write_rows(tmp_path / "rows.jsonl", [{"prompt": f"{i}:", "completion": f" {WORDS[i]}"} for i in range(4)])
+    for run in "ab":
+        shutil.copytree(other_model, tmp_path / "runs" / run / "checkpoint-7")
+        models = {"reference": str(model), "checkpoints": f"runs/{run}"}
+        text = yaml.safe_dump({"kind": "sft", "source": "rows.jsonl", "models": models, "scores": ["loss_drop"]})
+        (tmp_path / f"{run}.yaml").write_text(text)
+        store = curate.run(tmp_path / f"{run}.yaml").store
+        found = store.sql("SELECT DISTINCT run, step FROM trajectories ORDER BY step", recipe=run).rows()
+        assert found == [(run, 0), (run, 7)]
 
 
 def test_duplicate_rows_are_measured_once_and_said(recipe, tmp_path, capsys):
