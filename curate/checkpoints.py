@@ -149,10 +149,15 @@ def find_checkpoints(
         run = runs.pop() if len(runs) == 1 else "checkpoints"
         if any(s.step is None for s in subjects):  # step 0 is a reference's
             subjects = [replace(s, step=i) for i, s in enumerate(subjects, start=1)]
-    subjects = sorted((replace(s, run=run) for s in subjects), key=lambda s: (s.step is None, s.step or 0))
+    ordered = sorted((replace(s, run=run) for s in subjects), key=lambda s: (s.step is None, s.step or 0))
+    subjects = []
+    for s in ordered:  # a trainer's `final/` is often a copy of the last checkpoint: that one counts
+        if not any(s.fingerprint == other.fingerprint and s.step in (None, other.step) for other in subjects):
+            subjects.append(s)
     twice = {s.step for s in subjects if s.step is not None and [x.step for x in subjects].count(s.step) > 1}
     if twice:
-        raise ModelError(f"models.checkpoints: two checkpoints have step {min(twice)}; name those you mean in a list.")
+        both = " and ".join(s.path for s in subjects if s.step == min(twice))
+        raise ModelError(f"models.checkpoints: {both} are both of step {min(twice)}: keep one, or list the checkpoints that you mean.")
     before = (0, *(s.step for s in subjects))
     return [
         replace(s, rate=_mean_rate(Path(s.path), since, s.step)) for s, since in zip(subjects, before, strict=False)

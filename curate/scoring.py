@@ -41,23 +41,24 @@ def series_of(
 ) -> list[Series]:
     """The runs that the columns of these uses come from, each in step order."""
     by_fingerprint = {m.fingerprint: m for m in measured}
-    runs: dict[str, dict[tuple[int, str], dict[str, str]]] = {}
+    runs: dict[str, dict[tuple[bool, int, str], dict[str, str]]] = {}
     for (role, column, where), fingerprints in uses.items():
         if where != over or role:
             continue
         for order, fingerprint in enumerate(fingerprints):
-            m = by_fingerprint[fingerprint]
-            place = (m.step if m.step is not None else order, m.checkpoint)
+            m = by_fingerprint[fingerprint]  # one of an unknown step comes after the others
+            place = (m.step is None, order if m.step is None else m.step, m.checkpoint)
             runs.setdefault(m.run, {}).setdefault(place, {})[column] = fingerprint
     columns = sorted({column for (role, column, where) in uses if where == over and not role})
     result = []
     for run, places in sorted(runs.items()):
         order_of = sorted(places)
+        nobody_knows = all(unknown for unknown, _, _ in order_of)  # then their order stands for it
         result.append(
             Series(
                 run,
-                tuple(step for step, _ in order_of),
-                tuple(name or str(step) for step, name in order_of),
+                tuple(None if unknown and not nobody_knows else step for unknown, step, _ in order_of),
+                tuple(name or str(step) for _, step, name in order_of),
                 {column: [places[p].get(column) for p in order_of] for column in columns},
             )
         )

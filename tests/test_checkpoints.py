@@ -43,6 +43,16 @@ def test_a_list_keeps_its_order_where_steps_are_unknown(tmp_path):
     ]  # 0 is a reference's
 
 
+def test_a_copy_of_the_last_checkpoint_is_no_checkpoint_of_its_own(tmp_path):
+    """Trainers' `final/`: of the last one's weights it is left out, of others it comes last, its step unknown."""
+    for name, value in (("checkpoint-8", 1), ("checkpoint-9", 2), ("final", 2)):
+        save(tmp_path / "sft" / name, value)
+    assert [s.checkpoint for s in find_checkpoints("sft", tmp_path)] == ["checkpoint-8", "checkpoint-9"]
+    save(tmp_path / "sft" / "merged", 3)
+    found = find_checkpoints("sft", tmp_path)
+    assert [(s.checkpoint, s.step) for s in found] == [("checkpoint-8", 8), ("checkpoint-9", 9), ("merged", None)]
+
+
 def test_the_step_of_a_renamed_checkpoint_comes_from_the_trainers_state(tmp_path):
     folder = save(tmp_path / "best")
     (folder / "trainer_state.json").write_text('{"global_step": 77}')
@@ -125,7 +135,7 @@ def test_what_is_not_there_is_said_with_the_nearest(tmp_path):
 def test_two_checkpoints_of_one_step_are_refused(tmp_path):
     save(tmp_path / "a" / "checkpoint-5")
     save(tmp_path / "b" / "checkpoint-5", 1)
-    with pytest.raises(ModelError, match="two checkpoints have step 5"):
+    with pytest.raises(ModelError, match="are both of step 5"):
         find_checkpoints(["a/checkpoint-5", "b/checkpoint-5"], tmp_path)
 
 

@@ -88,8 +88,8 @@ class Columns:
     """What a score and a dataset value have in common: a function over columns, with parameters.
 
     name: the function's. path: "module:name". needs, optional: column names, in the order of the function's positional arguments (an
-    optional column is None where nobody measured it). takes_steps: the function wants `steps`, the (K,) steps of the checkpoints;
-    takes_rates: `rates`, their (K,) learning rates.
+    optional column is None where nobody measured it). takes_steps: the function wants `steps`, the (K,) steps of the checkpoints (NaN
+    where one is unknown); takes_rates: `rates`, their (K,) learning rates.
     """
 
     name: str
@@ -166,7 +166,7 @@ class Columns:
         self,
         columns: Mapping[str, Any],
         *,
-        steps: Iterable[int] | None = None,
+        steps: Iterable[int | None] | None = None,
         rates: Iterable[float | None] | None = None,
         params: Mapping[str, Any] | None = None,
     ) -> Any:
@@ -180,9 +180,9 @@ class Columns:
         rows = {len(array) for array in arrays if array is not None}
         if len(rows) > 1:
             raise UsageError(f"{self.what} {self.name}: its columns have different numbers of rows: {sorted(rows)}.")
-        extra: dict[str, Any] = (
-            {"steps": None if steps is None else np.asarray(list(steps))} if self.takes_steps else {}
-        )
+        extra: dict[str, Any] = {}
+        if self.takes_steps:
+            extra["steps"] = None if steps is None else np.asarray([np.nan if s is None else s for s in steps])
         if self.takes_rates:
             extra["rates"] = None if rates is None else np.asarray(list(rates), dtype=np.float64)
         try:
@@ -216,7 +216,7 @@ class Score(Columns):
         self,
         columns: Mapping[str, Any],
         *,
-        steps: Iterable[int] | None = None,
+        steps: Iterable[int | None] | None = None,
         rates: Iterable[float | None] | None = None,
         params: Mapping[str, Any] | None = None,
     ) -> Array:
@@ -258,7 +258,7 @@ class DatasetValue(Columns):
     what = "dataset value"
 
     def compute(
-        self, columns: Mapping[str, Any], *, steps: Iterable[int] | None = None, params: Mapping[str, Any] | None = None
+        self, columns: Mapping[str, Any], *, steps: Iterable[int | None] | None = None, params: Mapping[str, Any] | None = None
     ) -> list[Value]:
         """The values; columns as in Score.compute."""
         return list(self.call(columns, steps=steps, params=params))

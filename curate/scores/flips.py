@@ -92,9 +92,10 @@ def place_of(step: int | None, steps: np.ndarray | None, count: int, otherwise: 
     """The index of a step in the series; `otherwise` where none was asked for. ValueError naming the steps that there are."""
     if step is None:
         return otherwise
-    known = list(range(count)) if steps is None else [int(s) for s in steps]
+    known = list(range(count)) if steps is None else list(steps)  # NaN, an unknown one, is equal to none
     if step not in known:
-        raise ValueError(f"there is no checkpoint of step {step}; there are {', '.join(map(str, known))}")
+        there = ", ".join(str(int(s)) for s in known if s == s)
+        raise ValueError(f"there is no checkpoint of step {step}; there are {there}")
     return known.index(step)
 
 
