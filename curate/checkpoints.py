@@ -157,7 +157,9 @@ def find_checkpoints(
     twice = {s.step for s in subjects if s.step is not None and [x.step for x in subjects].count(s.step) > 1}
     if twice:
         both = " and ".join(s.path for s in subjects if s.step == min(twice))
-        raise ModelError(f"models.checkpoints: {both} are both of step {min(twice)}: keep one, or list the checkpoints that you mean.")
+        raise ModelError(
+            f"models.checkpoints: {both} are both of step {min(twice)}: keep one, or list the checkpoints that you mean."
+        )
     before = (0, *(s.step for s in subjects))
     return [
         replace(s, rate=_mean_rate(Path(s.path), since, s.step)) for s, since in zip(subjects, before, strict=False)

@@ -258,7 +258,11 @@ class DatasetValue(Columns):
     what = "dataset value"
 
     def compute(
-        self, columns: Mapping[str, Any], *, steps: Iterable[int | None] | None = None, params: Mapping[str, Any] | None = None
+        self,
+        columns: Mapping[str, Any],
+        *,
+        steps: Iterable[int | None] | None = None,
+        params: Mapping[str, Any] | None = None,
     ) -> list[Value]:
         """The values; columns as in Score.compute."""
         return list(self.call(columns, steps=steps, params=params))
