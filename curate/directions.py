@@ -72,24 +72,34 @@ class Directions:
         found = {"gradient": self.gradient_id(direction.of, subject), "step": direction.step}
         if self.pairs:
             found["beta"] = str(self.recipe.forecast.beta)
-        if self.has_margins(subject):
-            found["reference"] = self.start.fingerprint
+        if (margins := self._margins(subject)) is not None:
+            found["reference"] = margins
         if direction.step == "sign" and direction.of != "head":
             found["taken_at"] = self.gradient_id("step", subject)
         if direction.step == "adam":
             found["optimizer"] = self.optimizer_id(subject)
         return found
 
+    def _margins(self, subject: Subject) -> str | None:
+        """What DPO's margins are against: the fingerprint of the reference's log-probabilities; None where margins are 0."""
+        from curate.measurements import MEASUREMENTS
+
+        if not self.has_margins(subject):
+            return None
+        return self.ids.task(MEASUREMENTS["likelihood"], self.start).fingerprint
+
     def gradient_id(self, of: str, subject: Subject) -> str:
         """The identity of a gradient before P."""
+        from curate.measurements.directions import VERSION
+
         if of.startswith("target."):
             about: tuple[Any, ...] = (self.target_id(of.removeprefix("target.")),)
         elif of == "chosen":
             about = (self.rows_id,)
         else:
             beta = self.recipe.forecast.beta if self.pairs else None
-            about = (self.rows_id, beta, self.start.fingerprint if self.has_margins(subject) else None)
-        return content_id("gradient", of, subject.fingerprint, self._encoding(subject), *about)
+            about = (self.rows_id, beta, self._margins(subject))
+        return content_id("gradient", VERSION, of, subject.fingerprint, self._encoding(subject), *about)
 
     def _encoding(self, subject: Subject) -> list[Any]:
         tokens = self.recipe.tokens

@@ -47,6 +47,10 @@ class DirectionRunner(ForwardRunner):
         assert plan.directions is not None
         self.store, self.plan, self.directions = store, plan, plan.directions
         self.said: list[str] = []
+        for left in self.directions.folder.glob(
+            ".*"
+        ):  # of a process that was killed; the store is ours alone while we measure
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
 
     def use(self, step: Step) -> None:
         self.step = step
@@ -135,7 +139,7 @@ class DirectionRunner(ForwardRunner):
         direction, files = task.measurement.direction, self.directions
         assert direction is not None
         kept, said = files.file(task.fingerprint), files.file(task.fingerprint, "json")
-        if said.is_file():
+        if said.is_file() and (direction.step == "sgd" or kept.is_file()):
             v = self._gradient(direction.of) if direction.step == "sgd" else load_vector(kept)
             epsilon: float | None = json.loads(said.read_text())["epsilon"]
             return v, epsilon
@@ -144,10 +148,8 @@ class DirectionRunner(ForwardRunner):
         v = precondition(x, direction.step, at, self._moments() if direction.step == "adam" else None)
         found: Epsilon | None = None
         if direction.of != "head":
-            sample = files.rows[:: max(len(files.rows) // CHECKED, 1)]
-            encoded = self._encode([row for row in self.store.iter_rows(sample) if row is not None])
             with Line(self.model, v) as line:
-                found = choose_epsilon(line, encoded, token_budget=self.recipe.engine.token_budget)
+                found = choose_epsilon(line, self._sample(), token_budget=self.recipe.engine.token_budget)
             self.said.append(f"{task.measurement.name} along {self._name(direction.of)}: {found}")
             if not found.error <= ROUGH:
                 self.said.append(
@@ -155,6 +157,7 @@ class DirectionRunner(ForwardRunner):
                 )
         if direction.step != "sgd":
             save_vector(v, kept)
+            v = load_vector(kept)  # from the disk as it is used: several directions need not fit into memory together
         written = {"name": task.measurement.name, "model": self.step.subject.label} | (
             {"epsilon": None}
             if found is None
@@ -162,6 +165,16 @@ class DirectionRunner(ForwardRunner):
         )
         _write(said, json.dumps(written))
         return v, found.value if found else None
+
+    def _sample(self) -> list[Any]:
+        """Encoded training rows that ε is checked on: CHECKED of them, or all where none of those can be measured."""
+        ids = self.directions.rows
+        encoded: list[Any] = []
+        for every in (max(len(ids) // CHECKED, 1), 1):
+            encoded = self._encode([row for row in self.store.iter_rows(ids[::every]) if row is not None])
+            if any(row.problem is None for row in encoded):
+                break
+        return encoded
 
     def _name(self, of: str) -> str:
         names = {
@@ -219,6 +232,11 @@ class DirectionRunner(ForwardRunner):
                 f"None of the rows of {self._name(of)} can be measured with {self.step.subject.label}; `curate validate` says more."
             )
         self.store.log_throughput(self.step.key, tokens, time.perf_counter() - started)
+        if not all(bool(x.isfinite().all()) for x in total.values()):
+            raise ModelError(
+                f"The gradient of {self._name(of)} at {self.step.subject.label} is not finite: some row's log-probability "
+                "is not, here or under the reference."
+            )
         return {name: x.div_(n) for name, x in total.items()}
 
     def _size(self, of: str) -> int:
@@ -238,12 +256,13 @@ class DirectionRunner(ForwardRunner):
             return
         ids = self.directions.rows
         for i in range(0, len(ids), CHUNK):
-            some = ids[i : i + CHUNK]
-            encoded = self._encode([row for row in self.store.iter_rows(some) if row is not None])
+            found = zip(ids[i : i + CHUNK], self.store.iter_rows(ids[i : i + CHUNK]), strict=True)
+            rows_of = {row_id: row for row_id, row in found if row is not None}
+            encoded = self._encode(list(rows_of.values()))
             if of == "chosen":
                 yield encoded, fixed_weights(*weights["chosen"])
             elif self.directions.pairs:
-                yield encoded, dpo_weights(self.recipe.forecast.beta, 1, self._reference(some))
+                yield encoded, dpo_weights(self.recipe.forecast.beta, 1, self._reference(list(rows_of)))
             else:
                 yield encoded, token_mean_weights(encoded, 1)
 

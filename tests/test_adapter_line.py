@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 import curate
-from curate.errors import UsageError
+from curate.errors import ModelError, UsageError
 from curate.progress import Progress
 from curate.recipe import load_recipe
 from curate.workflow import make_plan
@@ -84,6 +84,48 @@ def test_gradients_over_the_adapter_are_their_own_measurement(place):
         recipe(place, "gradients", ["gradient_cosine"], models=models)
     )  # "all" is as it was without the key
     assert not again.measured
+
+
+def test_directions_over_the_adapter(place):
+    """A and B alone move, and exact products say so; Adam's state of A and B says nothing of whole weights."""
+    import torch
+
+    from curate.passes import derivatives, direction
+    from curate.passes.adam import second_moments
+    from curate.passes.model import load_model
+    from curate.rows import Pair
+    from curate.tokens import Limits, encode, load_tokenizer
+
+    adapter = place / "runs" / "dpo" / "checkpoint-10"
+    models = {"reference": "base", "policy": "runs/dpo/checkpoint-10"}
+    score = {"batch_forecast": {"step": "adam", "at": "policy"}}
+    with load_model(adapter, base=place / "base", dtype="float32", device="cpu") as model:
+        factors = [p.requires_grad_(True) for name, p in model.module.named_parameters() if "lora_" in name]
+        optimizer = torch.optim.AdamW(factors, lr=0.0)
+        for p in factors:
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
+        optimizer.step()
+        torch.save(optimizer.state_dict(), place / "adam.pt")
+    whole = recipe(place, "adam", [score], models=models, forecast={"optimizer": "adam.pt"})
+    with pytest.raises(ModelError, match=r"(?s)of other parameters .*gradients\.parameters=lora"):
+        curate.run(whole)
+    over = {"gradients": {"parameters": "lora"}, "forecast": {"optimizer": "adam.pt"}}
+    result = curate.run(recipe(place, "adam", [score], models=models, **over))
+    found = result.store.sql("SELECT row_id, batch_forecast FROM scored", recipe="adam")
+    pairs = [Pair(**row) for row in PAIRS]
+    encoded = [encode(pair, load_tokenizer(place / "base"), Limits(64)) for pair in pairs]
+    logps = result.store.sql("SELECT row_id, chosen_logp, rejected_logp FROM scored", recipe="adam")
+    by_id = {row[0]: row[1:] for row in logps.iter_rows()}
+    reference = np.asarray([by_id[pair.row_id] for pair in pairs])
+    with load_model(adapter, base=place / "base", dtype="float32", device="cpu") as model:
+        weigh = direction.dpo_weights(0.1, len(pairs), reference)
+        g = direction.accumulate(model, encoded, weigh, parameters="lora")
+        assert all(".lora_" in name for name in g)
+        v = direction.precondition(g, "adam", g, second_moments(place / "adam.pt", model.module))
+        exact = derivatives.exact_products(model, encoded, v)[:, 0]
+    values = dict(found.iter_rows())
+    found = np.asarray([values[pair.row_id] for pair in pairs])
+    assert np.abs(found - exact).max() < 5e-3 * exact.std()
 
 
 def test_lora_gradients_of_a_whole_model_are_refused_before_anything_runs(place):

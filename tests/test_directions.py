@@ -11,7 +11,7 @@ import torch
 import yaml
 
 import curate
-from curate.errors import UsageError
+from curate.errors import ModelError, UsageError
 from curate.passes import derivatives as along
 from curate.passes import direction
 from curate.passes.model import load_model
@@ -144,6 +144,54 @@ def test_killed_between_shards_it_goes_on(line, monkeypatch):
     again = line("preference", "batch_forecast")
     assert again.measured["direction"] == 8
     np.testing.assert_array_equal(column(again.store, "batch_forecast", rows), wanted)
+
+
+def test_margins_belong_to_the_references_own_precision(line):
+    """At the policy a row's weight is against the reference's log-probabilities: other ones, other values."""
+    make_llama(line.folder / "policy", seed=1)
+    scores = [{"batch_forecast": {"at": "policy", "step": "sgd"}}, {"influence": {"target": "refusals"}}]
+    rest = {
+        "models": {"reference": "model", "policy": "policy"},
+        "targets": {"refusals": {"path": "refusals.jsonl", "of": "chosen"}},
+    }
+    line("preference", *scores, **rest)
+    assert not line.misses("preference", *scores, **rest)
+    other = line.misses("preference", *scores, **rest, engine={"dtype": "bfloat16"})
+    assert other == {"likelihood": 12, "forecast_sgd": 12}  # the reference's own influence has no margins
+
+
+def test_what_was_kept_may_be_deleted_and_what_a_killed_process_left_is(line):
+    folder = line.folder / "store" / "directions"
+    line("preference", "batch_forecast")
+    (folder / ".warmup-x.1").mkdir()
+    for file in folder.glob("*.safetensors"):
+        file.rename(folder / f".{file.name}.1")
+    result = line("preference", "batch_forecast", heldout={"path": "refusals.jsonl"})
+    assert result.measured["direction"] == 3 and not list(folder.glob(".*"))
+
+
+def test_the_step_length_is_checked_on_rows_that_can_be_measured(line, monkeypatch):
+    """Every other row is too long here; what remains is measured as if they were not there."""
+    monkeypatch.setattr("curate.forecasting.CHECKED", 6)
+    long = [row | {"prompt": row["prompt"] + " " * 90 * (i % 2 == 0)} for i, row in enumerate(PAIRS)]
+    (line.folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, long)))
+    result = line(
+        "preference", "batch_forecast", tokens={"max_length": 64, "truncation": "drop"}, select={"unknown": "keep"}
+    )
+    rows, pairs = encoded_pairs(line.folder / "model", long[1::2])
+    model = load_model(line.folder / "model")
+    step = direction.accumulate(model, pairs, direction.dpo_weights(0.1, 6))
+    exact = along.exact_products(model, pairs, direction.precondition(step, "sign", step))
+    close(column(result.store, "batch_forecast", rows), exact[:, 0])
+
+
+def test_a_gradient_that_is_not_finite_is_no_direction(line):
+    model = load_model(line.folder / "model")
+    with torch.no_grad():
+        model.module.model.norm.weight[0] = float("nan")
+    model.module.save_pretrained(line.folder / "model")
+    with pytest.raises(ModelError, match="gradient of the set's step at model is not finite"):
+        line("preference", "batch_forecast")
 
 
 def test_after_a_warm_up(line):

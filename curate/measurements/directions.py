@@ -7,7 +7,8 @@
                                                    the gradient of the row's mean log-probability per token
 
 They belong to the model, to the rows that made the direction, to β, to P and to the target's rows: their fingerprint holds all of these.
-A direction is made once (passes/direction.py), a column costs two forward passes (passes/derivatives.py) of a float32 model.
+Over gradients.parameters alone, where a recipe says so; a matrix that is embedding and head moves as a whole. A direction is made once
+(passes/direction.py), a column costs two forward passes (passes/derivatives.py) of a float32 model.
 
 Source: Pruthi et al. 2020, arXiv:2002.08484 (TracIn); Xia et al. 2024, arXiv:2402.04333 (LESS).
 """
@@ -23,6 +24,9 @@ from curate.measurements import Direction, Measurement
 
 STEPS = "sgd|sign|adam"
 UNIT = "nats per unit of step"
+VERSION = (
+    1  # of all of these, and of the gradients that are kept for them: raised when the numbers change for the same rows
+)
 
 
 def along_direction(column: str, kind: str) -> Measurement | None:
@@ -45,7 +49,9 @@ def _made(name: str, kind: Any, of: str, step: Any, function: Any, *columns: str
         return dict(zip(columns, function(derivative, weight), strict=True))
 
     read.__doc__ = function.__doc__
-    return Measurement(name, "direction", kind, dict.fromkeys(columns, UNIT), 1, read, direction=Direction(of, step))
+    return Measurement(
+        name, "direction", kind, dict.fromkeys(columns, UNIT), VERSION, read, direction=Direction(of, step)
+    )
 
 
 def responses(derivative: np.ndarray, weight: np.ndarray) -> list[np.ndarray]:
