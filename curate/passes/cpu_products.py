@@ -5,9 +5,9 @@ float32     MKL runs AVX2 kernels on processors of other makers than its own; on
 bfloat16    products in bfloat16, everything between them in float32: residual stream, norms, attention. A residual stream that is rounded
             at every layer is what disorders close pairs (benchmarks/README.md); to keep it costs about 8% more time.
 
-Installed around the passes that need no gradient, over whatever calls the model makes (`F.linear`, embeddings, norms); the model itself is
-left as it is. Whether a model takes float32 between its products is tried on the spot (passes/model.py). Passes with a backward of their own
-(passes/capture.py) call `linear` and `product` themselves. autograd does not see through oneDNN's products: what it follows stays torch's.
+Installed around a pass, over whatever calls the model makes (`F.linear`, embeddings, norms); the model itself is left as it is. Whether a
+model takes float32 between its products is tried on the spot (passes/model.py). Passes with a backward of their own (passes/capture.py) call
+`linear` and `product` themselves. Under autograd `linear` has a first derivative, and no second one.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
@@ -49,14 +50,36 @@ class CpuProducts(TorchFunctionMode):
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """(…, i) activations, (o, i) weight -> (…, o), in the weight's dtype."""
     x = x.to(weight.dtype)
-    if _suits(x, weight):
+    if not _suits(x, weight):
+        return F.linear(x, weight, bias)
+    if torch.is_grad_enabled() and any(a is not None and a.requires_grad for a in (x, weight, bias)):
+        return _Linear.apply(x, weight, bias)
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+class _Linear(torch.autograd.Function):
+    """`linear` for autograd, which does not see through oneDNN's own operator: both gradients are products as well."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return F.linear(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        lines, (for_x, for_weight, for_bias) = grad.reshape(-1, grad.shape[-1]), ctx.needs_input_grad
+        return (
+            product(lines, weight).view_as(x) if for_x else None,
+            product(lines.T, x.reshape(-1, x.shape[-1])) if for_weight else None,
+            lines.sum(0) if for_bias else None,
+        )
 
 
 def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """(n, k) and (k, o) -> a @ b (n, o)."""
-    if _suits(a, b.T) and _is_matrix(a):
+    """(n, k) and (k, o) -> a @ b (n, o), without a gradient of its own."""
+    if _suits(a, b.T) and _is_matrix(a) and not (torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)):
         return torch.ops.mkldnn._linear_pointwise(a, b.T, None, "none", [], "")
     return a @ b
 
@@ -67,7 +90,6 @@ def _suits(x: torch.Tensor, weight: torch.Tensor) -> bool:
         x.dtype == weight.dtype == torch.float32
         and x.device.type == "cpu"
         and x.numel() >= max(FEW * x.shape[-1], SMALL // max(1, len(weight)))
-        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
         and _is_matrix(weight)
         and one_dnn_is_faster()
     )

@@ -137,7 +137,7 @@ def _rows(model: Model, encoded: Rows) -> dict[int, list[Item]]:
 
 def _backward(model: Model, bundle: Bundle, weigh: Weigh) -> None:
     """Forward and backward of one batch; gradients are added to what the parameters have."""
-    with torch.enable_grad():
+    with torch.enable_grad(), model.products():
         states, where = states_of(model, bundle)  # (N, d)
     linear = model.module.get_output_embeddings()
     bias = getattr(linear, "bias", None)

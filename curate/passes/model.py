@@ -207,14 +207,14 @@ class Model:
         """(batch, n) ids -> (batch, n, d) final hidden states, after the final norm: what the head sees."""
         body = self.module.base_model
         self.reset_dynamic_rope()
-        with self._products():
+        with nullcontext() if torch.is_grad_enabled() else self.products():
             return body(input_ids=ids, use_cache=False, return_dict=True, **inputs).last_hidden_state
 
-    def _products(self) -> AbstractContextManager[Any]:
-        """How this pass multiplies: as torch does, or without gradients on a CPU as passes/cpu_products.py does."""
-        if torch.is_grad_enabled() or self.device.type != "cpu" or not (self._wide or one_dnn_is_faster()):
+    def products(self) -> AbstractContextManager[Any]:
+        """How a pass multiplies: as torch does, or on a CPU as passes/cpu_products.py does, under autograd in float32 alone."""
+        if self.device.type != "cpu" or not (self._wide or one_dnn_is_faster()):
             return nullcontext()
-        return CpuProducts(wide=self._wide)
+        return CpuProducts(wide=self._wide and not torch.is_grad_enabled())
 
     def _keeps_float32(self) -> bool:
         """Whether a narrow model on a CPU runs with float32 between its products, and gives its own states so."""
