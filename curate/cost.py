@@ -80,7 +80,8 @@ def _named(task: Task) -> str:
     over = task.measured.params.get("parameters")
     if over is None:
         return task.measurement.name
-    return f"{task.measurement.name} ({f'last {over} layers' if isinstance(over, int) else over})"
+    layers = "last layer" if over == 1 else f"last {over} layers"
+    return f"{task.measurement.name} ({layers if isinstance(over, int) else over})"
 
 
 def _short(n: int) -> str:

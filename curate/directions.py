@@ -170,7 +170,7 @@ class Directions:
     def target_id(self, name: str) -> str:
         if name not in self._targets:
             target = self.target(name)
-            sources = [info.fingerprint for info in self._reading(target).sources]
+            sources = [info.fingerprint for info in self._reading(name).sources]
             settings = target.model_dump(exclude={"path"})
             self._targets[name] = content_id(sources, settings)
         return self._targets[name]
@@ -178,15 +178,16 @@ class Directions:
     def target_rows(self, name: str) -> list[Row]:
         """The target's rows, bad ones as its `on_bad_row` says."""
         target = self.target(name)
-        records = self._reading(target).good(
+        records = self._reading(name).good(
             target.on_bad_row, setting=f"targets.{name}", target=str(self.loaded.path or target.path)
         )
         found = [record.row for record in records if record.row is not None]
         return found[: target.limit]
 
-    def _reading(self, target: Target) -> Reading:
+    def _reading(self, name: str) -> Reading:
         from curate.data import read
 
+        target = self.target(name)
         return read(
             target.path,
             kind="sft" if target.of == "completion" else "preference",
@@ -195,6 +196,7 @@ class Directions:
             format=target.format,
             columns=target.columns,
             base=self.loaded.folder,
+            setting=f"targets.{name}",
         )
 
     # ---- what is kept -------------------------------------------------------------------------------------------------------------------

@@ -9,12 +9,13 @@ from __future__ import annotations
 import difflib
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from curate.errors import UsageError
+from curate.recipe_errors import explained, found, lines_of
 
 
 class Strict(BaseModel):
@@ -71,20 +72,21 @@ class Models(Strict):
         if not isinstance(value, dict):
             return value
         repo, revisions = str(value.get("repo")), value.get("revisions")
-        if value.keys() != {"repo", "revisions"} or not re.fullmatch(r"[\w.-]+/[\w.-]+", repo) or not revisions:
-            told = ", ".join(f"{key}: {found}" for key, found in value.items())
+        known = value.keys() == {"repo", "revisions"} and re.fullmatch(r"[\w.-]+/[\w.-]+", repo)
+        if not known or not revisions or not isinstance(revisions, list):
+            told = ", ".join(f"{key}: {given}" for key, given in value.items())
             raise ValueError(
                 "revisions of a hub repository are {repo: owner/name, revisions: [step1000, step2000]}; found {"
                 + told
                 + "}"
             )
-        return {"repo": repo, "revisions": [str(r) for r in revisions] if isinstance(revisions, list) else revisions}
+        return {"repo": repo, "revisions": [str(r) for r in revisions]}
 
 
 class Gradients(Strict):
     """What a backward pass takes gradients over."""
 
-    parameters: Literal["all", "lora"] | Annotated[int, Field(ge=1)] = Field(
+    parameters: Literal["all", "lora"] | Annotated[int, Field(ge=1, strict=True)] = Field(
         "all",
         description="all; lora: the A and B matrices of LoRA adapters; k: the last k layers, final norm and LM head",
     )
@@ -346,21 +348,21 @@ def load_recipe(
             ) from None
         try:
             raw = yaml.safe_load(text)
-            lines = _lines(yaml.compose(text))
+            lines = lines_of(yaml.compose(text))
         except yaml.YAMLError as error:
             mark = getattr(error, "problem_mark", None)
             where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
             raise UsageError(f"{path}{where}: not valid YAML: {getattr(error, 'problem', None) or error}.") from None
         if not isinstance(raw, dict):
             raise UsageError(
-                f"{path}: a recipe is a mapping with `kind: preference` or `kind: sft`; found {_found(raw)}."
+                f"{path}: a recipe is a mapping with `kind: preference` or `kind: sft`; found {found(raw)}."
             )
     for key, value in _overrides(set):
         _put(raw, key, value)
     try:
         recipe = Recipe.model_validate(raw)
     except ValidationError as error:
-        raise UsageError(_explain(error, raw, lines, str(path) if file else "recipe")) from None
+        raise UsageError(explained(error, Recipe, lines, str(path) if file else "recipe")) from None
     return Loaded(recipe, raw, file, store)
 
 
@@ -404,7 +406,7 @@ def _put(raw: dict[str, Any], dotted: str, value: Any) -> None:
             here = here[int(key)]
             continue
         if not isinstance(here, dict):
-            raise UsageError(f"--set {dotted}: {'.'.join(path[:i])} is {_found(here)}, it has no key {key!r}.")
+            raise UsageError(f"--set {dotted}: {'.'.join(path[:i])} is {found(here)}, it has no key {key!r}.")
         if key in ("source", "heldout") and isinstance(here.get(key), str | list):
             here[key] = {"path": here[key]}
         if here.get(key) is None:
@@ -415,74 +417,10 @@ def _put(raw: dict[str, Any], dotted: str, value: Any) -> None:
     elif isinstance(here, dict):
         here[last] = value
     else:
-        raise UsageError(f"--set {dotted}: {'.'.join(path)} is {_found(here)}, it has no key {last!r}.")
+        raise UsageError(f"--set {dotted}: {'.'.join(path)} is {found(here)}, it has no key {last!r}.")
 
 
 def _copy(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _copy(v) for k, v in value.items()}
     return [_copy(v) for v in value] if isinstance(value, list | tuple) else value
-
-
-def _lines(node: Any, path: tuple[Any, ...] = ()) -> dict[tuple[Any, ...], int]:
-    """(key, key, …) -> line in the file, from the composed YAML."""
-    found: dict[tuple[Any, ...], int] = {}
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            here = (*path, key.value)
-            found[here] = key.start_mark.line + 1
-            found.update(_lines(value, here))
-    elif isinstance(node, yaml.SequenceNode):
-        for i, value in enumerate(node.value):
-            found[(*path, i)] = value.start_mark.line + 1
-            found.update(_lines(value, (*path, i)))
-    return found
-
-
-def _found(value: Any) -> str:
-    return "nothing" if value is None else f"{value!r} ({type(value).__name__})"
-
-
-def _fields(model: Any, path: tuple[Any, ...]) -> list[str]:
-    """The keys that are allowed at a path of the recipe."""
-    for key in path:
-        field = model.model_fields.get(key) if isinstance(model, type) and issubclass(model, BaseModel) else None
-        if field is None:
-            return []
-        options = [field.annotation, *get_args(field.annotation)]
-        model = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
-    return list(model.model_fields) if model is not None else []
-
-
-def _explain(error: ValidationError, raw: Any, lines: dict[tuple[Any, ...], int], file: str) -> str:
-    messages = []
-    seen: set[str] = set()
-    for item in error.errors():
-        path = tuple(part for part in item["loc"])
-        while (
-            path
-            and path not in lines
-            and len(path) > 1
-            and not (isinstance(path[-1], int) or item["type"] in ("extra_forbidden", "missing"))
-        ):
-            path = path[:-1]  # pydantic adds the names of union members
-        key = ".".join(str(p) for p in path)
-        if key in seen:
-            continue
-        seen.add(key)
-        line = lines.get(path) or (lines.get(path[:-1]) if item["type"] == "missing" else None)
-        where = f"{file}, line {line}" if line else file
-        if item["type"] == "extra_forbidden":
-            allowed = _fields(Recipe, path[:-1])
-            near = difflib.get_close_matches(str(path[-1]), allowed, 1, 0.5)
-            under = f" under {'.'.join(map(str, path[:-1]))!r}" if path[:-1] else ""
-            hint = f"did you mean {near[0]!r}?" if near else f"allowed{under}: {', '.join(allowed)}."
-            messages.append(f"{where}: {key!r} is not a key of a recipe; {hint}")
-        elif item["type"] == "missing":
-            messages.append(f"{where}: {key!r} is missing.")
-        else:
-            text = item["msg"].removeprefix("Value error, ")
-            shown = item["input"] if not isinstance(item["input"], dict | list) else None
-            found = f"; found {_found(shown)}" if shown is not None else ""
-            messages.append(f"{where}: {key + ': ' if key else ''}{text[:1].lower() + text[1:]}{found}.")
-    return "\n".join(messages)

@@ -47,6 +47,7 @@ def read_sources(loaded: Loaded, store: Store, progress: Progress) -> dict[str, 
 def _read_source(loaded: Loaded, source: Source, role: str, store: Store, progress: Progress) -> list[str]:
     from curate.data import read
 
+    setting = "source" if role == "train" else "heldout"
     reading = read(
         source.path,
         kind=loaded.recipe.kind,
@@ -55,6 +56,7 @@ def _read_source(loaded: Loaded, source: Source, role: str, store: Store, progre
         format=source.format,
         columns=source.columns,
         base=loaded.folder,
+        setting=setting,
     )
     settings = [
         loaded.recipe.kind,
@@ -70,7 +72,6 @@ def _read_source(loaded: Loaded, source: Source, role: str, store: Store, progre
     if all(store.source_is_current(name, key, role=role) for name, key in prints.items()):  # type: ignore[arg-type]
         return list(prints)
     target = str(loaded.path or source.path)
-    setting = "source" if role == "train" else "heldout"
     records = iter(reading) if source.on_bad_row == "drop" else reading.good("error", setting=setting, target=target)
     seen, good = set(), 0
     with progress.bar(f"reading {role}" if role != "train" else "reading", 0) as count:

@@ -77,7 +77,7 @@ def test_gradients_over_the_adapter_are_their_own_measurement(place):
         assert result.measured.get("backward") == len(PAIRS)
         frame = result.store.sql("SELECT * FROM scored ORDER BY row_id", recipe="gradients")
         found[over] = frame["entk_cc"].to_numpy()
-        shown = {"all": "entk", "lora": "entk (lora)", 1: "entk (last 1 layers)"}[over]
+        shown = {"all": "entk", "lora": "entk (lora)", 1: "entk (last layer)"}[over]
         assert f" {shown} " in f" {result.plan.text()} "
     assert (found["lora"] < found["all"]).all() and not np.allclose(found[1], found["all"])
     again = curate.run(

@@ -49,6 +49,27 @@ def write(tmp_path):
         ("kind: [", "line 1, column 8: not valid YAML"),
         ("- 1", "a recipe is a mapping"),
         ("kind: sft\nselect: {per: {a: {x: 1}, b: {x: 1}}}", "per takes one column; found a, b"),
+        (
+            "kind: sft\ntargets: {t: {path: a, of: completion, limmit: 3}}",
+            "targets.t.limmit' is not a key of a recipe; did you mean 'limit'?",
+        ),
+        (
+            "kind: sft\ntargets: {t: {path: a, of: chosn}}",
+            "targets.t.of: input should be 'chosen', 'rejected', 'margin' or 'completion'; found 'chosn'",
+        ),
+        (
+            "kind: sft\ngradients: {parameters: 0}",
+            "gradients.parameters: input should be 'all' or 'lora' or greater than or equal to 1; found 0",
+        ),
+        (
+            "kind: sft\ngradients: {parameters: true}",
+            "gradients.parameters: input should be 'all' or 'lora' or a valid integer; found True",
+        ),
+        ("kind: sft\nforecast: sgd", "forecast: input should be a mapping; found 'sgd'"),
+        (
+            "kind: sft\nmodels: {checkpoints: {repo: a/b, revisions: main}}",
+            "revisions: [step1000, step2000]}; found {repo: a/b, revisions: main}",
+        ),
     ],
 )
 def test_a_wrong_recipe_names_line_key_and_the_nearest(write, text, says):

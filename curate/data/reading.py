@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -15,7 +16,7 @@ from curate.data.formats import FORMATS, PREFERENCE, Layout, layouts
 from curate.data.records import Defect, Problem, Record, SourceInfo, bad_rows_error
 from curate.data.sources import Source, find_sources
 from curate.data.texts import jsonable
-from curate.errors import UsageError, ValidationError
+from curate.errors import CurateError, UsageError, ValidationError
 from curate.rows import Row
 
 Kind = Literal["preference", "sft"]
@@ -133,22 +134,30 @@ def read(
     format: str = "auto",
     columns: Mapping[str, str] | None = None,
     base: Path | None = None,
+    setting: str = "source",
 ) -> Reading:
     """Opens a source, or several: a file, folder, glob, hub id, or a list of them (see `sources`), in a format of `FORMATS`.
 
     kind: None takes what the format says, preference first. columns: ours: theirs, a name or a template (see `columns`).
-    base: the folder relative paths start from. Fingerprints are taken here, the rows are read when the reading is iterated.
+    base: the folder relative paths start from. setting: the recipe's key of these rows, for messages. Fingerprints are taken here, the
+    rows are read when the reading is iterated.
     Errors: ValidationError for what is missing, empty, unreadable or of another kind; UsageError for a format or column that is not known.
     """
-    if format != "auto" and format not in FORMATS:
-        import difflib
+    try:
+        if format != "auto" and format not in FORMATS:
+            import difflib
 
-        near = difflib.get_close_matches(format, FORMATS, n=1)
-        hint = f" Did you mean '{near[0]}'?" if near else ""
-        raise UsageError(f"source.format: '{format}' is not a format: auto, {', '.join(FORMATS)}.{hint}")
-    return Reading(
-        find_sources(path, split=split, revision=revision, base=base), kind=kind, format=format, columns=columns
-    )
+            near = difflib.get_close_matches(format, FORMATS, n=1)
+            hint = f" Did you mean '{near[0]}'?" if near else ""
+            raise UsageError(f"source.format: '{format}' is not a format: auto, {', '.join(FORMATS)}.{hint}")
+        return Reading(
+            find_sources(path, split=split, revision=revision, base=base), kind=kind, format=format, columns=columns
+        )
+    except CurateError as error:
+        if setting == "source":
+            raise
+        text = re.sub(r"(?<![\w./])source\.(?=(?:columns|format|path)\b)", f"{setting}.", str(error))
+        raise type(error)(text if text.startswith(setting) else f"{setting}: {text}") from None
 
 
 def load(

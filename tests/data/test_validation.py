@@ -7,7 +7,7 @@ import json
 import pytest
 
 from curate.data import load, read, validate
-from curate.errors import ValidationError
+from curate.errors import UsageError, ValidationError
 
 GOOD = [{"prompt": f"p{i}", "chosen": " a", "rejected": " b"} for i in range(5)]
 BOOL = {"prompt": "p", "chosen": " a", "rejected": True}
@@ -99,3 +99,15 @@ def test_notes_of_unpaired_rows(source):
     assert found.notes[0].startswith(
         "2 rows are unpaired preferences (KTO): 1 desirable, 1 undesirable. Target likelihoods"
     )
+
+
+def test_advice_names_the_recipes_own_key_of_the_rows(tmp_path):
+    """Rows that are not the source's (held out, a target's): what to set is said under their own key."""
+    file = tmp_path / "pairs_source.jsonl"
+    file.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    with pytest.raises(ValidationError) as error:
+        read(file, kind="sft", setting="targets.safe")
+    assert str(error.value).startswith(f"targets.safe: {file}: preference pairs")
+    assert "`--set targets.safe.columns.completion=chosen`" in str(error.value)
+    with pytest.raises(UsageError, match=r"^heldout\.format: 'jsonlines' is not a format"):
+        read(file, format="jsonlines", setting="heldout")
