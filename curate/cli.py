@@ -301,6 +301,9 @@ def summary(
         str | None,
         typer.Option(metavar="STEP,STEP", help="the two checkpoints of the flip table (default: first, last)"),
     ] = None,
+    data_map: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="draw the data map, confidence over variability, as SVG")
+    ] = None,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -311,6 +314,11 @@ def summary(
     if between and not (len(steps) == 2 and all(s.strip().isdigit() for s in steps)):
         raise UsageError(f"--between {between}: expected two steps, such as --between 0,400.")
     result = summarise(_store(store), recipe=recipe, between=(int(steps[0]), int(steps[1])) if steps else None)
+    if data_map is not None:
+        from curate.data_map import data_maps, write_maps
+
+        write_maps(data_maps(_store(store), recipe=recipe), data_map)
+        _progress(quiet).say(f"The data map is in {data_map}.")
     out(to_json(result.to_json()) if json else result.text())
 
 

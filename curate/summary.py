@@ -105,14 +105,14 @@ def summarise(store: Store, *, recipe: str | None = None, between: tuple[int, in
     ).to_dicts()
     known = store.recipes()
     mine = next((r for r in known if recipe in (None, r["name"])), None)
-    threshold = _setting(mine, "threshold", of="premem_accuracy")
-    beta = _setting(mine, "beta") or 0.1
+    threshold = setting(mine, "threshold", of="premem_accuracy")
+    beta = setting(mine, "beta") or 0.1
     runs = stored_runs(store, ("chosen_logp", "rejected_logp"), kind="preference", recipe=mine)
     flips = [_flips(run, beta, between or (run.steps[0], run.steps[-1])) for run in _comparable(runs, between)]
     return Summary(mine["name"] if mine else None, values, _calibrate(store, mine, values, threshold), threshold, flips)
 
 
-def _setting(recipe: dict[str, Any] | None, key: str, *, of: str | None = None) -> float | None:
+def setting(recipe: dict[str, Any] | None, key: str, *, of: str | None = None) -> float | None:
     """A number that the recipe sets for a score (of any, if None), the first one."""
     import yaml
 
