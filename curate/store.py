@@ -426,7 +426,7 @@ class Store:
         names = (source,) if isinstance(source, str) else source
         with self.database.read() as con:
             if recipe is not None or names is not None:
-                views.define(con, recipe=recipe, sources=names, temporary=True)
+                views.narrow(con, text, recipe=recipe, sources=names)
             return query.run(con, text, params)
 
     def scored(self, *, recipe: str | None = None, source: str | Sequence[str] | None = None) -> pl.DataFrame:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -219,3 +220,16 @@ def test_a_shard_that_is_no_shard_is_named(store):
     path.write_bytes(os.urandom(100))
     with pytest.raises(StoreError, match=f"{path.name}: not a readable shard"):
         store.ingest()
+
+
+def test_what_did_not_fit_into_memory_lay_beside_the_store_and_is_gone(store, monkeypatch):
+    from curate.storage import database
+
+    monkeypatch.setattr(database, "_engines", defaultdict(list))  # the small memory is this test's alone
+    beside = store.folder / "curate.duckdb.tmp"
+    with store.database.read() as con:
+        con.execute("SET memory_limit = '30MB'")
+        con.execute("CREATE TEMP TABLE big AS SELECT i, hash(i) AS h FROM range(3_000_000) t(i)")
+        assert any(beside.iterdir())
+    assert not beside.exists()
+    assert store.row_ids_of() == IDS  # the next opening is as good as the first

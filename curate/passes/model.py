@@ -10,6 +10,7 @@ ones. A head we do not understand is refused by name; an attention we do not und
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -192,8 +193,10 @@ class Model:
     def close(self) -> None:
         """Give the memory back; the model is unusable afterwards."""
         self.known.clear()  # it holds weights too
+        kept = [weakref.ref(parameter) for parameter in self.module.parameters()]
         del self.module, self.head
-        gc.collect()
+        if any(parameter() is not None for parameter in kept):  # by a cycle: finding those takes a good part of a second
+            gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 

@@ -10,7 +10,7 @@ Values of different fingerprints are never mixed: `scored` shows a measurement's
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from curate.errors import UsageError
 from curate.storage.database import Connection, literal, quote
@@ -41,10 +41,21 @@ BASE = (
 )
 
 
-def define(
-    con: Connection, *, recipe: str | None = None, sources: Sequence[str] | None = None, temporary: bool = False
-) -> None:
-    """(Re)make every view. recipe None: the last one. Raises UsageError naming the nearest recipe or source."""
+def define(con: Connection) -> None:
+    """(Re)make every view, for the recipe registered or scored last."""
+    for view, body in _bodies(con, None, None).items():
+        con.execute(f"CREATE OR REPLACE VIEW main.{view} AS {body()}")
+
+
+def narrow(con: Connection, text: str, *, recipe: str | None, sources: Sequence[str] | None) -> None:
+    """Make the views that a query names, for this connection only. Raises UsageError naming the nearest recipe or source."""
+    for view, body in _bodies(con, recipe, sources).items():
+        if view in text.lower():
+            con.execute(f"CREATE OR REPLACE TEMP VIEW {view} AS {body()}")
+
+
+def _bodies(con: Connection, recipe: str | None, sources: Sequence[str] | None) -> dict[str, Callable[[], str]]:
+    """view -> what makes its SQL, since finding out costs queries. recipe None: the last one."""
     name, scores_table, uses, plain = _recipe(con, recipe)
     if sources is not None:
         _check_sources(con, sources)
@@ -58,21 +69,25 @@ def define(
         plain = [*plain, *_lone_imports(con, plain)]
     occurs = f"data.occurrences WHERE source IN ({_list(sources)})" if sources is not None else "data.occurrences"
     near = "" if sources is None else f"row_id IN (SELECT row_id FROM {occurs})"
-    bodies = {
-        "rows": f"SELECT {', '.join(BASE)} FROM ({_rows(occurs, sources is not None)})",
-        "scored": _scored(con, occurs, sources is not None, scores_table, plain),
-        "trajectories": _narrowed(_trajectories(con, uses), near),
-        "samples": _narrowed(
+    return {
+        "rows": lambda: f"SELECT {', '.join(BASE)} FROM ({_rows(occurs, sources is not None)})",
+        "scored": lambda: _scored(con, occurs, sources is not None, scores_table, plain),
+        "trajectories": lambda: _narrowed(_trajectories(con, uses), near),
+        "samples": lambda: _narrowed(
             "SELECT s.row_id, m.run, m.checkpoint, m.step, s.sample, s.text, s.correct, s.n_tokens, s.logp, s.finished "
             f"FROM data.samples s JOIN data.measured m USING (fingerprint) WHERE s.fingerprint IN ({_list(uses)})",
             near,
         ),
-        "occurrences": _occurrences(con, occurs),
-        "dataset_values": "SELECT name, run, checkpoint, value, low, high, n, step FROM data.dataset_values "
-        + f"WHERE origin = {literal(name or '')} OR starts_with(origin, 'import:')",
-        "runs": "SELECT id, recipe, command, version, started, finished, outcome, message, counts FROM data.runs"
-        + (f" WHERE recipe = {literal(recipe)}" if recipe is not None else ""),
-        "selections": _narrowed(
+        "occurrences": lambda: _occurrences(con, occurs),
+        "dataset_values": lambda: (
+            "SELECT name, run, checkpoint, value, low, high, n, step FROM data.dataset_values "
+            + f"WHERE origin = {literal(name or '')} OR starts_with(origin, 'import:')"
+        ),
+        "runs": lambda: (
+            "SELECT id, recipe, command, version, started, finished, outcome, message, counts FROM data.runs"
+            + (f" WHERE recipe = {literal(recipe)}" if recipe is not None else "")
+        ),
+        "selections": lambda: _narrowed(
             "SELECT d.selection, d.row_id, d.kept, d.rank, d.reason FROM data.decisions d"
             + (
                 f" WHERE d.selection IN (SELECT name FROM data.selections WHERE recipe = {literal(recipe)})"
@@ -82,8 +97,6 @@ def define(
             near,
         ),
     }
-    for view, body in bodies.items():
-        con.execute(f"CREATE OR REPLACE {'TEMP VIEW ' if temporary else 'VIEW main.'}{view} AS {body}")
 
 
 def _recipe(con: Connection, recipe: str | None) -> tuple[str | None, str | None, list[str], list[str]]:
