@@ -195,7 +195,9 @@ class Model:
         self.known.clear()  # it holds weights too
         kept = [weakref.ref(parameter) for parameter in self.module.parameters()]
         del self.module, self.head
-        if any(parameter() is not None for parameter in kept):  # by a cycle: finding those takes a good part of a second
+        if any(
+            parameter() is not None for parameter in kept
+        ):  # by a cycle: finding those takes a good part of a second
             gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
