@@ -294,7 +294,7 @@ class BackwardRunner(ForwardRunner):
 
 
 class SampleRunner(Runner):
-    """One sampling engine for all subjects; answers are graded as they come."""
+    """One sampling engine for all subjects that it takes; answers are graded as they come."""
 
     reads = "sample"
 
@@ -314,16 +314,19 @@ class SampleRunner(Runner):
         super().use(step)
         engine, base = self.recipe.engine, step.subject.base
         model = step.subject.path if self.tokenizer is not None else None
-        if self.sampler is not None:
+        name, why = choose_sampler(engine.sampler, model, base=base, device=engine.device)
+        if self.sampler is not None and self.sampler.name == name:
             self.sampler.use(step.subject.path, base=base)
             return
-        name, why = choose_sampler(engine.sampler, model, base=base, device=engine.device)
+        self.close()  # an engine that does not take these weights: the plan knows them under the other's name
         self.progress.say(why[:1].upper() + why[1:])
+        alike = [s for s in self.subjects if s.base is not None and s.base == (base or model)]
+        found = [(s.path, choose_sampler(engine.sampler, s.path, base=s.base, device=engine.device)[0]) for s in alike]
         self.sampler = open_sampler(
             name,
             model,
             base=base,
-            adapters=[s.path for s in self.subjects if s.base == (base or model)],
+            adapters=[path for path, taken_by in found if taken_by == name],
             dtype=engine.dtype,
             device=engine.device,
             max_length=self.recipe.tokens.max_length,

@@ -140,3 +140,32 @@ def test_checkpoints_that_no_score_asks_for_are_said(place):
     plan = make_plan(loaded, progress=Progress(quiet=True))
     assert "2 of 2 checkpoints are not measured (checkpoint-10, checkpoint-20)" in plan.text()
     assert "of base alone" in plan.text() and plan.to_json()["notes"] == plan.notes()
+
+
+def test_each_subject_is_sampled_by_the_engine_that_takes_it(place, monkeypatch):
+    """vLLM takes the base and one adapter, not the other: that one goes to transformers, which the plan knew, and back."""
+    from types import SimpleNamespace
+
+    from curate.checkpoints import Subject
+    from curate.measuring import SampleRunner
+    from curate.passes import sampling
+
+    base, one, other = (str(place / p) for p in ("base", "runs/dpo/checkpoint-10", "runs/dpo/checkpoint-20"))
+    log = []
+
+    def choose(which, path, **_):
+        return ("transformers" if path == other else "vllm"), "why"
+
+    def opened(name, path, *, adapters, **_):
+        log.append((name, path, adapters))
+        return SimpleNamespace(name=name, use=lambda path, base: log.append(path), close=lambda: log.append("closed"))
+
+    monkeypatch.setattr(sampling, "choose_sampler", choose)
+    monkeypatch.setattr(sampling, "open_sampler", opened)
+    runner = SampleRunner(load_recipe(recipe(place, "sampled", [], models={"reference": "base"})), Progress(quiet=True))
+    runner.subjects = [Subject(base, "0"), Subject(one, "1", base=base), Subject(other, "2", base=base)]
+    for at in (0, 1, 2, 0):
+        runner.use(SimpleNamespace(subject=runner.subjects[at]))
+    assert log == [
+        ("vllm", base, [one]), one, "closed", ("transformers", other, [other]), "closed", ("vllm", base, [one])
+    ]  # fmt: skip
