@@ -161,7 +161,7 @@ def _answer(
     fitting = [(prompt, ready) for prompt, ready in encoded if ready is not None]
     for (prompt, _), samples in zip(fitting, sampler.sample([ready for _, ready in fitting], answering), strict=True):
         answer, said = majority(samples, grader)
-        if answer is None or len(said) < max(2, agree * answering.n):
+        if answer is None or len(said) < 2 or len(said) / answering.n < agree:
             why["answers disagree"] += 1
             continue
         text = said[0].text

@@ -51,7 +51,8 @@ def _by_states(asked: Round, pool: Sequence[Candidate]) -> list[int]:
 
     recipe = asked.loaded.recipe
     limits = Limits(recipe.tokens.max_length, recipe.tokens.truncation)
-    with load_model(asked.checkpoint, dtype=recipe.engine.dtype, device=recipe.engine.device) as model:
+    last, engine = asked.checkpoint, recipe.engine
+    with load_model(last.path, base=last.base, dtype=engine.dtype, device=engine.device) as model:
         hard, free = (
             prompt_states(model, [c.row for c in rows], limits=limits, token_budget=recipe.engine.token_budget)
             for rows in (asked.hard, pool)
@@ -82,16 +83,21 @@ def from_model(template: Path, *, generator: str | None = None, agree: float = 0
     shots = Template.of(text, file=str(template))
 
     def collect(asked: Round) -> tuple[list[Candidate], dict[str, int]]:
-        from curate.checkpoints import find_model
+        from curate.checkpoints import find_base, find_model
         from curate.generating import generate
         from curate.grading import grader
         from curate.identity import few_shot_text
+        from curate.passes.adapter_config import is_adapter, tokenizer_folder
         from curate.passes.sampling import Prompt, Sampling, open_sampler
         from curate.tokens import Limits, encode_prompt, load_tokenizer
 
         recipe, loaded = asked.loaded.recipe, asked.loaded
-        model = find_model(generator, loaded.folder) if generator else asked.checkpoint
-        tokenizer, limits = load_tokenizer(model), Limits(recipe.tokens.max_length, recipe.tokens.truncation)
+        model, base = asked.checkpoint.path, asked.checkpoint.base
+        if generator:
+            found = find_model(generator, loaded.folder)
+            model, base = str(found), str(find_base(found, loaded.folder)) if is_adapter(found) else None
+        tokenizer = load_tokenizer(tokenizer_folder(model, base))
+        limits = Limits(recipe.tokens.max_length, recipe.tokens.truncation)
 
         def prompt(text: Any, seed: int, **context: Any) -> Prompt | None:
             tokens = encode_prompt(Example(text), tokenizer, limits=limits, **context)
@@ -102,6 +108,7 @@ def from_model(template: Path, *, generator: str | None = None, agree: float = 0
         with open_sampler(
             recipe.engine.sampler,
             model,
+            base=base,
             dtype=recipe.engine.dtype,
             device=recipe.engine.device,
             max_length=recipe.tokens.max_length,

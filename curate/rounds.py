@@ -27,8 +27,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from curate.checkpoints import Subject, find_checkpoints
 from curate.collecting import Candidate
 from curate.errors import CurateError, UsageError
+from curate.fingerprints import FingerprintCache
 from curate.progress import Progress
 from curate.recipe import Loaded, Source, load_recipe
 from curate.rows import Example
@@ -49,7 +51,7 @@ class Round:
     number: int
     hard: list[Candidate]
     known: list[Example]
-    checkpoint: Path
+    checkpoint: Subject
     loaded: Loaded
     take: int
     seed: int
@@ -72,8 +74,8 @@ def grow(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
-    """Run the rounds, or what is left of them. One dict a training: round, rows, train, premem, heldout (None where there is none), and
-    after all but the last: picked, fluent, undecided, hard, collected, left_out.
+    """Run the rounds, or what is left of them. One dict a training: round, rows, train, premem, heldout (None where there is none), picked,
+    fluent, undecided, hard, and where rows were collected after it: collected, left_out.
 
     asked: what makes this job another job (the pool, how rows are picked, the trainer): kept, and compared when the job goes on. `rounds`
     may be raised later. A round without hard rows is the last. Raises UsageError for a recipe without `premem_accuracy`, `fluent` or
@@ -176,12 +178,12 @@ def _measure(
 def _collect(
     loaded: Loaded, folder: Path, run: Path, following: Path, number: int, take: int, seed: int, collect: Collect
 ) -> None:
-    from curate.checkpoints import find_checkpoints
-
     rows = _read_rows(folder / "data.jsonl")
     heldout = read_rows(loaded, loaded.recipe.heldout, "heldout") if loaded.recipe.heldout is not None else []
     known = [row.row for row in (*rows, *heldout)]
-    last = Path(find_checkpoints(str(run.resolve()), run.parent)[-1].path)
+    models, cache = loaded.recipe.models, FingerprintCache(run.parents[1] / "store" / "weights.json")
+    skip = (lambda _: None) if models.on_broken_checkpoint == "skip" else None  # measuring has said it
+    last = find_checkpoints(str(run.resolve()), loaded.folder, cache, base=models.base, skip=skip)[-1]
     asked = Round(number, _read_rows(folder / "hard.jsonl"), known, last, loaded, take, seed * 1000 + number)
     new, left_out = collect(asked)
     _write_rows(folder / "new.jsonl", new)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import yaml
 
 import curate
+from curate import rounds
 from curate.errors import ModelError, UsageError
+from curate.next_rows import from_pool
 from curate.progress import Progress
 from curate.recipe import load_recipe
 from curate.workflow import make_plan
@@ -169,3 +172,31 @@ def test_each_subject_is_sampled_by_the_engine_that_takes_it(place, monkeypatch)
     assert log == [
         ("vllm", base, [one]), one, "closed", ("transformers", other, [other]), "closed", ("vllm", base, [one])
     ]  # fmt: skip
+
+
+def test_rounds_of_adapters_collect_by_the_states_of_the_last_one(place):
+    """The base is only where models.base says, and a half-written checkpoint lies beside the others."""
+    rows = [{"prompt": f"{i} + 1 =", "completion": f" {i + 1}", "answer": str(i + 1)} for i in range(12)]
+    for name, some in (("own", rows[:4]), ("pool", rows[4:])):
+        (place / f"{name}.jsonl").write_text("\n".join(map(json.dumps, some)))
+
+    def train(data, out, number):
+        shutil.copytree(place / "runs" / "dpo", out)
+        for file in out.glob("*/adapter_config.json"):
+            file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": "gone"}))
+
+    path = recipe(
+        place, "grown", [{"premem_accuracy": {"threshold": 1e-9}}, {"fluent": {"threshold": 1e-9}}], kind="sft", source="own.jsonl",
+        models={"base": "base", "on_broken_checkpoint": "skip"}, select={}, engine={"sampler": "transformers"},
+        sampling={"samples": 1, "max_new_tokens": 2},
+    )  # fmt: skip
+    lines = rounds.grow(
+        path,
+        out=place / "grown",
+        rounds=1,
+        take=3,
+        train=train,
+        asked={},
+        collect=from_pool(str(place / "pool.jsonl"), "states"),
+    )
+    assert [(line["rows"], line["hard"]) for line in lines] == [(4, 4), (7, 7)]

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from curate import next_rows, rounds
+from curate.checkpoints import single_model
 from curate.collecting import Candidate
 from curate.demo import task, training
 from curate.demo.line import one_thread
@@ -158,7 +159,8 @@ def asked_of(made, hard, take=6) -> rounds.Round:
     from curate.recipe import load_recipe
 
     loaded = load_recipe(made / "sft.yaml")
-    return rounds.Round(1, hard, [c.row for c in hard], made / "ready" / "checkpoint-20", loaded, take, 0)
+    last = single_model("ready/checkpoint-20", made)
+    return rounds.Round(1, hard, [c.row for c in hard], last, loaded, take, 0)
 
 
 def test_rows_of_the_hard_ones_groups(made):

@@ -23,7 +23,7 @@ from curate.data.exported import ExportRow, Plan, both_responses, checked_weight
 from curate.data.replace import MARK, carry_over, check_target, replace_folder
 from curate.data.sources import first_line
 from curate.data.spool import Spool, write_parquet
-from curate.data.trainer import TrainedAs, write_trainer_args
+from curate.data.trainer import FILE, TrainedAs, write_trainer_args
 from curate.errors import UsageError, ValidationError
 
 ExportFormat = Literal["trl", "prompt_completion", "messages", "extend"]
@@ -182,7 +182,7 @@ def save_to_disk(parquet: Path, folder: Path, split: str) -> None:
 
 
 def push(result: ExportResult, repository: str) -> None:
-    """The export's data, dropped rows and card to a hub dataset (private if it is new), the card merged with the one there."""
+    """The export's data, dropped rows, trainer's settings and card to a hub dataset (private if it is new), the card merged with the one there."""
     import huggingface_hub
 
     try:
@@ -192,8 +192,8 @@ def push(result: ExportResult, repository: str) -> None:
             repo_id=repository,
             repo_type="dataset",
             folder_path=str(result.path),
-            allow_patterns=["README.md", "data/*", "dropped/*"],
-            delete_patterns=["data/*", "dropped/*"],
+            allow_patterns=["README.md", FILE, "data/*", "dropped/*"],
+            delete_patterns=[FILE, "data/*", "dropped/*"],
             commit_message=f"curate export: {result.n_rows} rows",
         )
     except Exception as error:  # network, login, rights: the hub's own message says which
