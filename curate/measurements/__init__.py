@@ -1,7 +1,7 @@
 """What is read off a pass: named columns of numbers, one file per thing measured. Many measurements share one pass.
 
-    @measurement(reads="forward", kind="preference", head=("entropy",), columns={"chosen_entropy": "mean nats per
-    token"}) def chosen_entropy(batch):
+    @measurement(reads="forward", kind="preference", head=("entropy",), columns={"chosen_entropy": "mean nats per token"})
+    def chosen_entropy(batch):
         \"\"\"How unsure the model is along the chosen response.\"\"\"
         return {"chosen_entropy": batch.chosen.mean(batch.chosen.entropy)}
 
@@ -19,7 +19,6 @@ version  raised when the numbers change for the same rows: stored values of anot
 from __future__ import annotations
 
 import importlib
-import inspect
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -46,9 +45,7 @@ class Direction:
 
 @dataclass(frozen=True)
 class Measurement:
-    """A registered measurement. `description` is its docstring's first line, `source` the docstring's "Source:"
-    line.
-    """
+    """A registered measurement."""
 
     name: str
     reads: Reads
@@ -61,16 +58,6 @@ class Measurement:
     prompt_only: bool = False
     perturbed: bool = False
     direction: Direction | None = None
-
-    @property
-    def description(self) -> str:
-        return (inspect.getdoc(self.function) or "").split("\\n")[0]
-
-    @property
-    def source(self) -> str:
-        texts = (inspect.getdoc(self.function), getattr(inspect.getmodule(self.function), "__doc__", None))
-        lines = [line.strip() for text in texts for line in (text or "").splitlines()]
-        return next((line.removeprefix("Source: ") for line in lines if line.startswith("Source: ")), "")
 
 
 MEASUREMENTS: dict[str, Measurement] = {}

@@ -33,14 +33,22 @@ STATES = 512  # per block of logits
 
 
 class Line:
-    """θ + t·v: the model's weights on a line, put back bit by bit at the end of the `with` block."""
+    """θ + t·v: the model's weights on a line, put back bit by bit at the end of the `with` block. ModelError where a second copy of them does not
+    fit into memory.
+    """
 
     def __init__(self, model: Model, v: Vector) -> None:
         self.model, self.v = model, v
         self.parameters = {name: p for name, p in model.module.named_parameters() if name in v}
 
     def __enter__(self) -> Line:
-        self.kept = {name: p.detach().clone() for name, p in self.parameters.items()}
+        try:
+            self.kept = {name: p.detach().clone() for name, p in self.parameters.items()}
+        except torch.OutOfMemoryError:
+            raise ModelError(
+                f"{self.model.path}: the weights in {self.model.dtype} and a copy of them do not fit into the memory of {self.model.device}.\n"
+                "  Take directions over the last layers alone: `--set gradients.parameters=2`."
+            ) from None
         return self
 
     def __exit__(self, *exception: object) -> None:

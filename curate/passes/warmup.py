@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from curate.errors import ModelError
 from curate.measurements import MEASUREMENTS
 from curate.passes import forward
 from curate.passes.direction import ADAM_EPSILON, Rows, Vector, accumulate, dpo_weights, token_mean_weights
@@ -43,7 +44,9 @@ def warm_up(
     token_budget: int = 16384,
     count: Callable[[int], object] = lambda n: None,
 ) -> Vector:
-    """Train the model in place, and give Adam's v̂ at the end, float32 on the CPU. count is told of rows as they are done."""
+    """Train the model in place, and give Adam's v̂ at the end, float32 on the CPU. count is told of rows as they are done. ModelError where weights,
+    gradient and Adam's state, four times the weights in float32, do not fit into memory.
+    """
     known = [row for row in encoded if row.problem is None]
     pairs = any(isinstance(row, EncodedPair) for row in known)
     batches = _batches(len(known), settings)
@@ -55,7 +58,13 @@ def warm_up(
         )
         reference[used] = np.stack([found["chosen_logp"], found["rejected_logp"]], 1)
     wanted = dict(model.module.named_parameters())
-    m, v = ({name: torch.zeros_like(p, dtype=torch.float32) for name, p in wanted.items()} for _ in range(2))
+    try:
+        m, v = ({name: torch.zeros_like(p, dtype=torch.float32) for name, p in wanted.items()} for _ in range(2))
+    except torch.OutOfMemoryError:
+        raise ModelError(
+            f"{model.path}: a warm-up takes four times the weights in float32, which do not fit into the memory of {model.device}.\n"
+            "  Take scores at the reference (`at: reference`) with a step other than adam, or name a trainer's optimizer: forecast.optimizer."
+        ) from None
     for t, batch in enumerate(batches, start=1):
         rows = [known[i] for i in batch]
         weigh = (

@@ -251,12 +251,19 @@ def test_what_does_not_fit_is_said(monkeypatch, tmp_path):
     with pytest.raises(ModelError, match=r"v\.safetensors: a direction cannot be kept there"):
         direction.save_vector({"x": torch.zeros(3)}, tmp_path / "v.safetensors")
 
-    def full(p):
+    def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("curate.passes.direction.torch.zeros_like", full)
+    v = direction.accumulate(model, pairs, direction.fixed_weights(1, 0))
+    with monkeypatch.context() as here, pytest.raises(ModelError, match="and a copy of them do not fit"):
+        here.setattr(torch.Tensor, "clone", full)
+        along.Line(model, v).__enter__()
+    real = torch.zeros_like  # which the forward pass of a warm-up's reference needs
+    monkeypatch.setattr(torch, "zeros_like", lambda x, **how: real(x, **how) if x.ndim < 2 and not how else full())
     with pytest.raises(ModelError, match="the weights and a gradient of them do not fit"):
         direction.accumulate(model, pairs, direction.fixed_weights(1, 0))
+    with pytest.raises(ModelError, match="a warm-up takes four times the weights"):
+        warm_up(model, pairs, WarmUp(steps=1, rows=2, learning_rate=1e-3, beta=BETA))
     assert all(p.grad is None and not p.requires_grad for p in model.module.parameters())
 
 
