@@ -56,7 +56,9 @@ def main() -> None:
     try:
         app()
     except CurateError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        from curate.progress import counted
+
+        print(counted(f"{type(error).__name__}: {error}"), file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         _stopped()

@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from curate.progress import counted
 from curate.show import table
 from curate.store import Store
 
@@ -69,7 +70,7 @@ def validation_text(found: Validation) -> str:
     lines += found.notes
     if found.n_bad:
         lines.append("Drop the bad ones with `on_bad_row: drop` in the recipe's source, or mend the file.")
-    return "\n".join(lines)
+    return counted("\n".join(lines))
 
 
 @dataclass(frozen=True)

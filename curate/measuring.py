@@ -265,7 +265,7 @@ class NeighboursRunner(ForwardRunner):
     def notes(self) -> list[str]:
         if not self.lonely:
             return []
-        said = f"{self.lonely:,} of {self.seen:,} rows have no neighbour, or none that fits into max_length: neighbour_nll is NULL there."
+        said = f"{self.lonely:,} of {self.seen:,} rows: no neighbour, or none that fits into max_length; neighbour_nll is NULL there."
         self.lonely = self.seen = 0
         return [said]
 

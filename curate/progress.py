@@ -9,8 +9,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-# counts of one, in every line that is said: "1 rows" is "1 row", "21 rows" and "0.1 rows" stay
 ONE = re.compile(r"(?<![\d.,])1 (row|pair|example|checkpoint|answer|recording)s\b")
+
+
+def counted(text: str) -> str:
+    """The text with counts of one as they are said: "1 rows" is "1 row", "21 rows" and "0.1 rows" stay."""
+    return ONE.sub(r"1 \1", text)
 
 
 class Progress:
@@ -24,7 +28,7 @@ class Progress:
     def say(self, text: str) -> None:
         if self.quiet:
             return
-        text = ONE.sub(r"1 \1", text)
+        text = counted(text)
         if self._bars is not None:
             self._bars.console.print(text, markup=False, highlight=False)
         else:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from curate.errors import UsageError
+from curate.progress import counted
 from curate.series import StoredRun, stored_runs
 from curate.show import table
 from curate.store import Store
@@ -149,15 +150,15 @@ def _flips(run: StoredRun, beta: float, between: tuple[int, int]) -> Flips:
     both = ~np.isnan(c[:, i] + c[:, j])
     ranked = right(c[both])
     path = []
-    for k in range(min(i, j), max(i, j) + 1):
+    for k in range(i, j + 1) if i <= j else range(i, j - 1, -1):
         path.append(
             {
                 "checkpoint": run.checkpoints[k],
-                "ranking_accuracy": float(np.nanmean(ranked[:, k])),
+                "ranking_accuracy": _mean(ranked[:, k]),
                 "to_right": int((ranked[:, k] > ranked[:, i]).sum()),
                 "to_wrong": int((ranked[:, k] < ranked[:, i]).sum()),
-                "chosen_logp": float(np.nanmean(chosen[both, k])),
-                "rejected_logp": float(np.nanmean(rejected[both, k])),
+                "chosen_logp": _mean(chosen[both, k]),
+                "rejected_logp": _mean(rejected[both, k]),
             }
         )
     became = proportion_value("flipped_to_right", flipped_to_right(c[:, i], c[:, j]))
@@ -191,6 +192,12 @@ def _calibrate(
     return calibrate(runs, threshold=threshold) if runs else None
 
 
+def _mean(values: np.ndarray) -> float:
+    """Of the known ones; NaN where none is."""
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else math.nan
+
+
 def _in_flips(name: str) -> bool:
     return name.startswith(OF_FLIPS) or name == "ranking_accuracy"
 
@@ -203,7 +210,7 @@ def _flip_lines(f: Flips) -> list[str]:
     lines.append(table([(c.before, c.now, c.n, c.share, c.dpo_loss, c.reward_margin) for c in f.cells], head=head))
     if f.wrong:
         share = f"{f.to_right:.0%} ({f.low:.0%} to {f.high:.0%})"
-        lines.append(f"Of the {f.wrong:,} pairs that were ranked wrong, {share} are ranked right.")
+        lines.append(counted(f"Of the {f.wrong:,} pairs ranked wrong before, {share} are ranked right now."))
     every = np.unique(np.linspace(0, len(f.path) - 1, LINES).round().astype(int))
     head = (
         "checkpoint",

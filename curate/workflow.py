@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from curate.errors import CurateError, UsageError
 from curate.plan import Plan, wanted_scores
 from curate.plan import make_plan as _make_plan
-from curate.progress import Progress
+from curate.progress import Progress, counted
 from curate.recipe import Loaded, load_recipe
 from curate.recordings import recorded_runs
 from curate.rows import content_id
@@ -70,7 +70,7 @@ class Result:
         lines.append(
             f"Ask it: curate sql {self.store.folder} 'SELECT * FROM scored LIMIT 10' · curate summary {self.store.folder}"
         )
-        return "\n".join(lines)
+        return counted("\n".join(lines))
 
     def to_json(self) -> dict[str, Any]:
         return {
