@@ -6,6 +6,7 @@ Values of different fingerprints are never mixed, and a value under a known fing
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -53,6 +54,8 @@ class Identity:
             params |= self.directions.identity(measurement.direction, subject)
         if measurement.reads == "neighbours":
             params["neighbours"] = self._neighbours
+        if measurement.reads == "sample" and (ends := end_tokens(Path(subject.base or subject.path))):
+            params["end_tokens"] = ends
         return task_of(measurement, subject, engine, params)
 
     @cached_property
@@ -137,6 +140,19 @@ def task_of(measurement: Measurement, subject: Subject, engine: str, params: dic
             params,
         ),
     )
+
+
+def end_tokens(folder: Path) -> list[int]:
+    """The ids that end an answer by generation_config.json and not by config.json, which is fingerprinted with the weights; sorted."""
+    found = []
+    for name in ("generation_config.json", "config.json"):
+        try:
+            ids = json.loads((folder / name).read_text("utf-8")).get("eos_token_id")
+        except (OSError, ValueError, AttributeError):  # none, or of a server's model
+            ids = None
+        found.append({ids} if isinstance(ids, int) else set(ids or ()))
+    own, of_config = found
+    return sorted(own) if own != of_config else []
 
 
 def few_shot_text(loaded: Loaded) -> str | None:

@@ -182,6 +182,32 @@ def test_a_new_chat_template_is_a_new_tokenizer(recipe, model, tmp_path):
     assert changed.measured == {"tokens": 40, "forward": 40}
 
 
+def test_another_end_of_answers_is_another_accuracy(tmp_path, model):
+    """generation_config.json says what ends a sampled answer; the fingerprint of the weights covers config.json alone."""
+    shutil.copytree(model, tmp_path / "model")
+    write_rows(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": " b", "answer": "b"}])
+    raw = {
+        "kind": "sft",
+        "source": "rows.jsonl",
+        "models": {"reference": "model"},
+        "scores": ["accuracy", "target_nll"],
+    }
+    raw["engine"] = {"sampler": "transformers"}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(raw))
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    generation = tmp_path / "model" / "generation_config.json"
+
+    def prints(ends) -> dict:
+        generation.unlink(missing_ok=True)
+        if ends is not None:
+            generation.write_text(json.dumps({"eos_token_id": ends}))
+        return workflow.make_plan(load_recipe(tmp_path / "recipe.yaml"), progress=Progress(quiet=True)).uses
+
+    accuracy, nll = ("", "accuracy", None), ("", "target_nll", None)
+    none, same, other = prints(None), prints(config["eos_token_id"]), prints([config["eos_token_id"], 5])
+    assert none == same and none[accuracy] != other[accuracy] and none[nll] == other[nll]
+
+
 def test_a_source_that_grew_is_measured_only_where_it_is_new(recipe, tmp_path):
     path = recipe(select=None, export=None)
     before = scored(curate.run(path).store)
