@@ -14,7 +14,7 @@ import numpy as np
 
 from curate.errors import UsageError
 from curate.plan import Plan, Wanted
-from curate.store import DatasetValue, Measured
+from curate.store import DatasetValue, Measured, Trajectories
 
 if TYPE_CHECKING:
     from curate.store import Store
@@ -65,32 +65,42 @@ def series_of(
     return result
 
 
-def compute_scores(store: Store, plan: Plan, row_ids: list[str], sources: list[str]) -> dict[str, np.ndarray]:
-    """name -> (rows,) float64, NaN where unknown, for every score that the recipe wants."""
+def compute_scores(
+    store: Store, plan: Plan, row_ids: list[str], sources: list[str]
+) -> tuple[dict[str, np.ndarray], list[Trajectories]]:
+    """name -> (rows,) float64, NaN where unknown, for every score that the recipe wants; and run by run those with a value at every checkpoint."""
     columns = Columns(store, plan, row_ids, sources)
     result: dict[str, np.ndarray] = {}
+    each: dict[str, Trajectories] = {}
     for want in plan.wanted:
         per_run = []
         for series in columns.runs(want.score.over):
             given = columns.of(want, series)
-            if given is not None:
+            if given is None:
+                continue
+            if want.score.per_checkpoint is not None:
+                found = want.score.compute_each(given, steps=series.steps, params=want.params)
+                values = found[:, -1]
+                lines = each.setdefault(series.run, Trajectories(series.run, columns.places(series), {}))
+                lines.values[want.name] = columns.where_trained(found, series)
+            else:
                 steps, rates = (series.steps, columns.rates(series)) if series else (None, None)
                 values = want.score.compute(given, steps=steps, rates=rates, params=want.params)
-                per_run.append(columns.where_trained(values, series))
+            per_run.append(columns.where_trained(values, series))
         over_runs = _most_common if want.score.names else _mean
         result[want.name] = over_runs(per_run) if per_run else np.full(len(row_ids), np.nan)
-    return result
+    return result, list(each.values())
 
 
 def named(plan: Plan, scores: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The scores, and beside every code a text column `<score>_name`, None where the code is unknown."""
+    """The scores, and beside every code a text column `<score>_name`, None where the code is unknown. Any shape."""
     result = dict(scores)
     for want in plan.wanted:
         if want.score.names and want.name in scores:
             text = np.dtypes.StringDType(na_object=None)  # so that a column of nothing but NULL is text too
             codes = scores[want.name]
-            names = [None if np.isnan(code) else want.score.names[int(code)] for code in codes]
-            result[f"{want.name}_name"] = np.array(names, dtype=text)
+            names = np.array([*want.score.names, None], dtype=text)
+            result[f"{want.name}_name"] = names[np.where(np.isnan(codes), len(names) - 1, codes).astype(int)]
     return result
 
 
@@ -249,8 +259,14 @@ class Columns:
         return self._read(tuple(f or "" for f in prints), "trained") != 0.0
 
     def where_trained(self, values: np.ndarray, series: Series | None) -> np.ndarray:
+        """(rows,) or (rows, K) values, NaN where the run did not train on the row."""
         trained = self.trained(series) if series is not None else None
-        return values if trained is None else np.where(trained[:, -1], values, np.nan)
+        return values if trained is None else np.where(trained[:, -1] if values.ndim == 1 else trained, values, np.nan)
+
+    def places(self, series: Series) -> list[tuple[str, int | None]]:
+        """(checkpoint, step) of each of its checkpoints, as the store has them."""
+        prints = [next(f for f in found if f) for found in zip(*series.columns.values(), strict=True)]
+        return [(self._of[f].checkpoint, self._of[f].step) for f in prints]
 
     def _read(self, fingerprints: tuple[str, ...], column: str) -> np.ndarray:
         """(rows, K) float64."""

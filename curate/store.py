@@ -26,7 +26,7 @@ from curate.errors import StoreError, UsageError
 from curate.rows import Row
 from curate.storage import query, sources, tables, views
 from curate.storage.database import Database, one, process_alive
-from curate.storage.entries import DatasetValue, Ingested, Measured, Role, SelectedRow, SourceRecord
+from curate.storage.entries import DatasetValue, Ingested, Measured, Role, SelectedRow, SourceRecord, Trajectories
 from curate.storage.selection import Selection
 from curate.storage.shards import Shards
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from curate.select import Decisions
 
-__all__ = ["DatasetValue", "Ingested", "Measured", "Role", "SelectedRow", "Selection", "Store"]
+__all__ = ["DatasetValue", "Ingested", "Measured", "Role", "SelectedRow", "Selection", "Store", "Trajectories"]
 
 VALUE_FIELDS = "name, value, low, high, n, run, checkpoint, step"
 
@@ -326,14 +326,21 @@ class Store:
             return query.dicts(con, "SELECT * EXCLUDE (scores_table) FROM data.recipes ORDER BY updated DESC")
 
     def write_scores(
-        self, recipe: str, row_ids: Sequence[str], scores: Mapping[str, Any], *, made_of: str | None = None
+        self,
+        recipe: str,
+        row_ids: Sequence[str],
+        scores: Mapping[str, Any],
+        *,
+        trajectories: Sequence[Trajectories] = (),
+        made_of: str | None = None,
     ) -> None:
         """Replace the scores of a recipe. name -> (rows,) numbers, booleans or text; NaN, infinities and None become NULL.
 
-        made_of: what they were computed from, as `made_of` gives it back.
+        trajectories: those with a value at every checkpoint, one entry a run, for the view `trajectories`. made_of: what they were
+        computed from, as `made_of` gives it back.
         """
         with self.database.write() as con:
-            tables.write_scores(con, recipe, row_ids, scores)
+            tables.write_scores(con, recipe, row_ids, scores, trajectories)
             tables.note(con, f"scores of {recipe}", made_of)
             views.define(con)
 

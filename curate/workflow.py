@@ -7,7 +7,7 @@ result.selection, result.dataset, result.values
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -229,8 +229,9 @@ def _score(loaded: Loaded, result: Result, sources: dict[str, list[str]], progre
     for note in found.notes:
         progress.say(note)
     plan = found.plan
-    scores = compute_scores(store, plan, row_ids, train)
-    store.write_scores(loaded.name, row_ids, named(plan, scores), made_of=made_of)
+    scores, each = compute_scores(store, plan, row_ids, train)
+    each = [replace(one, values=named(plan, one.values)) for one in each]
+    store.write_scores(loaded.name, row_ids, named(plan, scores), trajectories=each, made_of=made_of)
     result.scores = list(scores)
     values = found.values + compute_dataset_values(store, plan, row_ids, train)
     if ids:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
+
 import polars as pl
 import pytest
 
 import curate
 from curate.explain import explain_row
 from curate.importing import import_file
+from curate.scores.phases import NAMES
 from curate.scoring import _most_common
 from curate.store import Store
 from curate.summary import summarise
@@ -53,6 +56,31 @@ def test_names_stand_beside_the_codes(store):
         (3, None, None, None),  # the runs disagree
         (4, 1.0, "learning", "learning"),
     ]
+
+
+def test_the_phase_at_every_checkpoint_stands_in_the_trajectories(store, tmp_path):
+    found = store.sql(
+        "SELECT o.key::INTEGER AS id, run, step, accuracy, phase, phase_name, all_fluent_name FROM trajectories JOIN occurrences o USING (row_id)"
+    )
+    of = {(row["id"], row["run"]): [] for row in found.to_dicts()}
+    for row in found.sort("step").to_dicts():
+        assert row["accuracy"] == LOGS[row["id"]][row["run"]][row["step"] // 10 - 1][0] / 4
+        of[row["id"], row["run"]].append(row["phase_name"])
+        assert row["phase"] == NAMES.index(row["phase_name"])
+    assert of == {
+        (1, "a"): ["unlearned", "learned", "learned"],
+        (1, "b"): ["unlearned", "learned", "learned"],
+        (2, "a"): ["unlearned", "memorised", "memorised"],
+        (2, "b"): ["unlearned", "memorised", "memorised"],
+        (3, "a"): ["unlearned", "learned", "forgotten"],  # here the runs disagree, and each says its own
+        (3, "b"): ["unlearned", "unlearned", "unlearned"],
+        (4, "a"): ["unlearned", "learning", "learning"],
+    }
+    shutil.copytree(store.folder, tmp_path / "store")
+    other = curate.run({"kind": "sft", "scores": ["accuracy"]}, store=tmp_path / "store").store
+    columns, mine = (other.sql("SELECT * FROM trajectories LIMIT 0", recipe=name).columns for name in (None, "phases"))
+    assert "phase" not in columns  # the scores of the recipe that was scored last
+    assert mine == [*columns, "phase", "all_fluent", "phase_name", "all_fluent_name"]
 
 
 def test_the_summary_shows_shares_per_run_and_checkpoint(store):

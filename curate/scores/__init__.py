@@ -169,8 +169,9 @@ class Columns:
         steps: Iterable[int | None] | None = None,
         rates: Iterable[float | None] | None = None,
         params: Mapping[str, Any] | None = None,
+        function: Callable[..., Any] | None = None,
     ) -> Any:
-        """The function over named columns. `columns` maps each need, as it is written in `needs`, to its array."""
+        """The function (or `function`, of the same arguments) over named columns. `columns`: each need, as it is written in `needs`, to its array."""
         missing = [need for need in self.needs if columns.get(need) is None]
         if missing:
             raise UsageError(
@@ -186,7 +187,7 @@ class Columns:
         if self.takes_rates:
             extra["rates"] = None if rates is None else np.asarray(list(rates), dtype=np.float64)
         try:
-            return self.function(*arrays, **self.check(params or {}), **extra)
+            return (function or self.function)(*arrays, **self.check(params or {}), **extra)
         except ValueError as error:
             raise UsageError(f"{self.what} {self.name}: {error}") from error
 
@@ -201,7 +202,8 @@ class Score(Columns):
 
     null_where: the name of a score of the same family, "" for none: where that one is 1, this one is NULL and that is its right value,
     not an unknown one (first_learned_step where never_learned). names: of the codes 0, 1, … where the value is a code and no amount;
-    the view `scored` then shows them too, in a text column `<score>_name`.
+    the view `scored` then shows them too, in a text column `<score>_name`. per_checkpoint: a function of the same arguments that gives the
+    value at every checkpoint, (rows, K), the last of which is the score; the view `trajectories` shows these.
     """
 
     unit: str
@@ -209,6 +211,7 @@ class Score(Columns):
     high_means: str
     null_where: str = ""
     names: tuple[str, ...] = ()
+    per_checkpoint: Callable[..., Array] | None = None
 
     what = "score"
 
@@ -232,6 +235,17 @@ class Score(Columns):
                 f"score {self.name} ({self.path}) returned shape {result.shape}, expected one number a row: ({rows},)."
             )
         return result
+
+    def compute_each(
+        self,
+        columns: Mapping[str, Any],
+        *,
+        steps: Iterable[int] | None = None,
+        params: Mapping[str, Any] | None = None,
+    ) -> Array:
+        """(rows, K) float64, NaN where unknown: the score at every checkpoint, for a score that has `per_checkpoint`. Else as `compute`."""
+        found = self.call(columns, steps=steps, params=params, function=self.per_checkpoint)
+        return np.asarray(found, dtype=np.float64)
 
 
 class Value(NamedTuple):
@@ -284,6 +298,7 @@ def score(
     source: str = "",
     null_where: str = "",
     names: tuple[str, ...] = (),
+    per_checkpoint: Callable[..., Array] | None = None,
 ) -> Callable[[Callable[..., Any]], Score]:
     """Declare a score. needs, optional: see the module. over="checkpoints": every column comes as (rows, K), in step order, NaN where
     unmeasured (K counts the base model as step 0 where it is given); an argument called `steps` then gets the K steps, one called `rates`
@@ -295,7 +310,13 @@ def score(
     def decorate(function: Callable[..., Any]) -> Score:
         common = _described(function, needs, optional, kind, over, source)
         declared = Score(
-            **common, unit=unit, worst=worst, high_means=high_means, null_where=null_where, names=tuple(names)
+            **common,
+            unit=unit,
+            worst=worst,
+            high_means=high_means,
+            null_where=null_where,
+            names=tuple(names),
+            per_checkpoint=per_checkpoint,
         )
         return _register(declared, SCORES)
 

@@ -107,6 +107,21 @@ def _phases(
     return by_rules(seen, target_nll, tau, level=level, steps=steps)
 
 
+def phases(
+    accuracy: Array,
+    target_nll: Array,
+    group: np.ndarray | None = None,
+    *,
+    threshold: Threshold = 0.1,
+    per: str = "group",
+    level: Share = 0.5,
+    smooth: bool = True,
+    steps: np.ndarray | None = None,
+) -> Array:
+    """The phase at every checkpoint, (rows, K); the arguments are those of `phase`."""
+    return _phases(accuracy, target_nll, thresholds(threshold, group, len(accuracy), per=per), level, smooth, steps)
+
+
 @score(
     needs=("accuracy", "target_nll"),
     optional=("row.{per}",),
@@ -117,6 +132,7 @@ def _phases(
     high_means="a code and no amount: 0 unlearned, 1 learning, 2 learned, 3 memorised, 4 forgotten",
     source=f"{HU}; {KANG}",
     names=NAMES,
+    per_checkpoint=phases,
 )
 def phase(
     accuracy: Array,
@@ -135,15 +151,16 @@ def phase(
     heart and no more. 3 memorised: NLL < τ, and no such accuracy before. 1 learning: else, accuracy ≥ 0.1. 0 unlearned: else.
 
     NULL where the measured checkpoints do not decide it. Over several runs, the phase in most of them, NULL at a tie. Rows fluent from the
-    start are never memorised: see `fluent`.
+    start are never memorised: see `fluent`. The phases at every checkpoint of every run stand in the view `trajectories`.
 
     threshold: τ in nats/token, or one per value of the source's column `per`; auto, auto_per_group: calibrated, as for premem_accuracy.
     smooth: false takes every accuracy as it was sampled.
     """
     if accuracy.shape[1] == 0:
         return np.full(len(accuracy), np.nan)
-    tau = thresholds(threshold, group, len(accuracy), per=per)
-    return _phases(accuracy, target_nll, tau, level, smooth, steps)[:, -1]
+    return phases(accuracy, target_nll, group, threshold=threshold, per=per, level=level, smooth=smooth, steps=steps)[
+        :, -1
+    ]
 
 
 @dataset_value(

@@ -87,6 +87,18 @@ def from_the_start(target_nll: Array, threshold: float | Array, steps: np.ndarra
     return np.where(np.isnan(first), np.nan, first < threshold)
 
 
+def premem_series(
+    accuracy: Array,
+    target_nll: Array,
+    group: np.ndarray | None = None,
+    *,
+    threshold: Threshold = 0.1,
+    per: str = "group",
+) -> Array:
+    """premem at every checkpoint, (rows, K); the arguments are those of `premem_accuracy`."""
+    return running(accuracy, target_nll, thresholds(threshold, group, len(accuracy), per=per))
+
+
 @score(
     needs=("accuracy", "target_nll"),
     optional=("row.{per}",),
@@ -96,6 +108,7 @@ def from_the_start(target_nll: Array, threshold: float | Array, steps: np.ndarra
     worst="none",
     high_means="answered right before its solution was memorised: it generalises",
     source=KANG,
+    per_checkpoint=premem_series,
 )
 def premem_accuracy(
     accuracy: Array,
@@ -112,7 +125,7 @@ def premem_accuracy(
     """
     if accuracy.shape[1] == 0:
         return np.full(len(accuracy), np.nan)
-    return running(accuracy, target_nll, thresholds(threshold, group, len(accuracy), per=per))[:, -1]
+    return premem_series(accuracy, target_nll, group, threshold=threshold, per=per)[:, -1]
 
 
 @score(

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol
 
+import numpy as np
+
 from curate.rows import Row
 
 Role = Literal["train", "heldout"]
@@ -71,6 +73,15 @@ class DatasetValue:
     run: str = ""
     checkpoint: str = ""
     step: int | None = None
+
+
+@dataclass(frozen=True)
+class Trajectories:
+    """Scores that have a value at every checkpoint of a run. places: (checkpoint, step) of each, as measured. values: name -> (rows, K)."""
+
+    run: str
+    places: list[tuple[str, int | None]]
+    values: dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)

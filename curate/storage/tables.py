@@ -18,7 +18,7 @@ import pyarrow as pa
 from curate.errors import StoreError, UsageError
 from curate.rows import content_id
 from curate.storage.database import Connection, literal, one, quote
-from curate.storage.entries import Measured
+from curate.storage.entries import Measured, Trajectories
 from curate.storage.shards import arrow_column, read_shard
 
 if TYPE_CHECKING:
@@ -288,7 +288,18 @@ def register_recipe(
     )
 
 
-def write_scores(con: Connection, recipe: str, row_ids: Sequence[str], scores: Mapping[str, Any]) -> None:
+def trajectories_table(scores_table: str) -> str:
+    """Where a recipe's scores at every checkpoint are: row_id, run, checkpoint, step, and a column a score."""
+    return f"{scores_table}_at"
+
+
+def write_scores(
+    con: Connection,
+    recipe: str,
+    row_ids: Sequence[str],
+    scores: Mapping[str, Any],
+    trajectories: Sequence[Trajectories] = (),
+) -> None:
     """See `Store.write_scores`."""
     found = one(con, "SELECT scores_table FROM data.recipes WHERE name = ?", [recipe])
     if found is None:
@@ -302,7 +313,33 @@ def write_scores(con: Connection, recipe: str, row_ids: Sequence[str], scores: M
     con.register("scores_view", pa.table(arrays))
     con.execute(f"CREATE OR REPLACE TABLE data.{quote(found[0])} AS SELECT * FROM scores_view")
     con.unregister("scores_view")
+    each = quote(trajectories_table(found[0]))
+    con.execute(f"DROP TABLE IF EXISTS data.{each}")
+    if trajectories:
+        con.register(
+            "scores_view",
+            pa.concat_tables([_lines(one, arrays["row_id"]) for one in trajectories], promote_options="default"),
+        )
+        con.execute(f"CREATE TABLE data.{each} AS SELECT * FROM scores_view")
+        con.unregister("scores_view")
     con.execute("UPDATE data.recipes SET updated = now()::TIMESTAMP WHERE name = ?", [recipe])
+
+
+def _lines(one: Trajectories, row_ids: pa.Array) -> pa.Table:
+    """A run's scores at every checkpoint, a line a row and checkpoint at which one is known."""
+    columns = {name: arrow_column(values.ravel()) for name, values in one.values.items()}
+    row, k = np.divmod(np.arange(len(row_ids) * len(one.places)), max(len(one.places), 1))
+    checkpoints, steps = (
+        pa.array([place[i] for place in one.places], kind) for i, kind in ((0, pa.string()), (1, pa.int64()))
+    )
+    lines = {
+        "row_id": row_ids.take(pa.array(row)),
+        "run": pa.repeat(pa.scalar(one.run), len(row)),
+        "checkpoint": checkpoints.take(pa.array(k)),
+        "step": steps.take(pa.array(k)),
+    }
+    known = np.logical_or.reduce([column.is_valid().to_numpy(zero_copy_only=False) for column in columns.values()])
+    return pa.table({**lines, **columns}).filter(pa.array(known))
 
 
 def note(con: Connection, key: str, value: str | None) -> None:

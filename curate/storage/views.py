@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from curate.errors import UsageError
 from curate.storage.database import Connection, literal, quote
-from curate.storage.tables import columns_of, table_of
+from curate.storage.tables import columns_of, table_of, trajectories_table
 
 FIRST = "1152921504606846976"  # 2**60: a held-out occurrence comes after every training one
 TRAJECTORY = {
@@ -72,7 +72,7 @@ def _bodies(con: Connection, recipe: str | None, sources: Sequence[str] | None) 
     return {
         "rows": lambda: f"SELECT {', '.join(BASE)} FROM ({_rows(occurs, sources is not None)})",
         "scored": lambda: _scored(con, occurs, sources is not None, scores_table, plain),
-        "trajectories": lambda: _narrowed(_trajectories(con, uses), near),
+        "trajectories": lambda: _narrowed(_trajectories(con, uses, scores_table), near),
         "samples": lambda: _narrowed(
             "SELECT s.row_id, m.run, m.checkpoint, m.step, s.sample, s.text, s.correct, s.n_tokens, s.logp, s.finished "
             f"FROM data.samples s JOIN data.measured m USING (fingerprint) WHERE s.fingerprint IN ({_list(uses)})",
@@ -212,8 +212,10 @@ def _occurrences(con: Connection, occurs: str) -> str:
     return f"SELECT {', '.join([*picked, *_user_columns(con, 'columns', set(picked))])} FROM {occurs}"
 
 
-def _trajectories(con: Connection, uses: Sequence[str]) -> str:
-    """row × run × checkpoint. Of one measurement of one set of weights the fingerprint used last counts."""
+def _trajectories(con: Connection, uses: Sequence[str], scores_table: str | None) -> str:
+    """row × run × checkpoint. Of one measurement of one set of weights the fingerprint used last counts. Beside the measurements the scores
+    that have a value at every checkpoint.
+    """
     found = con.execute(
         f"SELECT measurement, list(fingerprint) FROM (SELECT * FROM data.measured WHERE fingerprint IN ({_list(uses)}) AND reads <> 'tokens' "
         "QUALIFY row_number() OVER (PARTITION BY measurement, run, checkpoint, step, model_fingerprint, reads = 'import' "
@@ -237,7 +239,19 @@ def _trajectories(con: Connection, uses: Sequence[str]) -> str:
     )
     columns = ", ".join(f"any_value({quote(n)}) AS {quote(n)}" for n in names)
     union = " UNION ALL BY NAME ".join(parts)
-    return f"SELECT row_id, run, checkpoint, step, {columns} FROM ({union}) GROUP BY row_id, run, checkpoint, step, subject"
+    lines = f"SELECT row_id, run, checkpoint, step, {columns} FROM ({union}) GROUP BY row_id, run, checkpoint, step, subject"
+    each = trajectories_table(scores_table) if scores_table else ""
+    place = ("run", "checkpoint", "step")
+    scores = _free(
+        [name for name in columns_of(con, each) if name not in place], {n.lower() for n in ("row_id", *place, *names)}
+    )
+    if not scores:
+        return lines
+    picked = ", ".join(f"s.{quote(n)}" for n in scores)
+    return (
+        f"SELECT t.*, {picked} FROM ({lines}) t LEFT JOIN data.{quote(each)} s ON s.row_id = t.row_id AND s.run = t.run "
+        "AND s.checkpoint = t.checkpoint AND s.step IS NOT DISTINCT FROM t.step"
+    )
 
 
 def _narrowed(body: str, condition: str) -> str:

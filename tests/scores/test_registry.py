@@ -79,6 +79,15 @@ def test_a_row_does_not_depend_on_the_others(name):
     np.testing.assert_array_equal(shuffled, whole[order])
 
 
+@pytest.mark.parametrize("name", sorted(n for n in SCORES if SCORES[n].per_checkpoint))
+def test_the_last_of_a_scores_values_over_checkpoints_is_the_score(name):
+    s, rng = SCORES[name], np.random.default_rng(1)
+    columns = {need: np.where(rng.random((30, 4)) < 0.1, np.nan, rng.random((30, 4))) for need in s.needs}
+    each = s.compute_each(columns, steps=[0, 1, 2, 3])
+    assert each.shape == (30, 4) and len(np.unique(each[~np.isnan(each)])) > 2
+    np.testing.assert_array_equal(each[:, -1], s.compute(columns, steps=[0, 1, 2, 3]))
+
+
 @pytest.mark.parametrize("name", sorted(SCORES))
 def test_arguments_are_not_changed(name):
     s = SCORES[name]
