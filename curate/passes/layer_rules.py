@@ -90,16 +90,9 @@ def find_rules(model: Model, parameters: Parameters = "all") -> Rules:
     gradient is W's own.
     """
     module = model.module
-    if parameters == "lora" and model.adapter is not None and not model.adapter.lora:
-        raise ModelError(
-            f"{model.path}: gradients over the LoRA parameters were asked for, but this adapter has factors of the embedding or the LM head, "
-            "for which there is no rule. Take them over all parameters (gradients.parameters: all)."
-        )
     layers = _decoder_layers(module)
     owners = _owners(module)
-    wanted = _wanted(module, owners, layers, parameters)
-    if parameters != "lora" and model.adapter is not None:
-        wanted = {key: name for key, name in wanted.items() if ".lora_" not in name}
+    wanted = _wanted(model, owners, layers, parameters)
     head = module.get_output_embeddings()
     first = len(layers) - min(parameters, len(layers)) if isinstance(parameters, int) else None
     rules = Rules([], [], [], layers, first, id(head.weight) in wanted, tuple(wanted.values()))
@@ -142,10 +135,10 @@ def find_rules(model: Model, parameters: Parameters = "all") -> Rules:
 
 
 def parameter_names(model: Model, parameters: Parameters = "all") -> tuple[str, ...]:
-    """The parameters that were asked for, with a rule or without, by the names of `named_parameters`. ModelError where there are none."""
-    found = _wanted(model.module, _owners(model.module), _decoder_layers(model.module), parameters)
-    if parameters != "lora" and model.adapter is not None:
-        found = {key: name for key, name in found.items() if ".lora_" not in name}
+    """The parameters that were asked for, with a rule or without, by the names of `named_parameters`. ModelError where there are none, or where
+    factors of an adapter are none, being merged.
+    """
+    found = _wanted(model, _owners(model.module), _decoder_layers(model.module), parameters)
     if not found:
         raise ModelError(
             f"{model.path or type(model.module).__name__}: {_said(parameters)} were asked for, it has none."
@@ -169,10 +162,17 @@ def _said(parameters: Parameters) -> str:
 
 
 def _wanted(
-    module: Any, owners: dict[int, list[tuple[str, nn.Module]]], layers: list[nn.Module], parameters: Parameters
+    model: Model, owners: dict[int, list[tuple[str, nn.Module]]], layers: list[nn.Module], parameters: Parameters
 ) -> dict[int, str]:
     """id -> name of the parameters asked for, in the model's order."""
-    names = {key: found[0][0] for key, found in owners.items()}
+    module, names = model.module, {key: found[0][0] for key, found in owners.items()}
+    if parameters == "lora" and model.adapter is not None and not model.adapter.lora:
+        raise ModelError(
+            f"{model.path}: gradients over the LoRA parameters were asked for, but this adapter has factors of the embedding or the LM head, "
+            "for which there is no rule. Take them over all parameters (gradients.parameters: all)."
+        )
+    if parameters != "lora" and model.adapter is not None:
+        names = {key: name for key, name in names.items() if ".lora_" not in name}
     if parameters == "all":
         return names
     if parameters == "lora":

@@ -11,7 +11,7 @@ import torch
 
 from curate.errors import ModelError
 from curate.measurements import MEASUREMENTS
-from curate.passes import backward, forward
+from curate.passes import backward, direction, forward
 from curate.passes.adapter_config import read_adapter_config, vllm_refusal
 from curate.tokens import EncodedPair
 from tests.passes.forward_models import double, make, random_pairs
@@ -223,6 +223,8 @@ def test_factors_without_a_rule_have_no_lora_gradients(tmp_path):
     with forward.load_model(tmp_path / "a", base=base, device="cpu") as model:
         with pytest.raises(ModelError, match="factors of the embedding or the LM head"):
             backward.measure(model, random_pairs(2), ENTK, parameters="lora")
+        with pytest.raises(ModelError, match="factors of the embedding or the LM head"):
+            direction.accumulate(model, random_pairs(2), direction.fixed_weights(1, 0), parameters="lora")
 
 
 def test_what_vllm_takes(tmp_path):
