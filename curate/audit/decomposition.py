@@ -141,9 +141,11 @@ def checkpoint_losses(segments: Segments, encoded: Sequence[Encoded], *, token_b
     return np.stack(found, axis=1)
 
 
-def decompose(segments: Segments, encoded: Sequence[Encoded], **settings: Any) -> Decomposition:
-    """The whole of it in memory; settings: `Integrator`'s way, tolerance, most, token_budget, count."""
-    losses = checkpoint_losses(segments, encoded)
-    integrator = Integrator(segments, encoded, losses, **settings)
+def decompose(
+    segments: Segments, encoded: Sequence[Encoded], *, token_budget: int = 16384, **settings: Any
+) -> Decomposition:
+    """The whole of it in memory; settings: `Integrator`'s way, tolerance, most, count."""
+    losses = checkpoint_losses(segments, encoded, token_budget=token_budget)
+    integrator = Integrator(segments, encoded, losses, token_budget=token_budget, **settings)
     parts = [integrator.parts(t)[0] for t in range(len(segments))]
     return Decomposition(losses, np.stack(parts, axis=1), segments.share)

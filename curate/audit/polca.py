@@ -24,7 +24,7 @@ from curate.checkpoints import Subject
 from curate.errors import UsageError
 from curate.fingerprints import FingerprintCache
 from curate.plan import find_subjects
-from curate.progress import Progress
+from curate.progress import Progress, counted
 from curate.recipe import Loaded, load_recipe
 from curate.rows import Row, content_id
 from curate.show import cell, table
@@ -126,7 +126,7 @@ class Audit:
         for found in self.found:
             lines += ["", *self._clusters(found)]
         lines += ["", f"Kept in {self.kept_in} (losses.npz, segment-*.npz: parts per row and direction)."]
-        return "\n".join(lines)
+        return counted("\n".join(lines))
 
     def _clusters(self, found: Found) -> Iterator[str]:
         name = "Plain loss, the control" if found.direction is None else f"Direction {found.direction + 1}"
@@ -156,7 +156,7 @@ def audit(
     """
     progress = progress or Progress(quiet=True)
     loaded = load_recipe(recipe, set=set, store=store)
-    _check(loaded)
+    _check(loaded, smallest, tolerance)
     kept = Store(loaded.store, create=True, on_wait=progress.say)
     with kept.measuring():
         sources = read_sources(loaded, kept, progress)
@@ -194,8 +194,12 @@ def find_all(decomposition: Decomposition, smallest: int) -> list[Found]:
     return found
 
 
-def _check(loaded: Loaded) -> None:
+def _check(loaded: Loaded, smallest: int | None, tolerance: float) -> None:
     recipe, name = loaded.recipe, loaded.path or "recipe"
+    if smallest is not None and smallest < 2:
+        raise UsageError(f"--smallest {smallest}: expected rows that make a cluster, 2 or more.")
+    if not tolerance >= 0:
+        raise UsageError(f"--tolerance {tolerance}: expected a share of the mean |Δloss|, such as {TOLERANCE}.")
     if recipe.kind != "sft" or recipe.models.checkpoints is None:
         raise UsageError(
             f"{name}: POLCA takes a run apart: wanted `kind: sft` and `models: {{checkpoints: …}}`, found kind {recipe.kind} and "
@@ -241,9 +245,7 @@ def _measured(
     about = folder / "about.json"
     if not all(file.is_file() for file in (about, folder / "losses.npz", *files)):
         folder.mkdir(parents=True, exist_ok=True)
-        _measure(loaded, rows, subjects, folder, files, dtype, tolerance, progress)
-        known = json.loads(about.read_text())
-        _write(about, json.dumps({**known, "row_ids": row_ids}).encode())
+        _measure(loaded, row_ids, rows, subjects, folder, files, dtype, tolerance, progress)
     known = json.loads(about.read_text())
     parts = np.stack([np.load(file)["parts"] for file in files], axis=1)
     notes = list(known["notes"])
@@ -257,6 +259,7 @@ def _measured(
 
 def _measure(
     loaded: Loaded,
+    row_ids: list[str],
     rows: list[Row | None],
     subjects: list[Subject],
     folder: Path,
@@ -293,6 +296,7 @@ def _measure(
             "notes": notes,
             "share": segments.share.tolist(),
             "checkpoints": [s.label for s in subjects],
+            "row_ids": row_ids,
         }
         _write(folder / "about.json", json.dumps(about).encode())
         integrator = Integrator(

@@ -63,6 +63,10 @@ def test_what_cannot_be_taken_apart_is_refused(recipe):
         audit(recipe, set={"models.checkpoints": None, "models.reference": "run/checkpoint-10"})
     with pytest.raises(UsageError, match="two checkpoints or more, found 1"):
         audit(recipe, set={"models.checkpoints": ["run/checkpoint-10"]})
+    with pytest.raises(UsageError, match="--smallest 1: expected .* 2 or more"):
+        audit(recipe, smallest=1)
+    with pytest.raises(UsageError, match="--tolerance nan: expected a share"):
+        audit(recipe, tolerance=float("nan"))
 
 
 def test_as_a_job(recipe, monkeypatch, capsys):
