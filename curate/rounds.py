@@ -7,7 +7,7 @@ that the recipe's `select:` keeps and that were not fluent from the start: a flu
 
 Every step leaves a file when it is done, and a stopped job goes on after the last one:
 
-    out/rounds.json                  what was asked; another question in the same folder is refused
+    out/rounds.json                  what was asked; another question in the same folder is refused, and a second process (rounds.lock)
     out/store/                       measurements; rows measured in one round keep theirs
     out/round-t/data.jsonl           what round t trains on        out/runs/round-t/checkpoint-*
     out/round-t/trained              the training ended            out/round-t/measured.json, hard.jsonl, collected.json, new.jsonl
@@ -22,7 +22,8 @@ import os
 import shlex
 import shutil
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from curate.checkpoints import Subject, find_checkpoints
 from curate.collecting import Candidate
 from curate.errors import CurateError, UsageError
 from curate.fingerprints import FingerprintCache
+from curate.locks import locked
 from curate.progress import Progress
 from curate.recipe import Loaded, Source, load_recipe
 from curate.rows import Example
@@ -42,6 +44,8 @@ LAST_VALUES = """
 HARD = """
     SELECT row_id, fluent FROM selections JOIN scored USING (row_id) WHERE selection = ? AND kept ORDER BY row_id
 """
+
+RULES, LOCK = "rounds.json", "rounds.lock"
 
 
 @dataclass(frozen=True)
@@ -79,38 +83,39 @@ def grow(
 
     asked: what makes this job another job (the pool, how rows are picked, the trainer): kept, and compared when the job goes on. `rounds`
     may be raised later. A round without hard rows is the last. Raises UsageError for a recipe without `premem_accuracy`, `fluent` or
-    `select:`, and CurateError from the steps.
+    `select:`, and CurateError from the steps, or naming the process where another one runs rounds in this folder.
     """
     progress = progress or Progress(quiet=True)
     loaded = load_recipe(recipe, set=overrides)
     _check(loaded, recipe, rounds, take)
-    _claim(out, {"recipe": loaded.text, "take": take, "seed": seed, **asked})
-    found = []
-    for number in range(1, rounds + 2):
-        folder = out / f"round-{number}"
-        if number == 1 and not (folder / "data.jsonl").is_file():
-            _write_rows(folder / "data.jsonl", read_rows(loaded, loaded.recipe.source, "source"))
-        run = out / "runs" / folder.name
-        if not (folder / "trained").is_file():
-            shutil.rmtree(run, ignore_errors=True)
-            progress.say(f"round {number}: training on {folder / 'data.jsonl'}")
-            train(folder / "data.jsonl", run, number)
-            (folder / "trained").touch()
-        if not (folder / "measured.json").is_file():
-            progress.say(f"round {number}: measuring {run}")
-            _measure(recipe, overrides, folder, run, out / "store", progress)
-        line = {"round": number, **json.loads((folder / "measured.json").read_text(encoding="utf-8"))}
-        found.append(line)
-        if number == rounds + 1 or not line["hard"]:
-            break
-        if not (folder / "collected.json").is_file():
-            _collect(loaded, folder, run, out / f"round-{number + 1}", number, take, seed, collect)
-        line |= json.loads((folder / "collected.json").read_text(encoding="utf-8"))
-        progress.say(f"round {number}: {line['hard']:,} hard rows, {line['collected']:,} like them collected")
-        if not line["collected"]:
-            break
-    _write(out / "summary.json", json.dumps(found, indent=2) + "\n")
-    return found
+    with _alone(out):
+        _claim(out, {"recipe": loaded.text, "take": take, "seed": seed, **asked})
+        found = []
+        for number in range(1, rounds + 2):
+            folder = out / f"round-{number}"
+            if number == 1 and not (folder / "data.jsonl").is_file():
+                _write_rows(folder / "data.jsonl", read_rows(loaded, loaded.recipe.source, "source"))
+            run = out / "runs" / folder.name
+            if not (folder / "trained").is_file():
+                shutil.rmtree(run, ignore_errors=True)
+                progress.say(f"round {number}: training on {folder / 'data.jsonl'}")
+                train(folder / "data.jsonl", run, number)
+                (folder / "trained").touch()
+            if not (folder / "measured.json").is_file():
+                progress.say(f"round {number}: measuring {run}")
+                _measure(recipe, overrides, folder, run, out / "store", progress)
+            line = {"round": number, **json.loads((folder / "measured.json").read_text(encoding="utf-8"))}
+            found.append(line)
+            if number == rounds + 1 or not line["hard"]:
+                break
+            if not (folder / "collected.json").is_file():
+                _collect(loaded, folder, run, out / f"round-{number + 1}", number, take, seed, collect)
+            line |= json.loads((folder / "collected.json").read_text(encoding="utf-8"))
+            progress.say(f"round {number}: {line['hard']:,} hard rows, {line['collected']:,} like them collected")
+            if not line["collected"]:
+                break
+        _write(out / "summary.json", json.dumps(found, indent=2) + "\n")
+        return found
 
 
 def _check(loaded: Loaded, recipe: str | Path, rounds: int, take: int) -> None:
@@ -126,9 +131,24 @@ def _check(loaded: Loaded, recipe: str | Path, rounds: int, take: int) -> None:
         raise UsageError(f"{recipe}: rounds need {wanted}. `curate init sft` writes a recipe that has it.")
 
 
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """The rounds' folder, made where there is none, for this process alone. UsageError where it is something else's."""
+    inside = {path.name for path in out.iterdir()} - {LOCK} if out.is_dir() else set()
+    if (inside and RULES not in inside) or (out.exists() and not out.is_dir()):
+        raise UsageError(f"{out}: is not empty, and not a folder of rounds. Name another one.")
+    out.mkdir(parents=True, exist_ok=True)
+
+    def taken(holder: str) -> CurateError:
+        return CurateError(f"{out}: process {holder} runs rounds in this folder. Wait for it, or name another folder.")
+
+    with locked(out / LOCK, taken):
+        yield
+
+
 def _claim(out: Path, asked: dict[str, Any]) -> None:
     """The folder is this job's. UsageError where it is another's."""
-    mark = out / "rounds.json"
+    mark = out / RULES
     if mark.is_file():
         before = json.loads(mark.read_text(encoding="utf-8"))
         other = [key for key in asked | before if asked.get(key) != before.get(key)]
@@ -137,8 +157,6 @@ def _claim(out: Path, asked: dict[str, Any]) -> None:
                 f"{out}: holds rounds that were asked for differently ({', '.join(other)}). Name another folder, or delete this one."
             )
         return
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(f"{out}: is not empty, and not a folder of rounds. Name another one.")
     _write(mark, json.dumps(asked, indent=2) + "\n")
 
 

@@ -9,20 +9,19 @@ shard. Every method opens the database for one short transaction and closes it a
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import socket
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from curate.errors import StoreError, UsageError
+from curate.locks import holder, locked
 from curate.rows import Row
 from curate.storage import query, sources, tables, views
 from curate.storage.database import Database, one, process_alive
@@ -170,42 +169,22 @@ class Store:
 
         Raises StoreError naming the holder's process id.
         """
-        path = self.folder / "run.lock"
-        try:
-            lock = path.open("a+")
-        except OSError as error:
-            raise StoreError(f"{path}: cannot be written ({error.strerror}).") from None
-        try:
-            if not _lock_soon(lock):
-                holder = self.measured_by()
-                raise StoreError(
-                    f"{self.folder}: process {holder or 'of another machine'} is measuring into this store. "
-                    f"Wait for it (`curate status {self.folder}`), "
-                    "or give this recipe a store of its own with --store."
-                ) from None
-            lock.seek(0)
-            lock.truncate()
-            lock.write(str(os.getpid()))
-            lock.flush()
+
+        def taken(holder: str) -> StoreError:
+            return StoreError(
+                f"{self.folder}: process {holder} is measuring into this store. Wait for it (`curate status {self.folder}`), "
+                "or give this recipe a store of its own with --store."
+            )
+
+        with locked(self.folder / "run.lock", taken):
             self.shards.sweep()
             sources.sweep(self.folder)
             self.ingest()
             yield
-        finally:
-            lock.close()
 
     def measured_by(self) -> int | None:
         """The id of the process that is measuring now; None if nobody is."""
-        path = self.folder / "run.lock"
-        if not path.exists():
-            return None
-        with path.open() as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except OSError:
-                text = lock.read().strip()
-                return int(text) if text.isdigit() else None
-        return None
+        return holder(self.folder / "run.lock")
 
     def write_shard(
         self,
@@ -455,16 +434,3 @@ class Store:
             "shards_pending": len(self.shards.pending()),
             "measured_by_process": self.measured_by(),
         }
-
-
-def _lock_soon(file: IO[str], patience: float = 0.5) -> bool:
-    """Lock a file for this process alone. Not at the first try only: `measured_by` of another process holds it for an instant."""
-    until = time.monotonic() + patience
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except OSError:
-            if time.monotonic() > until:
-                return False
-            time.sleep(0.02)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -143,6 +145,24 @@ def test_another_question_in_the_same_folder_is_refused(grown, made):
         grow(made, made / "a", Trainer(made), take=9)
     with pytest.raises(UsageError, match="not a folder of rounds"):
         grow(made, made, Trainer(made))
+
+
+def test_a_second_process_in_the_same_folder_is_refused(made):
+    """While the first one trains; it goes on undisturbed, and once it has ended the folder is free again."""
+    script = Path(rounds.__file__).resolve().parent.parent / "pipelines" / "prioritize_sft.py"
+    words = f"{made / 'sft.yaml'} --rounds 1 --take 8 --pool {made / 'pool.jsonl'} --model base --out {made / 'both'}"
+    trainer, said = Trainer(made), []
+
+    def train(data: Path, out: Path, number: int) -> None:
+        if number == 1:
+            said.append(subprocess.run([sys.executable, script, *words.split()], capture_output=True, text=True))
+        trainer(data, out, number)
+
+    lines = grow(made, made / "both", train)
+    assert said[0].returncode == 1
+    assert f"{made / 'both'}: process {os.getpid()} runs rounds in this folder. Wait for it" in said[0].stderr
+    assert len(lines) == 2 and [number for number, _ in trainer.seen] == [1, 2]
+    assert grow(made, made / "both", trainer) == lines  # the folder is free again
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,62 @@
+"""One process at a time: a file that is locked as long as a process works in its folder, and says which. The lock dies with the process."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from curate.errors import CurateError, StoreError
+
+
+@contextmanager
+def locked(path: Path, taken: Callable[[str], CurateError]) -> Iterator[None]:
+    """Hold a file, made where there is none, for this process alone.
+
+    taken: the error to raise where another process holds it, from a word for that one ("4711", "of another machine"). StoreError where the
+    file cannot be written.
+    """
+    try:
+        file = path.open("a+")
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be written ({error.strerror}).") from None
+    try:
+        if not _lock_soon(file):
+            raise taken(str(holder(path) or "of another machine"))
+        file.seek(0)
+        file.truncate()
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+    finally:
+        file.close()
+
+
+def holder(path: Path) -> int | None:
+    """The id of the process that holds the file now; None if nobody does."""
+    if not path.exists():
+        return None
+    with path.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            text = file.read().strip()
+            return int(text) if text.isdigit() else None
+    return None
+
+
+def _lock_soon(file: IO[str], patience: float = 0.5) -> bool:
+    """Lock a file for this process alone. Not at the first try only: `holder` of another process has it for an instant."""
+    until = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except OSError:
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.02)
