@@ -26,6 +26,7 @@ import numpy as np
 import polars as pl
 
 from curate.errors import UsageError, ValidationError
+from curate.progress import counted
 from curate.rows import ID_DIGITS, content_id
 from curate.store import DatasetValue, Measured, Store
 
@@ -52,9 +53,9 @@ class Imported:
     def __str__(self) -> str:
         places = f"{self.checkpoints:,} checkpoints of {self.runs:,} runs"
         if not self.rows:
-            return f"{self.file}: {self.values:,} dataset values ({', '.join(self.columns)}) over {places}."
+            return counted(f"{self.file}: {self.values:,} dataset values ({', '.join(self.columns)}) over {places}.")
         new = f" ({self.new_rows:,} of them known only by the file's ids)" if self.new_rows else ""
-        return (
+        return counted(
             f"{self.file}: {', '.join(self.columns)} for {self.rows:,} rows{new} over {places}, {self.lines:,} lines."
         )
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-ONE = re.compile(r"(?<![\d.,])1 (row|pair|example|checkpoint|answer|recording)s\b")
+ONE = re.compile(r"(?<![\d.,])1 (row|pair|example|checkpoint|answer|recording|run|line|sample)s\b")
 
 
 def counted(text: str) -> str:

@@ -222,6 +222,7 @@ class Store:
             for record in measured:
                 tables.remember(con, record)
             tables.put(con, measured[0].measurement, values)
+            tables.outdate(con, [record.fingerprint for record in measured])
             views.define(con)
 
     def measured(self, **wanted: Any) -> list[Measured]:
@@ -324,7 +325,7 @@ class Store:
             views.define(con)
 
     def made_of(self, what: Literal["scores", "selection"], name: str) -> str | None:
-        """What a recipe's scores, or a selection, were made of; None where nobody said."""
+        """What a recipe's scores, or a selection, were made of; None where nobody said, "" where values were imported over what they read."""
         with self.database.read() as con:
             found = one(con, "SELECT value FROM data.meta WHERE key = ?", [f"{what} of {name}"])
         return found[0] if found else None

@@ -14,9 +14,12 @@ import pytest
 import curate
 from curate.errors import UsageError, ValidationError
 from curate.importing import import_file
+from curate.progress import Progress
+from curate.recipe import load_recipe
 from curate.rows import Example, foreign_id
 from curate.store import Store
 from curate.summary import summarise
+from curate.workflow import run_steps
 
 LOGS = {
     "id": [7, 7, 8],
@@ -101,7 +104,7 @@ def test_dataset_values(tmp_path):
         found = import_file(
             tmp_path / "s", path, {"run": "run", "checkpoint": "step", "test_accuracy": "acc", "n": "size"}
         )
-    assert str(found) == f"{path.as_posix()}: 2 dataset values (test_accuracy, n) over 2 checkpoints of 1 runs."
+    assert str(found) == f"{path.as_posix()}: 2 dataset values (test_accuracy, n) over 2 checkpoints of 1 run."
     assert Store(tmp_path / "s").sql(
         "SELECT name, run, checkpoint, value, low, n FROM dataset_values ORDER BY step"
     ).rows() == [
@@ -247,3 +250,21 @@ def test_two_runs_of_pairs_are_told_apart_and_between_is_checked(tmp_path):
     assert back.cells[2].n == 1 and (back.first, back.last) == ("5", "0")
     with pytest.raises(UsageError, match="no run has pairs measured at both steps. There are: a: 0, 5; b: 9"):
         summarise(store, between=(0, 7))
+
+
+def test_no_selection_of_scores_that_an_import_has_overtaken(tmp_path):
+    """The same log again with other numbers: its values are replaced, and what was made of the old ones is refused."""
+    store, recipe = tmp_path / "store", tmp_path / "log.yaml"
+    recipe.write_text(
+        "kind: sft\nstore: store\nscores: [confidence]\nselect: {order_by: confidence, keep: {rows: 1}}\n"
+    )
+    step = lambda *steps: run_steps(load_recipe(recipe), steps, progress=Progress(quiet=True))  # noqa: E731
+    log = {"id": [1, 2], "run": ["r", "r"], "step": [0, 0], "nll": [0.5, 1.0]}
+    names = {"row": "id", "run": "run", "checkpoint": "step", "target_nll": "nll"}
+    import_file(store, written(tmp_path / "log.csv", log), names)
+    kept = step("score", "select").selection.counts["kept"]
+    again = import_file(store, written(tmp_path / "log.csv", log | {"nll": [2.0, 1.0]}), names)
+    assert kept == 1 and str(again).endswith("target_nll for 2 rows over 1 checkpoint of 1 run, 2 lines.")
+    with pytest.raises(UsageError, match="as scores of 'log' comes from other .* measurements"):
+        step("select")
+    assert step("score", "select").selection.counts["kept"] == 1

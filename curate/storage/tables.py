@@ -349,6 +349,15 @@ def note(con: Connection, key: str, value: str | None) -> None:
         con.execute("INSERT INTO data.meta VALUES (?, ?)", [key, value])
 
 
+def outdate(con: Connection, fingerprints: Sequence[str]) -> None:
+    """Values under these fingerprints have changed: what was made of them, scores and selections, is known to be old."""
+    con.execute(
+        "UPDATE data.meta SET value = '' WHERE key IN (SELECT unnest(['scores of ' || name, 'selection of ' || name]) FROM data.recipes "
+        "WHERE list_has_any(uses, ?))",
+        [list(fingerprints)],
+    )
+
+
 def write_selection(
     con: Connection, name: str, decisions: Decisions, recipe: str | None, spec: Mapping[str, Any] | None
 ) -> None:
