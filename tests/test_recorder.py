@@ -122,10 +122,23 @@ def test_what_is_recorded_is_what_the_checkpoint_says_and_training_does_not_noti
     assert json.loads(counts)["steps"] == [0, 2, 4] and json.loads(counts)["share"] == round(recorder.share, 4)
 
 
+@pytest.fixture(scope="module")
+def untied(base, tmp_path_factory) -> Path:
+    """The base with an LM head of its own."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("models") / "untied"
+    config = AutoConfig.from_pretrained(base, tie_word_embeddings=False)
+    torch.manual_seed(1)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    return folder
+
+
 def test_lora_adapters_are_measured_as_they_are_merged(base, examples, tmp_path):
     """LoRA on every linear layer, gradient checkpointing on: at the end the recorded values are those of the merged model."""
     from peft import LoraConfig
-    from transformers import AutoTokenizer
 
     peft = LoraConfig(
         r=4,
@@ -141,15 +154,42 @@ def test_lora_adapters_are_measured_as_they_are_merged(base, examples, tmp_path)
     )
     trainer.train()
     assert recorder.recorded == [0, 4]
-    trainer.model.merge_and_unload().save_pretrained(tmp_path / "merged")
+    check_against_merged(trainer.model, base, examples, tmp_path)
+
+
+def check_against_merged(model, base, examples, tmp_path):
+    """What was recorded last in tmp_path's store, the only run there, against the forward pass of the merged model."""
+    from transformers import AutoTokenizer
+
+    model.merge_and_unload().save_pretrained(tmp_path / "merged")
     AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "merged")
     raw = {"kind": "sft", "source": str(examples), "scores": ["target_nll"]}
     expected = curate.run({**raw, "models": {"reference": str(tmp_path / "merged")}}, store=tmp_path / "other")
-    found = curate.run(raw, store=tmp_path / "store")  # the store's only recorded run
+    found = curate.run(raw, store=tmp_path / "store")
     ours, theirs = (
         r.store.sql("SELECT target_nll FROM scored ORDER BY row_id")["target_nll"].to_numpy() for r in (found, expected)
     )
     np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+
+
+def test_lora_on_the_lm_head_is_measured_as_it_is_merged(untied, examples, tmp_path):
+    """TRL's trainers refuse it, transformers' own trains it; the recorded logits are those with it, before and after a step."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoTokenizer, Trainer, TrainingArguments
+
+    lora = LoraConfig(
+        r=4, lora_alpha=32, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM", init_lora_weights=False
+    )
+    model, tokenizer = get_peft_model(load(untied), lora), AutoTokenizer.from_pretrained(untied)
+    ids = tokenizer("1 + 1 = 2", return_tensors="pt")["input_ids"][0]
+    args = TrainingArguments(
+        str(tmp_path / "run"), max_steps=2, use_cpu=True, report_to="none", save_strategy="no", learning_rate=3e-3
+    )
+    recorder = curate.Recorder(str(examples), every=2, store=tmp_path / "store", progress=QUIET)
+    data = [{"input_ids": ids, "labels": ids}] * 8
+    Trainer(model, args, train_dataset=data, processing_class=tokenizer, callbacks=[recorder]).train()
+    assert recorder.recorded == [0, 2]
+    check_against_merged(model, untied, examples, tmp_path)
 
 
 def test_a_plain_trainer_samples_and_a_second_training_is_a_run_of_its_own(base, examples, tmp_path):
@@ -278,14 +318,92 @@ def test_mistakes_are_said_before_the_training(examples, arguments, says):
         curate.Recorder(**{"rows": str(examples), **arguments})
 
 
-def test_adapters_that_cannot_be_recorded_are_refused(base):
-    from peft import PromptTuningConfig, get_peft_model
+def load(folder: Path):
     from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
+
+
+def test_adapters_that_cannot_be_recorded_are_refused(base, untied):
+    from peft import LoraConfig, PromptTuningConfig, get_peft_model
+
+    from curate.errors import ModelError
+    from curate.passes.forward import Model
+    from curate.passes.live import measurable, untouched
+
+    model = get_peft_model(load(base), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    with pytest.raises(UsageError, match="prompt tuning"):
+        measurable(model)
+    dora = LoraConfig(target_modules=["lm_head"], use_dora=True, task_type="CAUSAL_LM")
+    with (
+        pytest.raises(ModelError, match="DoRA on the LM head .* Leave lm_head out of target_modules"),
+        untouched(get_peft_model(load(untied), dora)) as module,
+    ):
+        Model(module)
+
+
+@pytest.fixture
+def group():
+    """A process group of this process alone, on the CPU."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist
+    dist.destroy_process_group()
+
+
+def fsdp2(model):
+    """As accelerate prepares it, from the plugin that `--fsdp_version 2` makes; on one process without an accelerator."""
+    from types import SimpleNamespace
+
+    from accelerate.utils import FullyShardedDataParallelPlugin
+    from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+
+    wraps = {"auto_wrap_policy": "transformer_based_wrap", "transformer_cls_names_to_wrap": ["LlamaDecoderLayer"]}
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, cpu_ram_efficient_loading=False, **wraps)
+    state = SimpleNamespace(fsdp_plugin=plugin)
+    here = SimpleNamespace(state=state, mixed_precision="no", is_main_process=True, device="cpu")
+    return fsdp2_prepare_model(here, model)
+
+
+def fsdp1(model):
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    return FullyShardedDataParallel(model, device_id="cpu", use_orig_params=True)
+
+
+def zero3(model):
+    """As DeepSpeed's zero.Init leaves parameters between uses: an id, the whole's shape, no values. (DeepSpeed itself is not needed for it.)"""
+    import torch
+
+    for at, parameter in enumerate(model.parameters()):
+        parameter.ds_id, parameter.ds_shape = at, parameter.shape
+        parameter.data = torch.empty(0)
+    return model
+
+
+@pytest.mark.parametrize("shard", [fsdp1, fsdp2, zero3])
+def test_sharded_models_are_refused_before_anything_is_written(base, examples, tmp_path, group, shard):
+    """Through the trainer's own call, with its arguments and its state."""
+    from transformers import AutoTokenizer, TrainerControl, TrainerState, TrainingArguments
+
+    recorder = curate.Recorder(str(examples), store=tmp_path / "store", progress=QUIET)
+    args = TrainingArguments(str(tmp_path / "run"), use_cpu=True, report_to="none")
+    state = TrainerState(max_steps=4, is_world_process_zero=True)
+    given = {"model": shard(load(base)), "processing_class": AutoTokenizer.from_pretrained(base)}
+    with pytest.raises(UsageError, match=r"sharded over processes \(FSDP or ZeRO-3\).*models.checkpoints"):
+        recorder.on_train_begin(args, state, TrainerControl(), **given)
+    assert not (tmp_path / "store").exists()
+    elsewhere = TrainerState(max_steps=4, is_world_process_zero=False)
+    recorder.on_train_begin(args, elsewhere, TrainerControl(), **given)  # of several processes only the first records
+    recorder.on_step_end(args, elsewhere, TrainerControl())
+    assert recorder.recorded == [] and not (tmp_path / "store").exists()
+
+
+def test_data_parallel_models_are_unwrapped(base, group):
+    from torch.nn.parallel import DistributedDataParallel
 
     from curate.passes.live import measurable
 
-    model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(base), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
-    )
-    with pytest.raises(UsageError, match="prompt tuning"):
-        measurable(model)
+    model = load(base)
+    assert measurable(DistributedDataParallel(model)) is model

@@ -285,7 +285,7 @@ class Model:
         scale /= float(getattr(config, "logits_scaling", None) or 1.0)  # Granite
         scale *= float(getattr(config, "lm_head_multiplier", None) or 1.0)  # Falcon H1
         cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
-        return Head(linear.weight.detach(), getattr(linear, "bias", None), scale, cap)
+        return Head(_with_adapters(linear, name), getattr(linear, "bias", None), scale, cap)
 
     def _check(self, head: Head) -> None:
         config = self.module.config.get_text_config()
@@ -322,6 +322,21 @@ class Model:
         except Exception as problem:  # models without the interface fail in ways of their own
             return f"{type(self.module).__name__}: {type(problem).__name__}: {first_line(problem)}"
         return None
+
+
+def _with_adapters(head: Any, name: str) -> torch.Tensor:
+    """(V, d) weight of an LM head, with what PEFT's LoRA layers on it add in training: merged in float32. ModelError for DoRA's."""
+    weight = head.weight.detach()
+    factors = getattr(head, "lora_A", None)
+    if factors is None or head.merged or head.disable_adapters:
+        return weight
+    active = [adapter for adapter in head.active_adapters if adapter in factors]
+    if any(head.use_dora.get(adapter) for adapter in active):
+        raise ModelError(
+            f"{name}: DoRA on the LM head cannot be measured while it trains. Leave lm_head out of target_modules, or save checkpoints, merge "
+            "them, and name their folder as models.checkpoints."
+        )
+    return sum((head.get_delta_weight(a).detach().float() for a in active), weight.float()).to(weight.dtype)
 
 
 _REFUSED = "It cannot be measured in torch; sample it with vLLM, or open an issue naming the architecture."
