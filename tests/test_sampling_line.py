@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import curate
+import curate.plan
 from curate.errors import UsageError
 from curate.rows import Example
 from tests.tiny_models import make_llama
@@ -67,32 +68,31 @@ def folder(path: Path, runs: Path) -> Path:
     return path
 
 
-def drive(path: Path, kill_at: int) -> int:
-    """Measure in another process that is killed after so many shards of samples (-1: never)."""
-    command = [sys.executable, str(path / "driver.py"), str(kill_at), str(path / "recipe.yaml")]
-    return subprocess.run(
-        command, cwd=REPOSITORY, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, capture_output=True
-    ).returncode
+def killed_after(path: Path, shards: int) -> None:
+    """Measure in another process, which is killed once it has written so many shards of samples."""
+    command = [sys.executable, str(path / "driver.py"), str(shards), str(path / "recipe.yaml")]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
 
 
-def test_a_series_is_sampled_by_one_engine_and_a_killed_run_repeats_itself(tmp_path):
+def test_a_series_is_sampled_by_one_engine_and_a_killed_run_repeats_itself(tmp_path, monkeypatch):
     runs = tmp_path / "run"
     for step in (10, 20):
         make_llama(runs / f"checkpoint-{step}", seed=step)
     killed, whole = folder(tmp_path / "killed", runs), folder(tmp_path / "whole", runs)
-    assert (
-        drive(killed, kill_at=2) == -signal.SIGKILL
-    )  # 11 rows in shards of 4: the third shard of the first checkpoint is under way
-    assert drive(killed, kill_at=-1) == 0
-    assert drive(whole, kill_at=-1) == 0
+    killed_after(killed, shards=2)  # 11 rows in shards of 4: the third shard of the first checkpoint is under way
+    monkeypatch.setitem(curate.plan.SHARD_ROWS, "sample", 4)
+    result = curate.run(killed / "recipe.yaml")
+    assert result.measured["sample"] == 11 * 2 - 8
+    curate.run(whole / "recipe.yaml")
     query = "SELECT row_id, checkpoint, sample, text, correct, n_tokens, finished FROM samples ORDER BY ALL"
     first, second = (curate.Store(path / "store").sql(query) for path in (killed, whole))
     assert len(first) == 11 * 2 * 3 and first.equals(second)
     by_checkpoint = first.partition_by("checkpoint")
     assert by_checkpoint[0]["text"].to_list() != by_checkpoint[1]["text"].to_list()  # the weights were really swapped
 
-    result = curate.run(killed / "recipe.yaml")
-    assert result.measured == {}
+    assert curate.run(killed / "recipe.yaml").measured == {}
     lines = result.store.sql("SELECT * FROM trajectories ORDER BY row_id, step")
     assert len(lines) == 22 and lines["run"].unique().to_list() == ["run"]
     counted = result.store.sql(

@@ -42,6 +42,27 @@ def engine(models):
 
 
 @pytest.fixture(scope="module")
+def adapters(models, tmp_path_factory):
+    """A folder with adapters of the second checkpoint: `a` and `b`, of different ranks, and `broken`, which has no weights."""
+    from tests.passes.test_adapter import adapt
+
+    folder = tmp_path_factory.mktemp("adapters")
+    targets = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
+    adapt(models[1], folder / "a", targets)
+    adapt(models[1], folder / "b", {**targets, "r": 12, "use_rslora": True, "alpha_pattern": {"q_proj": 3}}, seed=2)
+    (folder / "broken").mkdir()
+    (folder / "broken" / "adapter_config.json").write_text((folder / "a" / "adapter_config.json").read_text())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def second(models, adapters):
+    """An engine that starts on the checkpoint to which the first is swapped, and takes adapters."""
+    with VllmSampler(models[1], adapters=[adapters / "a", adapters / "b"], max_length=CONTEXT) as sampler:
+        yield sampler
+
+
+@pytest.fixture(scope="module")
 def prompts(models):
     tokenizer = load_tokenizer(models[0])
     texts = [f"question {i}: what is {i} + {i * i}? " + "well " * (i % 4) for i in range(24)]
@@ -180,52 +201,44 @@ def test_both_engines_sample_the_tempered_nucleus(engine, models, prompts):
         assert distance < 3 * expected, name
 
 
-def test_a_swapped_engine_equals_a_fresh_one_and_a_killed_one_is_an_error(engine, models, prompts, rows):
-    """The second engine: started on the checkpoint that the first was swapped to, then killed as the kernel would."""
+def test_a_swapped_engine_equals_a_fresh_one(engine, second, models, prompts, rows):
     engine.use(models[1])
-    with VllmSampler(models[1]) as fresh:
-        np.testing.assert_allclose(fresh.likelihood(rows), engine.likelihood(rows), rtol=0, atol=1e-5)
-        assert [[s.text for s in r] for r in fresh.sample(prompts, STORY)] == [
-            [s.text for s in r] for r in engine.sample(prompts, STORY)
-        ]
-        pid = fresh.pid
-        os.kill(pid, signal.SIGKILL)
-        with pytest.raises(EngineError, match=r"killed by signal 9.*during `sample`"):
-            fresh.sample(prompts, STORY)
-        assert gone(pid) and fresh.pid is None
+    np.testing.assert_allclose(second.likelihood(rows), engine.likelihood(rows), rtol=0, atol=1e-5)
+    assert [[s.text for s in r] for r in second.sample(prompts, STORY)] == [
+        [s.text for s in r] for r in engine.sample(prompts, STORY)
+    ]
 
 
-def test_adapters_as_adapters_on_one_engine(models, rows, prompts, tmp_path):
+def test_adapters_as_adapters_on_one_engine(second, adapters, models, rows, prompts):
     """The base, two adapters of different ranks and the base again: one process, transformers' likelihoods and greedy samples."""
-    from tests.passes.test_adapter import adapt
-
-    targets = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
-    adapt(models[0], tmp_path / "a", targets)
-    adapt(models[0], tmp_path / "b", {**targets, "r": 12, "use_rslora": True, "alpha_pattern": {"q_proj": 3}}, seed=2)
-    (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "adapter_config.json").write_text((tmp_path / "a" / "adapter_config.json").read_text())
     greedy = Sampling(n=1, temperature=0, max_new_tokens=12)
-    with (
-        VllmSampler(models[0], adapters=[tmp_path / "a", tmp_path / "b"], max_length=CONTEXT) as ours,
-        HfSampler(models[0], max_length=CONTEXT) as theirs,
-    ):
-        pid, found = ours.pid, {}
+    with HfSampler(models[1], max_length=CONTEXT) as theirs:
+        pid, found = second.pid, {}
         for name in ("a", "b", "a", "base"):
-            for sampler in (ours, theirs):
+            for sampler in (second, theirs):
                 if name == "base":
-                    sampler.use(models[0])
+                    sampler.use(models[1])
                 else:
-                    sampler.use(tmp_path / name, base=models[0])
-            found.setdefault(name, []).append(ours.likelihood(rows))
+                    sampler.use(adapters / name, base=models[1])
+            found.setdefault(name, []).append(second.likelihood(rows))
             np.testing.assert_allclose(found[name][-1], theirs.likelihood(rows), rtol=0, atol=1e-4)
-            assert [r[0].text for r in ours.sample(prompts, greedy)] == [
+            assert [r[0].text for r in second.sample(prompts, greedy)] == [
                 r[0].text for r in theirs.sample(prompts, greedy)
             ]
-        assert ours.pid == pid and not ours.notes
+        assert second.pid == pid and not second.notes
         np.testing.assert_array_equal(*found["a"])
         assert min(np.nanmax(np.abs(found["a"][0] - found[other][0])) for other in ("b", "base")) > 0.5
         with pytest.raises(ModelError, match="adapter_model.safetensors cannot be read"):
-            ours.use(tmp_path / "broken", base=models[0])
+            second.use(adapters / "broken", base=models[1])
+
+
+def test_an_engine_killed_as_the_kernel_would_is_an_error(second, prompts):
+    """The second engine's last test."""
+    pid = second.pid
+    os.kill(pid, signal.SIGKILL)
+    with pytest.raises(EngineError, match=r"killed by signal 9.*during `sample`"):
+        second.sample(prompts, STORY)
+    assert gone(pid) and second.pid is None
 
 
 def test_closing_ends_the_process_and_its_memory_comes_back(engine, models):
