@@ -91,7 +91,7 @@ def footprint(model: Model, rules: Rules) -> Footprint:
     short, long = min(SHORT, max(1, limit // 4)), max(2, limit - 1)
     one, two = _saved(model, rules, short), _saved(model, rules, long)
     square = max(0.0, (two / long - one / short) / (long - short))
-    linear = max(one / short - square * short, 0.0)
+    linear = max(two / long - square * long, 0.0)
     widest = max((rule.weight.shape[0] for rule in rules.linears), default=0)
     size = max(4, torch.finfo(model.dtype).bits // 8)
     layers = len(rules.layers) - (rules.first or 0)

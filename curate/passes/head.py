@@ -13,6 +13,7 @@ and a bf16 head does not round the target's logit. Everything beyond the block's
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -24,6 +25,7 @@ from curate.passes.cpu_products import linear
 ROWS = 512  # states per block
 COLUMNS = 2048  # tokens of the vocabulary per block: 4 MB of float32 logits stay in the processor's cache
 ON_GPU = 8  # blocks this much wider there
+LOG2_E = math.log2(math.e)
 NOTHING = -1e37  # stands for a logit of −∞ where 0 · −∞ must be 0
 
 # What can be asked of the head, each (tokens,) float64. One sweep over the vocabulary serves all of them but the last, which takes a second
@@ -143,10 +145,10 @@ class Head:
                 top = z.amax(1)
             new = torch.maximum(best, top.double())
             shrink = torch.exp(best - new)
-            z.sub_(new[:, None].to(z.dtype))
-            e = torch.exp(z, out=room[1, :n, : z.shape[1]])
+            z.sub_(new[:, None].to(z.dtype)).mul_(LOG2_E)
+            e = torch.exp2(z, out=room[1, :n, : z.shape[1]])  # four times as fast as torch's exp on a CPU
             if "entropy" in wanted:
-                weighted = shrink * (weighted + total * (best - new)) + z.mul_(e).sum(1).double()
+                weighted = shrink * (weighted + total * (best - new)) + z.mul_(e).sum(1).double() / LOG2_E
             if wanted & _SQUARES:
                 square = square * shrink**2 + torch.mul(e, e, out=z).sum(1).double()
             total = total * shrink + e.sum(1).double()

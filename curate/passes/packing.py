@@ -270,7 +270,7 @@ def _by_loop(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, extras
     if query.shape[1] != key.shape[1] and (extras.pattern is not None or extras.softcap or extras.sinks is not None):
         key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
         value = value.repeat_interleave(query.shape[1] // value.shape[1], 1)
-    out = query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])  # (1, N, heads, dv)
+    pieces: list[torch.Tensor] = []  # (1, n, heads, dv) each, in the row's order
     for offset, p, branches in layout.segments:
         at = offset + p
         for i, n in enumerate(branches):
@@ -285,9 +285,9 @@ def _by_loop(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, extras
                 own = slice(at, at + n)
                 k, v = key[:, :, own], value[:, :, own]
             if own.stop > own.start:
-                out[:, own] = _tail(query[:, :, own], k, v, extras).transpose(1, 2)
+                pieces += _tail(query[:, :, own], k, v, extras)
             at += n
-    return out
+    return torch.cat(pieces, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,43 +299,48 @@ class _Extras:
     masks: dict[Any, Any]
 
 
-def _tail(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extras: _Extras) -> torch.Tensor:
-    """Causal attention of the last q.shape[2] positions of a sequence over all its k.shape[2] positions: (1, heads, n,
-    dv).
+def _tail(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extras: _Extras) -> Iterator[torch.Tensor]:
+    """Causal attention of the last q.shape[2] positions of a sequence over all its k.shape[2] positions: (1, n, heads, dv), some queries at
+    a time.
     """
     n, total = q.shape[2], k.shape[2]
     before = total - n
     manual = extras.softcap is not None or extras.sinks is not None
     if q.is_cuda and extras.pattern is None and not manual:
-        return _tail_on_cuda(q, k, v, extras.scaling)
-    pieces = []
+        yield _tail_on_cuda(q, k, v, extras.scaling).transpose(1, 2)
+        return
+    gqa = q.shape[1] != k.shape[1]
     for start in range(0, n, QUERY_BLOCK):
         stop = min(start + QUERY_BLOCK, n)
         end = before + stop  # keys beyond the last query of the block are all masked
         if extras.pattern is None:
-            mask = _causal_band(before + start, stop - start, end, q.device, extras.masks)
+            mask = _causal_band(before + start, stop - start, end, q, extras.masks)
         else:
-            mask = extras.pattern[before + start : end, :end]
+            mask = _additive(extras.pattern[before + start : end, :end], q)
         block = q[:, :, start:stop], k[:, :, :end], v[:, :, :end]
         if manual:
-            pieces.append(_plain_attention(*block, mask, extras))
+            found = _plain_attention(*block, mask, extras)
         else:
-            gqa = q.shape[1] != k.shape[1]
-            pieces.append(scaled_dot_product_attention(*block, attn_mask=mask, scale=extras.scaling, enable_gqa=gqa))
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 2)
+            found = scaled_dot_product_attention(*block, attn_mask=mask, scale=extras.scaling, enable_gqa=gqa)
+        yield found.transpose(1, 2)
 
 
-def _causal_band(start: int, n: int, end: int, device: torch.device, masks: dict[Any, Any]) -> torch.Tensor:
-    """(n, end) bool: query i, at position start + i, sees keys 0..start + i. A window of one band kept per row, not
+def _causal_band(start: int, n: int, end: int, like: torch.Tensor, masks: dict[Any, Any]) -> torch.Tensor:
+    """(n, end), 0 or −∞: query i, at position start + i, sees keys 0..start + i. A window of one band kept per row, not
     built each time.
     """
-    band = masks.get("band")
+    band = masks.get(("band", like.dtype))
     if band is None or band.shape[1] - QUERY_BLOCK < start:
         width = max(start, _current.get().longest)
-        at = torch.arange(width + QUERY_BLOCK, device=device)
-        band = masks["band"] = at[None, :] <= torch.arange(width, width + QUERY_BLOCK, device=device)[:, None]
+        at = torch.arange(width + QUERY_BLOCK, device=like.device)
+        band = masks["band", like.dtype] = _additive(at[None, :] <= at[width:, None], like)
     width = band.shape[1] - QUERY_BLOCK
     return band[:n, width - start : width - start + end]
+
+
+def _additive(mask: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """What is added to scores: 0 where a key is seen, −∞ elsewhere. A bool mask would be turned into this at every call."""
+    return torch.zeros_like(mask, dtype=like.dtype).masked_fill_(~mask, float("-inf"))
 
 
 def _tail_on_cuda(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float | None) -> torch.Tensor:
@@ -355,7 +360,7 @@ def _plain_attention(
     scores = q @ k.transpose(2, 3) * (q.shape[-1] ** -0.5 if extras.scaling is None else extras.scaling)
     if extras.softcap is not None:
         scores = torch.tanh(scores / extras.softcap) * extras.softcap
-    scores = scores.masked_fill(~mask, float("-inf"))
+    scores = scores + mask
     wide = torch.promote_types(scores.dtype, torch.float32)
     if extras.sinks is not None:
         sinks = extras.sinks.reshape(1, -1, 1, 1).expand(1, -1, q.shape[2], 1).to(scores.dtype)
