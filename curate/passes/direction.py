@@ -12,7 +12,7 @@ Source: Rafailov et al. 2023, arXiv:2305.18290 (DPO's gradient); Xia et al. 2024
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence, Set
 from contextlib import suppress
 from pathlib import Path
 from typing import Literal
@@ -72,7 +72,7 @@ def accumulate(
     weigh: Weigh,
     *,
     token_budget: int = 16384,
-    parameters: Parameters | Collection[str] = "all",
+    parameters: Parameters | Set[str] = "all",
     count: Callable[[int], object] = lambda n: None,
 ) -> Vector:
     """Σ_j Σ_side w ∇ log π over the rows that can be measured, all of one kind: an ordinary backward, gradients accumulated in the
@@ -87,7 +87,7 @@ def accumulate(
             f"{model.path or type(model.module).__name__}: gradients are summed over many rows, which {str(model.dtype).removeprefix('torch.')} "
             'cannot hold. Load the model with dtype="float32".'
         )
-    names = set(parameter_names(model, parameters) if isinstance(parameters, str | int) else parameters)
+    names = parameters if isinstance(parameters, Set) else set(parameter_names(model, parameters))
     wanted = {name: p for name, p in model.module.named_parameters() if name in names}
     rows = _rows(model, encoded)
     limit = min(token_budget, TOKENS_ON_CPU) if model.device.type == "cpu" else token_budget
