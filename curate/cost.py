@@ -31,7 +31,8 @@ def with_cost(step: Step, loaded: Loaded, speed: float | None, characters: tuple
     per_row = length
     if step.reads == "sample":
         per_prompt = prompt + loaded.recipe.sampling.samples * loaded.recipe.sampling.max_new_tokens  # at most
-        per_row = per_prompt * len(step.tasks)  # as if a row had one perturbation
+        prompts = sum(len(rows) * len({t.measurement.perturbed for t in tasks}) for _, rows, tasks in step.blocks)
+        per_row = per_prompt * prompts / step.missing  # as if a row had one perturbation
     if step.reads == "neighbours":
         per_row = (1 + COUNT) * length
     if step.reads == "direction":

@@ -11,7 +11,10 @@ import pytest
 import curate
 from curate.errors import UsageError
 from curate.perturbing import perturbation
+from curate.progress import Progress
+from curate.recipe import load_recipe
 from curate.rows import Example
+from curate.workflow import make_plan
 from tests.tiny_models import make_llama
 
 OWN = """
@@ -96,6 +99,12 @@ def test_limem_by_a_function_is_limem_by_rows(own):
     with pytest.raises(UsageError, match="no perturbations; name a function"):
         curate.run(own / "recipe.yaml")
     by_ours = {"sampling.perturb": "own_changes_for_test:other_names"}
+    tokens = []
+    for store in (own / "store", own / "fresh"):  # the rows' own answers are there, or not
+        loaded = load_recipe(own / "recipe.yaml", set=by_ours, store=store)
+        (sampled,) = (s for s in make_plan(loaded, progress=Progress(quiet=True)).steps if s.reads == "sample")
+        tokens.append(sampled.tokens)
+    assert tokens[0] > 0 and tokens[1] == pytest.approx(2 * tokens[0], abs=1)
     found, again = (curate.run(own / "recipe.yaml", set=by_ours) for _ in range(2))
     assert found.measured == {"sample": 9} and again.measured == {}
     columns = "SELECT prompt, accuracy, perturbed_accuracy, n_perturbed, limem FROM scored ORDER BY prompt"
