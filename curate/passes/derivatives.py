@@ -21,14 +21,17 @@ from curate.measurements import MEASUREMENTS, Measurement
 from curate.passes import forward
 from curate.passes.batch import Batch, Side
 from curate.passes.direction import Rows, Vector, accumulate, fixed_weights
+from curate.passes.layer_rules import Parameters
 from curate.passes.model import Model
 from curate.passes.residuals import residuals
+from curate.passes.vector_products import vector_products
 from curate.tokens import EncodedPair
 
 MOVED = 0.2  # nats: how far ε moves a typical row of the sample
 LADDER = (1.0, 0.25, 4.0)  # times that: the first that is good enough, else the best
 GOOD = 5e-4  # error, as a share of the products' spread
-SAMPLE = 8  # rows that ε is checked on
+SAMPLE = 4, 8  # rows that ε is checked on: one of every SPARSE, within these bounds
+SPARSE = 4
 STATES = 512  # per block of logits
 
 
@@ -89,8 +92,8 @@ def derivatives(line: Line, encoded: Rows, epsilon: float, *, token_budget: int 
 
 
 def exact_products(model: Model, encoded: Rows, v: Vector) -> np.ndarray:
-    """(rows, sides) ⟨∇ log π(y), v⟩ over v's parameters, by a backward of each response and a float64 product: slow, what the derivatives are
-    checked against.
+    """(rows, sides) ⟨∇ log π(y), v⟩ over v's parameters by autograd's backward of each response and a float64 product: slow, on any
+    architecture. `vector_products` gives it for many rows at once where every parameter has a rule.
     """
     sides = _sides(encoded)
     found = np.full((len(encoded), sides), np.nan)
@@ -155,15 +158,20 @@ class Epsilon:
         )
 
 
-def choose_epsilon(line: Line, encoded: Rows, *, sample: int = SAMPLE, token_budget: int = 16384) -> Epsilon:
+def choose_epsilon(line: Line, encoded: Rows, *, token_budget: int = 16384) -> Epsilon:
     """The step length for derivatives along a line, checked against exact products on rows spread evenly over those that can be measured.
     ModelError where there are none, or where the products are not finite.
     """
     known = [row for row in encoded if row.problem is None]
     if not known:
         raise ModelError(f"none of {len(encoded):,} rows can be measured: there is nothing to choose a step length on.")
-    picked = [known[i] for i in np.unique(np.linspace(0, len(known) - 1, min(sample, len(known))).round().astype(int))]
-    exact = exact_products(line.model, picked, line.v)
+    sample = min(max(len(known) // SPARSE, SAMPLE[0]), SAMPLE[1], len(known))
+    picked = [known[i] for i in np.unique(np.linspace(0, len(known) - 1, sample).round().astype(int))]
+    parameters: Parameters = "lora" if all("lora_" in name for name in line.v) else "all"
+    try:
+        exact = vector_products(line.model, picked, line.v, parameters=parameters, token_budget=token_budget)
+    except ModelError:  # a parameter without a rule
+        exact = exact_products(line.model, picked, line.v)
     typical = float(np.sqrt(np.mean(exact**2)))
     if not np.isfinite(typical):
         raise ModelError(f"{line.model.path}: the rows' gradients, or the direction itself, are not finite.")
