@@ -40,12 +40,12 @@ SHAPES = {"short": (100, 60, 60), "middle": (200, 150, 150), "long": (300, 290, 
 WANTED = [MEASUREMENTS["entk"], MEASUREMENTS["likelihood"]]
 
 
-def make_pairs(shape: str, n: int, *, seed: int = 0) -> list[EncodedPair]:
+def make_pairs(shape: str, n: int, *, seed: int = 0, vocabulary: int = plain.VOCABULARY) -> list[EncodedPair]:
     rng = np.random.default_rng(seed)
     prompt, chosen, rejected = SHAPES[shape]
     pairs = []
     for _ in range(n):
-        x, y, z = (rng.integers(3, plain.VOCABULARY, k).astype(np.int32) for k in (prompt, chosen, rejected))
+        x, y, z = (rng.integers(3, vocabulary, k).astype(np.int32) for k in (prompt, chosen, rejected))
         a, b = np.concatenate([x, y]), np.concatenate([x, z])
         pairs.append(EncodedPair(Encoded(a, prompt), Encoded(b, prompt), common_prefix(a, b)))
     return pairs

@@ -7,9 +7,9 @@
     step     Δ log π(y+) and Δ margin of every pair after the step, against η·forecast: correlation, Spearman, share of signs that agree. One
              full-batch step of gradient descent, of torch's AdamW from nothing (forecast: sign) and from a warm-up's state (forecast: adam,
              momentum off), each at three sizes; then one epoch of real minibatch DPO. Pairs of the step, and as many held-out ones
-    cost     a random Llama of 58M parameters: the batch forecast of a whole set over one training epoch plus two packed forward passes, CPU
-             time. The epoch: one pair a step, both sequences in one batch, logits at the responses alone, gradients accumulated
-             (benchmarks/backward.py's lean step)
+    cost     the batch forecast of a whole set over one training epoch plus two packed forward passes, CPU time: 1,000 real pairs with the real
+             small model, 1,000 of random tokens with a random Llama of 7M parameters, a few with one of 58M. The epoch: forward and backward
+             of one pair or eight a step, whichever is cheaper, logits at the responses alone, gradients accumulated
 
 Data and model: ../shared/data/hh_rlhf_harmless and ../shared/models/stories260K (260k parameters), beside the checkout.
 """
@@ -20,13 +20,16 @@ import argparse
 import copy
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import backward as rivals
 import forward as plain
+import influence
 import numpy as np
 import torch
 
@@ -42,6 +45,8 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 FOLDER = SHARED / "models" / "stories260K"
 BETA = 0.1
 SIZES = (0.02, 0.5, 5.0)  # nats: how far the forecast says that a typical chosen response moves
+PER_STEP = (1, 8)  # pairs a training step: the cheaper one is taken
+BLOCK = 100  # pairs that ours and the trainer take in turns
 SIDES = np.array([[1.0, 1.0], [0.0, -1.0]])  # (chosen, rejected) -> (chosen, margin)
 
 
@@ -171,41 +176,73 @@ def one_epoch(model: Model, train: list[EncodedPair], held: list[EncodedPair], m
                 )
 
 
-def cost(n: int, shapes: list[str], rounds: int) -> None:
-    """CPU seconds, medians of interleaved rounds."""
-    module = plain.make_model()
-    model, trained = Model(copy.deepcopy(module)), module.requires_grad_(True)
-    print(f"\n## Cost, {model.engine}, {sum(p.numel() for p in module.parameters()) / 1e6:.0f}M parameters\n")
+def epoch_of(module: torch.nn.Module, pairs: list[EncodedPair], per_step: int) -> None:
+    """Forward and backward of every pair as a lean trainer does it: batches of `per_step` pairs padded on the right, logits at the responses
+    alone, DPO's loss, gradients accumulated.
+    """
+    for i in range(0, len(pairs), per_step):
+        sides = [side for pair in pairs[i : i + per_step] for side in (pair.chosen, pair.rejected)]
+        longest = max(len(side.ids) for side in sides)
+        ids, labels = torch.zeros(len(sides), longest, dtype=torch.long), torch.full((len(sides), longest), -100)
+        for k, side in enumerate(sides):
+            ids[k, : len(side.ids)] = torch.from_numpy(side.ids.astype(np.int64))
+            labels[k, side.start : len(side.ids)] = ids[k, side.start : len(side.ids)]
+        logp = rivals.log_probabilities(module, ids, labels).view(-1, 2)
+        (-torch.nn.functional.logsigmoid(BETA * (logp[:, 0] - logp[:, 1]))).sum().backward()
+
+
+def cost(name: str, module: torch.nn.Module, pairs: list[EncodedPair]) -> None:
+    """CPU seconds of the whole set, ours and a trainer's taken in turns, a block of pairs each."""
+    model, trained, n = Model(copy.deepcopy(module)), module.requires_grad_(True), len(pairs)
+    blocks = [pairs[i : i + BLOCK] for i in range(0, n, BLOCK)]
+    seconds = dict.fromkeys(("epoch", "passes", "G", "check", "along"), 0.0)
+
+    def timed(part: str, run: Callable[[], Any]) -> Any:
+        start = time.process_time()
+        found = run()
+        seconds[part] += time.process_time() - start
+        return found
+
+    epoch_of(trained, pairs[:2], 2)
+    per_step = min(PER_STEP, key=lambda k: plain.seconds(lambda: epoch_of(trained, pairs[: max(PER_STEP)], k)))
+    logps(model, pairs[:2])
+    weigh, total = direction.dpo_weights(BETA, n), None
+    for block in blocks:
+        timed("epoch", lambda block=block: epoch_of(trained, block, per_step))
+        timed("passes", lambda block=block: [logps(model, block) for _ in range(2)])
+        step = timed("G", lambda block=block: direction.accumulate(model, block, weigh))
+        total = step if total is None else {key: total[key].add_(x) for key, x in step.items()}
+    v = timed("G", lambda: direction.precondition(total, "sign", total))
+    with along.Line(model, v) as line:
+        epsilon = timed("check", lambda: along.choose_epsilon(line, pairs))
+        for block in blocks:
+            timed("along", lambda block=block: along.derivatives(line, block, epsilon.value))
+    ratio = (seconds["G"] + seconds["check"] + seconds["along"]) / (seconds["epoch"] + seconds["passes"])
+    tokens = sum(len(side.ids) for pair in pairs for side in (pair.chosen, pair.rejected))
+    parts = " | ".join(f"{x:.1f}" for x in seconds.values())
     print(
-        "| P, C, R | pairs | epoch, s | two forward passes | G | checking ε | along the step | "
-        "(G + ε + along) / (epoch + two passes) | at 1,000 pairs |"
+        f"| {name} | {n:,} | {tokens / n:.0f} | {per_step} | {parts} | {epsilon.error:.0e} | {ratio:.2f} |", flush=True
     )
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
-    for shape in shapes:
-        pairs = rivals.make_pairs(shape, n)
-        found: dict[str, list[float]] = {name: [] for name in ("epoch", "passes", "G", "check", "along")}
 
-        def timed(name: str, run, found=found):
-            start = time.process_time()
-            result = run()
-            found[name].append(time.process_time() - start)
-            return result
 
-        for _ in range(rounds):
-            timed("epoch", lambda pairs=pairs: [rivals.lean_step(trained, pair) for pair in pairs])
-            timed("passes", lambda pairs=pairs: [logps(model, pairs) for _ in range(2)])
-            step = timed("G", lambda pairs=pairs: direction.accumulate(model, pairs, direction.dpo_weights(BETA, n)))
-            v = direction.precondition(step, "sign", step)
-            with along.Line(model, v) as line:
-                epsilon = timed("check", lambda pairs=pairs, line=line: along.choose_epsilon(line, pairs))
-                timed("along", lambda pairs=pairs, line=line, e=epsilon: along.derivatives(line, pairs, e.value))
-        t = {name: float(np.median(values)) for name, values in found.items()}
-        ratio = (t["G"] + t["check"] + t["along"]) / (t["epoch"] + t["passes"])
-        large = (1000 / n * (t["G"] + t["along"]) + t["check"]) / (1000 / n * (t["epoch"] + t["passes"]))
-        parts = " | ".join(f"{t[name]:.1f}" for name in ("epoch", "passes", "G", "check", "along"))
-        print(
-            f"| {', '.join(map(str, rivals.SHAPES[shape]))} | {n} | {parts} | {ratio:.2f} | {large:.2f} |", flush=True
-        )
+def costs(quick: bool) -> None:
+    print(
+        "\n## Cost of the batch forecast of a whole set, CPU seconds\n\n| model and pairs | pairs | tokens a pair | pairs a step | epoch "
+        "| two forward passes | G | checking ε | along the step | its error | (G + ε + along) / (epoch + two passes) |"
+    )
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    if FOLDER.is_dir():
+        cost("stories260K, HH-RLHF", load_model(FOLDER, dtype="float32", device="cpu").module, real_pairs(1000))
+    sets = (
+        [(plain, 12, "short")]
+        if quick
+        else [(influence, 1000, "short"), (plain, 12, "short"), (plain, 24, "middle"), (plain, 24, "long")]
+    )
+    for home, n, shape in sets:
+        module = home.make_model()
+        size = sum(p.numel() for p in module.parameters()) / 1e6
+        lengths = ", ".join(map(str, rivals.SHAPES[shape]))
+        cost(f"random Llama of {size:.0f}M, {lengths}", module, rivals.make_pairs(shape, n, vocabulary=home.VOCABULARY))
 
 
 def main() -> None:
@@ -214,7 +251,7 @@ def main() -> None:
     parser.add_argument("--only", choices=("exact", "step", "cost"), help="one of the parts")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    n, exact, timed = (100, 40, 12) if given.quick else (200, 120, 24)
+    n, exact = (100, 40) if given.quick else (200, 120)
     if given.only != "cost" and not FOLDER.is_dir():
         print("../shared (real pairs and tiny models) is not beside this checkout: only the cost is measured.")
         given.only = "cost"
@@ -239,7 +276,7 @@ def main() -> None:
             one_step(model, train, held, moments)
             one_epoch(model, train, held, moments)
     if given.only in (None, "cost"):
-        cost(timed, ["short", "middle"] if given.quick else list(rivals.SHAPES), 1 if given.quick else 3)
+        costs(given.quick)
 
 
 if __name__ == "__main__":

@@ -6,11 +6,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 
 from curate.errors import ModelError
 from curate.passes import derivatives as along
-from curate.passes import direction
+from curate.passes import direction, forward
 from curate.passes.model import Model
 from curate.passes.vector_products import vector_products
 from tests.passes.forward_models import FAMILIES, double, make, random_pairs
@@ -38,17 +37,23 @@ def test_rows_with_a_problem_sft_rows_and_parts_of_a_vector():
         np.testing.assert_allclose(found, exact, atol=1e-5 * np.nanmax(np.abs(exact)))
 
 
-def test_over_an_adapters_parameters():
-    peft = pytest.importorskip("peft")
-    torch.manual_seed(0)
-    config = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
-    model, pairs = Model(peft.get_peft_model(make("llama"), config).get_base_model()), random_pairs(8)
-    v = direction.accumulate(model, pairs, direction.fixed_weights(1, -1), parameters="lora")
-    exact = along.exact_products(model, pairs, v)
+def test_over_an_adapters_parameters(tmp_path):
+    """A and B of an adapter's folder, which are among the model's parameters for `lora` alone."""
+    pytest.importorskip("peft", reason="PEFT is not installed (extra: prove)")
+    from tests.passes.test_adapter import QV, adapt, save
+
+    adapt(save("qwen2", tmp_path / "base"), tmp_path / "adapter", QV)
+    pairs = random_pairs(8)
+    with forward.load_model(tmp_path / "adapter", device="cpu") as model:
+        v = direction.accumulate(model, pairs, direction.fixed_weights(1, -1), parameters="lora")
+        exact = along.exact_products(model, pairs, v)
+        found = vector_products(model, pairs, v, parameters="lora")
+        with along.Line(model, v) as line:
+            assert along.choose_epsilon(line, pairs).error < 5e-3
+    np.testing.assert_allclose(found, exact, atol=1e-5 * np.abs(exact).max())
     np.testing.assert_allclose(
-        vector_products(model, pairs, v, parameters="lora"), exact, atol=1e-5 * np.abs(exact).max()
+        (exact @ [1, -1]).sum(), float(sum(x.double().square().sum() for x in v.values())), rtol=1e-4
     )
-    np.testing.assert_allclose((exact @ [1, -1]).sum(), float(sum(x.double().square().sum() for x in v.values())), rtol=1e-4)
 
 
 def test_what_has_no_rule_is_refused_and_epsilon_found_all_the_same():
