@@ -54,10 +54,15 @@ def real_pairs(n: int) -> list[EncodedPair]:
     """The first n HH-RLHF harmlessness pairs that the model's 512 tokens hold."""
     import pyarrow.parquet as parquet
 
-    table = parquet.read_table(SHARED / "data" / "hh_rlhf_harmless" / "pairs.parquet").slice(0, 3 * n).to_pylist()
-    tokenizer = load_tokenizer(FOLDER)
-    pairs = [encode(Pair(row["prompt"], row["chosen"], row["rejected"]), tokenizer, Limits(512)) for row in table]
-    return [pair for pair in pairs if pair.problem is None and not pair.truncated][:n]
+    table = parquet.read_table(SHARED / "data" / "hh_rlhf_harmless" / "pairs.parquet")
+    tokenizer, pairs = load_tokenizer(FOLDER), []
+    for row in (row for batch in table.to_batches(1000) for row in batch.to_pylist()):
+        pair = encode(Pair(row["prompt"], row["chosen"], row["rejected"]), tokenizer, Limits(512))
+        if pair.problem is None and not pair.truncated:
+            pairs.append(pair)
+        if len(pairs) == n:
+            return pairs
+    raise SystemExit(f"wanted {n} pairs of at most 512 tokens, found {len(pairs)}")
 
 
 def logps(model: Model, pairs: list[EncodedPair]) -> np.ndarray:

@@ -30,8 +30,7 @@ from curate.tokens import EncodedPair
 MOVED = 0.2  # nats: how far ε moves a typical row of the sample
 LADDER = (1.0, 0.25, 4.0)  # times that: the first that is good enough, else the best
 GOOD = 5e-4  # error, as a share of the products' spread
-SAMPLE = 4, 8  # rows that ε is checked on: one of every SPARSE, within these bounds
-SPARSE = 4
+SAMPLE = 8  # rows that ε is checked on
 STATES = 512  # per block of logits
 
 
@@ -158,15 +157,14 @@ class Epsilon:
         )
 
 
-def choose_epsilon(line: Line, encoded: Rows, *, token_budget: int = 16384) -> Epsilon:
+def choose_epsilon(line: Line, encoded: Rows, *, sample: int = SAMPLE, token_budget: int = 16384) -> Epsilon:
     """The step length for derivatives along a line, checked against exact products on rows spread evenly over those that can be measured.
     ModelError where there are none, or where the products are not finite.
     """
     known = [row for row in encoded if row.problem is None]
     if not known:
         raise ModelError(f"none of {len(encoded):,} rows can be measured: there is nothing to choose a step length on.")
-    sample = min(max(len(known) // SPARSE, SAMPLE[0]), SAMPLE[1], len(known))
-    picked = [known[i] for i in np.unique(np.linspace(0, len(known) - 1, sample).round().astype(int))]
+    picked = [known[i] for i in np.unique(np.linspace(0, len(known) - 1, min(sample, len(known))).round().astype(int))]
     parameters: Parameters = "lora" if all("lora_" in name for name in line.v) else "all"
     try:
         exact = vector_products(line.model, picked, line.v, parameters=parameters, token_budget=token_budget)
