@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import numpy as np
+import pytest
 import torch
 import transformers
 
@@ -111,6 +112,26 @@ def random_pairs(n: int, *, seed: int = 0, longest: int = 30) -> list[EncodedPai
 
 def double(module: torch.nn.Module) -> torch.nn.Module:
     return copy.deepcopy(module).double().eval()
+
+
+def adapted(family: str):
+    """A family's model under PEFT's LoRA on some layers, with B that are not zero any more. Skips where PEFT is not installed."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
+    module = peft.get_peft_model(make(family), config).eval()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            if "lora_B" in name:
+                p.normal_(std=0.1)
+    return module
+
+
+def detach_below(layer: torch.nn.Module) -> None:
+    """No gradient goes further back than to this layer's input."""
+    layer.register_forward_pre_hook(
+        lambda part, args, kwargs: ((args[0].detach(), *args[1:]), kwargs), with_kwargs=True
+    )
 
 
 @torch.no_grad()

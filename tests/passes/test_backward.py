@@ -18,7 +18,7 @@ from curate.passes import backward, backward_memory, forward, head_gradient
 from curate.passes.capture import Capture
 from curate.passes.model import Model
 from curate.tokens import Encoded, EncodedPair
-from tests.passes.forward_models import BODY, FAMILIES, double, make, random_pairs
+from tests.passes.forward_models import BODY, FAMILIES, adapted, detach_below, double, make, random_pairs
 
 ENTK = [MEASUREMENTS["entk"]]
 BOTH = [MEASUREMENTS["entk"], MEASUREMENTS["likelihood"], MEASUREMENTS["hidden"], MEASUREMENTS["entropy"]]
@@ -126,25 +126,15 @@ def test_the_last_layers():
         module, pairs = make(family), random_pairs(5)
         module64 = double(module)
         layers = module64.model.layers if hasattr(module64, "model") else module64.transformer.h
-        layers[1].register_forward_pre_hook(
-            lambda part, args, kwargs: ((args[0].detach(), *args[1:]), kwargs), with_kwargs=True
-        )
+        detach_below(layers[1])
         wanted = products(module64, pairs)
         assert worst(columns(backward.measure(Model(module), pairs, ENTK, parameters=1)), wanted) < 1e-6
 
 
 def test_lora_equals_pefts_own_gradients():
-    peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
-    adapted = peft.get_peft_model(make("qwen2"), config)
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for name, p in adapted.named_parameters():
-            if "lora_B" in name:
-                p.normal_(std=0.1)
-    pairs = random_pairs(6)
-    wanted = products(double(adapted.eval()), pairs, "lora_")
-    found = backward.measure(Model(adapted.get_base_model()), pairs, ENTK, parameters="lora")
+    module, pairs = adapted("qwen2"), random_pairs(6)
+    wanted = products(double(module), pairs, "lora_")
+    found = backward.measure(Model(module.get_base_model()), pairs, ENTK, parameters="lora")
     assert worst(columns(found), wanted) < 1e-6
 
 

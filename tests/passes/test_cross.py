@@ -14,7 +14,7 @@ from curate.passes import backward, cross
 from curate.passes.backward import understood
 from curate.passes.model import Model
 from curate.tokens import Encoded, EncodedPair
-from tests.passes.forward_models import double, make, random_pairs
+from tests.passes.forward_models import adapted, detach_below, double, make, random_pairs
 from tests.passes.test_backward import gradient
 
 
@@ -121,25 +121,15 @@ def test_a_margin_is_what_the_pairs_own_products_say():
 
 
 def test_lora_and_the_last_layers():
-    peft = pytest.importorskip("peft")
-    rows = random_pairs(7)
-    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
-    adapted = peft.get_peft_model(make("qwen2"), config)
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for name, p in adapted.named_parameters():
-            if "lora_B" in name:
-                p.copy_(torch.randn_like(p) * 0.1)
-    mine = gradients(double(adapted), rows[:5], names="lora_")
-    theirs = gradients(double(adapted), rows[5:], names="lora_")
-    model = Model(adapted.get_base_model())
+    module, rows = adapted("qwen2"), random_pairs(7)
+    mine = gradients(double(module), rows[:5], names="lora_")
+    theirs = gradients(double(module), rows[5:], names="lora_")
+    model = Model(module.get_base_model())
     assert worst(cross.cross_products(model, rows[:5], rows[5:], parameters="lora"), mine, theirs) < 1e-6
     sketched = cross.cross_products(model, rows[:5], rows[5:], parameters="lora", factored=8)
     assert 0 < sketched.error.rms < 1
     module64 = double(make("llama"))
-    module64.model.layers[1].register_forward_pre_hook(
-        lambda part, args, kwargs: ((args[0].detach(), *args[1:]), kwargs), with_kwargs=True
-    )
+    detach_below(module64.model.layers[1])
     mine, theirs = (gradients(module64, x) for x in (rows[:5], rows[5:]))
     assert worst(cross.cross_products(Model(make("llama")), rows[:5], rows[5:], parameters=1), mine, theirs) < 1e-6
 
@@ -147,11 +137,11 @@ def test_lora_and_the_last_layers():
 def test_a_short_target_of_wide_factors_is_kept_as_tokens():
     """In every layer: there is no matrix of it and no vector."""
     peft = pytest.importorskip("peft")
-    adapted = peft.get_peft_model(make("llama"), peft.LoraConfig(r=64, target_modules=["q_proj", "down_proj"]))
+    module = peft.get_peft_model(make("llama"), peft.LoraConfig(r=64, target_modules=["q_proj", "down_proj"]))
     rows = [pair.chosen for pair in random_pairs(5)]
     targets = [Encoded(rows[0].ids[:6], 2)]
-    mine, theirs = (gradients(double(adapted), x, names="lora_") for x in (rows, targets))
-    found = cross.cross_products(Model(adapted.get_base_model()), rows, targets, parameters="lora")
+    mine, theirs = (gradients(double(module), x, names="lora_") for x in (rows, targets))
+    found = cross.cross_products(Model(module.get_base_model()), rows, targets, parameters="lora")
     assert worst(found, mine, theirs) < 1e-6
 
 
