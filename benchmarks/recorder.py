@@ -1,13 +1,14 @@
 """What recording costs a training: the demo's model and task under TRL's SFTTrainer, with and without `curate.Recorder`.
 
-    python benchmarks/recorder.py        about two minutes on one core; --steps and --rounds make it longer
+    python benchmarks/recorder.py        about five minutes on one core; --steps and --rounds make it longer
 
 CPU time of `trainer.train()`, medians, settings interleaved, one thread. Beside each measured share the one that counting tokens predicts:
 
     share = recorded / (3 · trained + recorded)        tokens; a forward pass costs a third of a training step (backward: twice a forward)
 
 trained counts the positions the trainer computes, padding included; recorded the rows' tokens times recordings. Measured is
-1 - training without a Recorder / training with it. Likelihoods alone: sampled answers are not part of it.
+1 - training without a Recorder / training with it. The last setting samples and grades answers as well, token by token: what that costs
+depends on the batch more than on the tokens, so nothing is predicted.
 """
 
 from __future__ import annotations
@@ -32,8 +33,9 @@ from curate.progress import Progress
 from curate.show import table
 
 BATCH = 32
-# rows recorded, share of the training between recordings
-SETTINGS = [(100, 0.1), (500, 0.1)]
+# rows recorded, share of the training between recordings, answers sampled for each row
+SETTINGS = [(100, 0.1, 0), (500, 0.1, 0), (100, 0.1, 4)]
+LONGEST = 64  # tokens of a sampled answer, at most: as in the demo
 
 
 def train(data: Path, out: Path, steps: int, recorder: Any = None) -> tuple[float, int]:
@@ -83,6 +85,11 @@ def recorded_tokens(recorder: curate.Recorder) -> int:
     return per_recording * len(recorder.recorded)
 
 
+def sampled_tokens(recorder: curate.Recorder) -> int:
+    """Tokens of the answers that the recordings sampled."""
+    return int(recorder.store.sql("SELECT coalesce(sum(n_tokens), 0)::BIGINT AS n FROM data.samples")["n"][0])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=40, help="training steps of 32 rows")
@@ -90,7 +97,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     seconds: dict[Any, list[float]] = {None: [], **{setting: [] for setting in SETTINGS}}
-    recorded: dict[Any, int] = {}
+    recorded: dict[Any, tuple[int, int]] = {}
     trained = 0
     with tempfile.TemporaryDirectory() as folder:
         at = Path(folder)
@@ -101,11 +108,13 @@ def main() -> None:
             for setting in seconds:
                 recorder = None
                 if setting is not None:
-                    n, every = setting
-                    store = at / f"store-{turn}-{n}"
+                    n, every, samples = setting
+                    store = at / f"store-{turn}-{n}-{samples}"
                     recorder = curate.Recorder(
                         rows[:n],
                         every=every,
+                        samples=samples,
+                        set={"sampling.max_new_tokens": LONGEST} if samples else None,
                         store=store,
                         progress=Progress(quiet=True),
                     )
@@ -113,18 +122,19 @@ def main() -> None:
                 seconds[setting].append(took)
                 trained = positions
                 if recorder is not None and setting not in recorded:
-                    recorded[setting] = recorded_tokens(recorder)
+                    recorded[setting] = recorded_tokens(recorder), sampled_tokens(recorder)
     alone = statistics.median(seconds[None])
     lines = []
     for setting in SETTINGS:
-        n, every = setting
+        n, every, samples = setting
         took = statistics.median(seconds[setting])
-        work = recorded[setting] / (3 * trained)
+        tokens, answers = recorded[setting]
+        work = tokens / (3 * trained)
         lines.append(
             (
-                f"{n} rows, every {every:.0%}",
-                f"{recorded[setting]:,}",
-                f"{work / (1 + work):.1%}",
+                f"{n} rows, every {every:.0%}" + (f", {samples} answers each" if samples else ""),
+                f"{tokens:,}" + (f" + {answers:,} sampled" if samples else ""),
+                "-" if samples else f"{work / (1 + work):.1%}",
                 f"{1 - alone / took:.1%}",
                 f"{took / alone:.2f}",
             )
