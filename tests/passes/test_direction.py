@@ -258,8 +258,9 @@ def test_what_does_not_fit_is_said(monkeypatch, tmp_path):
     with monkeypatch.context() as here, pytest.raises(ModelError, match="and a copy of them do not fit"):
         here.setattr(torch.Tensor, "clone", full)
         along.Line(model, v).__enter__()
-    real = torch.zeros_like  # which the forward pass of a warm-up's reference needs
-    monkeypatch.setattr(torch, "zeros_like", lambda x, **how: real(x, **how) if x.ndim < 2 and not how else full())
+    real = torch.zeros_like  # which passes take for other things than gradients
+    of_a_parameter = lambda x, **how: full() if isinstance(x, torch.nn.Parameter) else real(x, **how)  # noqa: E731
+    monkeypatch.setattr(torch, "zeros_like", of_a_parameter)
     with pytest.raises(ModelError, match="the weights and a gradient of them do not fit"):
         direction.accumulate(model, pairs, direction.fixed_weights(1, 0))
     with pytest.raises(ModelError, match="a warm-up takes four times the weights"):
