@@ -50,19 +50,23 @@ BLOCK = 100  # pairs that ours and the trainer take in turns
 SIDES = np.array([[1.0, 1.0], [0.0, -1.0]])  # (chosen, rejected) -> (chosen, margin)
 
 
-def real_pairs(n: int) -> list[EncodedPair]:
-    """The first n HH-RLHF harmlessness pairs that the model's 512 tokens hold."""
+def real_pairs(n: int, *, longest: int = 512, cut: bool = False) -> list[EncodedPair]:
+    """The first n HH-RLHF harmlessness pairs of at most `longest` tokens; cut: of longer ones the end."""
     import pyarrow.parquet as parquet
 
     table = parquet.read_table(SHARED / "data" / "hh_rlhf_harmless" / "pairs.parquet")
     tokenizer, pairs = load_tokenizer(FOLDER), []
     for row in (row for batch in table.to_batches(1000) for row in batch.to_pylist()):
-        pair = encode(Pair(row["prompt"], row["chosen"], row["rejected"]), tokenizer, Limits(512))
-        if pair.problem is None and not pair.truncated:
+        pair = encode(
+            Pair(row["prompt"], row["chosen"], row["rejected"]),
+            tokenizer,
+            Limits(longest, "keep_end" if cut else "keep_start"),
+        )
+        if pair.problem is None and (cut or not pair.truncated):
             pairs.append(pair)
         if len(pairs) == n:
             return pairs
-    raise SystemExit(f"wanted {n} pairs of at most 512 tokens, found {len(pairs)}")
+    raise SystemExit(f"wanted {n} pairs of at most {longest} tokens, found {len(pairs)}")
 
 
 def logps(model: Model, pairs: list[EncodedPair]) -> np.ndarray:
@@ -237,7 +241,8 @@ def costs(quick: bool) -> None:
     )
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     if FOLDER.is_dir():
-        cost("stories260K, HH-RLHF", load_model(FOLDER, dtype="float32", device="cpu").module, real_pairs(1000))
+        pairs = real_pairs(1000, longest=256, cut=True)
+        cost("stories260K, HH-RLHF", load_model(FOLDER, dtype="float32", device="cpu").module, pairs)
     sets = (
         [(plain, 12, "short")]
         if quick

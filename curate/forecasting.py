@@ -271,6 +271,7 @@ class DirectionRunner(ForwardRunner):
         from curate.directions import MOMENTS
         from curate.passes.direction import save_vector
         from curate.passes.warmup import WarmUp, warm_up
+        from curate.passes.weights import quiet
 
         forecast, start = self.recipe.forecast, self.directions.start
         super().use(replace(step, subject=start))
@@ -288,7 +289,8 @@ class DirectionRunner(ForwardRunner):
         unfinished = folder.with_name(f".{folder.name}.{os.getpid()}")
         shutil.rmtree(unfinished, ignore_errors=True)
         try:
-            self.model.module.save_pretrained(unfinished)
+            with quiet():
+                self.model.module.save_pretrained(unfinished)
             save_vector(moments, unfinished / MOMENTS)
             unfinished.replace(folder)
         except OSError as problem:
