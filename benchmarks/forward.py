@@ -253,7 +253,7 @@ def main() -> None:
     print(f"best float32 matrix product: {rate / 1e9:.0f} Gflop/s, torch's own {plain / 1e9:.0f}\n")
     with tempfile.TemporaryDirectory() as folder:
         if "rivals" in only:
-            compare(module, model, make_trl(module, folder), rate, n, rounds)
+            compare(module, model, make_trl(module, folder), n, rounds)
         if "prices" in only:
             prices(model, n, rounds)
         if "exactness" in only:
@@ -264,7 +264,7 @@ def main() -> None:
             checkpoints(module, folder, n)
 
 
-def compare(module: torch.nn.Module, model: Model, trl, rate: float, n: int, rounds: int) -> None:
+def compare(module: torch.nn.Module, model: Model, trl, n: int, rounds: int) -> None:
     print(
         "| mix | loop / ours | compute bound | share of bound | TRL / ours | share of peak | extra MB ours | loop | TRL |"
     )
@@ -276,11 +276,14 @@ def compare(module: torch.nn.Module, model: Model, trl, rate: float, n: int, rou
             runs["trl"] = lambda: trl(pairs)  # noqa: B023
         memory = {name: extra_memory(run) for name, run in runs.items()}  # and warm-up
         times: dict[str, list[float]] = {name: [] for name in runs}
+        rates = []
         for _ in range(rounds):
             for name, run in runs.items():
                 times[name].append(seconds(run))
+            rates.append(peak_rate(torch.float32))  # beside the passes, so that other work on the machine slows both
         ratio = {name: statistics.median(t / o for t, o in zip(times[name], times["ours"])) for name in runs}
-        limit, share = bound(pairs), operations(pairs) / statistics.median(times["ours"]) / rate
+        limit = bound(pairs)
+        share = statistics.median(operations(pairs) / t / r for t, r in zip(times["ours"], rates))
         beside = f"{ratio['trl']:.2f}" if trl else "not installed"
         print(
             f"| {mix} | {ratio['loop']:.2f} | {limit:.2f} | {ratio['loop'] / limit:.0%} | {beside} | {share:.0%} "
