@@ -121,7 +121,7 @@ def check_folder(path: Path) -> None:
     except FileNotFoundError:
         inside = ", ".join(_names(path)[:6]) or "nothing"
         raise BrokenCheckpoint(
-            f"{path.name}: no config.json in this folder, so it is not a model (found: {inside})."
+            f"{path}: no config.json in this folder, so it is not a model (found: {inside})."
         ) from None
     except (OSError, ValueError) as error:
         raise BrokenCheckpoint(f"{path.name}/config.json cannot be read: {error}.") from None

@@ -71,6 +71,8 @@ class Models(Strict):
     def whole_revisions(cls, value: Any) -> Any:
         if not isinstance(value, dict):
             return value
+        if value.keys() == {"recordings"}:
+            raise ValueError("a run's recordings are named in one word, without a space: recordings:RUN")
         repo, revisions = str(value.get("repo")), value.get("revisions")
         known = value.keys() == {"repo", "revisions"} and re.fullmatch(r"[\w.-]+/[\w.-]+", repo)
         if not known or not revisions or not isinstance(revisions, list):

@@ -37,6 +37,7 @@ def explained(error: ValidationError, recipe: type[BaseModel], lines: dict[tuple
         while (
             path
             and path not in lines
+            and path[-1] not in _fields(recipe, path[:-1])  # of a key that --set gave, which has no line
             and len(path) > 1
             and not (isinstance(path[-1], int) or item["type"] in ("extra_forbidden", "missing"))
         ):

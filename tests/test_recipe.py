@@ -70,6 +70,7 @@ def write(tmp_path):
             "kind: sft\nmodels: {checkpoints: {repo: a/b, revisions: main}}",
             "revisions: [step1000, step2000]}; found {repo: a/b, revisions: main}",
         ),
+        ("kind: sft\nmodels: {checkpoints: {recordings: sft}}", "named in one word, without a space: recordings:RUN"),
     ],
 )
 def test_a_wrong_recipe_names_line_key_and_the_nearest(write, text, says):
@@ -109,6 +110,22 @@ def test_set_overrides_nested_keys_and_lists(write):
 def test_a_wrong_override_says_so(write, entry, says):
     with pytest.raises(UsageError, match=says):
         load_recipe(write("kind: sft"), set=[entry])
+
+
+@pytest.mark.parametrize(
+    ("entry", "says"),
+    [
+        ("gradients.parameters=lra", "gradients.parameters: input should be 'all' or 'lora' or a valid integer"),
+        ("targets={t: {path: a, of: chosn}}", "targets.t.of: input should be 'chosen'"),
+        ("models={on_broken_checkpoint: skp}", "models.on_broken_checkpoint: input should be 'error' or 'skip'"),
+        ("models.checkpoints={repo: a/b}", "models.checkpoints: revisions of a hub repository"),
+        ("export.format=trll", "export.format: input should be 'trl'"),
+    ],
+)
+def test_a_wrong_value_of_an_override_names_the_whole_key(write, entry, says):
+    with pytest.raises(UsageError) as error:
+        load_recipe(write("kind: sft\nexport: {to: out}"), set=[entry])
+    assert says in str(error.value)
 
 
 def test_two_settings_of_a_score_and_a_users_own(write):

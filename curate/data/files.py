@@ -82,7 +82,7 @@ def json_lines(path: Path, name: str) -> Iterator[RawRow]:
             except json.JSONDecodeError as error:
                 yield (
                     "",
-                    f"line {number} is not JSON ({error.msg} at character {error.colno})",
+                    f"line {number} is not JSON ({error.msg.removesuffix(' at')} at character {error.colno})",
                     "one JSON object a line",
                 )
             except UnicodeDecodeError:

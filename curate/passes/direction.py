@@ -130,7 +130,10 @@ def _rows(model: Model, encoded: Rows) -> dict[int, list[Item]]:
         raise ModelError("a direction is taken of pairs or of SFT rows, not of both at once.")
     rows = {i: items_of(i, row, False, None) for i, row in enumerate(encoded) if row.problem is None}
     if not rows:
-        raise ModelError(f"none of {len(encoded):,} rows can be measured, so they give no direction.")
+        raise ModelError(
+            "no row can be measured, so there is no direction to take. The column token_problem of the view `scored` says why "
+            "(mostly: longer than `tokens.max_length`)."
+        )
     check_lengths(model, rows)
     return rows
 

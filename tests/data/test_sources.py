@@ -170,6 +170,12 @@ def test_numbers_of_a_csv(tmp_path):
 LINE = json.dumps(ROWS[0])
 BROKEN_ROWS = [
     ("a.jsonl", f"{LINE}\n{LINE[:20]}\n{LINE}\n", 1, "line 2 is not JSON"),
+    (
+        "a.jsonl",
+        f'{LINE}\n{{"prompt": "cut\n{LINE}\n',
+        1,
+        "line 2 is not JSON (Invalid control character at character 16)",
+    ),
     ("a.jsonl", f"{LINE}\n\n[1]\n", 1, "a list where a row belongs"),
     ("a.json", f"[{LINE}, 3, {LINE}]", 1, "a int where a row belongs"),
     ("a.csv", "prompt,chosen,rejected\np,a,b\np,a\n", 1, "2 cells (line 3)"),
