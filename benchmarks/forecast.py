@@ -241,8 +241,9 @@ def costs(quick: bool) -> None:
     )
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     if FOLDER.is_dir():
-        pairs = real_pairs(1000, longest=256, cut=True)
-        cost("stories260K, HH-RLHF", load_model(FOLDER, dtype="float32", device="cpu").module, pairs)
+        module = load_model(FOLDER, dtype="float32", device="cpu").module
+        cost("stories260K, HH-RLHF", module, real_pairs(800))
+        cost("stories260K, HH-RLHF cut to the last 256 tokens", module, real_pairs(1000, longest=256, cut=True))
     sets = (
         [(plain, 12, "short")]
         if quick

@@ -25,7 +25,7 @@ REMEMBERED = 3  # tensors of which one step after another keeps a copy
 def _malloc_trim() -> Callable[[int], int] | None:
     """glibc's, None with another allocator."""
     try:
-        return ctypes.CDLL(None).malloc_trim  # type: ignore[no-any-return]
+        return ctypes.CDLL(None).malloc_trim
     except (OSError, AttributeError, TypeError):  # TypeError: Windows has no CDLL(None)
         return None
 

@@ -64,7 +64,7 @@ class _Meeting:
         self.products = torch.zeros(count, dtype=torch.float64, device=model.device)
         self.parts: dict[Name, torch.Tensor] = {}
 
-        def own(name: Name, p: torch.Tensor | None, *, turned: bool = False) -> None:
+        def own(name: Name, p: Any, *, turned: bool = False) -> None:
             part = v.get(names.get(id(p), ""))
             if part is not None:
                 part = wide(part).to(model.device)
@@ -74,7 +74,8 @@ class _Meeting:
         own(HEAD, head.weight)
         own(("head bias", 0), getattr(head, "bias", None))
         for k, linear in enumerate(rules.linears):
-            own(("weight", k), linear.module.weight, turned=linear.weight.stride() != linear.module.weight.stride())
+            weight: Any = linear.module.weight
+            own(("weight", k), weight, turned=linear.weight.stride() != weight.stride())
             own(("bias", k), linear.bias)
         for k, norm in enumerate(rules.norms):
             own(("scale", k), norm.module.weight)
