@@ -42,7 +42,7 @@ StoreOption = Annotated[
     Path | None, typer.Option("--store", metavar="DIR", help="the store's folder, over the recipe's")
 ]
 Json = Annotated[bool, typer.Option("--json", help="print JSON, for machines")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress, no notes: only the result")]
 Kind = Literal["preference", "sft"]
 OfRecipe = Annotated[
     str | None,

@@ -64,8 +64,9 @@ class Result:
         if self.selection is not None:
             lines.append(selection_text(self.selection))
         if self.exported is not None:
+            beside = ", the dropped ones beside them" if self.exported.n_dropped else ""
             lines.append(
-                f"Exported {self.exported.n_rows:,} rows ({self.exported.layout}) to {self.exported.path}, the dropped ones beside them."
+                f"Exported {self.exported.n_rows:,} rows ({self.exported.layout}) to {self.exported.path}{beside}."
             )
         lines.append(
             f"Ask it: curate sql {self.store.folder} 'SELECT * FROM scored LIMIT 10' · curate summary {self.store.folder}"

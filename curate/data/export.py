@@ -73,8 +73,8 @@ def export(
         raise UsageError(f"export.format: '{format}' is none of {', '.join(known)}.")
     staging = target.with_name(f".{target.name}.new")
     shutil.rmtree(staging, ignore_errors=True)
-    (staging / "work").mkdir(parents=True)
     try:
+        (staging / "work").mkdir(parents=True)
         with ExitStack() as stack:
             stack.callback(shutil.rmtree, staging, True)
             result = write_export(

@@ -36,7 +36,6 @@ def check_target(to: Path, sources: Iterable[str | Path | None]) -> Path:
         raise UsageError(f"export.to: {to} is a file; an export is a folder.")
     if target.is_dir() and any(target.iterdir()) and not (target / MARK).exists():
         raise UsageError(f"export.to: {to} is a folder that curate did not write. Choose another, or empty it first.")
-    target.parent.mkdir(parents=True, exist_ok=True)
     return target
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -25,6 +26,13 @@ NO_DECAY = re.compile(
 )  # transformers' Trainer.get_decay_parameter_names
 
 
+def _said(problem: Exception) -> str:
+    """torch's advice on a file that is no pickle of tensors is to load it unsafely: not what is wrong, and not to be followed."""
+    if isinstance(problem, UnpicklingError):
+        return "It is not a file of tensors that torch.save wrote."
+    return f"{type(problem).__name__}: {first_line(problem)}"
+
+
 def second_moments(file: str | Path, module: nn.Module) -> Vector:
     """v̂ of every parameter that the optimizer holds, float32 on the CPU. ModelError where the file is no Adam of this model."""
     file = Path(file)
@@ -34,7 +42,7 @@ def second_moments(file: str | Path, module: nn.Module) -> Vector:
     except Exception as problem:  # OSError, pickle's and zipfile's own, KeyError
         raise ModelError(
             f"{file}: wanted a trainer's saved optimizer ({FILE}), found {describe_folder(file)}.\n"
-            f"  {type(problem).__name__}: {first_line(problem)}\n"
+            f"  {_said(problem)}\n"
             "  Leave forecast.optimizer out: a short warm-up then gives Adam's state."
         ) from problem
     order = [index for group in groups for index in group["params"]]

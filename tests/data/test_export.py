@@ -305,6 +305,12 @@ def test_a_full_disk_is_said_and_loses_nothing(tmp_path, monkeypatch):
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
 
 
+def test_a_place_where_no_folder_can_be_made_is_said(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValidationError, match="export to .*file/out failed: Not a directory.*choose another"):
+        export(tmp_path / "file" / "out", [pair(1)])
+
+
 def card(folder):
     _, head, body = (folder / "README.md").read_text().split("---\n", 2)
     return yaml.safe_load(head), body
