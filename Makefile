@@ -9,7 +9,7 @@ TESTS  ?= tests
 
 help:
 	@echo "make demo       the whole line on an embedded task and model, in minutes"
-	@echo "make test       the tests          make test TESTS=tests/test_setup.py for some"
+	@echo "make test       the tests          make test TESTS=tests/test_setup.py for some; WORKERS=0: one after another"
 	@echo "make check      format, lint, types"
 	@echo "make bench      side-by-side benchmarks"
 	@echo "make clean      remove what was built (make distclean: .venv too)"
@@ -24,7 +24,7 @@ demo: $(READY)
 	@$(VENV)/bin/curate demo $(if $(OUT),--out $(OUT))
 
 test: $(READY)
-	@$(VENV)/bin/python -m pytest -p tests.timing $(TESTS)
+	@$(VENV)/bin/python -m pytest -p tests.timing -n $(or $(WORKERS),2) --dist loadfile --no-loadscope-reorder $(TESTS)
 
 check: $(READY)
 	$(VENV)/bin/ruff format --check .

@@ -1,11 +1,25 @@
-"""Seconds per test file, at the end of `make test` (loaded with `-p tests.timing`)."""
+"""Seconds per test file, at the end of `make test` (loaded with `-p tests.timing`); and the longest files first, so that two workers end together."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 
+LONGEST = (
+    "test_workflow",
+    "test_sampling_line",
+    "test_sample_vllm",
+    "test_cli",
+    "test_line",
+    "test_recorder",
+    "test_rounds",
+)
+
 seconds: defaultdict[str, float] = defaultdict(float)
 tests: defaultdict[str, int] = defaultdict(int)
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
 def pytest_runtest_logreport(report):
