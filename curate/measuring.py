@@ -177,7 +177,8 @@ class TokensRunner(Runner):
             )
         if self.problems:
             found.append(
-                f"{self.problems:,} rows cannot be measured; the column token_problem of `scored` says why (selection: select.unknown)."
+                f"{self.problems:,} rows cannot be measured; the column token_problem of `scored` says why. A rule of `select` that uses their "
+                "scores treats them by select.unknown; `where: token_problem IS NULL` leaves them out whatever the rules use."
             )
         self.truncated = self.problems = self.seen = 0
         return found

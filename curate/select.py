@@ -9,7 +9,8 @@
 - `keep: {share | rows | tokens}` takes the first of that order, in every group of `per` on its own; tokens stops before the budget is passed.
 - A share of n rows is n·share rounded to the nearest whole number, halves up.
 - `duplicates: once` counts a row once however often it occurs; `as_found` counts it as often as it occurs, in shares and budgets too.
-- `unknown`: a row whose needed value is NULL although it should not be: an error, or the row is kept through that step (ranked last), or dropped.
+- `unknown`: a row where a value that a rule above uses is NULL although it should not be: an error, or the row is kept through that step (ranked
+  last), or dropped. A NULL that no rule uses drops nothing.
 
 `decide` is the pure part: arrays in, decisions out. `select` asks the store for the arrays.
 """

@@ -485,6 +485,24 @@ def test_the_column_of_token_problems_is_text_even_where_there_are_none(recipe):
     assert store.sql("SELECT count(*) AS n FROM scored WHERE token_problem LIKE 'x%'")["n"].item() == 0
 
 
+def test_a_row_that_cannot_be_measured_goes_where_a_rule_uses_its_score(recipe, tmp_path, capsys):
+    write_rows(tmp_path / "pairs.jsonl", [*pairs(4), {"prompt": "ada " * 200, "chosen": " bea.", "rejected": " cy!"}])
+    for number, (rule, kept) in enumerate([
+        ({"keep": {"share": 1.0}}, 5),  # no rule uses a score
+        ({"where": "edit_distance >= 0"}, 4),
+        ({"drop_worst": {"ches_ln": 0.01}}, 4),
+        ({"order_by": "flip_loss"}, 4),
+        ({"where": "token_problem IS NULL"}, 4),
+    ]):  # fmt: skip
+        over = {"select": {**rule, "unknown": "drop"}, "export": {"to": f"out{number}"}}
+        found = curate.run(recipe(**over), progress=Progress())
+        assert (found.selection.counts["kept"], found.exported.n_rows) == (kept, kept), rule
+    said = capsys.readouterr().err
+    assert (
+        "1 row cannot be measured" in said and "treats them by select.unknown; `where: token_problem IS NULL`" in said
+    )
+
+
 def test_a_score_of_the_users_own(recipe, tmp_path, monkeypatch):
     (tmp_path / "my_scores.py").write_text(
         "import curate\n\n\n@curate.score(needs=('chosen_tokens', 'rejected_tokens', 'row.topic'), kind='preference', unit='tokens', worst='high')\n"
