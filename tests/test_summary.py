@@ -9,7 +9,7 @@ import pytest
 
 from curate.data.records import Record
 from curate.rows import Pair
-from curate.store import Measured, Store
+from curate.store import DatasetValue, Measured, Store
 from curate.summary import summarise
 
 UNKNOWN = float("nan")
@@ -46,3 +46,19 @@ def test_the_path_goes_from_the_first_of_the_two_to_the_second(store):
     (flips,) = summarise(store, between=(20, 0)).flips
     assert [p["checkpoint"] for p in flips.path] == ["c20", "c10", "c0"]
     assert [p["to_wrong"] for p in flips.path] == [0, 0, 1]
+
+
+def test_ranking_accuracies_come_before_the_idealised_ones_of_their_run(store):
+    names = ["idealised_ranking_accuracy_b1", "ranking_accuracy", "heldout_idealised_ranking_accuracy_b1"]
+    names += ["heldout_ranking_accuracy", "idealised_ranking_accuracy_ln_b1", "ranking_accuracy_ln"]
+    values = [DatasetValue(name, 0.5) for name in names] + [DatasetValue("ranking_accuracy", 0.5, run="a", step=1)]
+    store.write_dataset_values("import:test", values)
+    assert [(v["run"], v["name"]) for v in summarise(store).values] == [
+        ("", "heldout_ranking_accuracy"),
+        ("", "ranking_accuracy"),
+        ("", "ranking_accuracy_ln"),
+        ("", "heldout_idealised_ranking_accuracy_b1"),
+        ("", "idealised_ranking_accuracy_b1"),
+        ("", "idealised_ranking_accuracy_ln_b1"),
+        ("a", "ranking_accuracy"),
+    ]
