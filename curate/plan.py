@@ -110,7 +110,8 @@ class Step:
 class Plan:
     """The steps in the order they run, and for every (role, column, over) the fingerprints that scores read.
 
-    recorded: the recorded training run that they are read from, if any. pool: the rows that neighbours are taken from.
+    recorded: the recorded training run that they are read from, if any. pool: the rows that neighbours are taken from. beyond: what is said of
+    rows longer than a model's positions.
     """
 
     wanted: list[Wanted]
@@ -120,6 +121,7 @@ class Plan:
     recorded: str | None = None
     directions: Directions | None = None
     pool: list[str] = field(default_factory=list)
+    beyond: list[str] = field(default_factory=list)
 
     @property
     def missing(self) -> int:
@@ -152,8 +154,8 @@ class Plan:
         return "\n".join([*lines, *self.notes()])
 
     def notes(self) -> list[str]:
-        """What a user may not expect of the checkpoints: which were left out, and which no score asks for."""
-        found = [f"Left out: {message}" for message in self.subjects.skipped]
+        """What a user may not expect: which checkpoints were left out, which no score asks for, which rows a model has no positions for."""
+        found = self.left_out()
         run = [s for s in self.subjects.series if s.step != 0]
         measured = {task.measured.model_fingerprint for step in self.steps for task in step.tasks}
         idle = [s for s in run if s.fingerprint not in measured]
@@ -165,7 +167,11 @@ class Plan:
                 f"{len(idle)} of {len(run)} checkpoints are not measured ({names}): no score of this recipe is over checkpoints; "
                 f"{of}. `curate scores` says which are (needs … over checkpoints)."
             )
-        return found
+        return found + self.beyond
+
+    def left_out(self) -> list[str]:
+        """A line for every checkpoint that models.on_broken_checkpoint: skip left out."""
+        return [f"Left out: {message}" for message in self.subjects.skipped]
 
     def to_json(self) -> dict[str, Any]:
         return {

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from curate.errors import CurateError, UsageError
 from curate.plan import Plan, wanted_scores
 from curate.plan import make_plan as _make_plan
+from curate.positions import beyond_positions
 from curate.progress import Progress, counted
 from curate.recipe import Loaded, load_recipe
 from curate.recordings import recorded_runs
@@ -54,7 +55,7 @@ class Result:
         return self.selection.to_dataset()
 
     def text(self) -> str:
-        lines = []
+        lines = self.plan.left_out() if self.plan else []
         if self.measured:
             lines.append("Measured " + ", ".join(f"{n:,} rows ({name})" for name, n in self.measured.items()) + ".")
         elif self.plan is not None and self.plan.steps and not self.plan.missing:
@@ -78,6 +79,7 @@ class Result:
             "store": str(self.store.folder),
             "recipe": self.recipe,
             "measured": self.measured,
+            "notes": self.plan.notes() if self.plan else [],
             "scores": self.scores,
             "values": self.values,
             "selection": None if self.selection is None else {"name": self.selection.name, **self.selection.counts},
@@ -120,6 +122,11 @@ def run_steps(loaded: Loaded, steps: Sequence[str], *, progress: Progress, comma
             if "measure" in steps:
                 _check_ahead(loaded, result)
                 _measure(loaded, result, progress)
+                result.plan.beyond = beyond_positions(
+                    loaded, store, result.plan, sources
+                )  # now that tokens are counted
+                for note in result.plan.beyond:
+                    progress.say(note)
             if "score" in steps:
                 _score(loaded, result, sources, progress)
             if "select" in steps and loaded.recipe.select is not None:
@@ -153,7 +160,10 @@ def make_plan(loaded: Loaded, *, progress: Progress) -> Plan:
     wanted_scores(loaded)
     store = _open_store(loaded, progress)
     check_name(loaded, store)
-    return _make_plan(loaded, store, read_sources(loaded, store, progress))
+    sources = read_sources(loaded, store, progress)
+    plan = _make_plan(loaded, store, sources)
+    plan.beyond = beyond_positions(loaded, store, plan, sources)
+    return plan
 
 
 def _register(loaded: Loaded, store: Store, plan: Plan, sources: dict[str, list[str]]) -> None:

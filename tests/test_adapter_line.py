@@ -69,6 +69,13 @@ def test_a_run_of_adapters_equals_the_merged_models(place):
     np.testing.assert_allclose(frames["lora", "gap"], frames["merged", "gap"], rtol=1e-3, atol=1e-4)
     assert len(plans["lora"].notes()) == 1 and "checkpoint-30" in plans["lora"].notes()[0]
     assert not plans["merged"].notes()
+    again = curate.run(
+        place / "run_lora.yaml"
+    )  # measures nothing, prints nothing: the result itself says what is left out
+    assert (
+        not again.measured and again.text().startswith("Left out: ") and "checkpoint-30" in again.text().splitlines()[0]
+    )
+    assert again.to_json()["notes"] == plans["lora"].notes()
 
 
 def test_gradients_over_the_adapter_are_their_own_measurement(place):

@@ -503,6 +503,28 @@ def test_a_row_that_cannot_be_measured_goes_where_a_rule_uses_its_score(recipe, 
     )
 
 
+def test_rows_beyond_the_models_positions_are_said(recipe, tmp_path, capsys, monkeypatch):
+    long = " ada" * 200  # more than the model's 128 positions in whatever way it is split
+    beyond = [(long, " bea", " cy"), ("dot", long, " cy"), ("dot", " bea", long)]
+    cut = ("ada " * 1100, " bea", " cy")  # its prompt fills max_length: nothing is measured on it
+    more = [dict(zip(("prompt", "chosen", "rejected"), texts, strict=True)) for texts in [*beyond, cut]]
+    write_rows(tmp_path / "pairs.jsonl", [*pairs(4), *more])
+    loaded = load_recipe(recipe(scores=["ranking_gap"], select=None, export=None, tokens={"max_length": 1024}))
+    says = "of 8 rows are longer than the 128 positions of reference: their values are beyond what it was trained on. "
+    says += "Set `tokens.max_length: 128`."
+    quiet = Progress(quiet=True)
+    (before,) = make_plan(loaded, progress=quiet).to_json()["notes"]
+    assert before == f"By their characters about 4 {says}"
+    for _ in range(2):  # where nothing is left to measure, too
+        result = workflow.run_steps(loaded, workflow.STEPS, progress=Progress())
+        assert f"\n3 {says}\n" in "\n" + capsys.readouterr().err
+        assert result.to_json()["notes"] == make_plan(loaded, progress=quiet).notes() == [f"3 {says}"]
+    fits = load_recipe(recipe(scores=["ranking_gap"], select=None, export=None, tokens={"max_length": 128}))
+    assert not make_plan(fits, progress=quiet).notes()
+    monkeypatch.setattr("curate.tokens.context_length", lambda path: None)
+    assert not make_plan(loaded, progress=quiet).notes()
+
+
 def test_a_score_of_the_users_own(recipe, tmp_path, monkeypatch):
     (tmp_path / "my_scores.py").write_text(
         "import curate\n\n\n@curate.score(needs=('chosen_tokens', 'rejected_tokens', 'row.topic'), kind='preference', unit='tokens', worst='high')\n"
