@@ -47,8 +47,16 @@ def test_every_method_starts_alike_and_no_prompt_occurs_twice():
         assert len(prompts) == len(rows) == study.BUDGETS[0]
         assert not prompts & test
     new = [row.cell for row in sets["rounds"][n:]]
-    assert new.count("times2") == 3 * new.count("add3") == 90
+    assert new.count("times2") == 3 * new.count("add3") == 0.75 * study.SETTINGS["round"]
     assert sets["iid"] == study.training_rows(7, "iid", study.BUDGETS[1], {})[: study.BUDGETS[0]]  # nested
+
+
+def test_the_other_rivals_take_part_in_the_first_seeds():
+    first, later = study.cells_of(study.LEAST_SEEDS - 1), study.cells_of(study.LEAST_SEEDS)
+    assert {method for _, method, _ in first} == {"start", *study.METHODS}
+    assert {method for _, method, _ in later} == {"start", "rounds", "iid"}
+    assert study.taking_part("loss", range(20)) == list(range(study.LEAST_SEEDS))
+    assert study.taking_part("rounds", range(20)) == list(range(20))
 
 
 def test_a_line_that_was_cut_off_is_measured_again(tmp_path):
@@ -57,7 +65,7 @@ def test_a_line_that_was_cut_off_is_measured_again(tmp_path):
     file.write_text(json.dumps(study.SETTINGS) + "\n" + json.dumps(lines[0]) + '\n{"seed": 0, "meth')
     done = study.load(file)
     assert done == {(0, "start", 240): lines[0]}
-    assert study.left(done)[0] == (0, "rounds", 360)
+    assert study.left(done)[0] == (0, "rounds", study.BUDGETS[0])
     file.write_text(json.dumps({**study.SETTINGS, "steps": 1}) + "\n")
     with pytest.raises(SystemExit, match="other settings"):
         study.load(file)
