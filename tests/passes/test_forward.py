@@ -252,7 +252,9 @@ def test_measurements_must_return_what_they_declare():
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about glibc's allocator")
 def test_freed_memory_is_reused():
-    """A second use of 40 MB in five tensors asks the system for no page again; without `_keep_freed_memory`, for all 8,192 of four of them."""
+    """A later use of 40 MB in five tensors asks the system for no page, or for one tensor's 2,048 where the heap lies badly; without
+    `_keep_freed_memory`, for all 8,192 of four of them.
+    """
     code = """
 import resource, torch
 from curate.passes.model import _keep_freed_memory
@@ -262,10 +264,13 @@ def use():
 
 _keep_freed_memory()
 use()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-use()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+faults = []
+for _ in range(5):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    use()
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(min(faults))
 """
     root = Path(__file__).parents[2]
     ran = subprocess.run([sys.executable, "-c", code], check=True, cwd=root, capture_output=True, text=True)
-    assert int(ran.stdout) < 1000
+    assert int(ran.stdout) < 4096
