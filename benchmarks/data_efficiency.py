@@ -17,8 +17,8 @@ the seeds; they differ in where a round's new rows come from:
 data_efficiency.jsonl is one training run: (seed, method, rows). Seeds are taken until the 95% interval of rounds − iid has a half-width of
 at most .02 of accuracy at every budget, or until 20 are spent; the three rivals that are neither take part in the first eight. Threshold,
 checkpoints and learning rate were fixed before, on other seeds: with checkpoints too far apart, every row is memorised between two of them,
-nearly all count as hard, and the rounds are i.i.d. growth by another name; at the demo's own learning rate (twice this one) a single
-retraining is so noisy that 960 rows can come out below 720.
+nearly all count as hard, and the rounds are i.i.d. growth by another name; at the demo's own learning rate (twice this one) single
+retrainings are noisier.
 
 The data ratio is how many times as many rows the i.i.d. curve needs for the same test accuracy: the curve is the mean over the seeds, made
 monotone, linear in log rows. Its interval resamples the seeds, all methods of a seed together.
