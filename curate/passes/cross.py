@@ -18,14 +18,12 @@ import numpy as np
 import torch
 
 from curate.errors import ModelError
-from curate.passes.backward import check_angles, understood
 from curate.passes.backward_memory import SHARE, Footprint, free_for
-from curate.passes.bundles import check_lengths
 from curate.passes.inner_products import PER_PAIR
 from curate.passes.layer_rules import Parameters, Rules
 from curate.passes.model import Model
 from curate.passes.packing import Item
-from curate.passes.row_gradients import HEAD, Name, Of, Sink, rows_of, take
+from curate.passes.row_gradients import HEAD, Name, Of, Sink, prepared, rows_of, take
 from curate.passes.sketches import Both, Projections, Sketches
 from curate.passes.target_gradients import Crossing, Targets
 from curate.tokens import Encoded, EncodedPair
@@ -33,7 +31,6 @@ from curate.tokens import Encoded, EncodedPair
 __all__ = ["CrossProducts", "cross_products"]
 
 CHECKED = 4, 16  # targets and training rows among which a factored estimate is compared with the exact products
-TOKENS_ON_CPU = 1024  # at a time: some rows side by side share one reading of the targets' gradients
 
 
 @dataclass(frozen=True)
@@ -105,14 +102,8 @@ def cross_products(
     norms = np.full(len(train), np.nan), np.full(len(targets), np.nan)
     if not rows or not theirs:
         return CrossProducts(products, *norms, passes=0)
-    for items in (rows, theirs):
-        check_lengths(model, items)
-        check_angles(model, items)
-    rules, memory = understood(model, parameters)
-    limit = memory.check(model, rows | {-1 - m: items for m, items in theirs.items()}, token_budget)
-    if model.device.type == "cpu":
-        limit = min(limit, TOKENS_ON_CPU)
-    passes = _Passes(model, rules, memory, limit)
+    together = rows | {-1 - m: items for m, items in theirs.items()}
+    passes = _Passes(model, *prepared(model, together, parameters, token_budget))
     with torch.no_grad():
         if factored is None:
             found = _exact(passes, list(rows.values()), list(theirs.values()))

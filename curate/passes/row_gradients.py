@@ -19,20 +19,21 @@ import numpy as np
 import torch
 
 from curate.passes import packing
-from curate.passes.backward import APART, packed_attention
+from curate.passes.backward import APART, check_angles, packed_attention, understood
 from curate.passes.backward_memory import Footprint
-from curate.passes.bundles import items_of
+from curate.passes.bundles import check_lengths, items_of
 from curate.passes.capture import Capture, Shared
 from curate.passes.graph_memory import Arena
 from curate.passes.head_gradient import head_gradient
 from curate.passes.inner_products import wide
-from curate.passes.layer_rules import Embedding, Linear, Norm, Rules
+from curate.passes.layer_rules import Embedding, Linear, Norm, Parameters, Rules
 from curate.passes.model import Model
 from curate.passes.packing import Group, Item, Layout
 from curate.tokens import Encoded, EncodedPair, common_prefix
 
 Of = Literal["margin", "chosen", "rejected"]  # of a pair; an SFT row has its completion
 Span = tuple[int, int]
+TOKENS_ON_CPU = 1024  # in one graph; more cost memory there and gain nothing
 
 
 @dataclass(frozen=True)
@@ -52,25 +53,28 @@ class HeadTokens:
 Name = tuple[str, int]  # ("weight", 3): of the fourth linear layer
 
 
+@dataclass(frozen=True)
+class WeightPart:
+    """The lines `columns` of the gradient of a weight (o, i), of the batch's rows `rows`: b[span]ᵀ a[span] each, a (n, i), b (n, width), both in
+    float32 or wider, and not to be kept or changed. kept: the sink's own, shared with the layers that read the same a.
+    """
+
+    name: Name
+    a: torch.Tensor
+    b: torch.Tensor
+    columns: slice
+    rows: slice
+    spans: list[Span]
+    kept: dict[Any, Any]
+
+
 class Sink(Protocol):
     """What is made of a batch of R rows' gradients. A begin without an end before it means that the last batch failed and comes again."""
 
     def begin(self, numbers: Sequence[int]) -> None:
         """numbers (R,): of the batch's rows."""
 
-    def matrix(
-        self,
-        name: Name,
-        a: torch.Tensor,
-        b: torch.Tensor,
-        columns: slice,
-        rows: slice,
-        spans: list[Span],
-        kept: dict[Any, Any],
-    ) -> None:
-        """The lines `columns` of the gradient of a weight (o, i), of the batch's rows `rows`: b[span]ᵀ a[span] each, a (n, i), b (n, width), both in
-        float32 or wider, and not to be kept or changed. kept: the sink's own, shared with the layers that read the same a.
-        """
+    def matrix(self, part: WeightPart) -> None: ...
 
     def vector(self, name: Name, x: torch.Tensor, columns: slice, size: int, rows: slice) -> None:
         """The entries `columns` of the gradient of a vector of `size`, (rows, width) float64."""
@@ -126,7 +130,7 @@ class _Sorter:
         b, k = wide(g), self.number[id(rule)]
         if rule.wanted:
             a = wide(rows if line is None else rows[line])
-            self.sink.matrix(("weight", k), a, b, slice(0, b.shape[1]), self.all, self.spans, shared.kept)
+            self.sink.matrix(WeightPart(("weight", k), a, b, slice(0, b.shape[1]), self.all, self.spans, shared.kept))
         if rule.bias_wanted:
             self._vector(("bias", k), b)
 
@@ -151,6 +155,49 @@ def rows_of(rows: Sequence[Encoded | EncodedPair], of: Of) -> dict[int, list[Ite
             items = items_of(i, row, False, None)
             found[i] = items if len(items) == 1 or of == "margin" else [item for item in items if item.side == of]
     return found
+
+
+def parts_of(model: Model, rules: Rules, v: dict[str, torch.Tensor]) -> dict[Name, torch.Tensor]:
+    """v (parameters' names -> tensors of their shapes) by the names that sinks know, on the model's device, float32 or wider: weights (o, i), vectors
+    flat. Of a head that is the embedding too the head's name alone.
+    """
+    names = {id(p): name for name, p in model.module.named_parameters()}
+    found: dict[Name, torch.Tensor] = {}
+
+    def own(name: Name, p: Any, *, turned: bool = False) -> None:
+        part = v.get(names.get(id(p), ""))
+        if part is not None:
+            part = wide(part).to(model.device)
+            part = part.T if turned else part
+            found[name] = part if name[0] in ("weight", "head", "embedding") else part.flatten()
+
+    head = model.module.get_output_embeddings()
+    own(HEAD, head.weight)
+    own(("head bias", 0), getattr(head, "bias", None))
+    for k, linear in enumerate(rules.linears):
+        weight: Any = linear.module.weight
+        own(("weight", k), weight, turned=linear.weight.stride() != weight.stride())
+        own(("bias", k), linear.bias)
+    for k, norm in enumerate(rules.norms):
+        own(("scale", k), norm.module.weight)
+        own(("shift", k), getattr(norm.module, "bias", None))
+    for k, table in enumerate(rules.embeddings):
+        if not table.tied:
+            own(("embedding", k), table.module.weight)
+    return found
+
+
+def prepared(
+    model: Model, items: dict[int, list[Item]], parameters: Parameters, token_budget: int
+) -> tuple[Rules, Footprint, int]:
+    """The model's rules, what a token costs in memory, and how many tokens may run at a time. ModelError where a parameter has no rule or a row is
+    too long.
+    """
+    check_lengths(model, items)
+    check_angles(model, items)
+    rules, memory = understood(model, parameters)
+    limit = memory.check(model, items, token_budget)
+    return rules, memory, min(limit, TOKENS_ON_CPU) if model.device.type == "cpu" else limit
 
 
 def batches(model: Model, items: dict[int, list[Item]], limit: int) -> Iterator[list[int]]:
@@ -253,7 +300,7 @@ def _head(
     def each(span: Span, block: slice, q: torch.Tensor) -> None:
         some = slice(number[span[0]], number[span[1]])
         own = [(start - span[0], stop - span[0]) for start, stop in spans[some]]
-        sink.matrix(HEAD, a[slice(*span)], q, block, some, own, kept.setdefault(span[0], {}))
+        sink.matrix(WeightPart(HEAD, a[slice(*span)], q, block, some, own, kept.setdefault(span[0], {})))
         if model.head.bias is not None:
             parts = q * -signs[slice(*span), None]
             x = torch.stack([parts[start:stop].sum(0).double() for start, stop in own])

@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
-from curate.passes.row_gradients import HeadTokens, Lines, Name, Sink, Span
+from curate.passes.row_gradients import HeadTokens, Lines, Name, Sink, WeightPart
 
 
 @dataclass
@@ -91,23 +91,14 @@ class Sketches:
                 self.parts.setdefault(name, part.new_zeros(self.count, *part.shape[1:]))[self._numbers] = part
         self.products[self._numbers], self.squares[self._numbers] = products, squares
 
-    def matrix(
-        self,
-        name: Name,
-        a: torch.Tensor,
-        b: torch.Tensor,
-        columns: slice,
-        rows: slice,
-        spans: list[Span],
-        kept: dict[Any, Any],
-    ) -> None:
-        x, signs = self.projections.input(name, kept, a), self.projections.outputs(name, b)
-        out = self._part(name, x)[rows]
+    def matrix(self, part: WeightPart) -> None:
+        x, y = self.projections.input(part.name, part.kept, part.a), part.b
+        out, signs = self._part(part.name, x)[part.rows], self.projections.outputs(part.name, y)
         if signs is None:
-            out, y = out[:, columns], b
+            out = out[:, part.columns]
         else:
-            y = b @ signs[columns]
-        for r, (start, stop) in enumerate(spans):
+            y = y @ signs[part.columns]
+        for r, (start, stop) in enumerate(part.spans):
             out[r].addmm_(y[start:stop].T, x[start:stop])
 
     def vector(self, name: Name, x: torch.Tensor, columns: slice, size: int, rows: slice) -> None:
@@ -144,18 +135,9 @@ class Both:
         self.one.begin(numbers)
         self.other.begin(numbers)
 
-    def matrix(
-        self,
-        name: Name,
-        a: torch.Tensor,
-        b: torch.Tensor,
-        columns: slice,
-        rows: slice,
-        spans: list[Span],
-        kept: dict[Any, Any],
-    ) -> None:
-        self.one.matrix(name, a, b, columns, rows, spans, kept.setdefault("one", {}))
-        self.other.matrix(name, a, b, columns, rows, spans, kept.setdefault("other", {}))
+    def matrix(self, part: WeightPart) -> None:
+        self.one.matrix(replace(part, kept=part.kept.setdefault("one", {})))
+        self.other.matrix(replace(part, kept=part.kept.setdefault("other", {})))
 
     def vector(self, name: Name, x: torch.Tensor, columns: slice, size: int, rows: slice) -> None:
         self.one.vector(name, x, columns, size, rows)

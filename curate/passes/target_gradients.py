@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
@@ -20,7 +19,7 @@ from curate.passes import inner_products
 from curate.passes.cpu_products import product
 from curate.passes.head import Head
 from curate.passes.head_gradient import residuals_at
-from curate.passes.row_gradients import HEAD, HeadTokens, Lines, Name, Span
+from curate.passes.row_gradients import HEAD, HeadTokens, Lines, Name, Span, WeightPart
 
 BLOCK = (
     1 << 20
@@ -59,25 +58,17 @@ class Targets:
         self._new_tokens: dict[Name, Tokens] = {}
         self._new_lines: dict[Name, Lines] = {}
 
-    def matrix(
-        self,
-        name: Name,
-        a: torch.Tensor,
-        b: torch.Tensor,
-        columns: slice,
-        rows: slice,
-        spans: list[Span],
-        kept: dict[Any, Any],
-    ) -> None:
+    def matrix(self, part: WeightPart) -> None:
+        name, a, b = part.name, part.a, part.b
         if name in self.by_tokens:
-            if "a" not in kept:
-                kept["a"] = a.clone()
-            self._new_tokens[name] = Tokens(kept["a"], b.clone(), self._numbers, spans)
+            if "a" not in part.kept:
+                part.kept["a"] = a.clone()
+            self._new_tokens[name] = Tokens(part.kept["a"], b.clone(), self._numbers, part.spans)
             return
         if name not in self.matrices:
             self.matrices[name] = a.new_empty(self.count, *self.shapes[name])
-        for m, (start, stop) in zip(self._numbers[rows], spans):
-            torch.mm(b[start:stop].T, a[start:stop], out=self.matrices[name][m, columns])
+        for m, (start, stop) in zip(self._numbers[part.rows], part.spans):
+            torch.mm(b[start:stop].T, a[start:stop], out=self.matrices[name][m, part.columns])
 
     def vector(self, name: Name, x: torch.Tensor, columns: slice, size: int, rows: slice) -> None:
         if name not in self.vectors:
@@ -146,28 +137,20 @@ class Crossing:
     def end(self) -> None:
         self.products[self._numbers], self.squares[self._numbers] = self._found, self._squares
 
-    def matrix(
-        self,
-        name: Name,
-        a: torch.Tensor,
-        b: torch.Tensor,
-        columns: slice,
-        rows: slice,
-        spans: list[Span],
-        kept: dict[Any, Any],
-    ) -> None:
-        found, squares = self._found[rows], self._squares[rows]
+    def matrix(self, part: WeightPart) -> None:
+        name, a, b, spans = part.name, part.a, part.b, part.spans
+        found, squares = self._found[part.rows], self._squares[part.rows]
         if name in self.targets.tokens:
-            for k, part in enumerate(self.targets.tokens[name]):
-                if k not in kept:
-                    kept[k] = product(a, part.a.T)
-                both = product(b, part.b.T).mul_(kept[k])  # (n, K)
+            for k, other in enumerate(self.targets.tokens[name]):
+                if k not in part.kept:
+                    part.kept[k] = product(a, other.a.T)
+                both = product(b, other.b.T).mul_(part.kept[k])  # (n, K)
                 lines = torch.stack([both[start:stop].sum(0) for start, stop in spans]).double()
-                found[:, part.numbers] += torch.stack([lines[:, start:stop].sum(1) for start, stop in part.spans], 1)
+                found[:, other.numbers] += torch.stack([lines[:, start:stop].sum(1) for start, stop in other.spans], 1)
             for r, (start, stop) in enumerate(spans):
                 squares[r] += _own(a[start:stop], b[start:stop])
             return
-        theirs = self.targets.matrices[name][:, columns]  # (M, width, i)
+        theirs = self.targets.matrices[name][:, part.columns]  # (M, width, i)
         width = max(1, BLOCK // (a.shape[1] * len(spans)))
         room = a.new_empty(len(spans) * min(width, b.shape[1]) * a.shape[1])
         for at in range(0, b.shape[1], width):
