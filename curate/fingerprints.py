@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -21,7 +21,8 @@ WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
 
 class FingerprintCache:
-    """Fingerprints of files by path, size and time of change, so that weights are read once and a tokenizer need not be loaded to be known.
+    """Fingerprints of files by path, size and time of change, so that weights are read once and a tokenizer need not be loaded to be known; and
+    what else is slow to find out and follows from files.
 
     Kept in a JSON file (None: not kept), which may be lost at any time.
     """
@@ -35,22 +36,38 @@ class FingerprintCache:
 
     def of(self, path: Path) -> str:
         """SHA-256 of a file."""
-        key = f"{path.resolve()}|{_state(path)}"
-        if key not in self.known:
+
+        def digest() -> str:
             with path.open("rb") as file:
-                self._keep(key, hashlib.file_digest(file, "sha256").hexdigest())
-        return self.known[key]
+                return hashlib.file_digest(file, "sha256").hexdigest()
+
+        return self.kept(f"{path.resolve()}|{file_state(path)}", digest)
 
     def tokenizer(self, folder: Path) -> str:
         """`tokenizer_fingerprint` of a model folder, which is loaded only where a file of it has changed (weights aside)."""
         found = (*folder.iterdir(), *folder.glob("*/*.jinja"))
         files = sorted(p for p in found if p.is_file() and not any(p.match(w) for w in WEIGHTS))
-        state = content_id(version("transformers"), [(p.relative_to(folder).as_posix(), _state(p)) for p in files])
-        key = f"tokenizer|{folder.resolve()}|{state}"
-        if key not in self.known:
+        state = content_id(version("transformers"), [(p.relative_to(folder).as_posix(), file_state(p)) for p in files])
+
+        def loaded() -> str:
             from curate.tokens import load_tokenizer, tokenizer_fingerprint
 
-            self._keep(key, tokenizer_fingerprint(load_tokenizer(folder)))
+            return tokenizer_fingerprint(load_tokenizer(folder))
+
+        return self.kept(f"tokenizer|{folder.resolve()}|{state}", loaded)
+
+    def positions(self, folder: Path) -> int | None:
+        """`context_length` of a model folder, its config read by transformers only where it has changed."""
+        from curate.tokens import context_length
+
+        state = content_id(version("transformers"), file_state(folder / "config.json"))
+        found = self.kept(f"positions|{folder.resolve()}|{state}", lambda: str(context_length(folder) or ""))
+        return int(found) if found else None
+
+    def kept(self, key: str, make: Callable[[], str]) -> str:
+        """What is kept under a key that says all that it depends on; made where nothing is."""
+        if key not in self.known:
+            self._keep(key, make())
         return self.known[key]
 
     def _keep(self, key: str, value: str) -> None:
@@ -65,7 +82,8 @@ class FingerprintCache:
             new.unlink(missing_ok=True)
 
 
-def _state(path: Path) -> str:
+def file_state(path: Path) -> str:
+    """Size and time of change."""
     found = path.stat()
     return f"{found.st_size}|{found.st_mtime_ns}"
 

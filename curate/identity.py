@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from curate.checkpoints import Subject
+from curate.engines import engine_name
 from curate.fingerprints import FingerprintCache
 from curate.perturbing import perturbation
 from curate.rows import content_id
@@ -73,21 +74,9 @@ class Identity:
         return self._tokenizers[folder]
 
     def engine(self, reads: str, subject: Subject) -> str:
-        engine = self.recipe.engine
         key = (reads, subject.path)
         if key not in self._engines:
-            if reads == "sample":
-                from curate.passes.sampling import sampler_identity
-
-                server, path = self.recipe.server.model_dump(), subject.path if Path(subject.path).is_dir() else None
-                self._engines[key], _ = sampler_identity(
-                    engine.sampler, path, base=subject.base, dtype=engine.dtype, device=engine.device, server=server
-                )
-            else:
-                from curate.passes.model import engine_identity
-
-                dtype = "float32" if reads == "direction" else engine.dtype  # differences of bfloat16 numbers are noise
-                self._engines[key] = engine_identity(dtype=dtype, device=engine.device)
+            self._engines[key] = engine_name(self.recipe, reads, subject, self.cache)
         return self._engines[key]
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from curate.cost import CHARACTERS_PER_TOKEN
+from curate.fingerprints import FingerprintCache
 
 if TYPE_CHECKING:
     from curate.plan import Plan
@@ -22,8 +23,7 @@ def beyond_positions(loaded: Loaded, store: Store, plan: Plan, sources: dict[str
 
     Lengths are the tokens counted so far, of rows that can be measured; before any is counted, an estimate from the rows' characters.
     """
-    from curate.tokens import context_length
-
+    cache = FingerprintCache(store.folder / "weights.json")
     limit = loaded.recipe.tokens.max_length
     counts = {
         task.measured.params["tokenizer"]: task.fingerprint
@@ -35,7 +35,7 @@ def beyond_positions(loaded: Loaded, store: Store, plan: Plan, sources: dict[str
     for step in plan.steps:
         counted = counts.get(step.tasks[0].measured.params.get("tokenizer", ""))
         if step.reads in FORWARD and counted and Path(step.subject.home).is_dir():
-            positions = context_length(step.subject.base or step.subject.home)
+            positions = cache.positions(Path(step.subject.base or step.subject.home))
             if positions is not None and (limit is None or positions < limit):
                 found.setdefault((positions, counted), []).append(step.subject.label)
     names = [name for group in sources.values() for name in group]

@@ -40,12 +40,13 @@ def rows_of(
     without: str | None = None,
 ) -> list[tuple[int, str]]:
     """(position, row_id) by position: rows that occur in `sources` with `role`; with `without`, those with text that it has no line for."""
-    conditions, params = [], []
+    conditions: list[str] = []
+    params: list[Any] = []
     if sources is not None or role is not None:
         inner = []
         if sources is not None:
-            con.register("wanted_sources", pa.table({"source": pa.array(list(sources), pa.string())}))
-            inner.append("o.source IN (SELECT source FROM wanted_sources)")
+            inner.append("o.source IN (SELECT unnest(?::VARCHAR[]))")  # to register a table would load pandas
+            params.append(list(sources))
         if role is not None:
             inner.append("o.role = ?")
             params.append(role)
