@@ -60,23 +60,47 @@ class Progress:
             return
         started = last = time.monotonic()
         seen = 0
+        pace = Pace()
 
         def step(n: int) -> None:
             nonlocal seen, last
             seen += n
             now = time.monotonic()
+            pace.add(n, now)
             if now - last >= self.every and not total:
                 last = now
                 self.say(f"{title}: {seen:,} {unit}")
             elif now - last >= self.every and done + seen < total:
                 last = now
-                left = (total - done - seen) * (now - started) / max(seen, 1)
-                self.say(f"{title}: {done + seen:,} of {total:,} {unit}, about {span(left)} left")
+                left = pace.left(total - done - seen)
+                about = "" if left is None else f", about {span(left)} left"
+                self.say(f"{title}: {done + seen:,} of {total:,} {unit}{about}")
 
         yield Count(step)
         if seen:
             of = f" of {total:,}" if total else ""
             self.say(f"{title}: {done + seen:,}{of} {unit} in {span(time.monotonic() - started)}")
+
+
+class Pace:
+    """How fast something is done, from the end of its first batch on: that one pays for memory, kernels and caches too."""
+
+    def __init__(self) -> None:
+        self._batches = self._done = 0
+        self._first = self._last = 0.0
+
+    def add(self, n: int, now: float) -> None:
+        """`n` more were done by `now` (seconds)."""
+        if self._batches:
+            self._done += n
+        else:
+            self._first = now
+        self._batches += 1
+        self._last = now
+
+    def left(self, n: int) -> float | None:
+        """Seconds that `n` more take; None before two batches after the first."""
+        return n * (self._last - self._first) / self._done if self._batches > 2 and self._done > 0 else None
 
 
 class Count:
