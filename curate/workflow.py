@@ -35,7 +35,10 @@ STEPS = ("measure", "score", "select", "export")
 
 @dataclass
 class Result:
-    """What a run did. selection is None where the recipe selects nothing; values are the dataset-level ones, with intervals."""
+    """What a run did. selection is None where the recipe selects nothing; values are the dataset-level ones, with intervals.
+
+    said: whether the lines of progress told the plan's notes already, so that the text does not repeat them.
+    """
 
     store: Store
     recipe: str
@@ -46,6 +49,7 @@ class Result:
     selection: Selection | None = None
     exported: ExportResult | None = None
     report: Path | None = None  # until there is a report
+    said: bool = False
 
     @property
     def dataset(self) -> Dataset:
@@ -55,7 +59,7 @@ class Result:
         return self.selection.to_dataset()
 
     def text(self) -> str:
-        lines = self.plan.left_out() if self.plan else []
+        lines = self.plan.left_out() if self.plan and not self.said else []
         if self.measured:
             lines.append("Measured " + ", ".join(f"{n:,} rows ({name})" for name, n in self.measured.items()) + ".")
         elif self.plan is not None and self.plan.steps and not self.plan.missing:
@@ -117,9 +121,10 @@ def run_steps(loaded: Loaded, steps: Sequence[str], *, progress: Progress, comma
             sources = read_sources(loaded, store, progress)
             result.plan = _make_plan(loaded, store, sources)
             _register(loaded, store, result.plan, sources)
-            for note in result.plan.notes() if "measure" in steps else ():
-                progress.say(note)
             if "measure" in steps:
+                for note in result.plan.notes():
+                    progress.say(note)
+                result.said = not progress.quiet
                 _check_ahead(loaded, result)
                 _measure(loaded, result, progress)
                 result.plan.beyond = beyond_positions(

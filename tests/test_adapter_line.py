@@ -49,7 +49,7 @@ def recipe(place, name: str, scores: list, **sections):
     return place / f"{name}.yaml"
 
 
-def test_a_run_of_adapters_equals_the_merged_models(place):
+def test_a_run_of_adapters_equals_the_merged_models(place, capsys):
     skip = {"on_broken_checkpoint": "skip"}
     plans, frames = {}, {}
     alone = recipe(place, "run_lora", ["ranking_gap"], models={"reference": "runs/dpo/checkpoint-20"})
@@ -76,6 +76,9 @@ def test_a_run_of_adapters_equals_the_merged_models(place):
         not again.measured and again.text().startswith("Left out: ") and "checkpoint-30" in again.text().splitlines()[0]
     )
     assert again.to_json()["notes"] == plans["lora"].notes()
+    capsys.readouterr()
+    told = curate.run(place / "run_lora.yaml", progress=Progress())  # said while it runs, so not once more
+    assert capsys.readouterr().err.count("checkpoint-30") == 1 and "checkpoint-30" not in told.text()
 
 
 def test_gradients_over_the_adapter_are_their_own_measurement(place):
