@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from curate.scores.premem import AUTO, group_names
 from curate.store import DatasetValue
 
 if TYPE_CHECKING:
-    from curate.plan import Plan
+    from curate.plan import Plan, Wanted
     from curate.scores.calibration import Calibration, Run
     from curate.scoring import Columns
     from curate.store import Store
@@ -100,7 +101,7 @@ def _runs(store: Store, train: Columns, heldout: Columns | None, group: Group | 
     from curate.scores.calibration import Run
 
     rows = np.ones(len(train.row_ids), bool) if group is None else group.rows(train)
-    runs, imported = [], _imported(store) if group is None else {}
+    runs, imported = [], imported_accuracies(store) if group is None else {}
     for series in train.runs("checkpoints"):
         read = [train.column("", name, "checkpoints", series) for name in ("accuracy", "target_nll")]
         if read[0] is None or read[1] is None:
@@ -127,7 +128,13 @@ def _runs(store: Store, train: Columns, heldout: Columns | None, group: Group | 
     return [run for run in runs if len(run.accuracy)]
 
 
-def _imported(store: Store) -> dict[tuple[str, int | None], float]:
+def calibrates(wanted: Iterable[Wanted]) -> bool:
+    """Whether a score of these gets its τ from held-out accuracies: with them it is outdated."""
+    return any(want.params.get("threshold") in AUTO for want in wanted if isinstance(want.params.get("threshold"), str))
+
+
+def imported_accuracies(store: Store) -> dict[tuple[str, int | None], float]:
+    """(run, step) -> held-out accuracy that was imported."""
     names = ", ".join(f"'{name}'" for name in IMPORTED)
     found = store.sql(
         f"SELECT run, step, value FROM data.dataset_values WHERE starts_with(origin, 'import:') AND name IN ({names}) AND value IS NOT NULL"

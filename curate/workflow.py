@@ -288,14 +288,19 @@ def _export(loaded: Loaded, result: Result, sources: dict[str, list[str]], progr
 
 
 def _scores_of(store: Store, result: Result, sources: dict[str, list[str]]) -> str:
-    """What scores are computed from: the scores with their settings, the measurements that they read, the rows and what is missing of them."""
+    """What scores are computed from: the scores with their settings, the measurements that they read, the rows and what is missing of them, and
+    imported held-out accuracies where they set a threshold.
+    """
+    from curate.calibrating import calibrates, imported_accuracies
+
     plan = result.plan
     assert plan is not None
     uses = sorted((*map(str, key), *prints) for key, prints in plan.uses.items())
     wanted = [(want.name, want.score.name, want.params) for want in plan.wanted]
     names = {name for group in sources.values() for name in group}
     rows = sorted((s["role"], s["source"], s["fingerprint"]) for s in store.sources() if s["source"] in names)
-    return content_id(wanted, uses, rows, 0 if result.measured else plan.missing)
+    heldout = [sorted(imported_accuracies(store).items(), key=str)] if calibrates(plan.wanted) else []
+    return content_id(wanted, uses, rows, 0 if result.measured else plan.missing, *heldout)
 
 
 def _selection_of(loaded: Loaded, result: Result, sources: dict[str, list[str]]) -> str:

@@ -13,9 +13,11 @@ from curate.errors import UsageError
 from curate.explain import explain_row
 from curate.importing import import_file
 from curate.progress import Progress
+from curate.recipe import load_recipe
 from curate.rows import Example
 from curate.scores.premem import running
 from curate.summary import summarise
+from curate.workflow import run_steps
 
 STEPS = (10, 20, 30, 40)
 TAUS = {"a": 0.1, "b": 0.5}
@@ -68,6 +70,36 @@ def test_one_threshold_from_imported_test_accuracies(tmp_path, capsys):
         f"premem_accuracy (threshold {tau.value:.4g})" in row.text()
         and "premem_threshold" in summarise(result.store).text()
     )
+
+
+@pytest.mark.parametrize("threshold", ["auto", 0.1])
+def test_new_held_out_accuracies_outdate_scores_that_are_calibrated_with_them(tmp_path, threshold):
+    """`curate select` refuses what another τ was made of, and takes what no held-out accuracy enters."""
+    rng, store = np.random.default_rng(3), tmp_path / "store"
+    accuracy, nll = trajectories(rng, 100, 0.1)
+    lines([str(i) for i in range(100)], "r", accuracy, nll).write_parquet(tmp_path / "train.parquet")
+    import_file(store, tmp_path / "train.parquet", MAP)
+    told = {"run": "run", "checkpoint": "step", "test_accuracy": "test_accuracy"}
+
+    def taken(tau):
+        tests = [("r", s, v) for s, v in zip(STEPS, running(accuracy, nll, tau).mean(axis=0).tolist(), strict=True)]
+        frame = pl.DataFrame(tests, schema=["run", "step", "test_accuracy"], orient="row")
+        frame.write_parquet(tmp_path / "test.parquet")
+        import_file(store, tmp_path / "test.parquet", told)
+
+    raw = {"kind": "sft", "scores": [{"premem_accuracy": {"threshold": threshold}}]}
+    loaded = load_recipe({**raw, "select": {"order_by": "premem_accuracy desc"}}, store=store)
+    step = lambda *steps: run_steps(loaded, steps, progress=Progress(quiet=True))  # noqa: E731
+    taken(0.1)
+    step("score")
+    taken(0.1)  # the same again
+    step("select")
+    taken(0.5)
+    if threshold == "auto":
+        with pytest.raises(UsageError, match=r"as scores of .* comes from other .*curate score"):
+            step("select")
+        step("score")
+    assert step("select").selection.counts["kept"] == 100
 
 
 def test_runs_that_want_other_thresholds_are_said(tmp_path, capsys):
