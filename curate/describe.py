@@ -136,6 +136,12 @@ class Status:
                     head=columns,
                 ),
             ]
+        if f["refused"]:
+            r = f["refused"]
+            lines += [
+                "",
+                f"The last command, `curate {r['command']}` ({r['recipe']}, {_time(r['started'])}), was {_outcome(r)}",
+            ]
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:

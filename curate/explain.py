@@ -105,6 +105,7 @@ def explain_row(store: Store, row: str, selection: str | None = None) -> Explana
             "SELECT name, value FROM dataset_values WHERE starts_with(name, 'premem_threshold')", recipe=recipe
         ).rows()
     )
+    shares = _shares(store, recipe, {name: line[name] for name in requests if name in line})
     for column, request in requests.items():
         if column not in line:
             continue
@@ -115,12 +116,7 @@ def explain_row(store: Store, row: str, selection: str | None = None) -> Explana
             params["threshold"] = {
                 k.removeprefix("premem_threshold_"): v for k, v in calibrated.items() if "_threshold_" in k
             }
-        declared = SCORES.get(request.score)
-        share = store.sql(
-            f'SELECT count(*) FILTER ("{column}" <= ?) / nullif(count("{column}"), 0) AS p FROM scored',
-            [line[column]],
-            recipe=recipe,
-        )["p"][0]
+        declared, share = SCORES.get(request.score), shares[column]
         code = f"{column}_name" if declared and declared.names else None
         scores.append(
             {
@@ -128,7 +124,7 @@ def explain_row(store: Store, row: str, selection: str | None = None) -> Explana
                 "value": line[column],
                 "value_name": line.get(code) if code else None,
                 "unit": declared.unit if declared else "",
-                "percentile": None if line[column] is None or share is None or code else round(100 * share, 1),
+                "percentile": None if share is None or code else round(100 * share, 1),
                 "worst": declared.worst if declared else "none",
                 "high_means": declared.high_means if declared else f"a score of your own: {request.score}",
                 "params": params,
@@ -147,6 +143,14 @@ def explain_row(store: Store, row: str, selection: str | None = None) -> Explana
     }
     flags = _flags(store, row_id, recipe, line, requests)
     return Explanation(row_id, {k: line.get(k) for k in base}, scores, measured, decision, name, flags)
+
+
+def _shares(store: Store, recipe: str | None, scores: dict[str, Any]) -> dict[str, float | None]:
+    """name -> the share of the known values that are at most the row's; None where the row's is unknown."""
+    known = {name: value for name, value in scores.items() if value is not None}
+    picked = ", ".join(f'count(*) FILTER ("{name}" <= ?) / count("{name}")' for name in known)
+    found = store.sql(f"SELECT {picked} FROM scored", list(known.values()), recipe=recipe).row(0) if known else ()
+    return dict.fromkeys(scores) | dict(zip(known, found, strict=True))
 
 
 def _flags(store: Store, row_id: str, recipe: str | None, line: dict[str, Any], requests: dict[str, Any]) -> list[str]:

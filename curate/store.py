@@ -389,7 +389,7 @@ class Store:
         return int(run)
 
     def finish_run(self, run: int, outcome: str, message: str = "", counts: Mapping[str, Any] | None = None) -> None:
-        """Note how a command ended. outcome: "done", "failed", "stopped"."""
+        """Note how a command ended. outcome: "done", "failed", "stopped", or "refused": wrong use, before anything was done."""
         with self.database.write() as con:
             con.execute(
                 "UPDATE data.runs SET finished = now()::TIMESTAMP, outcome = ?, message = ?, counts = ? WHERE id = ?",
@@ -426,7 +426,9 @@ class Store:
             return query.find_row(con, text, str(self.folder))
 
     def status(self) -> dict[str, Any]:
-        """What is in the store: counts by table, sources, measurements with rows done, shards not taken in yet, runs, who is measuring."""
+        """What is in the store: counts by table, sources, measurements with rows done, shards not taken in yet, the last ten runs, the last
+        command if it was refused (such a command is no run; the view `runs` has it), who is measuring.
+        """
         with self.database.read() as con:
             found = query.status(con)
         return {

@@ -139,7 +139,8 @@ def run_steps(loaded: Loaded, steps: Sequence[str], *, progress: Progress, comma
         if "export" in steps and loaded.recipe.export is not None:
             _export(loaded, result, sources, progress)
     except CurateError as error:
-        _finish(store, number, "failed", str(error), result)
+        wrong_use = isinstance(error, UsageError) and not result.measured
+        _finish(store, number, "refused" if wrong_use else "failed", str(error), result)
         raise
     except KeyboardInterrupt:
         _finish(store, number, "stopped", "interrupted", result)

@@ -195,6 +195,27 @@ def test_questions_to_a_store(curate, done):
     assert "selection 'recipe': " in text and "kept: kept" not in text and "ranking_gap" in text
 
 
+def test_a_refused_command_is_no_run(curate, model, tmp_path):
+    """`status` names it while it is the last one; a run that broke is listed as before."""
+    write_rows(tmp_path / "pairs.jsonl", pairs(4))
+    select, store = {"order_by": "ranking_gap"}, tmp_path / "store"
+    path = write_recipe(tmp_path / "recipe.yaml", model, scores=["ranking_gap"], select=select)
+    assert curate("measure", path).code == 0
+    assert curate("select", path).code == 2  # nothing is scored yet
+    told = curate("status", store, "--json").json
+    assert [(r["id"], r["command"], r["outcome"]) for r in told["runs"]] == [(1, "measure", "done")]
+    assert told["refused"]["command"] == "select" and "curate score" in told["refused"]["message"]
+    text = curate("status", store).out
+    assert text.splitlines()[-1].startswith("The last command, `curate select` (recipe, ")
+    assert "was refused: Not every score of 'recipe' is computed yet: `curate score" in text
+    assert curate("run", path, "--set", "models.reference=nowhere").code == 1
+    told = curate("status", store, "--json").json
+    assert [(r["id"], r["outcome"]) for r in told["runs"]] == [(3, "failed"), (1, "done")]
+    assert told["refused"] is None and "The last command" not in curate("status", store).out
+    query = "SELECT outcome FROM runs ORDER BY id"
+    assert [r["outcome"] for r in curate("sql", store, query, "--json").json] == ["done", "refused", "failed"]
+
+
 def test_a_table_for_people_cuts_long_texts_and_json_does_not(curate, done):
     query = "SELECT repeat('long ', 100) AS t, 1 AS n"
     assert max(map(len, curate("sql", done.parent / "store", query).out.splitlines())) < 80

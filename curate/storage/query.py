@@ -215,6 +215,7 @@ def status(con: Connection) -> dict[str, Any]:
         )
     for m in measured:
         m["n_rows"] = counts.get(m["fingerprint"], 0)
+    last = dicts(con, "SELECT * EXCLUDE (host) FROM data.runs ORDER BY id DESC LIMIT 1")
     n_rows, n_text = con.execute("SELECT count(*), count(prompt) FROM data.rows").fetchall()[0]
     return {
         "rows": n_rows,
@@ -224,5 +225,9 @@ def status(con: Connection) -> dict[str, Any]:
         "measured": measured,
         "recipes": [row[0] for row in con.execute("SELECT name FROM data.recipes ORDER BY updated DESC").fetchall()],
         "selections": dicts(con, "SELECT name, recipe, counts, created FROM data.selections ORDER BY created DESC"),
-        "runs": dicts(con, "SELECT * EXCLUDE (host) FROM data.runs ORDER BY id DESC LIMIT 10"),
+        "runs": dicts(
+            con,
+            "SELECT * EXCLUDE (host) FROM data.runs WHERE outcome IS DISTINCT FROM 'refused' ORDER BY id DESC LIMIT 10",
+        ),
+        "refused": next((run for run in last if run["outcome"] == "refused"), None),
     }
