@@ -180,9 +180,10 @@ def _exact(passes: _Passes, rows: list[list[Item]], targets: list[list[Item]]) -
         passes.run(some, kept)
         crossing = passes.crossed(rows, kept)
         products.append(crossing.products)
+        squares = crossing.squares
         target_squares.append(kept.squares())
-        del kept
-    return _found(torch.cat(products, 1), crossing.squares, torch.cat(target_squares), passes=len(products))
+        del kept, crossing  # which holds it too
+    return _found(torch.cat(products, 1), squares, torch.cat(target_squares), passes=len(products))
 
 
 def _factored(passes: _Passes, rows: list[list[Item]], targets: list[list[Item]], k: int, seed: int) -> CrossProducts:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -71,6 +73,27 @@ def test_any_batch_order_layout_and_block_of_targets(monkeypatch):
     found = cross.cross_products(model, train, targets)
     assert found.passes == 3
     assert worst(found, mine, theirs) < 1e-6
+
+
+def test_a_block_of_targets_is_let_go_before_the_next_is_made(monkeypatch):
+    """What is free for the next block is what this one had."""
+    alive: list[weakref.ref] = []
+    plain = cross.Targets
+
+    def made(*args):
+        assert not [ref for ref in alive if ref() is not None]
+        targets = plain(*args)
+        alive.append(weakref.ref(targets))
+        return targets
+
+    monkeypatch.setattr(cross, "Targets", made)
+    monkeypatch.setattr(cross._Passes, "fit", lambda self, targets: min(2, len(targets)))
+    rows = random_pairs(5)
+    gc.disable()
+    try:
+        assert cross.cross_products(Model(make("llama")), rows, rows).passes == 3
+    finally:
+        gc.enable()
 
 
 def test_both_forms_and_every_block(monkeypatch):
