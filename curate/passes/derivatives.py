@@ -180,8 +180,9 @@ def choose_epsilon(line: Line, encoded: Rows, *, sample: int = SAMPLE, token_bud
         value = factor * MOVED / typical
         found = derivatives(line, picked, value, token_budget=token_budget).derivative
         compared = [(_columns(found)[:, i], _columns(exact)[:, i]) for i in range(_columns(exact).shape[1])]
-        error = max(float(np.sqrt(np.mean((a - b) ** 2)) / (b.std() or typical)) for a, b in compared)
-        tried = Epsilon(value, error, min(spearman(a, b) for a, b in compared), len(picked))
+        error = float(np.max([np.sqrt(np.mean((a - b) ** 2)) / (b.std() or typical) for a, b in compared]))
+        rank = float(np.min([spearman(a, b) for a, b in compared]))
+        tried = Epsilon(value, error, rank, len(picked))
         if best is None or error < best.error or np.isnan(best.error):
             best = tried
         if error <= GOOD:
@@ -196,7 +197,9 @@ def _columns(values: np.ndarray) -> np.ndarray:
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
-    """Correlation of ranks (without ties); 1 where there are fewer than two."""
+    """Correlation of ranks (without ties); 1 where there are fewer than two, NaN where a value is."""
+    if np.isnan([*a, *b]).any():
+        return float("nan")
     if len(a) < 2:
         return 1.0
     first, second = (np.argsort(np.argsort(x)) for x in (a, b))

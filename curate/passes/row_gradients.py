@@ -18,6 +18,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import torch
 
+from curate.errors import ModelError
 from curate.passes import packing
 from curate.passes.backward import APART, check_angles, packed_attention, understood
 from curate.passes.backward_memory import Footprint
@@ -159,7 +160,7 @@ def rows_of(rows: Sequence[Encoded | EncodedPair], of: Of) -> dict[int, list[Ite
 
 def parts_of(model: Model, rules: Rules, v: dict[str, torch.Tensor]) -> dict[Name, torch.Tensor]:
     """v (parameters' names -> tensors of their shapes) by the names that sinks know, on the model's device, float32 or wider: weights (o, i), vectors
-    flat. Of a head that is the embedding too the head's name alone.
+    flat. Of a head that is the embedding too the head's name alone. ModelError where they do not fit into its memory.
     """
     names = {id(p): name for name, p in model.module.named_parameters()}
     found: dict[Name, torch.Tensor] = {}
@@ -167,7 +168,13 @@ def parts_of(model: Model, rules: Rules, v: dict[str, torch.Tensor]) -> dict[Nam
     def own(name: Name, p: Any, *, turned: bool = False) -> None:
         part = v.get(names.get(id(p), ""))
         if part is not None:
-            part = wide(part).to(model.device)
+            try:
+                part = wide(part).to(model.device)
+            except torch.OutOfMemoryError:
+                raise ModelError(
+                    f"{model.path}: the model and a direction in it do not fit into the memory of {model.device}.\n"
+                    "  Take directions over the last layers alone: `--set gradients.parameters=2`."
+                ) from None
             part = part.T if turned else part
             found[name] = part if name[0] in ("weight", "head", "embedding") else part.flatten()
 

@@ -233,6 +233,18 @@ def test_no_step_length_is_made_up():
         along.choose_epsilon(line, pairs)
 
 
+def test_an_error_that_one_response_hides_is_said(monkeypatch):
+    """Where the rejected responses' differences are not finite, the step length is not as good as the chosen ones'."""
+    model, pairs = Model(make("llama")), random_pairs(3)
+    v = direction.accumulate(model, pairs, direction.fixed_weights(1, 0))
+    plain = along.derivatives
+    broken = lambda *a, **k: replace(plain(*a, **k), derivative=plain(*a, **k).derivative * [1, np.nan])  # noqa: E731
+    monkeypatch.setattr(along, "derivatives", broken)
+    with along.Line(model, v) as line:
+        found = along.choose_epsilon(line, pairs)
+    assert np.isnan(found.error) and np.isnan(found.rank)
+
+
 def test_a_direction_of_some_parameters():
     """The last layer's alone: exact products and derivatives are over these."""
     model, pairs = Model(make("llama")), random_pairs(12)

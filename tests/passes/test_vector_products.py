@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from curate.errors import ModelError
 from curate.passes import derivatives as along
@@ -35,6 +36,19 @@ def test_rows_with_a_problem_sft_rows_and_parts_of_a_vector():
         found = vector_products(Model(module), rows, v)
         assert np.isnan(found[:, 0]).tolist() == [False, True, False, False]
         np.testing.assert_allclose(found, exact, atol=1e-5 * np.nanmax(np.abs(exact)))
+
+
+def test_no_rows_and_no_memory_for_the_vector(monkeypatch):
+    model, pairs = Model(make("llama")), random_pairs(3)
+    v = direction.accumulate(model, pairs, direction.fixed_weights(1, -1))
+    assert vector_products(model, [], v).shape == along.exact_products(model, [], v).shape
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("curate.passes.row_gradients.wide", full)
+    with pytest.raises(ModelError, match=r"(?s)a direction in it do not fit .* gradients\.parameters=2"):
+        vector_products(model, pairs, v)
 
 
 def test_over_an_adapters_parameters(tmp_path):
