@@ -27,7 +27,7 @@ from curate.passes.capture import Capture, begun_at
 from curate.passes.graph_memory import Arena
 from curate.passes.head_gradient import HeadGradient, head_gradient, tied_products
 from curate.passes.inner_products import embedding_sums
-from curate.passes.layer_rules import Parameters, Rules, find_rules
+from curate.passes.layer_rules import Parameters, Rules, find_rules, probe_ids
 from curate.passes.model import Model
 from curate.passes.packing import Group, Item, Layout
 from curate.passes.pair_products import PairProducts
@@ -211,7 +211,8 @@ def run(
         line = torch.from_numpy(found).to(model.device)
         first = torch.from_numpy(np.unique(found, return_index=True)[1]).to(model.device)
     around = None if padded else lambda: packing.packed(layout)
-    arena = Arena(n_tokens, first, line) if apart and not padded else None
+    apart &= not padded and n_tokens not in _heads(model)
+    arena = Arena(n_tokens, first, line) if apart else None
     products = PairProducts(spans, model.device)
     capture = Capture(rules, products, n_tokens, first, line, checkpointed, arena, around)
 
@@ -250,6 +251,12 @@ def run(
     )
     batch.products, batch.of_head = products.found + of_head.products, of_head
     return batch
+
+
+def _heads(model: Model) -> set[int]:
+    """How many heads attention has: of as many tokens, its own tensors (1, heads, …) would be taken for tokens'."""
+    config = model.module.config.get_text_config()
+    return {getattr(config, name, 0) for name in ("num_attention_heads", "num_key_value_heads")}
 
 
 @contextmanager
@@ -293,8 +300,7 @@ def understood(model: Model, parameters: Parameters) -> tuple[Rules, Footprint]:
 
 
 def _probe(model: Model) -> dict[int, list[Item]]:
-    vocabulary = model.module.config.get_text_config().vocab_size
-    ids = np.random.default_rng(1).integers(0, vocabulary, 17).astype(np.int32)
+    ids = probe_ids(model, 17, seed=1)
     chosen, rejected = ids[:11], np.concatenate([ids[:5], ids[11:]])
     return {0: [Item(0, "chosen", chosen, 5), Item(0, "rejected", rejected, 5)]}
 

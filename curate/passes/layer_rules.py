@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -144,6 +145,16 @@ def parameter_names(model: Model, parameters: Parameters = "all") -> tuple[str, 
             f"{model.path or type(model.module).__name__}: {_said(parameters)} were asked for, it has none."
         )
     return tuple(name for name, p in model.module.named_parameters() if id(p) in found)
+
+
+def probe_ids(model: Model, count: int, *, seed: int) -> np.ndarray:
+    """(count,) random token ids to try the rules on. None is padding_idx: torch gives that line of the embedding no gradient, though it acts
+    like any other; ours has the function's own.
+    """
+    vocabulary = model.module.config.get_text_config().vocab_size
+    ids = np.random.default_rng(seed).integers(0, vocabulary, count).astype(np.int32)
+    padding = getattr(model.module.get_input_embeddings(), "padding_idx", None)
+    return ids if padding is None else np.where(ids == padding, (ids + 1) % vocabulary, ids)
 
 
 def _owners(module: Any) -> dict[int, list[tuple[str, nn.Module]]]:

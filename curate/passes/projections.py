@@ -30,7 +30,7 @@ from curate.passes.capture import Capture, Shared
 from curate.passes.derivatives import Line, derivatives
 from curate.passes.head_gradient import Each, head_gradient
 from curate.passes.inner_products import wide
-from curate.passes.layer_rules import Embedding, Linear, Norm, Rules, find_rules
+from curate.passes.layer_rules import Embedding, Linear, Norm, Rules, find_rules, probe_ids
 from curate.passes.model import Model
 from curate.passes.packing import Item
 from curate.passes.segments import Directions
@@ -140,15 +140,16 @@ def _of_batch(model: Model, rules: Rules, directions: Directions, items: list[It
 
 
 def _states(model: Model, items: list[Item]) -> torch.Tensor:
-    """(len(items) · longest, d). A table of positions is read once per token, not once per batch: each reading has its own gradient."""
-    if model.learned_positions is None:
-        return model.padded_states(items)
+    """(len(items) · longest, d). Nothing that counts looks at what stands behind a row, so there is no mask: behind one, a window of padding
+    alone is a softmax over nothing, NaN in float64. A table of positions is read once per token, not once per batch: each reading has its own
+    gradient.
+    """
     longest = max(len(item.ids) for item in items)
-    lengths = torch.tensor([len(item.ids) for item in items], device=model.device)
-    ids = torch.stack([torch.from_numpy(np.resize(item.ids, longest).astype(np.int64)) for item in items])
+    ids = torch.from_numpy(np.stack([np.resize(item.ids, longest) for item in items]).astype(np.int64)).to(model.device)
+    if model.learned_positions is None:
+        return model.states(ids).flatten(0, 1)
     positions = torch.arange(longest, device=model.device).repeat(len(items), 1)  # (rows, longest)
-    mask = (positions < lengths[:, None]).long()
-    return model.states(ids.to(model.device), position_ids=positions, attention_mask=mask).flatten(0, 1)
+    return model.states(ids, position_ids=positions).flatten(0, 1)
 
 
 class _Along:
@@ -250,8 +251,7 @@ def _rules(model: Model, directions: Directions) -> tuple[Rules, Footprint]:
 
 def _check_against_autograd(model: Model, rules: Rules, directions: Directions) -> None:
     """Two short rows, ours against autograd's weight gradients, which are freed one by one. ModelError where they differ."""
-    vocabulary = model.module.config.get_text_config().vocab_size
-    ids = np.random.default_rng(2).integers(0, vocabulary, 19).astype(np.int32)
+    ids = probe_ids(model, 19, seed=2)
     items = [Item(0, "completion", ids[:12], 5), Item(1, "completion", ids[12:], 3)]
     named = dict(model.module.named_parameters())
     count = len(next(iter(directions.values())))

@@ -120,6 +120,30 @@ def test_activations_kept_apart_give_the_same(monkeypatch):
         assert worst(columns(found), products(double(module), pairs)) < 1e-6
 
 
+def test_activations_kept_apart_are_not_told_from_heads_by_their_number(monkeypatch):
+    """A batch of as many tokens as there are heads: (1, heads, tokens, d) looks like (1, tokens, heads, d)."""
+    monkeypatch.setattr(backward, "APART", 0)
+    monkeypatch.setattr("curate.passes.graph_memory.SMALL", 0)
+    for name, value in (("hidden_size", 128), ("num_attention_heads", 16), ("num_key_value_heads", 16)):
+        monkeypatch.setitem(BODY, name, value)
+    ids = np.random.default_rng(0).integers(3, 101, 12).astype(np.int32)
+    pair = EncodedPair(Encoded(ids[:8], 4), Encoded(np.concatenate([ids[:4], ids[8:]]), 4), 4)
+    for family in ("phi", "gpt_neox"):
+        module = make(family)
+        assert worst(columns(backward.measure(Model(module), [pair], ENTK)), products(double(module), [pair])) < 1e-6
+
+
+def test_a_padding_token_among_the_probe_is_no_unknown_layer(monkeypatch):
+    """torch gives the line of padding_idx no gradient; which token that is depends on the tokenizer."""
+    monkeypatch.setitem(BODY, "pad_token_id", 47)  # the first token of the probe, were it not left out
+    for family in ("llama", "llama_tied"):
+        module, pairs = make(family), random_pairs(4)
+        assert module.get_input_embeddings().padding_idx == 47
+        plain = double(module)
+        plain.get_input_embeddings().padding_idx = None  # the gradient of the function
+        assert worst(columns(backward.measure(Model(module), pairs, ENTK)), products(plain, pairs)) < 1e-6
+
+
 def test_the_last_layers():
     """Parameters of the last layers, the final norm and the head; what comes before gets none, nor does a tied matrix as an embedding."""
     for family in ("llama", "llama_tied", "gpt2"):

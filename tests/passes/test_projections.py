@@ -56,6 +56,18 @@ def qwen3():
     )  # fmt: skip
 
 
+def gemma2():
+    """A window that some positions of a padded row see nothing but padding in."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    config = Gemma2Config(
+        vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        head_dim=16, sliding_window=4, attn_logit_softcapping=2.0, final_logit_softcapping=3.0, initializer_range=0.15, pad_token_id=None,
+    )  # fmt: skip
+    config._attn_implementation = "eager"
+    return Gemma2ForCausalLM(config)
+
+
 def ready(make) -> Model:
     torch.manual_seed(0)
     module = make().double()
@@ -92,7 +104,7 @@ def by_autograd(model: Model, rows, along) -> np.ndarray:
     return np.array(out)
 
 
-@pytest.mark.parametrize("make", [gpt2, llama, qwen3])
+@pytest.mark.parametrize("make", [gpt2, llama, qwen3, gemma2])
 def test_both_ways_are_what_autograd_gives(make):
     model = ready(make)
     rows = rows_of(model.module.config.vocab_size)
