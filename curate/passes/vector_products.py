@@ -33,7 +33,9 @@ def vector_products(
     v: parameters' names -> tensors of their shapes; a parameter that it lacks adds nothing. parameters: among which v's are, as in backward.measure.
     ModelError where one of these has no rule, or v or a row does not fit into memory.
     """
-    sides: tuple[Of, ...] = ("chosen", "rejected") if any(isinstance(row, EncodedPair) for row in encoded) else ("chosen",)
+    sides: tuple[Of, ...] = (
+        ("chosen", "rejected") if any(isinstance(row, EncodedPair) for row in encoded) else ("chosen",)
+    )
     items = {i * len(sides) + k: own for k, of in enumerate(sides) for i, own in rows_of(encoded, of).items()}
     found = np.full(len(encoded) * len(sides), np.nan)
     if items:
