@@ -36,9 +36,10 @@ def with_cost(step: Step, loaded: Loaded, speed: float | None, characters: tuple
     if step.reads == "neighbours":
         per_row = (1 + COUNT) * length
     if step.reads == "direction":
-        per_row = length * sum(
-            1 if task.measurement.direction.of == "head" else 2 for task in step.tasks if task.measurement.direction
-        )
+        directions = [task.measurement.direction for task in step.tasks if task.measurement.direction]
+        runs = sum(1 if d.of == "head" else 2 for d in directions if not d.cosine)
+        runs += 3 * len({d.step for d in directions if d.cosine})  # a backward for all cosines of one P
+        per_row = length * runs
     tokens = round(per_row * step.missing + length * step.ahead)
     rough = speed is None
     speed = speed or _guess(step)

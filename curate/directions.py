@@ -10,21 +10,20 @@ training row once.
 
 from __future__ import annotations
 
-import difflib
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from curate.checkpoints import Subject
 from curate.errors import UsageError
-from curate.rows import Row, content_id
+from curate.rows import content_id
+from curate.targets import Targets, split
 
 if TYPE_CHECKING:
-    from curate.data import Reading
     from curate.identity import Identity
     from curate.measurements import Direction
     from curate.plan import Step, Subjects
-    from curate.recipe import Loaded, Target
+    from curate.recipe import Loaded
     from curate.store import Store
 
 OPTIMIZER = "optimizer.pt"
@@ -39,7 +38,7 @@ class Directions:
         self.subjects, self.ids, self.train = subjects, identity, train
         self.folder = store.folder / "directions"
         self.pairs = loaded.recipe.kind == "preference"
-        self._targets: dict[str, str] = {}
+        self.targets = Targets(loaded)
 
     @cached_property
     def rows(self) -> list[str]:
@@ -69,10 +68,13 @@ class Directions:
 
     def identity(self, direction: Direction, subject: Subject) -> dict[str, Any]:
         """What a value along a direction depends on, beyond the measured model and how rows become tokens."""
-        found = {"gradient": self.gradient_id(direction.of, subject), "step": direction.step}
-        if self.pairs:
+        found: dict[str, Any] = {"gradient": self.gradient_id(direction.of, subject), "step": direction.step}
+        if direction.cosine:
+            per = self.targets.named(split(direction.of)[0]).per
+            found |= {"per": per} if per else {}
+        elif self.pairs:
             found["beta"] = str(self.recipe.forecast.beta)
-        if (margins := self._margins(subject)) is not None:
+        if not direction.cosine and (margins := self._margins(subject)) is not None:
             found["reference"] = margins
         if direction.step == "sign" and direction.of != "head":
             found["taken_at"] = self.gradient_id("step", subject)
@@ -89,11 +91,15 @@ class Directions:
         return self.ids.task(MEASUREMENTS["likelihood"], self.start).fingerprint
 
     def gradient_id(self, of: str, subject: Subject) -> str:
-        """The identity of a gradient before P."""
+        """The identity of a gradient before P. of: as of a Direction, or "target.NAME:GROUP"."""
         from curate.measurements.directions import VERSION
 
         if of.startswith("target."):
-            about: tuple[Any, ...] = (self.target_id(of.removeprefix("target.")),)
+            name, group = split(of)
+            about: tuple[Any, ...] = (
+                self.targets.identity(name),
+                *((self.targets.named(name).per, group) if group else ()),
+            )
         elif of == "chosen":
             about = (self.rows_id,)
         else:
@@ -152,52 +158,6 @@ class Directions:
     def optimizer_id(self, subject: Subject) -> str:
         found = self.optimizer(subject)
         return found.fingerprint if isinstance(found, Subject) else self.ids.cache.of(found)
-
-    # ---- targets ------------------------------------------------------------------------------------------------------------------------
-
-    def target(self, name: str) -> Target:
-        """A target of the recipe. UsageError naming the nearest."""
-        targets = self.recipe.targets
-        if name in targets:
-            return targets[name]
-        near = difflib.get_close_matches(name, targets, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(targets) or 'none'}."
-        raise UsageError(
-            f"{self.loaded.path or 'recipe'}: influence on {name!r}: the recipe's `targets` name no such rows; {hint} "
-            f"`targets: {{{name}: {{path: …, of: chosen}}}}` adds them."
-        )
-
-    def target_id(self, name: str) -> str:
-        if name not in self._targets:
-            target = self.target(name)
-            sources = [info.fingerprint for info in self._reading(name).sources]
-            settings = target.model_dump(exclude={"path"})
-            self._targets[name] = content_id(sources, settings)
-        return self._targets[name]
-
-    def target_rows(self, name: str) -> list[Row]:
-        """The target's rows, bad ones as its `on_bad_row` says."""
-        target = self.target(name)
-        records = self._reading(name).good(
-            target.on_bad_row, setting=f"targets.{name}", target=str(self.loaded.path or target.path)
-        )
-        found = [record.row for record in records if record.row is not None]
-        return found[: target.limit]
-
-    def _reading(self, name: str) -> Reading:
-        from curate.data import read
-
-        target = self.target(name)
-        return read(
-            target.path,
-            kind="sft" if target.of == "completion" else "preference",
-            split=target.split,
-            revision=target.revision,
-            format=target.format,
-            columns=target.columns,
-            base=self.loaded.folder,
-            setting=f"targets.{name}",
-        )
 
     # ---- what is kept -------------------------------------------------------------------------------------------------------------------
 

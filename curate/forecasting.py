@@ -1,4 +1,5 @@
-"""Running the direction steps of a plan: directions made once and kept in the store, then two forward passes a shard along each of them.
+"""Running the direction steps of a plan: directions made once and kept in the store, then two forward passes a shard along each of them, and one
+backward for all cosines with them.
 
 A direction is over the whole training set; killed while one is made, it is made again, and what was done before it is kept. Weights are
 float32 whatever engine.dtype says: the difference of two bfloat16 log-probabilities is noise.
@@ -12,6 +13,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,9 +24,12 @@ from curate.errors import ModelError, UsageError
 from curate.measuring import ForwardRunner
 from curate.progress import Progress
 from curate.rows import Row
+from curate.targets import split
 
 if TYPE_CHECKING:
     from curate.identity import Task
+    from curate.measurements import Direction, Measurement
+    from curate.passes.cosines import Cosines
     from curate.passes.derivatives import Epsilon
     from curate.passes.direction import Vector
     from curate.plan import Plan, Step
@@ -47,6 +52,7 @@ class DirectionRunner(ForwardRunner):
         assert plan.directions is not None
         self.store, self.plan, self.directions = store, plan, plan.directions
         self.said: list[str] = []
+        self.cosines: dict[str, tuple[list[Measurement], Cosines]] = {}  # by P's step
         for left in self.directions.folder.glob(
             ".*"
         ):  # of a process that was killed; the store is ours alone while we measure
@@ -58,12 +64,19 @@ class DirectionRunner(ForwardRunner):
         subject = step.subject
         if subject.start and not Path(subject.path).is_dir():
             self._warm_up(step, subject)
-        found = {task.measurement.name: self.directions.optimizer(subject) for task in missing.values() if _adam(task)}
-        for optimizer in found.values():
+        adam = any(_about(task).step == "adam" for task in missing.values())
+        for optimizer in [self.directions.optimizer(subject)] if adam else []:
             if isinstance(optimizer, Subject) and not Path(optimizer.path).is_dir():
                 self._warm_up(step, optimizer)
+        self.cosines.clear()  # before another model comes into memory
         super().use(step)
-        self.ready = {task.measurement.name: self._direction(task) for task in missing.values()}
+        cosines = [task.measurement for task in missing.values() if _about(task).cosine]
+        self.ready = {
+            task.measurement.name: self._direction(task) for task in missing.values() if not _about(task).cosine
+        }
+        for kind in dict.fromkeys(m.direction.step for m in cosines if m.direction):
+            alike = [m for m in cosines if m.direction and m.direction.step == kind]
+            self.cosines[kind] = alike, self._with_targets(alike, kind)
         self._say_once()
 
     def run(
@@ -76,7 +89,17 @@ class DirectionRunner(ForwardRunner):
         budget = self.recipe.engine.token_budget
         columns: dict[str, Any] = {}
         runs = 0
+        wanted = {m.name for m in measurements}
+        for alike, cosines in self.cosines.values():
+            if wanted & {m.name for m in alike}:
+                runs += 3  # a backward
+                found = cosines.of(encoded, token_budget=budget)  # (rows, all groups of all of them)
+                ends = np.cumsum([len(m.columns) for m in alike])[:-1]
+                for m, own in zip(alike, np.split(found, ends, axis=1)):
+                    columns |= dict(zip(m.columns, m.function(own)))
         for m in measurements:
+            if m.name not in self.ready:
+                continue
             v, epsilon = self.ready[m.name]
             if epsilon is None:
                 runs += 1
@@ -136,8 +159,7 @@ class DirectionRunner(ForwardRunner):
         from curate.passes.derivatives import Line, choose_epsilon
         from curate.passes.direction import load_vector, precondition, save_vector
 
-        direction, files = task.measurement.direction, self.directions
-        assert direction is not None
+        direction, files = _about(task), self.directions
         kept, said = files.file(task.fingerprint), files.file(task.fingerprint, "json")
         if said.is_file() and (direction.step == "sgd" or kept.is_file()):
             v = self._gradient(direction.of) if direction.step == "sgd" else load_vector(kept)
@@ -182,7 +204,7 @@ class DirectionRunner(ForwardRunner):
             "chosen": "the mean chosen gradient",
             "head": "the head's part of the set's step",
         }
-        return names.get(of) or f"target {of.removeprefix('target.')}"
+        return names.get(of) or f"target {of.removeprefix('target.').replace(':', ', ')}"
 
     def _moments(self) -> Vector:
         from curate.directions import MOMENTS
@@ -194,14 +216,34 @@ class DirectionRunner(ForwardRunner):
             return second_moments(found, self.model.module)
         return load_vector(Path(found.path) / MOMENTS)
 
+    def _with_targets(self, measurements: list[Measurement], kind: str) -> Cosines:
+        """What takes rows' cosines with the mean gradient of every group of these measurements' targets, P of one kind."""
+        from curate.passes.cosines import Cosines
+        from curate.passes.direction import load_vector, precondition
+
+        targets = self.directions.targets
+        every = [of for m in measurements if m.direction for of in targets.gradients(m.direction.of)]
+        files = [self._gradient_file(of) for of in every]
+        scale = None
+        if kind == "adam":
+            ones = {name: x.new_ones(()).expand(x.shape) for name, x in load_vector(files[0]).items()}
+            scale = precondition(ones, "adam", {}, self._moments())
+        vectors = [partial(load_vector, file) for file in files]
+        return Cosines(self.model, vectors, scale=scale, parameters=self.recipe.gradients.parameters)
+
     def _gradient(self, of: str) -> Vector:
         """A mean gradient before P, made or from the store's folder."""
-        from curate.passes.direction import load_vector, save_vector
+        from curate.passes.direction import load_vector
+
+        return load_vector(self._gradient_file(of))
+
+    def _gradient_file(self, of: str) -> Path:
+        from curate.passes.direction import save_vector
 
         file = self.directions.file(self.directions.gradient_id(of, self.step.subject))
         if not file.is_file():
             save_vector(self._accumulated(of), file)
-        return load_vector(file)
+        return file
 
     def _accumulated(self, of: str) -> Vector:
         from curate.passes import forward
@@ -240,7 +282,11 @@ class DirectionRunner(ForwardRunner):
         return {name: x.div_(n) for name, x in total.items()}
 
     def _size(self, of: str) -> int:
-        return 0 if of.startswith("target.") else len(self.directions.rows)
+        return len(self._target_rows(of)) if of.startswith("target.") else len(self.directions.rows)
+
+    def _target_rows(self, of: str) -> list[Row]:
+        name, group = split(of)
+        return self.directions.targets.rows(name)[group]
 
     def _chunks(self, of: str) -> Iterator[tuple[list[Any], Callable[..., Any]]]:
         """Encoded rows and their weights, whose sum over the rows is so many times the mean."""
@@ -248,9 +294,8 @@ class DirectionRunner(ForwardRunner):
 
         weights = {"chosen": (1.0, 0.0), "rejected": (0.0, 1.0), "margin": (1.0, -1.0), "completion": (1.0,)}
         if of.startswith("target."):
-            name = of.removeprefix("target.")
-            weigh = fixed_weights(*weights[self.directions.target(name).of])
-            rows = self.directions.target_rows(name)
+            weigh = fixed_weights(*weights[self.directions.targets.named(split(of)[0]).of])
+            rows = self._target_rows(of)
             for i in range(0, len(rows), CHUNK):
                 yield self._encode(rows[i : i + CHUNK]), weigh
             return
@@ -297,8 +342,9 @@ class DirectionRunner(ForwardRunner):
             raise ModelError(f"{folder}: the warmed-up model cannot be kept there ({problem.strerror}).") from None
 
 
-def _adam(task: Task) -> bool:
-    return task.measurement.direction is not None and task.measurement.direction.step == "adam"
+def _about(task: Task) -> Direction:
+    assert task.measurement.direction is not None
+    return task.measurement.direction
 
 
 def _write(file: Path, text: str) -> None:

@@ -282,6 +282,7 @@ def make_plan(loaded: Loaded, store: Store, sources: dict[str, list[str]]) -> Pl
     identity = Identity(loaded, cache)
     identity.pool = plan.pool
     directions = identity.directions = Directions(loaded, store, subjects, identity, train)
+    wanted = plan.wanted = [directions.targets.over_groups(want) for want in wanted]
     if any(want.need(text).role == "warmup" for want in wanted for text in want.score.needs):
         subjects = plan.subjects = replace(subjects, warmup=directions.warmup())
     tasks: dict[tuple[str, str], dict[str, Task]] = {}  # (pass, subject's path or its tokenizer) -> fingerprint -> task
@@ -302,6 +303,7 @@ def make_plan(loaded: Loaded, store: Store, sources: dict[str, list[str]]) -> Pl
             raise UsageError(
                 f"A score needs the column {column}, which nothing measures on {recipe.kind} rows{f'; did you mean {near[0]}?' if near else '.'}"
             )
+        measurement = directions.targets.in_groups(measurement)
         if measurement.perturbed:
             if recipe.sampling.perturb is None and optional:
                 return
@@ -334,6 +336,7 @@ def make_plan(loaded: Loaded, store: Store, sources: dict[str, list[str]]) -> Pl
                 )
         if (
             measurement.direction is not None
+            and not measurement.direction.cosine
             and recipe.kind == "preference"
             and any(directions.has_margins(s) for s in who)
         ):

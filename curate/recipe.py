@@ -145,6 +145,10 @@ class Target(Source):
     of: Literal["chosen", "rejected", "margin", "completion"] = Field(
         description="whose log-probability: of a pair's chosen or rejected response, of chosen minus rejected, or an SFT row's completion"
     )
+    per: str | None = Field(
+        None,
+        description="a column of theirs, such as task: a gradient for each of its values, and the best of them counts",
+    )
 
 
 class Forecast(Strict):

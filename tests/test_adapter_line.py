@@ -141,6 +141,53 @@ def test_directions_over_the_adapter(place):
     assert np.abs(found - exact).max() < 5e-3 * exact.std()
 
 
+def test_less_over_a_runs_adapters(place):
+    """Cosines over A and B at both checkpoints against float64 autograd of their own factors, with each one's own Adam."""
+    import torch
+
+    from curate.passes.model import load_model
+    from curate.rows import Example
+    from curate.tokens import Limits, encode, load_tokenizer
+    from tests.passes.test_backward import gradient
+
+    rows = [Example(row["prompt"], row["chosen"]) for row in PAIRS]
+    (place / "pool.jsonl").write_text(
+        "\n".join(json.dumps({"prompt": row.prompt, "completion": row.completion}) for row in rows)
+    )
+    (place / "target.jsonl").write_text(json.dumps({"prompt": "2 + 2 =", "completion": " 4"}))
+    run = place / "runs" / "less"
+    wanted, tokenizer = np.zeros(len(rows)), load_tokenizer(place / "base")
+    for step in (10, 20):
+        folder = shutil.copytree(place / "runs" / "dpo" / f"checkpoint-{step}", run / f"checkpoint-{step}")
+        with load_model(folder, base=place / "base", dtype="float32", device="cpu") as model:
+            named = {name: p for name, p in model.module.named_parameters() if "lora_" in name}
+            optimizer = torch.optim.AdamW([p.requires_grad_(True) for p in named.values()], lr=0.0)
+            for p in named.values():
+                p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(step))
+            optimizer.step()
+            torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+            p = torch.cat(
+                [1 / (p.grad.abs().double().flatten() + 1e-8) for p in named.values()]
+            )  # v̂ = g² after one step
+            module = model.module.double()
+            factors = [p for name, p in module.named_parameters() if "lora_" in name]
+            *mine, target = (
+                gradient(module, encode(row, tokenizer, Limits(64)), factors)
+                for row in (*rows, Example("2 + 2 =", " 4"))
+            )
+            for i, g in enumerate(mine):
+                wanted[i] += float(torch.nn.functional.cosine_similarity(g * p, target, 0)) / 2
+    result = curate.run(
+        recipe(
+            place, "less", [{"influence_cosine": {"target": "sums", "step": "adam"}}], kind="sft", source="pool.jsonl",
+            models={"checkpoints": "runs/less", "base": "base"}, gradients={"parameters": "lora"},
+            targets={"sums": {"path": "target.jsonl", "of": "completion"}},
+        )
+    )  # fmt: skip
+    values = dict(result.store.sql("SELECT row_id, influence_cosine FROM scored").iter_rows())
+    np.testing.assert_allclose([values[row.row_id] for row in rows], wanted, atol=1e-5)
+
+
 def test_lora_gradients_of_a_whole_model_are_refused_before_anything_runs(place):
     file = recipe(place, "whole", ["gradient_cosine"], models={"reference": "base"}, gradients={"parameters": "lora"})
     with pytest.raises(UsageError, match=r"base is a whole model, not a LoRA adapter"):

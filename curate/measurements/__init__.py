@@ -36,11 +36,13 @@ Kind = Literal["preference", "sft", "any"]
 @dataclass(frozen=True)
 class Direction:
     """A direction in weight space. of: "step" (the training set's own), "chosen" (its mean chosen gradient), "head" (the LM head's part of the
-    step), or "target.NAME" (the mean gradient of a target that the recipe names). step: the diagonal P, of sgd, sign or adam.
+    step), or "target.NAME" (the mean gradient of a target that the recipe names). step: the diagonal P, of sgd, sign or adam. cosine: whether cosines
+    with it are taken, by gradients, and not derivatives along it.
     """
 
     of: str
     step: Literal["sgd", "sign", "adam"]
+    cosine: bool = False
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,13 @@
     contribution_STEP                              s_i ⟨P·ḡ+, g+_i − g−_i⟩, ḡ+ the training set's mean chosen gradient
     influence_TARGET_STEP                          the same with the target's mean gradient in place of ḡ+; of SFT rows the product of P·ḡ_target with
                                                    the gradient of the row's mean log-probability per token
+    cosine_TARGET_STEP                             cosine of the target's mean gradient with P·(g+_i − g−_i), of SFT rows with P·∇ log π(completion)
+    cosine_TARGET_STEP__GROUP                      the same with one group of a target that has groups (`per`), a column each
 
 They belong to the model, to the rows that made the direction, to β, to P and to the target's rows: their fingerprint holds all of these.
 Over gradients.parameters alone, where a recipe says so; a matrix that is embedding and head moves as a whole. A direction is made once
-(passes/direction.py), a column costs two forward passes (passes/derivatives.py) of a float32 model.
+(passes/direction.py), a column costs two forward passes (passes/derivatives.py) of a float32 model, all cosines of one P together one backward
+(passes/cosines.py).
 
 Source: Pruthi et al. 2020, arXiv:2002.08484 (TracIn); Xia et al. 2024, arXiv:2402.04333 (LESS).
 """
@@ -25,7 +28,7 @@ from curate.measurements import Direction, Measurement
 STEPS = "sgd|sign|adam"
 UNIT = "nats per unit of step"
 VERSION = (
-    1  # of all of these, and of the gradients that are kept for them: raised when the numbers change for the same rows
+    2  # of all of these, and of the gradients that are kept for them: raised when the numbers change for the same rows
 )
 
 
@@ -41,6 +44,10 @@ def along_direction(column: str, kind: str) -> Measurement | None:
         return _made(column, kind, "chosen", found[1], own_step, column)
     if found := re.fullmatch(rf"influence_(\w+)_({STEPS})", column):
         return _made(column, kind, f"target.{found[1]}", found[2], own_step, column)
+    if found := re.fullmatch(r"(cosine_(\w+?)_(sgd|adam))(?:__\w+)?", column):
+        units = {found[1]: "cosine"}  # of the target as a whole: `Targets.in_groups` adds groups
+        about = Direction(f"target.{found[2]}", found[3], cosine=True)  # type: ignore[arg-type]
+        return Measurement(found[1], "direction", kind, units, VERSION, each_group, direction=about)  # type: ignore[arg-type]
     return None
 
 
@@ -62,6 +69,11 @@ def responses(derivative: np.ndarray, weight: np.ndarray) -> list[np.ndarray]:
 def chosen_alone(derivative: np.ndarray, weight: np.ndarray) -> list[np.ndarray]:
     """What the step does to the chosen response, per unit of it."""
     return [derivative[:, 0]]
+
+
+def each_group(cosines: np.ndarray) -> list[np.ndarray]:
+    """Cosines of the row's own step with the target's mean gradient, or with those of its groups. cosines (rows, groups)."""
+    return list(cosines.T)
 
 
 def own_step(derivative: np.ndarray, weight: np.ndarray) -> list[np.ndarray]:

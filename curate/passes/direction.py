@@ -230,8 +230,8 @@ def load_vector(file: Path) -> Vector:
 
 
 def precondition(x: Vector, step: Step, at: Vector, second_moment: Vector | None = None) -> Vector:
-    """P·x. at: G, where sign's diagonal is taken (0 where G is 0). second_moment: Adam's v̂ by parameter, bias-corrected; what it lacks
-    does not move. ModelError where that is all of x.
+    """P·x. at: G, where sign's diagonal is taken (0 where G is 0). second_moment: Adam's v̂ by parameter, bias-corrected; what it lacks, and where
+    it is 0 since no gradient has ever come there, does not move. ModelError where it lacks all of x.
     """
     if step == "sgd":
         return x
@@ -244,7 +244,9 @@ def precondition(x: Vector, step: Step, at: Vector, second_moment: Vector | None
             f"Adam's state is of other parameters ({next(iter(second_moment), 'none')}, …) than the gradients ({next(iter(x))}, …): nothing moves.\n"
             "  Of a LoRA run the optimizer holds the adapter alone: `--set gradients.parameters=lora`."
         )
+    still = torch.zeros(())
+    moments = {name: second_moment.get(name, still) for name in x}
     return {
-        name: value / (second_moment[name].sqrt() + ADAM_EPSILON) if name in second_moment else torch.zeros_like(value)
+        name: torch.where(moments[name] > 0, value / (moments[name].sqrt() + ADAM_EPSILON), 0)
         for name, value in x.items()
     }

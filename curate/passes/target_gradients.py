@@ -10,7 +10,7 @@ or wider, sums beyond a block float64.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -52,6 +52,19 @@ class Targets:
         self.tokens: dict[Name, list[Tokens]] = {}
         self.vectors: dict[Name, torch.Tensor] = {}
         self._lines: dict[Name, list[Lines]] = {}
+
+    @staticmethod
+    def of(vectors: Iterable[dict[Name, torch.Tensor]], count: int, device: torch.device) -> Targets:
+        """`count` vectors by the names of `parts_of`, read one after another, all of the same names; an embedding as its whole table."""
+        kept = Targets(count, {}, frozenset(), device)
+        for m, parts in enumerate(vectors):
+            for name, part in parts.items():
+                home = kept.matrices if part.ndim == 2 else kept.vectors
+                part = part if part.ndim == 2 else part.double()
+                if not m:
+                    home[name] = part.new_empty(count, *part.shape)
+                home[name][m] = part
+        return kept
 
     def begin(self, numbers: Sequence[int]) -> None:
         self._numbers = list(numbers)
@@ -119,13 +132,14 @@ class Targets:
 
 
 class Crossing:
-    """A sink that multiplies rows' gradients with those of the targets.
+    """A sink that multiplies rows' gradients with those of the targets, over the parameters that the targets have.
 
-    products (N, M) and squares (N,) float64, ⟨g_i, g_m⟩ and ‖g_i‖², filled in as batches end.
+    products (N, M) and squares (N,) float64, ⟨P g_i, g_m⟩ and ‖P g_i‖², filled in as batches end. scale: P's diagonal by the names of `parts_of`, for
+    targets of whole vectors; None: 1.
     """
 
-    def __init__(self, head: Head, targets: Targets, count: int) -> None:
-        self.head, self.targets, self.tables = head, targets, targets.tables()
+    def __init__(self, head: Head, targets: Targets, count: int, scale: dict[Name, torch.Tensor] | None = None) -> None:
+        self.head, self.targets, self.tables, self.scale = head, targets, targets.tables(), scale
         self.products = torch.zeros(count, targets.count, dtype=torch.float64, device=targets.device)
         self.squares = torch.zeros(count, dtype=torch.float64, device=targets.device)
 
@@ -150,7 +164,10 @@ class Crossing:
             for r, (start, stop) in enumerate(spans):
                 squares[r] += _own(a[start:stop], b[start:stop])
             return
+        if name not in self.targets.matrices:
+            return
         theirs = self.targets.matrices[name][:, part.columns]  # (M, width, i)
+        scale = None if self.scale is None else self.scale[name][part.columns]  # (width, i)
         width = max(1, BLOCK // (a.shape[1] * len(spans)))
         room = a.new_empty(len(spans) * min(width, b.shape[1]) * a.shape[1])
         for at in range(0, b.shape[1], width):
@@ -158,10 +175,16 @@ class Crossing:
             own = room[: len(spans) * some.shape[1] * a.shape[1]].view(len(spans), some.shape[1], a.shape[1])
             for r, (start, stop) in enumerate(spans):
                 torch.mm(some[start:stop].T, a[start:stop], out=own[r])
+            if scale is not None:
+                own *= scale[at : at + width]
             found += (own.flatten(1) @ theirs[:, at : at + width].flatten(1).T).double()
             squares += torch.linalg.vector_norm(own, dim=2).double().square().sum(1)
 
     def vector(self, name: Name, x: torch.Tensor, columns: slice, size: int, rows: slice) -> None:
+        if name not in self.targets.vectors:
+            return
+        if self.scale is not None:
+            x = x * self.scale[name][columns]
         self._found[rows] += x @ self.targets.vectors[name][:, columns].T
         self._squares[rows] += x.square().sum(1)
 
@@ -169,9 +192,16 @@ class Crossing:
         self._tokens = tokens
 
     def lines(self, name: Name, x: Lines) -> None:
+        whole = name in self.targets.matrices
+        if not whole and name not in self.tables:
+            return
+        if self.scale is not None:
+            x = replace(x, x=x.x * self.scale[name][x.id])
         self._squares.index_add_(0, x.row, x.x.double().square().sum(1))
-        if name == HEAD:
-            self._tied(x)
+        if whole:
+            self._meet(self.targets.matrices[name], x)
+            if name == HEAD:
+                self._tied(x)
             return
         theirs = self.tables[name]
         low = torch.searchsorted(theirs.id, x.id)
@@ -183,14 +213,18 @@ class Crossing:
             i, m = mine[k : k + step], other[k : k + step]
             self._found.index_put_((x.row[i], theirs.row[m]), (x.x[i] * theirs.x[m]).sum(1).double(), accumulate=True)
 
-    def _tied(self, x: Lines) -> None:
-        """The head's matrix met by the rows' embedding parts, and by their own head's."""
-        theirs = self.targets.matrices[HEAD]  # (M, V, d)
+    def _meet(self, theirs: torch.Tensor, x: Lines) -> None:
+        """The targets' (M, n, d) whole tables met by the rows' lines."""
         step = max(1, MEETINGS // (x.x.shape[1] * self.targets.count))
         for k in range(0, len(x.id), step):
             some = slice(k, k + step)
             self._found.index_add_(0, x.row[some], (theirs[:, x.id[some]] * x.x[some]).sum(2).T.double())
+
+    def _tied(self, x: Lines) -> None:
+        """The rows' own head parts met by their embedding parts, of the one matrix that is both."""
         t = self._tokens
+        if self.scale is not None:
+            x = replace(x, x=x.x * self.scale[HEAD][x.id])
         for r, (start, stop) in enumerate(t.spans):
             own, h = x.row == r, t.states[start:stop]
             q = residuals_at(self.head, h, t.tokens[start:stop], t.logp[start:stop], t.lse[start:stop], x.id[own])

@@ -58,7 +58,13 @@ _READS: dict[str, Cost] = {
     **dict.fromkeys(("n_samples", "n_correct", "accuracy", "sample_logp", "n_unfinished"), "sampling"),
     **dict.fromkeys(("entk_cc", "entk_cr", "entk_rr", "loss_gradient"), "backward"),
 }
-_ALONG = ("forecast_", "head_forecast_", "contribution_", "influence_")  # columns along a direction in weight space
+_ALONG = (
+    "forecast_",
+    "head_forecast_",
+    "contribution_",
+    "influence_",
+    "cosine_",
+)  # columns along a direction in weight space
 _COSTS: tuple[Cost, ...] = ("free", "forward", "sampling", "backward", "direction")
 
 

@@ -207,6 +207,8 @@ def test_what_gives_no_direction():
         direction.accumulate(model, [replace(pairs[0].chosen, problem="empty")], direction.fixed_weights(1))
     with pytest.raises(ModelError, match="warm-up"):
         direction.precondition({}, "adam", {})
+    moments = {"w": torch.tensor([4.0, 0.0])}  # no gradient has ever come to the second
+    assert direction.precondition({"w": torch.tensor([6.0, 5.0])}, "adam", {}, moments)["w"].tolist() == [3.0, 0.0]
     whole = {"lm_head.weight": torch.ones(2)}
     with pytest.raises(ModelError, match=r"(?s)other parameters \(q\.lora_A.*gradients\.parameters=lora"):
         direction.precondition(whole, "adam", whole, {"q.lora_A.weight": torch.ones(2)})

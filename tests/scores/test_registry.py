@@ -16,8 +16,9 @@ NOW = {
     "fluent", "confidence", "variability", "correctness", "forgetting_events", "first_learned_step", "never_learned",
     "loss_drop", "learning_impact", "phase", "limem", "map_region", "neighbour_excess", "flipped", "flip_step", "never_flipped",
     "batch_forecast", "margin_forecast", "head_forecast", "displacement_contribution", "influence",
+    "influence_cosine", "influence_group",
 }  # fmt: skip
-NO_DEFAULT = {"influence": {"target": "refusals"}}
+NO_DEFAULT = {name: {"target": "refusals"} for name in ("influence", "influence_cosine", "influence_group")}
 ONE_OF = {"limem": ("perturbed_accuracy",)}  # of what else it may read, it must have one
 
 
@@ -41,7 +42,7 @@ def test_every_score_says_what_it_is(name):
         and s.description.endswith((".", ":"))
         and s.worst in ("high", "low", "none")
     )
-    assert s.kind in ("preference", "sft") or name == "influence"
+    assert s.kind in ("preference", "sft") or name in NO_DEFAULT
     assert s.null_where == "" or s.null_where in SCORES
 
 

@@ -1,0 +1,155 @@
+"""The rows that a recipe names as `targets`: what must survive, or what must get better; as one group or by the values of a column of theirs (`per`).
+
+A target's mean gradient is named target.NAME, that of one of its groups target.NAME:GROUP.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import re
+from dataclasses import replace
+from itertools import islice
+from typing import TYPE_CHECKING
+
+from curate.errors import UsageError
+from curate.rows import Row, content_id
+from curate.show import cell
+
+if TYPE_CHECKING:
+    from curate.data import Reading
+    from curate.data.records import Record
+    from curate.measurements import Measurement
+    from curate.plan import Wanted
+    from curate.recipe import Loaded, Target
+
+MOST_GROUPS = 100  # each is a column of the store, and a gradient on the disk
+
+
+def split(of: str) -> tuple[str, str]:
+    """("NAME", "GROUP") of target.NAME:GROUP, ("NAME", "") of target.NAME."""
+    name, _, group = of.removeprefix("target.").partition(":")
+    return name, group
+
+
+class Targets:
+    """The targets of one recipe; each is read once."""
+
+    def __init__(self, loaded: Loaded):
+        self.loaded = loaded
+        self._identities: dict[str, str] = {}
+        self._rows: dict[str, dict[str, list[Row]]] = {}
+
+    def named(self, name: str) -> Target:
+        """A target of the recipe. UsageError naming the nearest."""
+        targets = self.loaded.recipe.targets
+        if name in targets:
+            return targets[name]
+        near = difflib.get_close_matches(name, targets, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(targets) or 'none'}."
+        raise UsageError(
+            f"{self.loaded.path or 'recipe'}: influence on {name!r}: the recipe's `targets` name no such rows; {hint} "
+            f"`targets: {{{name}: {{path: …, of: chosen}}}}` adds them."
+        )
+
+    def identity(self, name: str) -> str:
+        """Of its rows and of what is taken of them, `per` apart."""
+        if name not in self._identities:
+            sources = [info.fingerprint for info in self._reading(name).sources]
+            settings = self.named(name).model_dump(exclude={"path", "per"})
+            self._identities[name] = content_id(sources, settings)
+        return self._identities[name]
+
+    def rows(self, name: str) -> dict[str, list[Row]]:
+        """A target's rows by group, as groups are spelt in names of columns, bad rows as its `on_bad_row` says; all under "" where it has no groups.
+
+        UsageError for a row without its group, for two groups that would be spelt alike, and for more than MOST_GROUPS.
+        """
+        if name not in self._rows:
+            target, where = self.named(name), f"targets.{name}"
+            found: dict[str, list[Row]] = {}
+            spelt: dict[str, str] = {}  # group -> the column's own value
+            records = self._reading(name).good(
+                target.on_bad_row, setting=where, target=str(self.loaded.path or target.path)
+            )
+            for record in islice(records, target.limit):
+                value = "" if target.per is None else _value(record, target.per, where)
+                group = re.sub(r"\W", "_", value).lower()
+                if spelt.setdefault(group, value) != value:
+                    raise UsageError(
+                        f"{where}.per: {spelt[group]!r} and {value!r} would both be the column …__{group}. Rename one."
+                    )
+                assert record.row is not None
+                found.setdefault(group, []).append(record.row)
+            if len(found) > MOST_GROUPS:
+                raise UsageError(
+                    f"{where}.per: {target.per} has {len(found):,} values; a number is kept for every row, checkpoint and group, of at most "
+                    f"{MOST_GROUPS} groups. Name a coarser column; `curate.passes.cross.cross_products` compares single rows."
+                )
+            self._rows[name] = found
+        return self._rows[name]
+
+    def groups(self, name: str) -> list[str]:
+        """A target's groups, sorted; [] where it has none."""
+        return [] if self.named(name).per is None else sorted(self.rows(name))
+
+    def gradients(self, of: str) -> list[str]:
+        """The mean gradients that cosines with target.NAME are taken of: its groups', or its own alone."""
+        return [f"{of}:{group}" for group in self.groups(split(of)[0])] or [of]
+
+    def in_groups(self, measurement: Measurement) -> Measurement:
+        """Cosines with a target that has groups: a column each."""
+        about = measurement.direction
+        groups = self.groups(split(about.of)[0]) if about is not None and about.cosine else []
+        if not groups:
+            return measurement
+        ((column, unit),) = measurement.columns.items()
+        return replace(measurement, columns={f"{column}__{group}": unit for group in groups})
+
+    def over_groups(self, want: Wanted) -> Wanted:
+        """A score on a target that has groups reads a column of each, and may name them. UsageError where it takes a single one."""
+        if not any("{target}" in text for text in want.score.needs):
+            return want
+        name = str(want.params["target"])
+        groups = self.groups(name)
+        named = tuple(groups or [name]) if want.score.names == ("{target}",) else want.score.names
+        if not groups:
+            return replace(want, score=replace(want.score, names=named))
+        if all(p.kind != p.VAR_POSITIONAL for p in inspect.signature(want.score.function).parameters.values()):
+            raise UsageError(
+                f"{self.loaded.path or 'recipe'}: scores: {want.score.name} takes the mean gradient of a whole target, but targets.{name} has groups "
+                f"(per: {self.named(name).per}). Take influence_cosine, or leave `per` out."
+            )
+        needs = tuple(f"{text}__{group}" for text in want.score.needs for group in groups)
+        return replace(want, score=replace(want.score, needs=needs, names=named))
+
+    def _reading(self, name: str) -> Reading:
+        from curate.data import read
+
+        target = self.named(name)
+        return read(
+            target.path,
+            kind="sft" if target.of == "completion" else "preference",
+            split=target.split,
+            revision=target.revision,
+            format=target.format,
+            columns=target.columns,
+            base=self.loaded.folder,
+            setting=f"targets.{name}",
+        )
+
+
+def _value(record: Record, per: str, where: str) -> str:
+    """The group of a target's row. UsageError where it has none."""
+    value = record.columns.get(per)
+    if value is None or not re.search(r"\w", str(value)):
+        near = difflib.get_close_matches(per, record.columns, 1) if per not in record.columns else []
+        found = (
+            f"found {cell(value)}"
+            if per in record.columns
+            else f"found none{f'; did you mean {near[0]!r}?' if near else ''}"
+        )
+        raise UsageError(
+            f"{record.source}, row {record.index}: {where}.per: wanted a group's name in the column {per!r}, {found}"
+        )
+    return str(value)
