@@ -6,34 +6,34 @@ import fcntl
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO
 
 from curate.errors import CurateError, StoreError
 
+TAKEN = BlockingIOError, PermissionError  # the second from file systems of other machines
+
 
 @contextmanager
-def locked(path: Path, taken: Callable[[str], CurateError]) -> Iterator[None]:
+def locked(path: Path, taken: Callable[[str], CurateError], *, inherited: bool = False) -> Iterator[None]:
     """Hold a file, made where there is none, for this process alone.
 
-    taken: the error to raise where another process holds it, from a word for that one ("4711", "of another machine"). StoreError where the
-    file cannot be written.
+    taken: the error to raise where another process holds it, from a word for that one ("4711", "of another machine"). inherited: a child that is
+    started with close_fds=False goes on holding it where this process is killed. StoreError where the file cannot be written or locked.
     """
-    try:
-        file = path.open("a+")
-    except OSError as error:
-        raise StoreError(f"{path}: cannot be written ({error.strerror}).") from None
-    try:
-        if not _lock_soon(file):
-            raise taken(str(holder(path) or "of another machine"))
-        file.seek(0)
-        file.truncate()
-        file.write(str(os.getpid()))
-        file.flush()
+    with ExitStack() as stack:
+        try:
+            file = stack.enter_context(path.open("a+b", buffering=0))
+            if not _lock_soon(file):
+                raise taken(str(holder(path) or "of another machine"))
+            stack.callback(fcntl.flock, file, fcntl.LOCK_UN)  # for children too
+            file.truncate(0)
+            file.write(str(os.getpid()).encode())
+            os.set_inheritable(file.fileno(), inherited)
+        except OSError as error:
+            raise StoreError(f"{path}: cannot be written or locked ({error.strerror}).") from None
         yield
-    finally:
-        file.close()
 
 
 def holder(path: Path) -> int | None:
@@ -43,20 +43,20 @@ def holder(path: Path) -> int | None:
     with path.open() as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except OSError:
+        except TAKEN:
             text = file.read().strip()
             return int(text) if text.isdigit() else None
     return None
 
 
-def _lock_soon(file: IO[str], patience: float = 0.5) -> bool:
+def _lock_soon(file: IO[bytes], patience: float = 0.5) -> bool:
     """Lock a file for this process alone. Not at the first try only: `holder` of another process has it for an instant."""
     until = time.monotonic() + patience
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return True
-        except OSError:
+        except TAKEN:
             if time.monotonic() > until:
                 return False
             time.sleep(0.02)

@@ -134,15 +134,17 @@ def _check(loaded: Loaded, recipe: str | Path, rounds: int, take: int) -> None:
 @contextmanager
 def _alone(out: Path) -> Iterator[None]:
     """The rounds' folder, made where there is none, for this process alone. UsageError where it is something else's."""
-    inside = {path.name for path in out.iterdir()} - {LOCK} if out.is_dir() else set()
+    inside = {path.name for path in out.iterdir()} - {LOCK, _part(out / RULES).name} if out.is_dir() else set()
     if (inside and RULES not in inside) or (out.exists() and not out.is_dir()):
         raise UsageError(f"{out}: is not empty, and not a folder of rounds. Name another one.")
     out.mkdir(parents=True, exist_ok=True)
 
     def taken(holder: str) -> CurateError:
-        return CurateError(f"{out}: process {holder} runs rounds in this folder. Wait for it, or name another folder.")
+        return CurateError(
+            f"{out}: process {holder} runs rounds in this folder, or a trainer that it left behind does. Wait for it, or name another folder."
+        )
 
-    with locked(out / LOCK, taken):
+    with locked(out / LOCK, taken, inherited=True):
         yield
 
 
@@ -234,7 +236,8 @@ def by_command(command: str, **values: Any) -> Train:
         log = data.with_name("train.log")
         try:
             with log.open("w", encoding="utf-8") as to:
-                done = subprocess.run(filled, stdout=to, stderr=subprocess.STDOUT, check=False)
+                # with the lock: where we are killed, who goes on must not train beside it
+                done = subprocess.run(filled, stdout=to, stderr=subprocess.STDOUT, check=False, close_fds=False)
         except OSError as error:
             raise UsageError(f"train: {filled[0]} cannot be started: {error.strerror}.") from None
         if done.returncode:
@@ -281,6 +284,10 @@ def _write_rows(path: Path, rows: Sequence[Candidate]) -> None:
 def _write(path: Path, text: str) -> None:
     """All of it or nothing: a file that is there was finished."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
+    part = _part(path)
     part.write_text(text, encoding="utf-8")
     os.replace(part, path)
+
+
+def _part(path: Path) -> Path:
+    return path.with_name(f".{path.name}.part")

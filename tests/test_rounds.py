@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -160,9 +161,42 @@ def test_a_second_process_in_the_same_folder_is_refused(made):
 
     lines = grow(made, made / "both", train)
     assert said[0].returncode == 1
-    assert f"{made / 'both'}: process {os.getpid()} runs rounds in this folder. Wait for it" in said[0].stderr
+    assert f"{made / 'both'}: process {os.getpid()} runs rounds in this folder, or a" in said[0].stderr
     assert len(lines) == 2 and [number for number, _ in trainer.seen] == [1, 2]
     assert grow(made, made / "both", trainer) == lines  # the folder is free again
+
+
+def test_a_trainer_that_a_killed_job_left_behind_keeps_the_folder(made, tmp_path):
+    """It still writes checkpoints: who goes on would train beside it."""
+    os.mkfifo(tmp_path / "pid")
+    (tmp_path / "t.py").write_text(
+        f"import os, signal; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); signal.pause()"
+    )
+    script = Path(rounds.__file__).resolve().parent.parent / "pipelines" / "prioritize_sft.py"
+    words = f"{made / 'sft.yaml'} --rounds 1 --take 8 --pool {made / 'pool.jsonl'} --out {tmp_path / 'out'}"
+    job = subprocess.Popen(
+        [sys.executable, script, *words.split(), "--train", f"{sys.executable} {tmp_path / 't.py'} {{data}} {{out}}"]
+    )
+    trainer = int((tmp_path / "pid").read_text())
+    try:
+        job.kill()
+        job.wait()
+        with pytest.raises(CurateError, match=f"process {job.pid} runs rounds .* or a trainer that it left behind"):
+            with rounds._alone(tmp_path / "out"):
+                pass
+    finally:
+        os.kill(trainer, signal.SIGKILL)
+    with rounds._alone(tmp_path / "out"):
+        pass
+
+
+def test_a_job_killed_at_its_first_file_goes_on(made, tmp_path):
+    (tmp_path / ".rounds.json.part").write_text("{")
+    trainer = Trainer(made)
+    trainer.fail_in = 1
+    with pytest.raises(CurateError, match="the machine went away"):
+        grow(made, tmp_path, trainer)
+    assert len(trainer.seen) == 1
 
 
 @pytest.mark.parametrize(
