@@ -278,6 +278,7 @@ class DirectionRunner(ForwardRunner):
             raise ModelError(
                 f"The gradient of {self._name(of)} at {self.step.subject.label} is not finite: some row's log-probability "
                 "is not, here or under the reference."
+                + (" Did the warm-up diverge? Lower `forecast.learning_rate`." if self.step.subject.start else "")
             )
         return {name: x.div_(n) for name, x in total.items()}
 

@@ -221,6 +221,17 @@ def test_after_a_warm_up(line):
     assert not line.misses("preference", *scores, forecast=forecast)
 
 
+def test_a_warm_up_that_diverges_is_told_and_not_kept(line):
+    """Weights that are not finite, and weights that are, at which no gradient is."""
+    scores = [{"batch_forecast": {"step": "adam", "at": "warmup"}}]
+    forecast = {"warmup_steps": 2, "warmup_rows": 4}
+    with pytest.raises(ModelError, match=r"left the finite numbers\. Lower `forecast\.learning_rate` \(3e\+38\)"):
+        line("preference", *scores, forecast=forecast | {"learning_rate": 3e38})
+    assert not list((line.folder / "store" / "directions").glob("warmup-*"))
+    with pytest.raises(ModelError, match="is not finite: .* Did the warm-up diverge"):
+        line("preference", *scores, forecast={"warmup_steps": 1, "warmup_rows": 4, "learning_rate": 1e30})
+
+
 def test_influence_over_the_checkpoints_of_a_run(line):
     """TracIn with the trainer's learning rates, LESS with its optimizers; a checkpoint without one is said."""
     model = load_model(line.folder / "model")

@@ -45,7 +45,7 @@ def warm_up(
     count: Callable[[int], object] = lambda n: None,
 ) -> Vector:
     """Train the model in place, and give Adam's v̂ at the end, float32 on the CPU. count is told of rows as they are done. ModelError where weights,
-    gradient and Adam's state, four times the weights in float32, do not fit into memory.
+    gradient and Adam's state, four times the weights in float32, do not fit into memory, or where they do not stay finite.
     """
     known = [row for row in encoded if row.problem is None]
     pairs = any(isinstance(row, EncodedPair) for row in known)
@@ -79,6 +79,10 @@ def warm_up(
                 size = (v[name] / (1 - BETAS[1] ** t)).sqrt_().add_(ADAM_EPSILON)
                 p.addcdiv_((m[name] / (1 - BETAS[0] ** t)).to(p.dtype), size.to(p.dtype), value=settings.learning_rate)
         count(len(rows))
+    if not all(bool(x.isfinite().all()) for x in (*wanted.values(), *v.values())):
+        raise ModelError(
+            f"{model.path}: {settings.steps} steps of warm-up left the finite numbers. Lower `forecast.learning_rate` ({settings.learning_rate:g})."
+        )
     return {name: (value / (1 - BETAS[1] ** len(batches))).cpu() for name, value in v.items()}
 
 
