@@ -11,6 +11,7 @@ import hashlib
 import importlib
 import inspect
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +51,16 @@ def places(function: Any, least: int, most: int) -> int:
 
 
 def source_version(function: Any) -> str:
-    """12 hex digits over a function's own source; "unknown" where there is none. What it calls is not in it."""
+    """12 hex digits over a function's own source, or over that of an object's class; "unknown" where there is none. What it calls is not in it,
+    nor is an edit that this process has not imported.
+    """
+    return _version_of(function if inspect.isroutine(function) or inspect.isclass(function) else type(function))
+
+
+@cache
+def _version_of(code: Any) -> str:
     try:
-        return hashlib.sha256(inspect.getsource(function).encode()).hexdigest()[:12]
+        return hashlib.sha256(inspect.getsource(code).encode()).hexdigest()[:12]
     except (OSError, TypeError):
         return "unknown"
 

@@ -39,6 +39,14 @@ def fails(prompt, answer):
     return prompt[1000]
 """
 
+CALLED = """
+class Called:
+    def __call__(self, prompt, answer):
+        return "{word} " + prompt
+
+called = Called()
+"""
+
 RECIPE = """
 kind: sft
 source: rows.jsonl
@@ -54,6 +62,21 @@ def own(tmp_path):
     (tmp_path / "own_changes_for_test.py").write_text(OWN)
     yield tmp_path
     sys.modules.pop("own_changes_for_test", None)
+
+
+def test_the_version_is_of_what_runs(own):
+    """A file that is edited while a session goes on runs as it was imported; an object's code is its class."""
+    file = own / "own_changes_for_test.py"
+    file.write_text(OWN + CALLED.format(word="so"))
+    before = [perturbation(f"own_changes_for_test:{name}", folder=own) for name in ("by_row", "called")]
+    assert before[1].of(Example("a", "b", "c"))[0].prompt == "so a" and before[1].version != "unknown"
+    file.write_text(OWN.replace('"so "', '"then "') + CALLED.format(word="then"))
+    again = [perturbation(f"own_changes_for_test:{name}", folder=own) for name in ("by_row", "called")]
+    assert [p.fingerprint for p in again] == [p.fingerprint for p in before]
+    sys.modules.pop("own_changes_for_test")
+    anew = [perturbation(f"own_changes_for_test:{name}", folder=own) for name in ("by_row", "called")]
+    assert all(a.version != b.version for a, b in zip(anew, before))
+    assert anew[1].of(Example("a", "b", "c"))[0].prompt == "then a"
 
 
 def test_what_a_function_says(own):
