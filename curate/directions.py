@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from curate.checkpoints import Subject
-from curate.errors import UsageError
+from curate.errors import ModelError, UsageError
 from curate.rows import content_id
 from curate.targets import Targets, split
 
@@ -157,7 +157,23 @@ class Directions:
 
     def optimizer_id(self, subject: Subject) -> str:
         found = self.optimizer(subject)
-        return found.fingerprint if isinstance(found, Subject) else self.ids.cache.of(found)
+        if isinstance(found, Subject):
+            return found.fingerprint
+        try:
+            return self.ids.cache.of(found)
+        except OSError as problem:
+            raise ModelError(f"{found}: the saved optimizer cannot be read ({problem.strerror}).") from None
+
+    def check_optimizers(self, step: Step) -> None:
+        """A saved optimizer that is not Adam's of the step's model is an error before anything is loaded. ModelError."""
+        missing = {task.fingerprint: task for _, _, tasks in step.blocks for task in tasks}.values()
+        if any(task.measurement.direction.step == "adam" for task in missing if task.measurement.direction):
+            found = self.optimizer(step.subject)
+            if isinstance(found, Path):
+                from curate.passes.adam import check_moments
+
+                parameters = self.recipe.gradients.parameters
+                check_moments(found, step.subject.home, base=step.subject.base, parameters=parameters)
 
     # ---- what is kept -------------------------------------------------------------------------------------------------------------------
 

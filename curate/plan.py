@@ -387,6 +387,7 @@ def make_plan(loaded: Loaded, store: Store, sources: dict[str, list[str]]) -> Pl
     for reads, path in sorted(tasks, key=lambda place: (ORDER.index(place[0]), order.get(place[1], -1))):
         step = _step(reads, lone[reads, path], tuple(tasks[reads, path].values()), rows)
         if reads == "direction" and step.missing:
+            directions.check_optimizers(step)
             step, plan.directions = replace(step, ahead=directions.ahead(step)), directions
         plan.steps.append(with_cost(step, loaded, store.throughput(step.key), rows.characters))
     return plan

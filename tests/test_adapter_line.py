@@ -121,7 +121,7 @@ def test_directions_over_the_adapter(place):
         torch.save(optimizer.state_dict(), place / "adam.pt")
     whole = recipe(place, "adam", [score], models=models, forecast={"optimizer": "adam.pt"})
     with pytest.raises(ModelError, match=r"(?s)of other parameters .*gradients\.parameters=lora"):
-        curate.run(whole)
+        make_plan(load_recipe(whole), progress=Progress(quiet=True))
     over = {"gradients": {"parameters": "lora"}, "forecast": {"optimizer": "adam.pt"}}
     result = curate.run(recipe(place, "adam", [score], models=models, **over))
     found = result.store.sql("SELECT row_id, batch_forecast FROM scored", recipe="adam")

@@ -272,6 +272,45 @@ def test_influence_over_the_checkpoints_of_a_run(line):
         line("sft", *scores, targets=targets, models={"checkpoints": "run"})
 
 
+def saved(optimizer, file) -> None:
+    """The state after one step with random gradients."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
+    optimizer.step()
+    torch.save(optimizer.state_dict(), file)
+
+
+def test_a_wrong_optimizer_is_said_before_anything_is_loaded(line, monkeypatch):
+    """By the plan, and by a run that has measured nothing yet; where all is measured nobody asks."""
+    make_llama(line.folder / "wide", seed=0, hidden=96)
+    with load_model(line.folder / "model") as own, load_model(line.folder / "wide") as wide:
+        parameters = {m: [p.requires_grad_(True) for p in m.module.parameters()] for m in (own, wide)}
+        saved(torch.optim.AdamW(parameters[own]), line.folder / "own.pt")
+        saved(torch.optim.AdamW(parameters[wide]), line.folder / "other.pt")
+        saved(torch.optim.AdamW(parameters[own][:-1]), line.folder / "fewer.pt")
+        saved(torch.optim.SGD(parameters[own], lr=0.1, momentum=0.9), line.folder / "sgd.pt")
+    (line.folder / "text.pt").write_text("nothing")
+    score = {"batch_forecast": {"step": "adam"}}
+    assert line("preference", score, forecast={"optimizer": "own.pt"}).measured["direction"] == 12
+    folder = line.folder / "store"
+    shutil.rmtree(folder)
+    monkeypatch.setattr("curate.passes.forward.load_model", lambda *a, **k: pytest.fail("a model is loaded"))
+    for name, says in (
+        (
+            "other",
+            r"exp_avg_sq of model.embed_tokens.weight; it has shape \(\d+, 96\), not \(\d+, 64\): the optimizer of another",
+        ),
+        ("fewer", "not those of this model"),
+        ("sgd", "wanted Adam's state .* keeps momentum_buffer"),
+        ("text", "wanted a trainer's saved optimizer"),
+    ):
+        for asked in (line.misses, line):
+            with pytest.raises(ModelError, match=rf"(?s){name}\.pt: .*{says}"):
+                asked("preference", score, forecast={"optimizer": f"{name}.pt"})
+        assert curate.Store(folder).measured() == []
+
+
 def test_what_a_user_can_get_wrong(line):
     with pytest.raises(UsageError, match="did you mean 'refusals'"):
         line(

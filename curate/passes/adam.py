@@ -12,15 +12,19 @@ import re
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from torch import nn
 
 from curate.errors import ModelError
-from curate.passes.direction import Vector
+from curate.passes.direction import Vector, check_same
+from curate.passes.layer_rules import Parameters, parameter_names
+from curate.passes.skeleton import skeleton
 from curate.tokens import describe_folder, first_line
 
 FILE = "optimizer.pt"
+NEXT = "Name the model's own with forecast.optimizer, leave that out (a short warm-up then gives Adam's state), or take step: sgd."
 NO_DECAY = re.compile(
     r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)"
 )  # transformers' Trainer.get_decay_parameter_names
@@ -35,40 +39,64 @@ def _said(problem: Exception) -> str:
 
 def second_moments(file: str | Path, module: nn.Module) -> Vector:
     """v̂ of every parameter that the optimizer holds, float32 on the CPU. ModelError where the file is no Adam of this model."""
+    return {
+        name: state["exp_avg_sq"].float() / (1 - beta ** float(state["step"]))
+        for name, state, beta in _states(file, module)
+    }
+
+
+def check_moments(
+    file: str | Path, path: str | Path, *, base: str | Path | None = None, parameters: Parameters = "all"
+) -> None:
+    """Raises, before the model at a path is loaded, what `second_moments` would and what gradients over `parameters` would meet; of the file no
+    tensor is read.
+    """
+    model = skeleton(path, base=base)
+    held = [name for name, _, _ in _states(file, model.module)]
+    check_same(held, parameter_names(model, parameters))
+
+
+def _states(file: str | Path, module: nn.Module) -> list[tuple[str, dict[str, Any], float]]:
+    """(parameter's name, Adam's state of it, β₂) of every parameter that ever had a gradient; tensors are read from the disk as they are used."""
     file = Path(file)
     try:
-        saved: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+        saved: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zipfile(file))
         groups, state = saved["param_groups"], saved["state"]
-    except Exception as problem:  # OSError, pickle's and zipfile's own, KeyError
+        order = [(index, group) for group in groups for index in group["params"]]
+        kept = sorted({key for own in state.values() for key in own})
+    except Exception as problem:  # OSError, pickle's and zipfile's own, KeyError, TypeError, AttributeError
         raise ModelError(
             f"{file}: wanted a trainer's saved optimizer ({FILE}), found {describe_folder(file)}.\n"
-            f"  {_said(problem)}\n"
-            "  Leave forecast.optimizer out: a short warm-up then gives Adam's state."
+            f"  {_said(problem)}\n  {NEXT}"
         ) from problem
-    order = [index for group in groups for index in group["params"]]
+    if not {"exp_avg_sq", "step"} <= set(kept):
+        what = (
+            f"this one keeps {', '.join(kept)}"
+            if kept
+            else "this one keeps nothing, as plain SGD does and Adam before its first step"
+        )
+        raise ModelError(
+            f"{file}: wanted Adam's state (exp_avg_sq and step of every trained parameter); {what}.\n"
+            f"  Only a plain AdamW's state can be read. {NEXT}"
+        )
     names = _names(groups, module, len(order))
     if names is None:
         raise ModelError(
-            f"{file}: it holds {len(order)} parameters in {len(groups)} groups, not those of this model ({len(list(module.parameters()))})."
+            f"{file}: it holds {len(order)} parameters in {len(groups)} groups, not those of this model ({len(list(module.parameters()))}).\n  {NEXT}"
         )
     parameters = dict(module.named_parameters())
-    betas = {index: group.get("betas", (0.9, 0.999)) for group in groups for index in group["params"]}
-    found: Vector = {}
-    for index, name in zip(order, names):
+    found = []
+    for (index, group), name in zip(order, names):
         own = state.get(index)
         if own is None:  # never had a gradient
             continue
-        v = own.get("exp_avg_sq")
-        if v is None or v.shape != parameters[name].shape:
-            what = (
-                f"keeps {', '.join(own)}"
-                if v is None
-                else f"has shape {tuple(v.shape)}, not {tuple(parameters[name].shape)}"
-            )
-            raise ModelError(
-                f"{file}: wanted Adam's exp_avg_sq of {name}; it {what}. Only a plain AdamW's state can be read."
-            )
-        found[name] = v.float() / (1 - betas[index][1] ** float(own["step"]))
+        v, shape = own.get("exp_avg_sq"), tuple(parameters[name].shape)
+        if v is None or "step" not in own or tuple(v.shape) != shape:
+            wrong = f"it keeps {', '.join(own)}: only a plain AdamW's state can be read"
+            if v is not None and tuple(v.shape) != shape:
+                wrong = f"it has shape {tuple(v.shape)}, not {shape}: the optimizer of another model"
+            raise ModelError(f"{file}: wanted Adam's exp_avg_sq of {name}; {wrong}.\n  {NEXT}")
+        found.append((name, own, group.get("betas", (0.9, 0.999))[1]))
     return found
 
 

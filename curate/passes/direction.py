@@ -12,7 +12,7 @@ Source: Rafailov et al. 2023, arXiv:2305.18290 (DPO's gradient); Xia et al. 2024
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Iterable, Sequence, Set
 from contextlib import suppress
 from pathlib import Path
 from typing import Literal
@@ -239,14 +239,20 @@ def precondition(x: Vector, step: Step, at: Vector, second_moment: Vector | None
         return {name: torch.where(at[name] == 0, 0, value / at[name].abs()) for name, value in x.items()}
     if second_moment is None:
         raise ModelError("step adam needs Adam's second moments: a checkpoint's optimizer.pt, or a warm-up.")
-    if not second_moment.keys() & x.keys():
-        raise ModelError(
-            f"Adam's state is of other parameters ({next(iter(second_moment), 'none')}, …) than the gradients ({next(iter(x))}, …): nothing moves.\n"
-            "  Of a LoRA run the optimizer holds the adapter alone: `--set gradients.parameters=lora`."
-        )
+    check_same(second_moment, x)
     still = torch.zeros(())
     moments = {name: second_moment.get(name, still) for name in x}
     return {
         name: torch.where(moments[name] > 0, value / (moments[name].sqrt() + ADAM_EPSILON), 0)
         for name, value in x.items()
     }
+
+
+def check_same(held: Iterable[str], moved: Iterable[str]) -> None:
+    """Adam's state and the gradients share a parameter. ModelError where they do not."""
+    held, moved = list(held), list(moved)
+    if not set(held) & set(moved):
+        raise ModelError(
+            f"Adam's state is of other parameters ({next(iter(held), 'none')}, …) than the gradients ({moved[0]}, …): nothing moves.\n"
+            "  Of a LoRA run the optimizer holds the adapter alone: `--set gradients.parameters=lora`."
+        )

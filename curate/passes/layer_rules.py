@@ -23,6 +23,7 @@ from torch import nn
 from curate.errors import ModelError
 from curate.passes.inner_products import wide
 from curate.passes.model import Model
+from curate.passes.skeleton import Skeleton
 
 Parameters = Literal["all", "lora"] | int
 
@@ -135,7 +136,7 @@ def find_rules(model: Model, parameters: Parameters = "all") -> Rules:
     return rules
 
 
-def parameter_names(model: Model, parameters: Parameters = "all") -> tuple[str, ...]:
+def parameter_names(model: Model | Skeleton, parameters: Parameters = "all") -> tuple[str, ...]:
     """The parameters that were asked for, with a rule or without, by the names of `named_parameters`. ModelError where there are none, or where
     factors of an adapter are none, being merged.
     """
@@ -173,7 +174,10 @@ def _said(parameters: Parameters) -> str:
 
 
 def _wanted(
-    model: Model, owners: dict[int, list[tuple[str, nn.Module]]], layers: list[nn.Module], parameters: Parameters
+    model: Model | Skeleton,
+    owners: dict[int, list[tuple[str, nn.Module]]],
+    layers: list[nn.Module],
+    parameters: Parameters,
 ) -> dict[int, str]:
     """id -> name of the parameters asked for, in the model's order."""
     module, names = model.module, {key: found[0][0] for key, found in owners.items()}

@@ -330,8 +330,18 @@ def test_the_optimizer_of_a_trainer(tmp_path):
     assert error(found, wanted) < 1e-6
     with pytest.raises(ModelError, match="not those of this model"):
         second_moments(tmp_path / "optimizer.pt", make("llama"))
-    torch.save(torch.optim.SGD(own.values(), momentum=0.9).state_dict(), tmp_path / "sgd.pt")
-    assert second_moments(tmp_path / "sgd.pt", module) == {}
+    for other, says in (
+        (torch.optim.SGD(own.values(), lr=0.1), "keeps nothing, as plain SGD does"),
+        (torch.optim.SGD(own.values(), lr=0.1, momentum=0.9), "keeps momentum_buffer"),
+        (torch.optim.Adagrad(own.values()), "keeps step, sum"),
+        (torch.optim.Adafactor(own.values()), "it keeps .*exp_avg_sq_row|this one keeps .*row_var"),
+    ):
+        other.step()
+        torch.save(other.state_dict(), tmp_path / "other.pt")
+        with pytest.raises(ModelError, match=rf"(?s)wanted Adam's .*({says}).*plain AdamW's state"):
+            second_moments(tmp_path / "other.pt", module)
+    torch.save(optimizer.state_dict(), tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    assert error(second_moments(tmp_path / "old.pt", module), wanted) < 1e-6
     (tmp_path / "text.pt").write_text("nothing")
     with pytest.raises(ModelError, match="wanted a trainer's saved optimizer") as told:
         second_moments(tmp_path / "text.pt", module)
