@@ -7,40 +7,50 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from curate.neighbours import COUNT
 from curate.progress import span
 
 if TYPE_CHECKING:
     from curate.checkpoints import Subject
     from curate.identity import Task
+    from curate.lengths import Lengths
     from curate.plan import Step
     from curate.recipe import Loaded
 
-CHARACTERS_PER_TOKEN = 3.6
+FORWARD = ("forward", "neighbours", "backward", "direction")  # passes over whole rows; samplers keep to the context
 
 
-def with_cost(step: Step, loaded: Loaded, speed: float | None, characters: tuple[float, float]) -> Step:
-    """The step with an estimate of its tokens and time.
-
-    speed: tokens per second of earlier runs of such a step, None where there were none. characters: mean length of a row's texts and of
-    its prompt.
+def with_cost(step: Step, loaded: Loaded, speed: float | None, lengths: Lengths) -> Step:
+    """The step with an estimate of its tokens and time, and with how many of its rows cannot be measured. speed: tokens per second of earlier runs
+    of such a step, None where there were none.
     """
     if not step.missing:
         return step
-    length, prompt = (n / CHARACTERS_PER_TOKEN for n in characters)
-    per_row = length
+    at = lengths.places(row_id for _, rows, _ in step.blocks for row_id in rows)
+    if step.reads in FORWARD and not any(task.measurement.prompt_only for task in step.tasks):
+        lost = at[~lengths.measurable[at]]
+        known = int(lengths.counted[lost].sum())
+        step = replace(step, unmeasurable=known, perhaps_unmeasurable=len(lost) - known)
+        at = at[lengths.measurable[at]]
+    whole = lengths.whole[at]
     if step.reads == "sample":
-        per_prompt = prompt + loaded.recipe.sampling.samples * loaded.recipe.sampling.max_new_tokens  # at most
+        sampling = loaded.recipe.sampling
+        per_prompt = lengths.prompt[at].mean() + sampling.samples * sampling.max_new_tokens  # at most
         prompts = sum(len(rows) * len({t.measurement.perturbed for t in tasks}) for _, rows, tasks in step.blocks)
-        per_row = per_prompt * prompts / step.missing  # as if a row had one perturbation
-    if step.reads == "neighbours":
-        per_row = (1 + COUNT) * length
-    if step.reads == "direction":
+        run = per_prompt * prompts  # as if a row had one perturbation
+    elif step.reads == "neighbours":
+        limit = loaded.recipe.tokens.max_length
+        run = np.minimum((1 + COUNT) * whole, np.inf if limit is None else limit).sum()
+    elif step.reads == "direction":
         directions = [task.measurement.direction for task in step.tasks if task.measurement.direction]
         runs = sum(1 if d.of == "head" else 2 for d in directions if not d.cosine)
         runs += 3 * len({d.step for d in directions if d.cosine})  # a backward for all cosines of one P
-        per_row = length * runs
-    tokens = round(per_row * step.missing + length * step.ahead)
+        run = whole.sum() * runs
+    else:
+        run = whole.sum()
+    tokens = round(float(run + lengths.whole.mean() * step.ahead))
     rough = speed is None
     speed = speed or _guess(step)
     return replace(step, tokens=tokens, seconds=tokens / speed if speed else None, rough=rough)
@@ -68,13 +78,13 @@ def _guess(step: Step) -> float | None:
 def step_line(step: Step) -> tuple[Any, ...]:
     """A step as a line of `curate plan`: pass, model, measurements, rows, missing, tokens, time."""
     time = tokens = "-"
-    if step.missing:
+    if step.to_measure:
         seconds = None if step.seconds is None else span(max(step.seconds, 0.1))
         time = "?" if seconds is None else f"≈ {seconds}" if step.rough else seconds
         at_most = step.reads == "sample" and not any(task.measurement.perturbed for task in step.tasks)
         tokens = f"{'≤' if at_most else '≈'} {_short(step.tokens)}"
     measurements = ", ".join(_named(task) for task in step.tasks)
-    return step.reads, step.subject.label, measurements, step.rows, step.missing, tokens, time
+    return step.reads, step.subject.label, measurements, step.rows, step.to_measure, tokens, time
 
 
 def _named(task: Task) -> str:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +20,7 @@ from curate.directions import Directions
 from curate.errors import UsageError
 from curate.fingerprints import FingerprintCache
 from curate.identity import Identity, Task
+from curate.lengths import RowLengths
 from curate.progress import span
 from curate.recordings import PREFIX, recorded_uses, run_meant
 from curate.rows import content_id
@@ -87,7 +87,8 @@ class Step:
 
     blocks: (shard's number, row ids by position, the tasks these rows miss), of fixed membership.
     tokens, seconds: an estimate for what is missing; seconds is None where nothing is known, `rough` where no run here has been timed.
-    ahead: what comes before the rows, in rows run forward: gradients of directions, a warm-up.
+    ahead: what comes before the rows, in rows run forward: gradients of directions, a warm-up. unmeasurable: missing rows that are known to get
+    NULL, being too long for instance; perhaps_unmeasurable: those that seem so by their characters.
     """
 
     reads: str
@@ -100,18 +101,25 @@ class Step:
     seconds: float | None = None
     rough: bool = False
     ahead: int = 0
+    unmeasurable: int = 0
+    perhaps_unmeasurable: int = 0
 
     @property
     def missing(self) -> int:
+        """Rows without a line, those among them that will get one of NULLs."""
         return sum(len(rows) for _, rows, _ in self.blocks)
+
+    @property
+    def to_measure(self) -> int:
+        return self.missing - self.unmeasurable
 
 
 @dataclass
 class Plan:
     """The steps in the order they run, and for every (role, column, over) the fingerprints that scores read.
 
-    recorded: the recorded training run that they are read from, if any. pool: the rows that neighbours are taken from. beyond: what is said of
-    rows longer than a model's positions.
+    recorded: the recorded training run that they are read from, if any. pool: the rows that neighbours are taken from. of_lengths:
+    what is said of rows that are too long. lengths: of the recipe's rows, None where no model is run.
     """
 
     wanted: list[Wanted]
@@ -121,7 +129,8 @@ class Plan:
     recorded: str | None = None
     directions: Directions | None = None
     pool: list[str] = field(default_factory=list)
-    beyond: list[str] = field(default_factory=list)
+    of_lengths: list[str] = field(default_factory=list)
+    lengths: RowLengths | None = None
 
     @property
     def missing(self) -> int:
@@ -138,17 +147,19 @@ class Plan:
         else:
             head = ("pass", "model", "measurements", "rows", "missing", "tokens", "time")
             lines = [table([step_line(step) for step in self.steps], head=head)]
-            known = [s.seconds for s in self.steps if s.missing and s.seconds is not None]
-            if not self.missing:
+            known = [s.seconds for s in self.steps if s.to_measure and s.seconds is not None]
+            if not any(s.to_measure for s in self.steps):
                 lines.append("Everything is measured already.")
             elif known:
                 partly = (
                     ""
-                    if len(known) == sum(1 for s in self.steps if s.missing)
+                    if len(known) == sum(1 for s in self.steps if s.to_measure)
                     else " for the passes that could be estimated"
                 )
                 rough = (
-                    ", a rough guess before anything ran here" if any(s.rough for s in self.steps if s.missing) else ""
+                    ", a rough guess before anything ran here"
+                    if any(s.rough for s in self.steps if s.to_measure)
+                    else ""
                 )
                 lines.append(f"About {span(sum(known))} in all{partly}{rough}.")
         return "\n".join([*lines, *self.notes()])
@@ -167,7 +178,7 @@ class Plan:
                 f"{len(idle)} of {len(run)} checkpoints are not measured ({names}): no score of this recipe is over checkpoints; "
                 f"{of}. `curate scores` says which are (needs … over checkpoints)."
             )
-        return found + self.beyond
+        return found + self.of_lengths
 
     def left_out(self) -> list[str]:
         """A line for every checkpoint that models.on_broken_checkpoint: skip left out."""
@@ -182,13 +193,14 @@ class Plan:
                     "measurements": [t.measurement.name for t in s.tasks],
                     "fingerprints": [t.fingerprint for t in s.tasks],
                     "rows": s.rows,
-                    "missing": s.missing,
+                    "missing": s.to_measure,
+                    "unmeasurable": s.unmeasurable,
                     "tokens": s.tokens,
                     "seconds": s.seconds,
                 }
                 for s in self.steps
             ],
-            "missing": self.missing,
+            "missing": sum(s.to_measure for s in self.steps),
             "notes": self.notes(),
         }
 
@@ -384,12 +396,21 @@ def make_plan(loaded: Loaded, store: Store, sources: dict[str, list[str]]) -> Pl
         tasks["backward", path] |= {key: task for key, task in of_forward.items() if key not in apart}
         if apart:
             tasks["forward", path] = apart
+    counts = {
+        place: next((print for print, task in found.items() if "prompt_tokens" in task.measurement.columns), "")
+        for (reads, place), found in tasks.items()
+        if reads == "tokens"
+    }
+    plan.lengths = RowLengths(loaded, store, names, counts)
     for reads, path in sorted(tasks, key=lambda place: (ORDER.index(place[0]), order.get(place[1], -1))):
         step = _step(reads, lone[reads, path], tuple(tasks[reads, path].values()), rows)
         if reads == "direction" and step.missing:
             directions.check_optimizers(step)
             step, plan.directions = replace(step, ahead=directions.ahead(step)), directions
-        plan.steps.append(with_cost(step, loaded, store.throughput(step.key), rows.characters))
+        if step.missing:
+            lengths = plan.lengths.of(identity.tokenizer(step.subject), step.subject)
+            step = with_cost(step, loaded, store.throughput(step.key), lengths)
+        plan.steps.append(step)
     return plan
 
 
@@ -425,7 +446,7 @@ def imported_uses(store: Store, wanted: Iterable[Wanted], kind: str) -> dict[tup
 
 
 class Rows:
-    """The rows of the recipe's sources: how many, how long, and which of them a task misses. Lists that are alike are kept once."""
+    """The rows of the recipe's sources: how many, and which of them a task misses. Lists that are alike are kept once."""
 
     def __init__(self, store: Store, sources: list[str], kind: str):
         self.store, self.sources, self.kind = store, sources, kind
@@ -440,16 +461,6 @@ class Rows:
                 return known
         self._seen.append(found)
         return found
-
-    @cached_property
-    def characters(self) -> tuple[float, float]:
-        """Mean length of a row's texts, and of its prompt."""
-        found = self.store.sql(
-            "SELECT avg(length(concat(prompt, chosen, rejected, completion))), avg(length(prompt)) FROM rows WHERE prompt IS NOT NULL AND kind = ?",
-            [self.kind],
-            source=self.sources or None,
-        ).row(0)
-        return float(found[0] or 0), float(found[1] or 0)
 
 
 def _step(reads: str, subject: Subject, tasks: tuple[Task, ...], rows: Rows) -> Step:

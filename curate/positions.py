@@ -1,69 +1,63 @@
-"""Rows that are longer than the positions that a model was trained on, which `tokens.max_length` lets through."""
+"""What is said of rows that are too long: for `tokens.max_length`, which leaves nothing of them to measure, or for a model's positions, which that
+lets through.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from curate.cost import CHARACTERS_PER_TOKEN
+from curate.cost import FORWARD
 from curate.fingerprints import FingerprintCache
 
 if TYPE_CHECKING:
+    from curate.checkpoints import Subject
     from curate.plan import Plan
     from curate.recipe import Loaded
     from curate.store import Store
 
-FORWARD = ("forward", "neighbours", "backward", "direction")  # passes over whole rows; samplers keep to the context
 
-
-def beyond_positions(loaded: Loaded, store: Store, plan: Plan, sources: dict[str, list[str]]) -> list[str]:
+def beyond_positions(loaded: Loaded, store: Store, plan: Plan) -> list[str]:
     """A sentence for every number of positions (config: max_position_embeddings) that measured rows go past; models without a limit have none.
 
     Lengths are the tokens counted so far, of rows that can be measured; before any is counted, an estimate from the rows' characters.
     """
     cache = FingerprintCache(store.folder / "weights.json")
     limit = loaded.recipe.tokens.max_length
-    counts = {
-        task.measured.params["tokenizer"]: task.fingerprint
-        for step in plan.steps
-        for task in step.tasks
-        if "prompt_tokens" in task.measurement.columns
-    }
-    found: dict[tuple[int, str], list[str]] = {}  # (positions, fingerprint of the token counts) -> models
+    found: dict[tuple[int, str], list[Subject]] = {}  # (positions, fingerprint of the tokenizer) -> models
     for step in plan.steps:
-        counted = counts.get(step.tasks[0].measured.params.get("tokenizer", ""))
-        if step.reads in FORWARD and counted and Path(step.subject.home).is_dir():
+        tokenizer = step.tasks[0].measured.params.get("tokenizer", "")
+        if step.reads in FORWARD and Path(step.subject.home).is_dir():
             positions = cache.positions(Path(step.subject.base or step.subject.home))
             if positions is not None and (limit is None or positions < limit):
-                found.setdefault((positions, counted), []).append(step.subject.label)
-    names = [name for group in sources.values() for name in group]
+                found.setdefault((positions, tokenizer), []).append(step.subject)
     notes = []
-    for (positions, counted), models in found.items():
-        lengths, about = _lengths(store, counted, names, loaded.recipe.kind)
-        if longer := int((lengths > positions).sum()):
-            of = models[0] if len(set(models)) == 1 else f"{models[0]} and {len(set(models)) - 1:,} more"
+    for (positions, tokenizer), models in found.items():
+        assert plan.lengths is not None
+        lengths = plan.lengths.of(tokenizer, models[0])
+        if longer := int((lengths.longest[lengths.measurable] > positions).sum()):
+            labels = {model.label for model in models}
+            of = models[0].label if len(labels) == 1 else f"{models[0].label} and {len(labels) - 1:,} more"
             notes.append(
-                f"{about}{longer:,} of {len(lengths):,} rows are longer than the {positions:,} positions of {of}: their values are beyond what it "
-                f"was trained on. Set `tokens.max_length: {positions}`."
+                f"{lengths.about}{longer:,} of {len(lengths.row_ids):,} rows are longer than the {positions:,} positions of {of}: their values are "
+                f"beyond what it was trained on. Set `tokens.max_length: {positions}`."
             )
     return notes
 
 
-def _lengths(store: Store, counted: str, sources: list[str], kind: str) -> tuple[np.ndarray, str]:
-    """(rows,) tokens of every row, NaN where nothing is measured on it; and how the sentence begins where they are estimated."""
-    sides = ("chosen_tokens", "rejected_tokens") if kind == "preference" else ("completion_tokens",)
-    row_ids = store.row_ids_of(sources, kind=kind)
-    tokens = store.columns(counted, ("prompt_tokens", *sides), row_ids)
-    if np.isnan(tokens["prompt_tokens"]).all():
-        characters = store.sql(
-            "SELECT length(concat(prompt, completion)) + greatest(length(concat(chosen)), length(concat(rejected))) AS n FROM rows "
-            "WHERE prompt IS NOT NULL AND kind = ?",
-            [kind],
-            source=sources or None,
-        )["n"]
-        return characters.to_numpy() / CHARACTERS_PER_TOKEN, "By their characters about "
-    lengths = tokens["prompt_tokens"] + np.max([tokens[side] for side in sides], axis=0)
-    problems = store.texts(counted, "token_problem", row_ids)
-    return np.where([problem is None for problem in problems], lengths, np.nan), ""
+def unmeasurable_rows(loaded: Loaded, plan: Plan) -> list[str]:
+    """A sentence on the missing rows on which nothing can be measured: known from their tokens, or expected from their characters."""
+    tokens = loaded.recipe.tokens
+    known = max((step.unmeasurable for step in plan.steps), default=0)
+    perhaps = max((step.perhaps_unmeasurable for step in plan.steps), default=0)
+    notes = []
+    if known:
+        notes.append(
+            f"{known:,} rows cannot be measured, and are not missing: the column token_problem of `scored` says why."
+        )
+    if perhaps:
+        notes.append(
+            f"By their characters about {perhaps:,} of the missing rows cannot be measured (max_length {tokens.max_length}, truncation "
+            f"{tokens.truncation}): tokens and time are without them."
+        )
+    return notes

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from curate.errors import CurateError, UsageError
 from curate.plan import Plan, wanted_scores
 from curate.plan import make_plan as _make_plan
-from curate.positions import beyond_positions
+from curate.positions import beyond_positions, unmeasurable_rows
 from curate.progress import Progress, counted
 from curate.recipe import Loaded, load_recipe
 from curate.recordings import recorded_runs
@@ -127,10 +127,8 @@ def run_steps(loaded: Loaded, steps: Sequence[str], *, progress: Progress, comma
                 result.said = not progress.quiet
                 _check_ahead(loaded, result)
                 _measure(loaded, result, progress)
-                result.plan.beyond = beyond_positions(
-                    loaded, store, result.plan, sources
-                )  # now that tokens are counted
-                for note in result.plan.beyond:
+                result.plan.of_lengths = beyond_positions(loaded, store, result.plan)  # now that tokens are counted
+                for note in result.plan.of_lengths:
                     progress.say(note)
             if "score" in steps:
                 _score(loaded, result, sources, progress)
@@ -168,7 +166,7 @@ def make_plan(loaded: Loaded, *, progress: Progress) -> Plan:
     check_name(loaded, store)
     sources = read_sources(loaded, store, progress)
     plan = _make_plan(loaded, store, sources)
-    plan.beyond = beyond_positions(loaded, store, plan, sources)
+    plan.of_lengths = [*unmeasurable_rows(loaded, plan), *beyond_positions(loaded, store, plan)]
     return plan
 
 
@@ -224,6 +222,8 @@ def _measure(loaded: Loaded, result: Result, progress: Progress) -> None:
     assert result.plan is not None
     if result.plan.missing:
         result.measured = measure(loaded, result.store, result.plan, progress)
+        if result.plan.lengths is not None:
+            result.plan.lengths.forget()
 
 
 def _score(loaded: Loaded, result: Result, sources: dict[str, list[str]], progress: Progress) -> None:

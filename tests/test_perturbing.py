@@ -127,7 +127,9 @@ def test_limem_by_a_function_is_limem_by_rows(own):
         loaded = load_recipe(own / "recipe.yaml", set=by_ours, store=store)
         (sampled,) = (s for s in make_plan(loaded, progress=Progress(quiet=True)).steps if s.reads == "sample")
         tokens.append(sampled.tokens)
-    assert tokens[0] > 0 and tokens[1] == pytest.approx(2 * tokens[0], abs=1)
+    assert tokens[0] > 0 and tokens[1] == pytest.approx(
+        2 * tokens[0], rel=0.1
+    )  # prompts: counted there, estimated here
     found, again = (curate.run(own / "recipe.yaml", set=by_ours) for _ in range(2))
     assert found.measured == {"sample": 9} and again.measured == {}
     columns = "SELECT prompt, accuracy, perturbed_accuracy, n_perturbed, limem FROM scored ORDER BY prompt"

@@ -8,18 +8,24 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
 import curate
-from curate import engines
+from curate import engines, lengths
 from curate.checkpoints import Subject
 from curate.fingerprints import FingerprintCache
+from curate.progress import Progress
 from curate.recipe import load_recipe
+from curate.workflow import make_plan
 from tests.tiny_models import make_llama
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PAIRS = [{"prompt": f"{i} + 1 =", "chosen": f" {i + 1}", "rejected": f" {i * 7}?"} for i in range(12)]
+LONG = [
+    {"prompt": f"{i}" + "ada " * 35, "chosen": " yes", "rejected": " no"} for i in range(5)
+]  # 149 tokens, 151 with BOS and EOS
 
 
 @pytest.fixture(scope="module")
@@ -27,9 +33,9 @@ def model(tmp_path_factory) -> Path:
     return make_llama(tmp_path_factory.mktemp("models") / "reference", seed=0)
 
 
-def write(folder: Path, model: Path, **over) -> Path:
-    """A recipe over PAIRS; keyword arguments go over its keys."""
-    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, PAIRS)))
+def write(folder: Path, model: Path, rows=PAIRS, **over) -> Path:
+    """A recipe over rows; keyword arguments go over its keys."""
+    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
     raw = {
         "kind": "preference",
         "source": "pairs.jsonl",
@@ -39,6 +45,73 @@ def write(folder: Path, model: Path, **over) -> Path:
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(raw | over))
     return folder / "recipe.yaml"
+
+
+def plan_of(path: Path):
+    return make_plan(load_recipe(path), progress=Progress(quiet=True))
+
+
+def characters(rows) -> int:
+    return sum(len(row["prompt"]) + len(row["chosen"]) + len(row["rejected"]) for row in rows)
+
+
+def test_rows_that_cannot_be_measured_cost_nothing(model, tmp_path):
+    """The tokenizer has a token a character. Expected before tokens are counted, known from then on: not missing, though NULL is kept for them."""
+    drop = {"tokens": {"max_length": 100, "truncation": "drop"}}
+    path = write(tmp_path, model, [*PAIRS, *LONG], **drop)
+    before = plan_of(path)
+    assert [(s.reads, s.to_measure, s.tokens) for s in before.steps] == [
+        ("tokens", 17, characters(PAIRS) + 5 * 100),
+        ("forward", 17, characters(PAIRS)),
+    ]
+    (note,) = before.notes()
+    assert note.startswith(
+        "By their characters about 5 of the missing rows cannot be measured (max_length 100, truncation drop)"
+    )
+    curate.run(path, set={"scores": ["edit_distance"]})
+    counted = plan_of(path)
+    assert [(s.reads, s.to_measure, s.unmeasurable) for s in counted.steps] == [("tokens", 0, 0), ("forward", 12, 5)]
+    assert counted.steps[1].tokens == characters(PAIRS) + 3 * 12  # BOS, and EOS of both responses
+    assert counted.notes() == [
+        "5 rows cannot be measured, and are not missing: the column token_problem of `scored` says why."
+    ]
+    assert (counted.to_json()["missing"], counted.to_json()["steps"][1]["missing"]) == (12, 12)
+    store = curate.run(path).store
+    assert plan_of(path).notes() == []
+    assert store.sql("SELECT count(*), count(chosen_logp) FROM trajectories").row(0) == (17, 12)
+
+
+def test_nothing_to_measure_where_nothing_can_be(model, tmp_path):
+    path = write(tmp_path, model, LONG, tokens={"max_length": 100, "truncation": "drop"})
+    curate.run(path, set={"scores": ["edit_distance"]})
+    assert "Everything is measured already." in plan_of(path).text() and plan_of(path).to_json()["missing"] == 0
+
+
+def test_rows_beyond_the_positions_are_estimated_by_the_models_own_tokenizer(model, tmp_path):
+    """Of 4 characters a token, which vocabularies of usual size have, none of these would be beyond 128."""
+    path = write(tmp_path, model, [*PAIRS, *LONG], tokens={"max_length": 1024})
+    (before,) = plan_of(path).notes()
+    assert before.startswith("By their characters about 5 of 17 rows are longer than the 128 positions of reference")
+    curate.run(path)
+    assert plan_of(path).notes() == [before.removeprefix("By their characters about ")]
+    assert lengths.characters_per_token(model, ["ada", "bea cy"]) == 1
+    assert lengths.characters_per_token(tmp_path, ["ada"]) == lengths.CHARACTERS_PER_TOKEN  # no tokenizer.json
+
+
+@pytest.mark.parametrize(
+    ("policy", "prompt", "responses", "measurable"),
+    [
+        ("keep_start", [4, 10, 10, 3], [[2, 1], [0, 0], [0, 0], [7, 7]], [True, False, False, True]),
+        ("keep_end", [4, 8, 10, 1], [[2, 1], [2, 1], [0, 0], [9, 8]], [True, True, False, True]),
+        ("drop", [4, 10, 10, 3], [[2, 1], [0, 0], [0, 0], [7, 7]], [True, False, False, False]),
+    ],
+)
+def test_what_truncation_leaves_of_ten_tokens(policy, prompt, responses, measurable):
+    """Fits; a prompt that fills it; a response that is not there; responses that are cut."""
+    given = np.array([4.0, 12, 12, 3]), np.array([[2, 1], [2, 1], [np.nan, np.nan], [9, 8]])
+    found = lengths.truncated(*given, 10, policy)
+    for one, expected in zip(found, (prompt, responses, measurable), strict=True):
+        assert one.tolist() == expected
 
 
 def test_a_plan_of_measured_rows_loads_no_torch(model, tmp_path):
