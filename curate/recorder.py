@@ -12,6 +12,7 @@ under way at most. Of several processes only the first records, and the others w
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,7 +30,7 @@ from curate.recipe import Loaded, load_recipe
 from curate.recordings import PREFIX, VERSION, recorded_runs, weights_of
 from curate.rows import Row, content_id
 from curate.sourcing import read_sources
-from curate.store import Store
+from curate.store import Measured, Store
 
 DEFAULT_SCORES = {"preference": ["ranking_gap", "flipped"], "sft": ["target_nll", "confidence", "variability"]}
 WITH_SAMPLES = ["accuracy", "correctness"]
@@ -154,6 +155,8 @@ class Recorder(TrainerCallback):
         ):  # another training of the same name; a resumed one goes on in its own
             name = next(f"{name}-{i}" for i in range(2, len(runs) + 3) if f"{name}-{i}" not in runs)
         self.run_name = name
+        self.tokenizer_print = tokenizer_fingerprint(self.tokenizer)
+        self._check_settings(runs.get(name, []))
         recipe = self.loaded.recipe
         if self._rows is None:
             sources: list[str] | None = [
@@ -164,7 +167,6 @@ class Recorder(TrainerCallback):
         self.row_ids = [row_id for _, row_id in self.store.missing("", sources, kind=recipe.kind)]  # those with text
         found = list(self.store.iter_rows(self.row_ids))
         self.rows: list[Row] = [row for row in found if row is not None]
-        self.tokenizer_print = tokenizer_fingerprint(self.tokenizer)
         limits = Limits(recipe.tokens.max_length, recipe.tokens.truncation)
         self.encoded = [encode(row, self.tokenizer, limits) for row in self.rows]
         self._write_tokens()
@@ -173,6 +175,23 @@ class Recorder(TrainerCallback):
         self.progress.say(
             f"Recorder: {len(self.rows):,} rows every {self._steps:,} steps into {self.store.folder}, run {name}."
         )
+
+    def _check_settings(self, recorded: Sequence[Measured]) -> None:
+        """A resumed training goes on in its own run only with the settings that were recorded there: other tokens or samples are other numbers."""
+        before = {m.measurement: m.params for m in recorded}
+        for m in self.measurements:
+            for key, value in self._params(m).items():
+                known = before.get(m.name, {}).get(key, value)
+                if json.dumps(known, sort_keys=True) != json.dumps(value, sort_keys=True):
+                    said = (
+                        "of another tokenizer"
+                        if key == "tokenizer"
+                        else f"with {key} {known!r}, and it is {value!r} now"
+                    )
+                    raise UsageError(
+                        f"Recorder: run {self.run_name} in {self.store.folder} was recorded {said}: no series of one model. "
+                        "Go on with the settings of then, or give what follows a name of its own: Recorder(…, run='…')."
+                    )
 
     def _add_rows(self, rows: Sequence[Row]) -> list[str]:
         from curate.data.records import Record
@@ -236,8 +255,10 @@ class Recorder(TrainerCallback):
 
     def _task(self, measurement: Any, step: int) -> Task:
         subject = Subject("", weights_of(self.run_name, step), self.run_name, f"step-{step}", step)
-        params = params_of(self.loaded, measurement, self.tokenizer_print) | {"recorder": VERSION}
-        return task_of(measurement, subject, f"recorder {self.model.engine}", params)
+        return task_of(measurement, subject, f"recorder {self.model.engine}", self._params(measurement))
+
+    def _params(self, measurement: Any) -> dict[str, Any]:
+        return params_of(self.loaded, measurement, self.tokenizer_print) | {"recorder": VERSION}
 
     def _sample(self, measurements: list[Any]) -> tuple[dict[str, Any], Any]:
         from curate.measuring import SampleRunner

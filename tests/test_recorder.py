@@ -235,6 +235,40 @@ def test_a_plain_trainer_samples_and_a_second_training_is_a_run_of_its_own(base,
         curate.run({**raw, "scores": ["grand"]}, store=tmp_path / "store")
 
 
+def test_a_resumed_training_goes_on_with_the_settings_of_its_run(base, examples, tmp_path):
+    """From step 2 on: other tokens or another tokenizer would be another model's numbers in one series; another name, or the old settings, go on."""
+    from transformers import AutoTokenizer
+
+    def resumed(name="run", *, tokenizer=None, run=None, **over):
+        recorder = curate.Recorder(
+            recipe("sft", examples, tmp_path / "store", **over), every=2, run=run, progress=QUIET
+        )
+        trainer = trainer_of("sft", base, examples, tmp_path / name, [recorder])
+        trainer.processing_class = tokenizer or trainer.processing_class
+        trainer.callback_handler.processing_class = trainer.processing_class
+        trainer.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-2"))
+        return recorder
+
+    first = curate.Recorder(recipe("sft", examples, tmp_path / "store"), every=2, progress=QUIET)
+    trainer_of("sft", base, examples, tmp_path / "run", [first], max_steps=2).train()
+    assert first.recorded == [0, 2]
+    with pytest.raises(
+        UsageError, match=r"run run in .* was recorded with max_length 64, and it is 32 now.*Recorder\(…, run='…'\)"
+    ):
+        resumed(tokens={"max_length": 32})
+    with pytest.raises(UsageError, match="with truncation 'keep_start', and it is 'drop' now"):
+        resumed(tokens={"max_length": 64, "truncation": "drop"})
+    other = AutoTokenizer.from_pretrained(base)
+    other.add_tokens(["1 + "])
+    with pytest.raises(UsageError, match="was recorded of another tokenizer"):
+        resumed(tokenizer=other)
+    assert resumed(tokens={"max_length": 32}, run="short").recorded == [4]
+    assert resumed().recorded == [4]
+    found = curate.run(recipe("sft", examples, tmp_path / "store", models={"checkpoints": "recordings:run"})).store
+    assert found.sql("SELECT DISTINCT step FROM trajectories ORDER BY 1")["step"].to_list() == [0, 2, 4]
+    assert found.sql("SELECT outcome FROM runs WHERE command = 'record'")["outcome"].to_list() == ["done"] * 3
+
+
 CRASHING = """
 import os, signal, sys
 sys.path.insert(0, {repository!r})
