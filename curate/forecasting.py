@@ -8,6 +8,7 @@ float32 whatever engine.dtype says: the difference of two bfloat16 log-probabili
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import time
@@ -22,7 +23,7 @@ import numpy as np
 from curate.checkpoints import Subject
 from curate.errors import ModelError, UsageError
 from curate.measuring import ForwardRunner
-from curate.progress import Progress
+from curate.progress import Count, Progress
 from curate.rows import Row
 from curate.targets import split
 
@@ -223,52 +224,62 @@ class DirectionRunner(ForwardRunner):
 
         targets = self.directions.targets
         every = [of for m in measurements if m.direction for of in targets.gradients(m.direction.of)]
-        files = [self._gradient_file(of) for of in every]
+        files = self._gradient_files(every)
         scale = None
         if kind == "adam":
             ones = {name: x.new_ones(()).expand(x.shape) for name, x in load_vector(files[0]).items()}
             scale = precondition(ones, "adam", {}, self._moments())
         vectors = [partial(load_vector, file) for file in files]
-        return Cosines(self.model, vectors, scale=scale, parameters=self.recipe.gradients.parameters)
+        found = Cosines(self.model, vectors, scale=scale, parameters=self.recipe.gradients.parameters)
+        times = math.ceil(len(files) / found.together)
+        if times > 1:
+            self.progress.say(
+                f"{found.together} of the {len(files)} targets' gradients fit into memory at a time: the rows are run {times} times."
+            )
+        return found
 
     def _gradient(self, of: str) -> Vector:
         """A mean gradient before P, made or from the store's folder."""
         from curate.passes.direction import load_vector
 
-        return load_vector(self._gradient_file(of))
+        return load_vector(self._gradient_files([of])[0])
 
-    def _gradient_file(self, of: str) -> Path:
+    def _gradient_files(self, every: list[str]) -> list[Path]:
+        """Where these mean gradients are; what is not there is made."""
         from curate.passes.direction import save_vector
 
-        file = self.directions.file(self.directions.gradient_id(of, self.step.subject))
-        if not file.is_file():
-            save_vector(self._accumulated(of), file)
-        return file
+        files = {of: self.directions.file(self.directions.gradient_id(of, self.step.subject)) for of in every}
+        missing = [of for of, file in files.items() if not file.is_file()]
+        if missing:
+            title = (
+                f"gradient: {self._name(missing[0])}" if len(missing) == 1 else f"{len(missing)} gradients of targets"
+            )
+            with self.progress.bar(title, sum(self._size(of) for of in missing)) as count:
+                for of in missing:
+                    save_vector(self._accumulated(of, count), files[of])
+        return list(files.values())
 
-    def _accumulated(self, of: str) -> Vector:
+    def _accumulated(self, of: str, count: Count) -> Vector:
         from curate.passes import forward
         from curate.passes.direction import accumulate, accumulate_head
 
         total: Vector = {}
         n = tokens = 0
         started = time.perf_counter()
-        with self.progress.bar(f"gradient: {self._name(of)}", self._size(of)) as count:
-            for encoded, weigh in self._chunks(of):
-                known = sum(row.problem is None for row in encoded)
-                if known:
-                    budget = self.recipe.engine.token_budget
-                    if of == "head":
-                        found = accumulate_head(self.model, encoded, weigh, token_budget=budget)
-                        count(known)
-                    else:
-                        over = self.recipe.gradients.parameters
-                        found = accumulate(
-                            self.model, encoded, weigh, token_budget=budget, parameters=over, count=count
-                        )
-                    total = {name: total[name].add_(x) for name, x in found.items()} if total else found
-                n += known
-                count(len(encoded) - known)
-                tokens += forward.tokens_to_run(encoded) * (1 if of == "head" else 3)
+        for encoded, weigh in self._chunks(of):
+            known = sum(row.problem is None for row in encoded)
+            if known:
+                budget = self.recipe.engine.token_budget
+                if of == "head":
+                    found = accumulate_head(self.model, encoded, weigh, token_budget=budget)
+                    count(known)
+                else:
+                    over = self.recipe.gradients.parameters
+                    found = accumulate(self.model, encoded, weigh, token_budget=budget, parameters=over, count=count)
+                total = {name: total[name].add_(x) for name, x in found.items()} if total else found
+            n += known
+            count(len(encoded) - known)
+            tokens += forward.tokens_to_run(encoded) * (1 if of == "head" else 3)
         if not n:
             raise UsageError(
                 f"None of the rows of {self._name(of)} can be measured with {self.step.subject.label}; `curate validate` says more."

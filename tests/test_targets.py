@@ -22,7 +22,7 @@ from curate.recipe import load_recipe
 from curate.rows import Example, Pair
 from curate.targets import MOST_GROUPS
 from curate.tokens import Encoded, Limits, encode, load_tokenizer
-from curate.workflow import make_plan
+from curate.workflow import STEPS, make_plan, run_steps
 from tests.passes.test_backward import gradient
 from tests.test_cli import REPOSITORY
 from tests.tiny_models import make_llama
@@ -242,6 +242,22 @@ def test_killed_between_shards_it_goes_on(line, monkeypatch):
     again = curate.run(recipe)
     assert made == [4] and again.measured["direction"] == 5
     np.testing.assert_array_equal(column(again.store, "influence_cosine", rows), whole)
+
+
+def test_targets_that_do_not_fit_together_are_taken_in_turns(line, monkeypatch, capsys):
+    from curate.passes import cosines as passes
+
+    recipe = line.plan("sft", {"influence_cosine": {"target": "bbh"}}) and line.folder / "recipe.yaml"
+    rows = [Example(**row) for row in POOL]
+    whole = column(curate.run(recipe).store, "influence_cosine", rows)
+    shutil.rmtree(line.folder / "store")
+    size = 4 * sum(p.numel() for p in load_model(line.folder / "model").module.parameters())
+    monkeypatch.setattr(passes, "free_for", lambda model: 2.5 * size / (passes.SHARE / 2))
+    again = run_steps(load_recipe(recipe), STEPS, progress=Progress())
+    np.testing.assert_allclose(column(again.store, "influence_cosine", rows), whole, atol=1e-6)
+    said = capsys.readouterr().err
+    assert "2 of the 3 targets' gradients fit into memory at a time: the rows are run 2 times." in said
+    assert said.count("3 gradients of targets: 5 of 5 rows") == 1
 
 
 def test_what_a_user_can_get_wrong(line):
