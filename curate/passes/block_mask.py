@@ -37,7 +37,7 @@ Mask = tuple[torch.Tensor, ...]  # (M,) first, end, own; then number and indices
 
 
 def serves(device: torch.device | str) -> bool:
-    """Whether this device runs packed rows through the block mask; elsewhere the loop is as fast or faster."""
+    """Whether this device runs packed rows through the block mask."""
     return torch.device(device).type == "cuda"
 
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import softplus
 
+from curate.passes import cpu_kernels
 from curate.passes.cpu_products import linear
 
 ROWS = 512  # states per block
@@ -98,15 +99,13 @@ class Head:
         """
         wanted = frozenset(wanted)
         parts: list[dict[str, torch.Tensor]] = []
-        rows = ROWS * ON_GPU if states.is_cuda else ROWS
-        wide = torch.promote_types(states.dtype, torch.float32)
+        size = _rows(states)
         columns = max((block.stop - block.start for block in self.blocks()), default=0)
-        room = torch.empty(2, min(rows, len(tokens)), columns, dtype=wide, device=states.device)
-        for i in range(0, len(tokens), rows):
-            h = states[i : i + rows] if at is None else states[at[i : i + rows]]
-            parts.append(self._of_rows(h, tokens[i : i + rows], wanted, room))
-        if not parts:
-            parts.append(self._of_rows(states[:0], tokens, wanted, room))
+        wide = torch.promote_types(states.dtype, torch.float32)
+        room = torch.empty(2, min(size, len(tokens)), columns, dtype=wide, device=states.device)
+        for part in _pieces(len(tokens), size) or [slice(0)]:
+            h = states[part] if at is None else states[at[part]]
+            parts.append(self._of_rows(h, tokens[part], wanted, room))
         return {name: torch.cat([part[name] for part in parts]) for name in wanted}
 
     def blocks(self) -> list[slice]:
@@ -114,67 +113,40 @@ class Head:
         width = COLUMNS * ON_GPU if self.weight.is_cuda else COLUMNS
         return [slice(i, min(i + width, len(self.weight))) for i in range(0, len(self.weight), width)]
 
-    def _others(
-        self, states: torch.Tensor, tokens: torch.Tensor, block: slice, out: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Logits of one block, (n, width), the target's own at NOTHING."""
-        z = self.logits(states, block, out)
-        inside = ((tokens >= block.start) & (tokens < block.stop))[:, None]
-        at = (tokens - block.start).clamp(0, z.shape[1] - 1)[:, None]
-        return z.scatter_(1, at, torch.where(inside, z.new_tensor(NOTHING), z.gather(1, at)))
-
     def _of_rows(
         self, states: torch.Tensor, tokens: torch.Tensor, wanted: frozenset[str], room: torch.Tensor
     ) -> dict[str, torch.Tensor]:
         """One sweep over the vocabulary for (n, d) states. room: (2, ≥ n, ≥ width), where blocks are worked on."""
-        n = len(tokens)
         own = self.target(states, tokens)  # (n,)
-        best = torch.full_like(own, NOTHING)  # running maximum of the others
-        total, square, weighted, rank = (
-            torch.zeros_like(own) for _ in range(4)
-        )  # Σ e, Σ e², Σ e·log e, e = exp(z − best)
-        best_token = torch.zeros_like(tokens)
+        sums = {name: torch.zeros_like(own) for name in ("total", "square", "weighted")}
+        sums["best"] = torch.full_like(own, NOTHING)
+        if "rank" in wanted:
+            sums["rank"] = torch.zeros_like(own)
+        if "top_token" in wanted:
+            sums["best_token"] = torch.zeros_like(tokens)
+        kernels = cpu_kernels.kernels() if room.dtype == torch.float32 and room.device.type == "cpu" else None
         for block in self.blocks():
-            z = self._others(states, tokens, block, room[0])  # (n, width)
-            if "rank" in wanted:
-                rank += (z > own[:, None].to(z.dtype)).sum(1)
-            if "top_token" in wanted:
-                top, at = z.max(1)
-                best_token = torch.where(top > best, at + block.start, best_token)
+            z = self.logits(states, block, room[0])  # (n, width)
+            if kernels is not None:
+                kernels.head_sums(z, block.start, NOTHING, tokens, own, sums)
             else:
-                top = z.amax(1)
-            new = torch.maximum(best, top.double())
-            shrink = torch.exp(best - new)
-            z.sub_(new[:, None].to(z.dtype)).mul_(LOG2_E)
-            e = torch.exp2(z, out=room[1, :n, : z.shape[1]])  # four times as fast as torch's exp on a CPU
-            if "entropy" in wanted:
-                weighted = shrink * (weighted + total * (best - new)) + z.mul_(e).sum(1).double() / LOG2_E
-            if wanted & _SQUARES:
-                square = square * shrink**2 + torch.mul(e, e, out=z).sum(1).double()
-            total = total * shrink + e.sum(1).double()
-            best = new
-        return self._read(states, tokens, wanted, own, best, total, square, weighted, rank, best_token)
+                _add(_hide(z, tokens, block), block.start, own, sums, wanted, room[1])
+        return self._read(tokens, wanted, own, sums)
 
     def _read(
-        self,
-        states: torch.Tensor,
-        tokens: torch.Tensor,
-        wanted: frozenset[str],
-        own: torch.Tensor,
-        best: torch.Tensor,
-        total: torch.Tensor,
-        square: torch.Tensor,
-        weighted: torch.Tensor,
-        rank: torch.Tensor,
-        best_token: torch.Tensor,
+        self, tokens: torch.Tensor, wanted: frozenset[str], own: torch.Tensor, sums: Mapping[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         """Everything per token, from the sums over the other tokens and the token's own logit; (n,) float64."""
+        best, total, square, weighted = (sums[name] for name in ("best", "total", "square", "weighted"))
         others = best + total.log()  # log Σ_{v≠y} exp z_v
         logp = -softplus(others - own)
         lse = torch.logaddexp(others, own)
-        found = {"logp": logp, "lse": lse, "rank": rank, "gap": own - best, "other_logp": best - lse}
+        found = {"logp": logp, "lse": lse, "gap": own - best, "other_logp": best - lse}
         found["top_logp"] = torch.maximum(logp, best - lse)
-        found["top_token"] = torch.where(own >= best, tokens, best_token)
+        if "rank" in wanted:
+            found["rank"] = sums["rank"]
+        if "top_token" in wanted:
+            found["top_token"] = torch.where(own >= best, tokens, sums["best_token"])
         pi = logp.exp()
         if "entropy" in wanted:  # −Σ π log π = lse − Σ π z
             rest = torch.exp(best - lse) * (weighted + total * best)  # Σ_{v≠y} π z
@@ -199,11 +171,56 @@ class Head:
         count = (first["logp"] + first["lse"] < limit).double() - (
             limit > NOTHING
         ).double()  # y stands at NOTHING in its block
-        rows = ROWS * ON_GPU if states.is_cuda else ROWS
-        for i in range(0, len(tokens), rows):
-            part = slice(i, i + rows)
+        for part in _pieces(len(tokens), _rows(states)):
             h = states[part] if at is None else states[at[part]]
             for block in self.blocks():
-                z = self._others(h, tokens[part], block)
+                z = _hide(self.logits(h, block), tokens[part], block)
                 count[part] += (z < limit[part, None].to(z.dtype)).sum(1)
         return count / len(self.weight)
+
+
+def _rows(states: torch.Tensor) -> int:
+    return ROWS * ON_GPU if states.is_cuda else ROWS
+
+
+def _pieces(n: int, size: int) -> list[slice]:
+    return [slice(i, min(i + size, n)) for i in range(0, n, size)]
+
+
+def _hide(z: torch.Tensor, tokens: torch.Tensor, block: slice) -> torch.Tensor:
+    """Logits (n, width) of one block with each row's own token at NOTHING, in place."""
+    inside = ((tokens >= block.start) & (tokens < block.stop))[:, None]
+    at = (tokens - block.start).clamp(0, z.shape[1] - 1)[:, None]
+    return z.scatter_(1, at, torch.where(inside, z.new_tensor(NOTHING), z.gather(1, at)))
+
+
+def _add(
+    z: torch.Tensor,
+    start: int,
+    own: torch.Tensor,
+    sums: dict[str, torch.Tensor],
+    wanted: frozenset[str],
+    room: torch.Tensor,
+) -> None:
+    """What `Kernels.head_sums` does, by torch's operators: (n, width) logits, own tokens at NOTHING, into the running sums. z is overwritten.
+    What nobody wants is left out.
+    """
+    best, total = sums["best"], sums["total"]
+    if "rank" in sums:
+        sums["rank"] += (z > own[:, None].to(z.dtype)).sum(1)
+    if "best_token" in sums:
+        top, at = z.max(1)
+        sums["best_token"].copy_(torch.where(top > best, at + start, sums["best_token"]))
+    else:
+        top = z.amax(1)
+    new = torch.maximum(best, top.double())
+    shrink = torch.exp(best - new)
+    z.sub_(new[:, None].to(z.dtype)).mul_(LOG2_E)
+    e = torch.exp2(z, out=room[: len(z), : z.shape[1]])  # four times as fast as torch's exp on a CPU
+    if "entropy" in wanted:
+        added = z.mul_(e).sum(1).double() / LOG2_E
+        sums["weighted"].copy_(shrink * (sums["weighted"] + total * (best - new)) + added)
+    if wanted & _SQUARES:
+        sums["square"].copy_(sums["square"] * shrink**2 + torch.mul(e, e, out=z).sum(1).double())
+    total.copy_(total * shrink + e.sum(1).double())
+    best.copy_(new)

@@ -9,24 +9,24 @@ may see (full, sliding window, chunked) is asked of the mask function that the m
 interface, in each sequence's own positions. Logit soft-caps (Gemma 2) and attention sinks (GPT-OSS) are computed; any
 other extra argument is refused by name (NotPackable), and the model then runs padded.
 
-On CUDA the whole row is one kernel (passes/block_mask.py), proved against the loop of this file before its first use;
-where it cannot serve, the loop runs there too, and `Layout.loop_reason` says why. Elsewhere, and under a gradient, the
-loop is all there is.
+The whole row is one kernel on CUDA (passes/block_mask.py), and on a CPU with a C compiler (passes/cpu_kernels.py), proved against the loop of
+this file before its first use; where it cannot serve, the loop runs, and `Layout.loop_reason` says why. Elsewhere, and under a gradient,
+the loop is all there is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from curate.passes import block_mask
+from curate.passes import block_mask, cpu_kernels
 from curate.tokens import first_line
 
 NAME = "curate_packed"
@@ -85,7 +85,7 @@ class Layout:
     where: list[np.ndarray]
     longest: int
     masks: dict[Any, Any] = field(default_factory=dict)  # causal bands and block masks already built for this row
-    loop_reason: str | None = None  # why attention that should have run by block mask ran by the loop
+    loop_reason: str | None = None  # why attention that should have run in one kernel ran by the loop
 
     @classmethod
     def of(cls, groups: Sequence[Group]) -> Layout:
@@ -134,7 +134,7 @@ def register() -> None:
 
 def pattern(*args: Any, mask_function: Any, device: Any = "cpu", **kwargs: Any) -> torch.Tensor | None:
     """Which keys a query may see, in a sequence's own positions: None for plain causal, else (1, 1, longest, longest)
-    bool; where the block mask serves, (1, 1, longest, 1) int64, the lowest position that each sees.
+    bool; where a kernel serves, (1, 1, longest, 1) int64, the lowest position that each sees.
 
     `mask_function(batch, head, query, key)` is the model's own; it is evaluated on one sequence's positions, not on
     the packed row's.
@@ -144,7 +144,7 @@ def pattern(*args: Any, mask_function: Any, device: Any = "cpu", **kwargs: Any) 
     if mask_function is causal_mask_function:
         return None
     longest = _current.get().longest
-    if block_mask.serves(device) and (low := block_mask.window(mask_function, longest, device)) is not None:
+    if _kernel(device) and (low := block_mask.window(mask_function, longest, device)) is not None:
         return low[None, None, :, None] if low.any() else None
     at = torch.arange(longest, device=device)
     allowed = torch.as_tensor(mask_function(0, 0, at[:, None], at[None, :]), device=device).expand(longest, longest)
@@ -182,15 +182,15 @@ def attention(
     elif attention_mask is not None:
         extras = replace(extras, pattern=attention_mask[0, 0])
     graded = torch.is_grad_enabled() and query.requires_grad
-    if block_mask.serves(query.device) and not graded:
-        reason = "its mask is no window" if extras.pattern is not None else _refusal(query, key, value, extras)
+    if not graded and (kernel := _kernel(query.device)):
+        reason = "its mask is no window" if extras.pattern is not None else _refusal(kernel, query, key, value, extras)
         if reason is None:
             try:
-                return _by_block_mask(query, key, value, low, extras).transpose(1, 2), None
-            except torch.OutOfMemoryError:
+                return kernel.run(query, key, value, low, extras), None
+            except (torch.OutOfMemoryError, MemoryError):
                 raise
             except Exception as problem:  # torch's compiler and Triton fail in ways of their own
-                _refusals[_kind(query, key, value, extras)] = reason = (
+                _refusals[_kind(kernel, query, key, value, extras)] = reason = (
                     f"{type(problem).__name__}: {first_line(problem)}"
                 )
         layout.loop_reason = reason
@@ -202,36 +202,76 @@ def attention(
 def _by_block_mask(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, low: torch.Tensor | None, extras: _Extras
 ) -> torch.Tensor:
-    """(1, heads, N, dv). One mask serves every layer with the same `low`."""
+    """(1, N, heads, dv). One mask serves every layer with the same `low`."""
     layout = _current.get()
     entry = "block mask", None if low is None else low.data_ptr()
     if entry not in layout.masks:
         layout.masks[entry] = block_mask.build(layout, low, query.device), low  # low is kept: its address is the name
     mask = layout.masks[entry][0]
-    return block_mask.attend(
+    found = block_mask.attend(
         query, key, value, mask, scaling=extras.scaling, softcap=extras.softcap, sinks=extras.sinks
     )
+    return found.transpose(1, 2)
 
 
-_refusals: dict[Any, str | None] = {}  # kind of attention -> why it runs by the loop; None: the block mask was proved
+def _by_cpu_kernel(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, low: torch.Tensor | None, extras: _Extras
+) -> torch.Tensor:
+    """(1, N, heads, dv)."""
+    layout, kernels = _current.get(), cpu_kernels.kernels()
+    assert kernels is not None
+    if "stretches" not in layout.masks:
+        layout.masks["stretches"] = cpu_kernels.stretches_of(layout)
+    scaling = query.shape[-1] ** -0.5 if extras.scaling is None else extras.scaling
+    return kernels.attend(query, key, value, layout.masks["stretches"], low, scaling)
 
 
-def _kind(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, extras: _Extras) -> Any:
+class _Kernel(NamedTuple):
+    """run(query, key, value, low, extras) -> (1, N, heads, dv); refuses(query, value, extras): why not, whatever the mask."""
+
+    run: Callable[..., torch.Tensor]
+    refuses: Callable[[torch.Tensor, torch.Tensor, _Extras], str | None]
+
+
+_ON_CUDA = _Kernel(_by_block_mask, lambda query, value, extras: block_mask.refusal(query, value))
+_ON_CPU = _Kernel(
+    _by_cpu_kernel,
+    lambda query, value, extras: cpu_kernels.refuses(
+        query, value, extras.softcap is not None, extras.sinks is not None
+    ),
+)
+
+
+def _kernel(device: torch.device | str) -> _Kernel | None:
+    """What runs a whole packed row in one call on this device; None where there is nothing but the loop."""
+    if block_mask.serves(device):
+        return _ON_CUDA
+    return _ON_CPU if cpu_kernels.serves(device) else None
+
+
+_refusals: dict[Any, str | None] = {}  # kind of attention -> why it runs by the loop; None: the kernel was proved
+
+
+def _kind(kernel: _Kernel, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, extras: _Extras) -> Any:
     heads = query.shape[1], key.shape[1], query.shape[3], value.shape[3]
-    return query.device, query.dtype, *heads, extras.scaling, extras.softcap, extras.sinks is not None
+    return kernel, query.device, query.dtype, *heads, extras.scaling, extras.softcap, extras.sinks is not None
 
 
-def _refusal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, extras: _Extras) -> str | None:
-    """Why this kind of attention runs by the loop; None when the block mask gives the loop's numbers. Tried once per
+def _refusal(
+    kernel: _Kernel, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, extras: _Extras
+) -> str | None:
+    """Why this kind of attention runs by the loop; None when the kernel gives the loop's numbers. Tried once per
     kind, on a row of several blocks, branches and a window.
     """
-    kind = _kind(query, key, value, extras)
+    kind = _kind(kernel, query, key, value, extras)
     if kind not in _refusals:
-        _refusals[kind] = block_mask.refusal(query, value) or _difference(query, key, value, extras)
+        _refusals[kind] = kernel.refuses(query, value, extras) or _difference(kernel, query, key, value, extras)
     return _refusals[kind]
 
 
-def _difference(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, extras: _Extras) -> str | None:
+def _difference(
+    kernel: _Kernel, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, extras: _Extras
+) -> str | None:
     shared, alone = (np.zeros(n, np.int32) for n in (210, 330))
     trial = Layout.of([Group((Item(0, "", shared, 1),) * 3, 150), Group((Item(1, "", alone, 1),), 0)])
     generator = torch.Generator(query.device).manual_seed(0)
@@ -243,15 +283,15 @@ def _difference(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ext
     extras = replace(extras, masks=trial.masks)
     with packed(trial):
         try:
-            ours = _by_block_mask(q, k, v, low, extras).transpose(1, 2).double()
-        except torch.OutOfMemoryError:
+            ours = kernel.run(q, k, v, low, extras).double()
+        except (torch.OutOfMemoryError, MemoryError):
             raise
         except Exception as problem:
             return f"{type(problem).__name__}: {first_line(problem)}"
         theirs = _by_loop(q, k, v, replace(extras, pattern=_dense(low, trial.masks))).double()
     error = float((ours - theirs).norm() / theirs.norm())
     close = error <= (0.02 if query.dtype in (torch.bfloat16, torch.float16) else 1e-3)  # False for NaN
-    return None if close else f"the block mask differs from the loop by {error:.1e}"
+    return None if close else f"the kernel differs from the loop by {error:.1e}"
 
 
 def _dense(low: torch.Tensor, masks: dict[Any, Any]) -> torch.Tensor:

@@ -1,0 +1,226 @@
+"""Two operators that torch has no fast form of on a CPU, in C (cpu_kernels.c), compiled where they run: about a second, once a machine.
+
+    attend      attention of a whole packed row in one call. torch's kernel multiplies with MKL in tiles of 32 queries and computes much of what
+                a causal mask hides: 2.8 times as long on a Zen 5 core
+    head_sums   maximum, Σ e^z, Σ e^2z, Σ z e^z, rank and best token of a block of logits, read twice: torch takes six sweeps and writes three
+
+Without a C compiler (CC, cc, gcc or clang) or AVX2, and for whatever these do not serve, torch's own operators run: slower, the same numbers to
+rounding. `curate doctor` says which. Each kind of attention is compared with passes/packing.py's loop on the spot before its first use, the sums
+with torch's. CURATE_CPU_KERNELS=0 leaves them out.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from curate.passes.packing import Layout
+
+SOURCE = Path(__file__).with_suffix(".c")
+FLAGS = ["-std=c11", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fPIC"]
+WIDTHS = {"AVX2": 8, "AVX512": 16}  # numbers in a vector
+LIMIT_S = 120  # for the compiler
+
+
+class Refused(Exception):
+    """Why there are no kernels here."""
+
+
+class Kernels:
+    """The compiled operators. All tensors are float32 on the CPU."""
+
+    def __init__(self, library: ctypes.CDLL, width: int) -> None:
+        address, integer, number = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
+        self.width = width
+        self._attention, self._sums = library.packed_attention, library.head_sums
+        shape = [integer] * 4
+        self._attention.argtypes = [*[address] * 5, *shape, number, address, integer, address, integer]
+        self._sums.argtypes = [address, *[ctypes.c_int64] * 4, number, *[address] * 8, integer]
+        self._sums.restype = None
+
+    def attend(
+        self,
+        query: torch.Tensor,  # (1, heads, N, d)
+        key: torch.Tensor,  # (1, kv heads, N, d)
+        value: torch.Tensor,  # (1, kv heads, N, dv), dv whole vectors
+        stretches: torch.Tensor,  # (n, 4) int64: first own token, how many, first token of its prefix, how many
+        low: torch.Tensor | None,  # (longest,) int64: the lowest position that each position sees
+        scaling: float,
+    ) -> torch.Tensor:
+        """(1, N, heads, dv). MemoryError where there is no room for one stretch's keys."""
+        query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+        heads, n, d = query.shape[1:]
+        out = torch.empty(1, n, heads, value.shape[3])
+        steps = np.array([x.stride(i) for x in (query, key, value) for i in (2, 1)], np.int64)
+        failed = self._attention(
+            *(x.data_ptr() for x in (query, key, value, out)),
+            steps.ctypes.data,
+            *(heads, key.shape[1], d, value.shape[3]),
+            scaling,
+            stretches.data_ptr(),
+            len(stretches),
+            None if low is None else low.data_ptr(),
+            torch.get_num_threads(),
+        )
+        if failed:
+            raise MemoryError(f"attention over {n} tokens: no memory for the keys of one sequence")
+        return out
+
+    def head_sums(
+        self,
+        z: torch.Tensor,  # (n, width) logits; each row's own token is put to `nothing`
+        start: int,  # the block's first token
+        nothing: float,
+        tokens: torch.Tensor,  # (n,) int64
+        own: torch.Tensor,  # (n,) float64 logit of each row's own token
+        sums: dict[str, torch.Tensor],
+    ) -> None:
+        """Add a block of the vocabulary to the running `sums`, (n,) float64 each: best, total, square, weighted, and where they are there rank
+        and best_token (int64).
+        """
+        tokens = tokens.contiguous()  # named, or it would be gone before the call
+        best = [sums[name].data_ptr() for name in ("best", "total", "square", "weighted")]
+        rest = [sums[name].data_ptr() if name in sums else None for name in ("rank", "best_token")]
+        shape = *z.shape, z.stride(0)
+        self._sums(
+            z.data_ptr(),
+            *shape,
+            start,
+            nothing,
+            tokens.data_ptr(),
+            own.data_ptr(),
+            *best,
+            *rest,
+            torch.get_num_threads(),
+        )
+
+
+def stretches_of(layout: Layout) -> torch.Tensor:
+    """(n, 4) int64, a packed row's branches: first own token, how many, first token of the prefix before them, how many. A group's prefix and
+    first branch are one.
+    """
+    found = []
+    for offset, p, branches in layout.segments:
+        at = offset + p + branches[0]
+        found.append((offset, p + branches[0], 0, 0))
+        for n in branches[1:]:
+            found.append((at, n, offset, p))
+            at += n
+    return torch.tensor([row for row in found if row[1]], dtype=torch.int64).reshape(-1, 4)
+
+
+def serves(device: torch.device | str) -> bool:
+    """Whether packed rows on this device run through the kernel."""
+    return torch.device(device).type == "cpu" and kernels() is not None
+
+
+def refuses(query: torch.Tensor, value: torch.Tensor, softcap: bool, sinks: bool) -> str | None:
+    """Why this attention cannot run here whatever the mask; None when it may."""
+    found = kernels()
+    if found is None:
+        return refusal()
+    if softcap or sinks:
+        return "a soft-cap" if softcap else "attention sinks"
+    if query.dtype != torch.float32:
+        return str(query.dtype).removeprefix("torch.")
+    if value.shape[-1] % found.width:
+        return f"a head's {value.shape[-1]} values are no whole vectors of {found.width}"
+    return None
+
+
+def kernels() -> Kernels | None:
+    """None where `refusal` says why."""
+    return None if isinstance(found := _found(), Refused) else found
+
+
+def refusal() -> str | None:
+    """Why there are no kernels on this machine; None where there are."""
+    return str(found) if isinstance(found := _found(), Refused) else None
+
+
+@cache
+def _found() -> Kernels | Refused:
+    try:
+        if os.environ.get("CURATE_CPU_KERNELS") == "0":
+            raise Refused("CURATE_CPU_KERNELS=0")
+        if os.name != "posix":
+            raise Refused(f"not tried on {platform.system()}")
+        kind = torch.backends.cpu.get_cpu_capability()
+        if kind not in WIDTHS:
+            raise Refused(f"no AVX2 or AVX-512 (torch says {kind})")
+        return Kernels(ctypes.CDLL(str(_library(_compiler()))), WIDTHS[kind])
+    except Refused as reason:
+        return reason
+    except OSError as problem:
+        return Refused(f"the compiled kernels cannot be loaded: {problem}")
+
+
+def _compiler() -> str:
+    for name in (os.environ.get("CC"), "cc", "gcc", "clang"):
+        if name and (path := shutil.which(name)):
+            return path
+    raise Refused("no C compiler (install gcc or clang, or set CC)")
+
+
+def _library(compiler: str) -> Path:
+    """The compiled file, from the user's cache where it is there."""
+    version = _run([compiler, "--version"])
+    about = "\n".join([SOURCE.read_text(), *FLAGS, compiler, version, _processor(), torch.__version__])
+    name = f"cpu_kernels-{hashlib.sha256(about.encode()).hexdigest()[:16]}.so"
+    for folder in (_cache(), Path(tempfile.gettempdir()) / f"curate-{os.getuid()}"):
+        path = folder / name
+        try:
+            if not path.exists():
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+                _compile(compiler, path)
+            if all(part.stat().st_uid == os.getuid() for part in (folder, path)):  # nobody else's code is loaded
+                return path
+        except OSError:  # a home that cannot be written to
+            continue
+    raise Refused("neither the cache folder nor the temporary folder can be written to")
+
+
+def _compile(compiler: str, to: Path) -> None:
+    """Into place at once, so that two processes do not load half a file."""
+    with tempfile.TemporaryDirectory(dir=to.parent) as folder:
+        code, library = f"{folder}/kernels.o", f"{folder}/kernels.so"
+        # linked without -fopenmp: torch's own OpenMP, which is loaded already, shall be the only one
+        _run([compiler, *FLAGS, "-fopenmp", "-c", str(SOURCE), "-o", code])
+        _run([compiler, "-shared", code, "-o", library, "-lm"])
+        os.replace(library, to)
+
+
+def _run(command: list[str]) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=False)
+    except subprocess.TimeoutExpired:
+        raise Refused(f"{command[0]}: not done after {LIMIT_S} s") from None
+    if done.returncode:
+        first = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[:200])
+        raise Refused(f"{command[0]} failed: {first}")
+    return done.stdout
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "curate"
+
+
+def _processor() -> str:
+    """What -march=native depends on: a home may be shared by machines of several kinds."""
+    info = Path("/proc/cpuinfo")
+    if not info.exists():
+        return platform.processor()
+    wanted = ("model name", "flags")
+    return "\n".join(dict.fromkeys(line for line in info.read_text().splitlines() if line.startswith(wanted)))
