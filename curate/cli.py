@@ -369,8 +369,8 @@ def schedule(
     quiet: Quiet = False,
 ) -> None:
     """Run a recipe by the clock, unattended: only what is new is measured, never two runs of it at once."""
-    from curate.plan import wanted_scores
     from curate.schedule import schedule as start
+    from curate.wanted import wanted_scores
 
     wanted_scores(_recipe(recipe, overrides, store))  # a wrong recipe is said now, not tonight
     extra = [arg for entry in overrides or [] for arg in ("--set", entry)]

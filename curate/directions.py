@@ -22,9 +22,10 @@ from curate.targets import Targets, split
 if TYPE_CHECKING:
     from curate.identity import Identity
     from curate.measurements import Direction
-    from curate.plan import Step, Subjects
+    from curate.plan import Step
     from curate.recipe import Loaded
     from curate.store import Store
+    from curate.subjects import Subjects
 
 OPTIMIZER = "optimizer.pt"
 MOMENTS = "second_moments.safetensors"

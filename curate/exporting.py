@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from curate.errors import UsageError
 from curate.fingerprints import FingerprintCache
-from curate.plan import find_subjects
 from curate.recipe import Export, Loaded
 from curate.scores import resolve
 from curate.scores.flags import ADVICE
+from curate.subjects import find_subjects
 
 if TYPE_CHECKING:
     from curate.data import ExportResult, ExportRow

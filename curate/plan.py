@@ -9,83 +9,35 @@ measurement and version, its parameters), and a row that has a line under that f
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from curate.checkpoints import Subject, find_checkpoints, single_model
+from curate.checkpoints import Subject
 from curate.cost import step_line, weights_size, with_cost
 from curate.directions import Directions
 from curate.errors import UsageError
 from curate.fingerprints import FingerprintCache
 from curate.identity import Identity, Task
 from curate.lengths import RowLengths
+from curate.missing import Block, Rows
 from curate.progress import span
-from curate.recordings import PREFIX, recorded_uses, run_meant
-from curate.rows import content_id
+from curate.recordings import recorded_uses, run_meant
 from curate.show import table
+from curate.subjects import Subjects, find_subjects
+from curate.wanted import Wanted, wanted_scores
 
 if TYPE_CHECKING:
     from curate.recipe import Loaded
-    from curate.scores import Need, Score
     from curate.store import Store
 
-# Rows of a shard, fixed for ever: a row's shard is its position in the store // SHARD_ROWS, whatever is missing of it.
-SHARD_ROWS = {"tokens": 8192, "forward": 512, "backward": 128, "sample": 256, "direction": 512, "neighbours": 512}
 ORDER = ("tokens", "sample", "forward", "neighbours", "backward", "direction")
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """A score that the recipe asks for, under the name its column gets, with its checked parameters."""
-
-    name: str
-    score: Score
-    params: dict[str, Any]
-
-    def need(self, text: str) -> Need:
-        """One of the score's needs, its parameters filled in."""
-        return self.score.need(text, self.params)
-
-
-@dataclass(frozen=True)
-class Subjects:
-    """Whom the recipe measures. series: in step order, the reference as step 0 of a training run if both are given (kind sft).
-
-    plain: whose values plain columns are: the last of the series for kind sft, the reference for preference pairs. skipped: what was wrong with
-    checkpoints that were left out. warmup: plain after the warm-up that curate runs.
-    """
-
-    reference: Subject | None
-    policy: Subject | None
-    series: tuple[Subject, ...]
-    plain: Subject | None
-    skipped: tuple[str, ...] = ()
-    warmup: Subject | None = None
-
-    def of(self, role: str, over: str | None) -> tuple[Subject, ...]:
-        """The subjects whose column a need means."""
-        if role == "policy":
-            if self.policy is None:
-                raise UsageError("A score needs a second model: set models.policy in the recipe.")
-            return (self.policy,)
-        if role == "warmup" and self.warmup is not None:
-            return (self.warmup,)
-        if role:
-            raise UsageError(
-                f"{role!r} is not a model of a recipe; a need is a column, `policy.column` or `row.column`."
-            )
-        if over == "checkpoints":
-            return self.series
-        return (self.plain,) if self.plain else ()
 
 
 @dataclass(frozen=True)
 class Step:
     """One pass over one subject: everything that is read off it, and the rows that still miss something.
 
-    blocks: (shard's number, row ids by position, the tasks these rows miss), of fixed membership.
     tokens, seconds: an estimate for what is missing; seconds is None where nothing is known, `rough` where no run here has been timed.
     ahead: what comes before the rows, in rows run forward: gradients of directions, a warm-up. unmeasurable: missing rows that are known to get
     NULL, being too long for instance; perhaps_unmeasurable: those that seem so by their characters.
@@ -95,7 +47,7 @@ class Step:
     subject: Subject
     tasks: tuple[Task, ...]
     rows: int
-    blocks: tuple[tuple[int, list[str], tuple[Task, ...]], ...]
+    blocks: tuple[Block, ...]
     key: str
     tokens: int = 0
     seconds: float | None = None
@@ -203,72 +155,6 @@ class Plan:
             "missing": sum(s.to_measure for s in self.steps),
             "notes": self.notes(),
         }
-
-
-def wanted_scores(loaded: Loaded) -> list[Wanted]:
-    """The recipe's scores, found and checked. UsageError for a misspelt name, a wrong parameter, or a score of the other kind of row."""
-    from curate.scores import resolve
-
-    found = []
-    for request in loaded.recipe.scores:
-        try:
-            score = resolve(request.score, folder=loaded.folder)
-            params = score.check(request.params)
-        except UsageError as error:
-            raise UsageError(f"{loaded.path or 'recipe'}: scores: {error}") from None
-        if score.kind not in ("any", loaded.recipe.kind):
-            raise UsageError(
-                f"{loaded.path or 'recipe'}: scores: {request.score} is for {score.kind} rows, this recipe's kind is {loaded.recipe.kind}."
-            )
-        found.append(Wanted(request.name, score, params))
-    for want in list(found):  # where a NULL is the right value, the score that says so comes along
-        excuse = want.score.null_where
-        if excuse and not any(w.score.name == excuse for w in found):
-            score = resolve(excuse)
-            found.append(
-                Wanted(excuse, score, score.check({k: v for k, v in want.params.items() if k in score.parameters}))
-            )
-    return found
-
-
-def find_subjects(loaded: Loaded, cache: FingerprintCache) -> Subjects:
-    """The recipe's models. Raises ModelError for what cannot be read."""
-    models, folder = loaded.recipe.models, loaded.folder
-    if isinstance(models.checkpoints, str) and models.checkpoints.startswith(PREFIX):  # nobody kept them
-        return Subjects(None, None, (), None)
-    server = loaded.recipe.engine.sampler == "openai"
-    if server and not models.reference and not models.checkpoints:
-        name = loaded.recipe.server.model or loaded.recipe.server.url or "server"
-        lone = Subject(name, content_id("server", loaded.recipe.server.url, name), "", name)
-        return Subjects(lone, None, (), lone)
-    skipped: list[str] = []
-    skip = skipped.append if models.on_broken_checkpoint == "skip" else None
-    listed = models.checkpoints
-    if listed is not None and not isinstance(listed, str | list):
-        listed = [f"{listed.repo}@{revision}" for revision in listed.revisions]
-    series = tuple(find_checkpoints(listed, folder, cache, base=models.base, skip=skip)) if listed else ()
-    reference = single_model(models.reference, folder, cache, base=models.base) if models.reference else None
-    policy = single_model(models.policy, folder, cache, base=models.base) if models.policy else None
-    of_run = {s.fingerprint: s for s in series}  # a checkpoint keeps its run's name whatever else it is used as
-    policy = policy and of_run.get(policy.fingerprint, policy)
-    if reference and loaded.recipe.kind == "preference":
-        reference = of_run.get(reference.fingerprint, reference)
-    if reference and series and loaded.recipe.kind == "sft":
-        first = next((s for s in series if s.step == 0), None)
-        if first is not None and first.fingerprint != reference.fingerprint:
-            raise UsageError(
-                f"models.reference would be step 0 of the run, but {first.label} is, with other weights. Leave models.reference out."
-            )
-        series = series if first else (replace(reference, run=series[0].run, step=0, rate=series[0].rate), *series)
-    elif reference and loaded.recipe.kind == "sft":
-        series = (replace(reference, step=0),)
-    if server and len(series) > 1:
-        raise UsageError(
-            "engine.sampler is openai and there are several checkpoints, but a server serves one model. Use sampler vllm, or one model."
-        )
-    last = series[-1] if series else None
-    plain = reference or last if loaded.recipe.kind == "preference" else last
-    return Subjects(reference, policy, series, plain, tuple(skipped))
 
 
 def make_plan(loaded: Loaded, store: Store, sources: dict[str, list[str]]) -> Plan:
@@ -445,51 +331,6 @@ def imported_uses(store: Store, wanted: Iterable[Wanted], kind: str) -> dict[tup
     return uses
 
 
-class Rows:
-    """The rows of the recipe's sources: how many, and which of them a task misses. Lists that are alike are kept once."""
-
-    def __init__(self, store: Store, sources: list[str], kind: str):
-        self.store, self.sources, self.kind = store, sources, kind
-        self.n = len(store.row_ids_of(sources, kind=kind))
-        self._seen: list[list[tuple[int, str]]] = []
-
-    def missing(self, task: Task) -> list[tuple[int, str]]:
-        """(position, row id) by position."""
-        found = self.store.missing(task.fingerprint, self.sources, kind=self.kind)
-        for known in self._seen:
-            if known == found:
-                return known
-        self._seen.append(found)
-        return found
-
-
 def _step(reads: str, subject: Subject, tasks: tuple[Task, ...], rows: Rows) -> Step:
-    blocks = tuple(_blocks([(task, rows.missing(task)) for task in tasks], SHARD_ROWS[reads]))
     key = f"{reads}/{tasks[0].measured.engine}/{weights_size(subject)}"
-    return Step(reads, subject, tasks, rows.n, blocks, key)
-
-
-def _blocks(
-    missing: list[tuple[Task, list[tuple[int, str]]]], size: int
-) -> Iterator[tuple[int, list[str], tuple[Task, ...]]]:
-    """Shards of fixed membership; rows of one shard that miss different things are measured apart."""
-    alike: dict[
-        int, tuple[list[tuple[int, str]], list[Task]]
-    ] = {}  # tasks that miss the same rows (`Rows` keeps such lists once)
-    for task, rows in missing:
-        alike.setdefault(id(rows), (rows, []))[1].append(task)
-    if len(alike) == 1:
-        rows, tasks = next(iter(alike.values()))
-        for number, block in groupby(rows, lambda row: row[0] // size):
-            yield number, [row_id for _, row_id in block], tuple(tasks)
-        return
-    of: dict[tuple[int, str], list[Task]] = {}
-    for rows, tasks in alike.values():
-        for place in rows:
-            of.setdefault(place, []).extend(tasks)
-    groups: dict[tuple[int, tuple[str, ...]], tuple[list[str], tuple[Task, ...]]] = {}
-    for (position, row_id), missed in sorted(of.items()):
-        key = (position // size, tuple(t.fingerprint for t in missed))
-        groups.setdefault(key, ([], tuple(missed)))[0].append(row_id)
-    for (number, _), (row_ids, missed_by) in groups.items():
-        yield number, row_ids, missed_by
+    return Step(reads, subject, tasks, rows.n, rows.blocks(tasks, reads), key)

@@ -24,13 +24,13 @@ from transformers import TrainerCallback
 from curate.checkpoints import Subject
 from curate.errors import CurateError, UsageError
 from curate.identity import Task, params_of, task_of
-from curate.plan import wanted_scores
 from curate.progress import Progress, span
 from curate.recipe import Loaded, load_recipe
 from curate.recordings import PREFIX, VERSION, recorded_runs, weights_of
 from curate.rows import Row, content_id
 from curate.sourcing import read_sources
 from curate.store import Measured, Store
+from curate.wanted import wanted_scores
 
 DEFAULT_SCORES = {"preference": ["ranking_gap", "flipped"], "sft": ["target_nll", "confidence", "variability"]}
 WITH_SAMPLES = ["accuracy", "correctness"]

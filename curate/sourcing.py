@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from curate.errors import UsageError, ValidationError
-from curate.plan import wanted_scores
 from curate.progress import Progress
 from curate.recipe import Loaded, Source, load_recipe
 from curate.recordings import recorded_runs
 from curate.rows import content_id
 from curate.sharing import check_sources
 from curate.store import Store
+from curate.wanted import wanted_scores
 
 if TYPE_CHECKING:
     from curate.data import Validation

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from curate.data import Reading
     from curate.data.records import Record
     from curate.measurements import Measurement
-    from curate.plan import Wanted
     from curate.recipe import Loaded, Target
+    from curate.wanted import Wanted
 
 MOST_GROUPS = 100  # each is a column of the store, and a gradient on the disk
 

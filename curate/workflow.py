@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from curate.errors import CurateError, UsageError
-from curate.plan import Plan, wanted_scores
+from curate.plan import Plan
 from curate.plan import make_plan as _make_plan
 from curate.positions import beyond_positions, unmeasurable_rows
 from curate.progress import Progress, counted
@@ -22,6 +22,7 @@ from curate.rows import content_id
 from curate.sharing import check_name, placed
 from curate.sourcing import read_sources
 from curate.store import DatasetValue, Store
+from curate.wanted import wanted_scores
 
 if TYPE_CHECKING:
     from datasets import Dataset

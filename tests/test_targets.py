@@ -221,7 +221,7 @@ def test_killed_between_shards_it_goes_on(line, monkeypatch):
     from curate import forecasting
     from curate.passes import direction
 
-    monkeypatch.setitem(curate.plan.SHARD_ROWS, "direction", 4)
+    monkeypatch.setitem(curate.missing.SHARD_ROWS, "direction", 4)
     recipe = line.plan("sft", {"influence_cosine": {"target": "bbh"}}) and line.folder / "recipe.yaml"
     rows = [Example(**row) for row in POOL]
     whole = column(curate.run(recipe).store, "influence_cosine", rows)

@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 import curate
-import curate.plan
+import curate.missing
 from curate import workflow
 from curate.errors import CurateError, ModelError, StoreError, UsageError, ValidationError
 from curate.passes import forward
@@ -306,9 +306,9 @@ def test_order_and_token_budget_change_no_value(recipe, tmp_path):
 
 DRIVER = """
     import os, signal, sys
-    import curate.plan, curate.store, curate.storage.shards as shards
+    import curate.missing, curate.store, curate.storage.shards as shards
     from curate.passes import forward
-    curate.plan.SHARD_ROWS.update(tokens=8, forward=8)
+    curate.missing.SHARD_ROWS.update(tokens=8, forward=8)
     how, at, log = sys.argv[1], int(sys.argv[2]), sys.argv[3]
     rows_run, writes = forward.measure, shards.write_parquet
     done = 0
@@ -357,7 +357,7 @@ def test_killed_at_any_moment_the_same_recipe_goes_on(recipe, tmp_path, monkeypa
 
     monkeypatch.setattr(forward, "measure", counted)
     for name in ("tokens", "forward"):
-        monkeypatch.setitem(curate.plan.SHARD_ROWS, name, 8)
+        monkeypatch.setitem(curate.missing.SHARD_ROWS, name, 8)
     killed = curate.run(path).store
     assert not list((tmp_path / "store" / "shards").glob("**/*.tmp"))
     assert 40 <= sum(rows) <= 48  # at most one shard was run twice

@@ -23,13 +23,13 @@ from curate.audit.decomposition import Decomposition, Integrator, Way, checkpoin
 from curate.checkpoints import Subject
 from curate.errors import UsageError
 from curate.fingerprints import FingerprintCache
-from curate.plan import find_subjects
 from curate.progress import Progress, counted
 from curate.recipe import Loaded, load_recipe
 from curate.rows import Row, content_id
 from curate.show import cell, table
 from curate.sourcing import read_sources
 from curate.store import Store
+from curate.subjects import find_subjects
 
 VERSION = 1  # of what is kept
 TOLERANCE = 0.02

@@ -1,0 +1,87 @@
+"""Whom a recipe measures: its reference, its policy, the checkpoints of its run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from curate.checkpoints import Subject, find_checkpoints, single_model
+from curate.errors import UsageError
+from curate.fingerprints import FingerprintCache
+from curate.recordings import PREFIX
+from curate.rows import content_id
+
+if TYPE_CHECKING:
+    from curate.recipe import Loaded
+
+
+@dataclass(frozen=True)
+class Subjects:
+    """Whom the recipe measures. series: in step order, the reference as step 0 of a training run if both are given (kind sft).
+
+    plain: whose values plain columns are: the last of the series for kind sft, the reference for preference pairs. skipped: what was wrong with
+    checkpoints that were left out. warmup: plain after the warm-up that curate runs.
+    """
+
+    reference: Subject | None
+    policy: Subject | None
+    series: tuple[Subject, ...]
+    plain: Subject | None
+    skipped: tuple[str, ...] = ()
+    warmup: Subject | None = None
+
+    def of(self, role: str, over: str | None) -> tuple[Subject, ...]:
+        """The subjects whose column a need means."""
+        if role == "policy":
+            if self.policy is None:
+                raise UsageError("A score needs a second model: set models.policy in the recipe.")
+            return (self.policy,)
+        if role == "warmup" and self.warmup is not None:
+            return (self.warmup,)
+        if role:
+            raise UsageError(
+                f"{role!r} is not a model of a recipe; a need is a column, `policy.column` or `row.column`."
+            )
+        if over == "checkpoints":
+            return self.series
+        return (self.plain,) if self.plain else ()
+
+
+def find_subjects(loaded: Loaded, cache: FingerprintCache) -> Subjects:
+    """The recipe's models. Raises ModelError for what cannot be read."""
+    models, folder = loaded.recipe.models, loaded.folder
+    if isinstance(models.checkpoints, str) and models.checkpoints.startswith(PREFIX):  # nobody kept them
+        return Subjects(None, None, (), None)
+    server = loaded.recipe.engine.sampler == "openai"
+    if server and not models.reference and not models.checkpoints:
+        name = loaded.recipe.server.model or loaded.recipe.server.url or "server"
+        lone = Subject(name, content_id("server", loaded.recipe.server.url, name), "", name)
+        return Subjects(lone, None, (), lone)
+    skipped: list[str] = []
+    skip = skipped.append if models.on_broken_checkpoint == "skip" else None
+    listed = models.checkpoints
+    if listed is not None and not isinstance(listed, str | list):
+        listed = [f"{listed.repo}@{revision}" for revision in listed.revisions]
+    series = tuple(find_checkpoints(listed, folder, cache, base=models.base, skip=skip)) if listed else ()
+    reference = single_model(models.reference, folder, cache, base=models.base) if models.reference else None
+    policy = single_model(models.policy, folder, cache, base=models.base) if models.policy else None
+    of_run = {s.fingerprint: s for s in series}  # a checkpoint keeps its run's name whatever else it is used as
+    policy = policy and of_run.get(policy.fingerprint, policy)
+    if reference and loaded.recipe.kind == "preference":
+        reference = of_run.get(reference.fingerprint, reference)
+    if reference and series and loaded.recipe.kind == "sft":
+        first = next((s for s in series if s.step == 0), None)
+        if first is not None and first.fingerprint != reference.fingerprint:
+            raise UsageError(
+                f"models.reference would be step 0 of the run, but {first.label} is, with other weights. Leave models.reference out."
+            )
+        series = series if first else (replace(reference, run=series[0].run, step=0, rate=series[0].rate), *series)
+    elif reference and loaded.recipe.kind == "sft":
+        series = (replace(reference, step=0),)
+    if server and len(series) > 1:
+        raise UsageError(
+            "engine.sampler is openai and there are several checkpoints, but a server serves one model. Use sampler vllm, or one model."
+        )
+    last = series[-1] if series else None
+    plain = reference or last if loaded.recipe.kind == "preference" else last
+    return Subjects(reference, policy, series, plain, tuple(skipped))
