@@ -244,11 +244,16 @@ def import_(
     mapping: Annotated[
         list[str],
         typer.Option(
-            "--map", metavar="OURS=THEIRS", help="row=example_id run=run checkpoint=step samples=n correct=k …"
+            "--map",
+            metavar="OURS=THEIRS",
+            help="row (a number into --source, our row id, or an id of your own), run, checkpoint; correct and samples, perplexity, nll, logp, "
+            "trained; any other name is a column of that name. E.g. row=idx run=run checkpoint=step samples=n correct=k",
         ),
     ],
     more: Annotated[list[str] | None, typer.Argument(metavar="OURS=THEIRS…", help="further pairs of --map")] = None,
-    source: Annotated[str | None, typer.Option(help="the source that row numbers or foreign ids belong to")] = None,
+    source: Annotated[
+        str | None, typer.Option(help="the source, as the recipe names it, whose rows are numbered (from 0)")
+    ] = None,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:

@@ -38,7 +38,10 @@ READERS = (".parquet", ".csv", ".csv.gz", ".jsonl", ".jsonl.gz", ".ndjson", ".nd
 
 @dataclass(frozen=True)
 class Imported:
-    """What an import brought. lines: of the file. rows: distinct rows, new_rows: of them unknown before. values: dataset values."""
+    """What an import brought. lines: of the file. rows: distinct rows, new_rows: of them unknown before. values: dataset values.
+
+    hint: what may have been meant where numbers were taken for somebody else's ids, else "".
+    """
 
     file: str
     source: str
@@ -49,15 +52,17 @@ class Imported:
     checkpoints: int
     columns: tuple[str, ...]
     values: int
+    hint: str = ""
 
     def __str__(self) -> str:
         places = f"{self.checkpoints:,} checkpoints of {self.runs:,} runs"
         if not self.rows:
             return counted(f"{self.file}: {self.values:,} dataset values ({', '.join(self.columns)}) over {places}.")
         new = f" ({self.new_rows:,} of them known only by the file's ids)" if self.new_rows else ""
-        return counted(
+        told = (
             f"{self.file}: {', '.join(self.columns)} for {self.rows:,} rows{new} over {places}, {self.lines:,} lines."
         )
+        return counted(told) + (f"\n{self.hint}" if self.hint else "")
 
 
 def import_file(
@@ -116,7 +121,8 @@ def import_file(
     keys = table[mapping[taken[0]]]
     row_ids, new = find_rows(store, keys, taken[0], source, origin, kind, shown)
     write(store, places, row_ids, columns, origin, shown)
-    return Imported(shown, origin, len(table), len(set(row_ids)), new, runs, checkpoints, tuple(columns), 0)
+    hint = _numbers_hint(store, keys) if new and taken[0] == "row" and source is None else ""
+    return Imported(shown, origin, len(table), len(set(row_ids)), new, runs, checkpoints, tuple(columns), 0, hint)
 
 
 def check_names(mapping: Mapping[str, str]) -> None:
@@ -261,6 +267,9 @@ def find_rows(
         how = "row_id" if (store.positions(unique.to_list()) >= 0).any() else "foreign"
     elif how == "row":
         how = "index" if source in known_sources else "foreign"
+        meant = [name for name in known_sources if source and Path(name).name == Path(source).name]
+        if how == "foreign" and meant:
+            raise UsageError(f"--source {source}: rows were read as {meant[0]}. Say --source {meant[0]}.")
     if how == "row_id":
         ids = unique.to_list()
         unknown = np.flatnonzero(store.positions(ids) < 0)
@@ -358,6 +367,15 @@ def _rows_at(
             f"{len(wrong):,} of {len(unique):,} are like this."
         )
     return [of[key] for key in unique.to_list()]
+
+
+def _numbers_hint(store: Store, keys: pl.Series) -> str:
+    """Whole numbers that were taken for somebody else's ids may have been the numbers of rows that the store has read."""
+    read = [s["source"] for s in store.sources() if s["role"] == "train"]
+    if not read or not bool(_text(keys).str.contains(r"^\d+$").all()):
+        return ""
+    where = read[0] if len(read) == 1 else f"FILE ({', '.join(read)})"
+    return f"Are these the numbers of rows of a source, counted from 0? Then import it again with --source {where}."
 
 
 def _spread(text: pl.Series, unique: pl.Series, ids: list[str]) -> list[str]:

@@ -66,7 +66,7 @@ class Step:
         return self.missing - self.unmeasurable
 
 
-@dataclass
+@dataclass(repr=False)
 class Plan:
     """The steps in the order they run, and for every (role, column, over) the fingerprints that scores read.
 
@@ -87,6 +87,9 @@ class Plan:
     @property
     def missing(self) -> int:
         return sum(step.missing for step in self.steps)
+
+    def __repr__(self) -> str:
+        return self.text()
 
     def text(self) -> str:
         if not self.steps:
@@ -171,7 +174,7 @@ def make_plan(loaded: Loaded, store: Store, sources: dict[str, list[str]]) -> Pl
         plan.uses = (
             recorded_uses(store, plan.recorded, wanted, recipe.kind)
             if plan.recorded
-            else imported_uses(store, wanted, recipe.kind)
+            else imported_uses(store, wanted, recipe.kind, sources.get("train", []))
         )
         return plan
 
@@ -300,16 +303,30 @@ def make_plan(loaded: Loaded, store: Store, sources: dict[str, list[str]]) -> Pl
     return plan
 
 
-def imported_uses(store: Store, wanted: Iterable[Wanted], kind: str) -> dict[tuple[str, str, str | None], list[str]]:
+def imported_uses(
+    store: Store, wanted: Iterable[Wanted], kind: str, sources: list[str]
+) -> dict[tuple[str, str, str | None], list[str]]:
     """Without models in the recipe, scores are computed from what was imported: every fingerprint that has the column.
 
     A plain column of pairs is that of a run's first checkpoint, which stands for the reference; one of SFT rows that of the last.
+    UsageError where nothing was imported, or nothing about the rows of `sources` (none: whatever rows the imports are about).
     """
     known = store.measured(reads="import")
+    about = f" --source {sources[0]}" if sources else ""
     if not known:
         raise UsageError(
-            "This recipe names no model, and nothing was imported into its store. Set models.reference, or `curate import STORE FILE --map …`."
+            "This recipe names no model, and nothing was imported into its store. Set models.reference, or "
+            f"`curate import {store.folder} FILE{about} --map row=… checkpoint=… …`."
         )
+    if sources:
+        with_text = len(store.missing("", sources, kind=kind))
+        if all(len(store.missing(m.fingerprint, sources, kind=kind)) == with_text for m in known):
+            raise UsageError(
+                f"What was imported into {store.folder} is about other rows than those of {', '.join(sources)}: its ids are the file's own. If they "
+                f"are row numbers, import it again with `{about.strip()}`; if they are in a column of your data, put our row_id in their place "
+                f"(`curate sql {store.folder} 'SELECT * FROM occurrences' --csv`, then --map row_id=…); to score them without texts, "
+                "leave `source` out of the recipe."
+            )
     columns = store.known_columns()
     uses: dict[tuple[str, str, str | None], list[str]] = {}
     for want in wanted:

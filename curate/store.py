@@ -73,6 +73,9 @@ class Store:
         else:
             self.database.open_once()
 
+    def __repr__(self) -> str:
+        return f"Store({str(self.folder)!r})"
+
     def _create(self) -> None:
         from curate import __version__
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 STEPS = ("measure", "score", "select", "export")
 
 
-@dataclass
+@dataclass(repr=False)
 class Result:
     """What a run did. selection is None where the recipe selects nothing; values are the dataset-level ones, with intervals.
 
@@ -54,10 +54,17 @@ class Result:
 
     @property
     def dataset(self) -> Dataset:
-        """The kept rows: the exported dataset if there is one, else the selection's."""
+        """The kept rows: the exported dataset, with its extra columns, if there is one; else the selection's."""
+        if self.exported is not None:
+            from curate.data.selected import exported_dataset
+
+            return exported_dataset(self.exported.path)
         if self.selection is None:
             raise UsageError("This recipe selects nothing: give it a `select:` section.")
         return self.selection.to_dataset()
+
+    def __repr__(self) -> str:
+        return f"<Result of {self.recipe!r} in {self.store.folder}>\n{self.text()}"
 
     def text(self) -> str:
         lines = self.plan.left_out() if self.plan and not self.said else []

@@ -268,3 +268,30 @@ def test_no_selection_of_scores_that_an_import_has_overtaken(tmp_path):
     with pytest.raises(UsageError, match="as scores of 'log' comes from other .* measurements"):
         step("select")
     assert step("score", "select").selection.counts["kept"] == 1
+
+
+def test_logs_about_other_rows_than_the_recipe_s_are_no_scores_of_nothing(tmp_path):
+    """Row numbers taken for somebody else's ids: said when they come in, refused when they are scored, right with --source."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "rows.jsonl").write_text(
+        "".join(json.dumps({"prompt": f"q{i}", "completion": "a"}) + "\n" for i in range(2))
+    )
+    recipe = tmp_path / "log.yaml"
+    recipe.write_text("kind: sft\nstore: store\nsource: data/rows.jsonl\nscores: [confidence]\n")
+    step = lambda: run_steps(load_recipe(recipe), ["score"], progress=Progress(quiet=True))  # noqa: E731
+    with pytest.raises(UsageError, match=r"curate import .*store FILE --source data/rows\.jsonl --map"):
+        step()
+    log = written(tmp_path / "log.csv", {"i": [0, 1, 0, 1], "step": [1, 1, 2, 2], "x": [0.0, 1.0, 0.0, math.log(2)]})
+    names = {"row": "i", "checkpoint": "step", "nll": "x"}
+    found = import_file(tmp_path / "store", log, names)
+    assert found.new_rows == 2 and str(found).endswith("with --source data/rows.jsonl.")
+    with pytest.raises(
+        UsageError, match=r"about other rows than those of data/rows\.jsonl.*`--source data/rows\.jsonl`"
+    ):
+        step()
+    with pytest.raises(UsageError, match=r"Say --source data/rows\.jsonl"):
+        import_file(tmp_path / "store", log, names, source="rows.jsonl")
+    found = import_file(tmp_path / "store", log, names, source="data/rows.jsonl")
+    assert found.new_rows == 0 and found.hint == ""
+    values = step().store.sql("SELECT confidence FROM scored ORDER BY index", source="data/rows.jsonl")["confidence"]
+    assert values.to_list() == pytest.approx([1.0, (math.exp(-1) + 0.5) / 2])

@@ -139,7 +139,9 @@ def test_the_line_from_rows_to_a_dataset(recipe, model, tmp_path):
     assert len(exported) == 18 and {"prompt", "chosen", "rejected", "topic", "flip_loss_b5"} <= set(
         exported.column_names
     )
-    assert sorted(exported["row_id"]) == sorted(result.dataset["row_id"])
+    assert result.dataset.column_names == exported.column_names and result.dataset["row_id"] == exported["row_id"]
+    shown = repr(result) + repr(result.plan)  # what a notebook prints: for people, without the rows
+    assert "18 of 40 rows kept" in shown and exported["row_id"][0] not in shown and "object at" not in shown
     assert result.store.sql("SELECT outcome, version FROM runs").rows() == [("done", curate.__version__)]
 
 

@@ -19,3 +19,11 @@ def to_dataset(rows: Iterable[ExportRow], folder: str | Path) -> Any:
 
     export(folder, rows)
     return datasets.load_from_disk(str(folder))["train"]
+
+
+def exported_dataset(folder: Path) -> Any:
+    """The rows of an export's one split as a `datasets.Dataset`, memory-mapped."""
+    import datasets
+
+    (rows,) = datasets.load_from_disk(str(folder)).values()
+    return rows
