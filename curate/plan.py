@@ -22,7 +22,12 @@ from curate.identity import Identity, Task
 from curate.lengths import RowLengths
 from curate.missing import Block, Rows
 from curate.progress import span
+<<<<<<< HEAD
 from curate.recordings import recorded_uses, run_meant
+=======
+from curate.recordings import PREFIX, recorded_runs, recorded_uses, run_meant
+from curate.rows import content_id
+>>>>>>> c88145f (Recorder takes the dataset that is trained on, and what it prints to score by works for every recipe)
 from curate.show import table
 from curate.subjects import Subjects, find_subjects
 from curate.wanted import Wanted, wanted_scores
@@ -225,7 +230,12 @@ def make_plan(loaded: Loaded, store: Store, sources: dict[str, list[str]]) -> Pl
                 if over == "checkpoints"
                 else "of a model: set models.reference"
             )
-            raise UsageError(f"A score needs {column} {where} in the recipe.")
+            taken = next(reversed(recorded_runs(store)), None) if over == "checkpoints" else None
+            recording = f"--set models.checkpoints={PREFIX}{taken} --set models.reference=null"
+            raise UsageError(
+                f"A score needs {column} {where} in the recipe."
+                + (f" Or take what was recorded: `{recording}`." if taken else "")
+            )
         if measurement.reads in ("backward", "direction") and recipe.gradients.parameters == "lora":
             whole = next((s for s in who if s.base is None), None)
             if whole is not None and optional:

@@ -15,8 +15,9 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from transformers import TrainerCallback
@@ -32,6 +33,9 @@ from curate.sourcing import read_sources
 from curate.store import Measured, Store
 from curate.wanted import wanted_scores
 
+if TYPE_CHECKING:
+    from curate.data.records import Record
+
 DEFAULT_SCORES = {"preference": ["ranking_gap", "flipped"], "sft": ["target_nll", "confidence", "variability"]}
 WITH_SAMPLES = ["accuracy", "correctness"]
 
@@ -40,16 +44,16 @@ class Recorder(TrainerCallback):
     """A callback for transformers' and TRL's trainers.
 
     rows: a recipe (a YAML file or a dict): its source is measured, with what its scores over checkpoints need, its tokens, sampling and
-    store; or data (a path or hub id), or a list of rows as `curate.load` returns it. every: steps between recordings, or their share of the
-    training (a number below 1). run: the run's name (the output folder's). scores, samples: what to measure where rows is no recipe
-    (likelihoods; with samples above 0 sampled accuracy too); set, store: as in `curate.run`.
+    store; or data: a path, a hub id, a `datasets.Dataset`, a list of dicts, or of rows as `curate.load` returns them. every: steps between
+    recordings, or their share of the training (a number below 1). run: the run's name (the output folder's). scores, samples: what to measure
+    where rows is no recipe (likelihoods; with samples above 0 sampled accuracy too); set, store: as in `curate.run`.
 
     `seconds` and `share` say what it cost. Raises UsageError before the training starts; what fails later is said, and the training goes on.
     """
 
     def __init__(
         self,
-        rows: str | Path | dict[str, Any] | Sequence[Row],
+        rows: str | Path | dict[str, Any] | Sequence[Row | dict[str, Any]],
         *,
         every: int | float = 0.1,
         run: str | None = None,
@@ -64,8 +68,8 @@ class Recorder(TrainerCallback):
         ):
             raise UsageError(f"every is {every!r}, expected steps (1 or more) or a share of the training (0.1).")
         self.every, self.run, self.progress = every, run, progress or Progress()
-        self._rows: list[Row] | None = None
-        if isinstance(rows, dict) or (isinstance(rows, str | Path) and str(rows).endswith((".yaml", ".yml"))):
+        self._rows: list[Record] | None = None
+        if type(rows) is dict or (isinstance(rows, str | Path) and str(rows).endswith((".yaml", ".yml"))):
             if scores is not None or samples:
                 raise UsageError("scores and samples stand in the recipe; change them with set={…}.")
             self.loaded = load_recipe(rows, set=set, store=store)
@@ -77,12 +81,24 @@ class Recorder(TrainerCallback):
         self.failed: list[str] = []
         self._started = self._ended = 0.0
         self._ready = False
+        self.run_name = ""
 
     @property
     def share(self) -> float:
         """The part of the training's time that went into recordings, 0..1."""
         took = (self._ended or time.perf_counter()) - self._started
         return self.seconds / took if self._started and took > 0 else 0.0
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """A recipe about this recording, for `curate.run(recorder.recipe)`; relative paths are from where the Recorder's own recipe stands.
+
+        UsageError before a training was recorded.
+        """
+        if not self.run_name:
+            raise UsageError("Recorder: nothing is recorded yet; train with it first.")
+        models = {"checkpoints": f"{PREFIX}{self.run_name}"}
+        return self.loaded.raw | {"models": models, "store": str(self.loaded.store.resolve())}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not state.is_world_process_zero:
@@ -117,13 +133,9 @@ class Recorder(TrainerCallback):
             kind: str = read(str(rows)).kind
             source: str | None = str(rows)
         else:
-            self._rows = list(rows)
-            if not self._rows or not hasattr(self._rows[0], "row_id"):
-                found = type(self._rows[0]).__name__ if self._rows else "nothing"
-                raise UsageError(
-                    f"Recorder: expected a recipe, data, or rows as curate.load(…) returns them; found {found}."
-                )
-            kind, source = self._rows[0].kind, None
+            self._rows, source = _records_of(rows), None
+            assert self._rows[0].row is not None
+            kind = self._rows[0].row.kind
         chosen = list(scores) if scores is not None else DEFAULT_SCORES[kind]
         if samples and scores is None:
             if kind == "preference":
@@ -176,6 +188,7 @@ class Recorder(TrainerCallback):
             f"Recorder: {len(self.rows):,} rows every {self._steps:,} steps into {self.store.folder}, run {name}."
         )
 
+<<<<<<< HEAD
     def _check_settings(self, recorded: Sequence[Measured]) -> None:
         """A resumed training goes on in its own run only with the settings that were recorded there: other tokens or samples are other numbers."""
         before = {m.measurement: m.params for m in recorded}
@@ -197,9 +210,13 @@ class Recorder(TrainerCallback):
         from curate.data.records import Record
 
         key = content_id([row.row_id for row in rows])
+=======
+    def _add_rows(self, records: Sequence[Record]) -> list[str]:
+        key = content_id([record.row.row_id for record in records if record.row is not None])
+>>>>>>> c88145f (Recorder takes the dataset that is trained on, and what it prints to score by works for every recipe)
         name = f"rows-{key[:6]}"
         if not self.store.source_is_current(name, key):
-            self.store.add_source(name, key, (Record(name, i, row) for i, row in enumerate(rows)))
+            self.store.add_source(name, key, (replace(record, source=name) for record in records))
         return [name]
 
     def _write_tokens(self) -> None:
@@ -292,11 +309,16 @@ class Recorder(TrainerCallback):
         self._ready = False
         self._take_in()
         self.store.finish_run(self.number, "failed" if self.failed else "done", "; ".join(self.failed), counts)
-        where = f" --set models.checkpoints={PREFIX}{self.run_name}"
+        models = self.loaded.recipe.models
+        sets = [f"models.checkpoints={PREFIX}{self.run_name}"]
+        sets += [f"models.{role}=null" for role in ("reference", "policy") if getattr(models, role)]
         path = self.loaded.path
+        by_hand = (
+            f"curate score {path} {' '.join(f'--set {s}' for s in sets)}" if path else "curate.run(recorder.recipe)"
+        )
         self.progress.say(
             f"Recorder: {len(self.recorded)} recordings of {len(self.rows):,} rows took {span(self.seconds)}, {self.share:.1%} of the training's "
-            f"{span(took)}." + (f" Scores: curate score {path}{where}" if path else "")
+            f"{span(took)}. Scores: {by_hand}"
         )
 
     def _take_in(self) -> None:
@@ -306,6 +328,22 @@ class Recorder(TrainerCallback):
                 pass
         except CurateError as error:
             self.progress.say(f"Recorder: what was recorded waits in {self.store.folder} ({error})")
+
+
+def _records_of(rows: Any) -> list[Record]:
+    """Rows of ours as they are, anybody else's read as a file's would be. UsageError for what is neither."""
+    from curate.data import read
+    from curate.data.records import Record
+
+    first = next(iter(rows), None) if hasattr(rows, "__iter__") and not isinstance(rows, dict) else rows
+    if hasattr(first, "row_id"):
+        return [Record("", i, row) for i, row in enumerate(rows)]
+    if not isinstance(first, dict):
+        found = "nothing" if first is None else type(first).__name__
+        raise UsageError(
+            f"Recorder: expected a recipe, data, a datasets.Dataset, or rows as curate.load(…) returns them; found {found}."
+        )
+    return list(read(rows if hasattr(rows, "__getitem__") else list(rows)).good())
 
 
 def wanted_measurements(loaded: Loaded) -> list[Any]:

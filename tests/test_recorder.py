@@ -341,7 +341,7 @@ def test_what_fails_later_is_said_and_the_training_goes_on(base, examples, tmp_p
         ({"scores": ["grand"]}, "backward pass, which is measured on saved checkpoints"),
         ({"scores": ["neighbour_excess"]}, "needs a neighbours pass"),
         ({"scores": ["target_nl"]}, "did you mean 'target_nll'"),
-        ({"rows": []}, "expected a recipe, data, or rows"),
+        ({"rows": []}, "expected a recipe, data, a datasets.Dataset, or rows .* found nothing"),
         ({"rows": {"kind": "sft", "source": "x.jsonl", "scores": ["target_nll"]}, "samples": 2}, "stand in the recipe"),
         ({"rows": {"kind": "preference", "source": "x.jsonl", "scores": ["implicit_reward_gap"]}}, "one model, the one in training"),
         ({"rows": {"kind": "preference", "source": "x.jsonl", "scores": ["edit_distance"]}}, "nothing to record"),
@@ -350,6 +350,46 @@ def test_what_fails_later_is_said_and_the_training_goes_on(base, examples, tmp_p
 def test_mistakes_are_said_before_the_training(examples, arguments, says):
     with pytest.raises(UsageError, match=says):
         curate.Recorder(**{"rows": str(examples), **arguments})
+
+
+def test_a_dataset_that_is_trained_on_is_recorded_and_scored_without_a_recipe(base, examples, tmp_path, capsys):
+    """TRL's own input as it is, in memory; scores of what it recorded, equal to those of the same rows in a file."""
+    from datasets import Dataset, DatasetDict
+
+    lines = [json.loads(line) | {"topic": f"t{i % 2}"} for i, line in enumerate(examples.read_text().splitlines())]
+    rows = Dataset.from_list(lines)
+    with pytest.raises(UsageError, match="DatasetDict of train: take one of them"):
+        curate.Recorder(DatasetDict({"train": rows}))
+    recorder = curate.Recorder(rows, every=2, store=tmp_path / "memory")
+    with pytest.raises(UsageError, match="nothing is recorded yet"):
+        recorder.recipe  # noqa: B018
+    of_file = curate.Recorder(str(examples), every=2, store=tmp_path / "file", progress=QUIET)
+    trainer_of("sft", base, examples, tmp_path / "run", [recorder, of_file]).train()
+    assert capsys.readouterr().err.rstrip().endswith("Scores: curate.run(recorder.recipe)")
+    query = "SELECT row_id, target_nll, confidence, variability FROM scored ORDER BY row_id"
+    found, same = (curate.run(r.recipe).store.sql(query).rows() for r in (recorder, of_file))
+    assert len(found) == 12 and found == same and all(0 < c < 1 for _, _, c, _ in found)
+    assert curate.Store(tmp_path / "memory").sql("SELECT DISTINCT topic FROM scored ORDER BY 1")["topic"].to_list() == [
+        "t0",
+        "t1",
+    ]
+    assert curate.load(rows) == curate.load(lines) == curate.load(str(examples))
+
+
+def test_a_recipe_with_a_reference_is_told_how_its_recording_is_scored(base, pairs, tmp_path, capsys):
+    """The command that is printed works, and so does the way that the error of a plain run names."""
+    path = tmp_path / "r.yaml"
+    path.write_text(json.dumps(recipe("preference", pairs, tmp_path / "store", models={"reference": str(base)})))
+    trainer_of("preference", base, pairs, tmp_path / "dpo", [curate.Recorder(path, every=2)]).train()
+    told = capsys.readouterr().err.rstrip().splitlines()[-1]
+    settings = "--set models.checkpoints=recordings:dpo --set models.reference=null"
+    assert told.endswith(f"curate score {path} {settings}")
+    with pytest.raises(UsageError, match=f"Or take what was recorded: `{settings}`"):
+        curate.run(path)
+    given = settings.replace("--set ", "").split()
+    assert curate.run(path, set=given).store.sql("SELECT count(flipped) AS n FROM scored")["n"][0] == len(
+        pairs.read_text().splitlines()
+    )
 
 
 def load(folder: Path):

@@ -20,7 +20,7 @@ from curate.errors import CurateError, UsageError, ValidationError
 from curate.rows import Row
 
 Kind = Literal["preference", "sft"]
-Paths = str | Path | Sequence[str | Path]
+Paths = str | Path | Sequence[str | Path | dict[str, Any]]
 HEAD = 200  # rows that a format is told from
 
 
@@ -136,7 +136,8 @@ def read(
     base: Path | None = None,
     setting: str = "source",
 ) -> Reading:
-    """Opens a source, or several: a file, folder, glob, hub id, or a list of them (see `sources`), in a format of `FORMATS`.
+    """Opens a source, or several: a file, folder, glob, hub id, or a list of them (see `sources`), in a format of `FORMATS`; or rows in memory,
+    a `datasets.Dataset` or a list of dicts.
 
     kind: None takes what the format says, preference first. columns: ours: theirs, a name or a template (see `columns`).
     base: the folder relative paths start from. setting: the recipe's key of these rows, for messages. Fingerprints are taken here, the

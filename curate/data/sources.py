@@ -69,6 +69,22 @@ class Source:
         return digest.hexdigest()[:20]
 
 
+@dataclass(frozen=True)
+class InMemory(Source):
+    """Rows that a program holds: a list of dicts, or a `datasets.Dataset`, which gives its rows as dicts."""
+
+    given: Sequence[RawRow] = ()
+
+    def rows(self) -> Iterator[tuple[int, RawRow]]:
+        yield from enumerate(self.given)
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        for row in self.given:
+            digest.update(repr(row).encode())
+        return digest.hexdigest()[:20]
+
+
 def file_digest(path: Path) -> bytes:
     stat = path.stat()
     with open(path, "rb") as file:
@@ -82,7 +98,7 @@ def file_digest(path: Path) -> bytes:
 
 
 def find_sources(
-    path: str | Path | Sequence[str | Path],
+    path: str | Path | Sequence[str | Path | dict[str, Any]],
     *,
     split: str = "train",
     revision: str | None = None,
@@ -90,9 +106,15 @@ def find_sources(
 ) -> list[Source]:
     """The sources a path (or list of paths) names, in its order, a glob's files sorted by name; a file named twice counts once.
 
-    ValidationError: nothing there (with the nearest name that is), or a type of file that is not read.
+    Rows in memory are one source. ValidationError: nothing there (with the nearest name that is), or a type of file that is not read.
     """
-    paths = [path] if isinstance(path, (str, Path)) else list(path)
+    if isinstance(path, dict):  # a DatasetDict is one, too
+        raise UsageError(
+            f"expected rows or a path, found {type(path).__name__} of {', '.join(map(str, path))}: take one of them."
+        )
+    if not isinstance(path, (str, Path)) and len(path) and isinstance(path[0], dict):
+        return [InMemory(f"{len(path):,} rows in memory", None, given=path)]  # type: ignore[arg-type]
+    paths: list[Any] = [path] if isinstance(path, (str, Path)) else list(path)
     if not paths:
         raise UsageError("source.path is an empty list. Name a file, a folder, a glob or a hub dataset.")
     base = base or Path()
