@@ -22,12 +22,7 @@ from curate.identity import Identity, Task
 from curate.lengths import RowLengths
 from curate.missing import Block, Rows
 from curate.progress import span
-<<<<<<< HEAD
-from curate.recordings import recorded_uses, run_meant
-=======
 from curate.recordings import PREFIX, recorded_runs, recorded_uses, run_meant
-from curate.rows import content_id
->>>>>>> c88145f (Recorder takes the dataset that is trained on, and what it prints to score by works for every recipe)
 from curate.show import table
 from curate.subjects import Subjects, find_subjects
 from curate.wanted import Wanted, wanted_scores

@@ -188,7 +188,6 @@ class Recorder(TrainerCallback):
             f"Recorder: {len(self.rows):,} rows every {self._steps:,} steps into {self.store.folder}, run {name}."
         )
 
-<<<<<<< HEAD
     def _check_settings(self, recorded: Sequence[Measured]) -> None:
         """A resumed training goes on in its own run only with the settings that were recorded there: other tokens or samples are other numbers."""
         before = {m.measurement: m.params for m in recorded}
@@ -206,14 +205,8 @@ class Recorder(TrainerCallback):
                         "Go on with the settings of then, or give what follows a name of its own: Recorder(…, run='…')."
                     )
 
-    def _add_rows(self, rows: Sequence[Row]) -> list[str]:
-        from curate.data.records import Record
-
-        key = content_id([row.row_id for row in rows])
-=======
     def _add_rows(self, records: Sequence[Record]) -> list[str]:
         key = content_id([record.row.row_id for record in records if record.row is not None])
->>>>>>> c88145f (Recorder takes the dataset that is trained on, and what it prints to score by works for every recipe)
         name = f"rows-{key[:6]}"
         if not self.store.source_is_current(name, key):
             self.store.add_source(name, key, (replace(record, source=name) for record in records))
