@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import defaultdict
 
 LONGEST = (
-    "test_workflow",
+    "test_anew",
+    "test_results",
     "test_sampling_line",
     "test_sample_vllm",
     "test_cli",

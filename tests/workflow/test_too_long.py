@@ -1,0 +1,57 @@
+"""Rows that are too long: nothing is measured on them, or they go past the model's positions."""
+
+from __future__ import annotations
+
+import curate
+import curate.missing
+from curate import workflow
+from curate.progress import Progress
+from curate.recipe import load_recipe
+from curate.workflow import make_plan
+from tests.workflow.pairs import pairs, write_rows
+
+
+def test_the_column_of_token_problems_is_text_even_where_there_are_none(recipe):
+    store = curate.run(recipe(select=None, export=None)).store
+    assert store.sql("SELECT count(*) AS n FROM scored WHERE token_problem LIKE 'x%'")["n"].item() == 0
+
+
+def test_a_row_that_cannot_be_measured_goes_where_a_rule_uses_its_score(recipe, tmp_path, capsys):
+    write_rows(tmp_path / "pairs.jsonl", [*pairs(4), {"prompt": "ada " * 200, "chosen": " bea.", "rejected": " cy!"}])
+    for number, (rule, kept) in enumerate([
+        ({"keep": {"share": 1.0}}, 5),  # no rule uses a score
+        ({"where": "edit_distance >= 0"}, 4),
+        ({"drop_worst": {"ches_ln": 0.01}}, 4),
+        ({"order_by": "flip_loss"}, 4),
+        ({"where": "token_problem IS NULL"}, 4),
+    ]):  # fmt: skip
+        over = {"select": {**rule, "unknown": "drop"}, "export": {"to": f"out{number}"}}
+        found = curate.run(recipe(**over), progress=Progress())
+        assert (found.selection.counts["kept"], found.exported.n_rows) == (kept, kept), rule
+    said = capsys.readouterr().err
+    assert (
+        "1 row cannot be measured" in said and "treats them by select.unknown; `where: token_problem IS NULL`" in said
+    )
+
+
+def test_rows_beyond_the_models_positions_are_said(recipe, tmp_path, capsys, monkeypatch):
+    long = " ada" * 200  # more than the model's 128 positions in whatever way it is split
+    beyond = [(long, " bea", " cy"), ("dot", long, " cy"), ("dot", " bea", long)]
+    cut = ("ada " * 1100, " bea", " cy")  # its prompt fills max_length: nothing is measured on it
+    more = [dict(zip(("prompt", "chosen", "rejected"), texts, strict=True)) for texts in [*beyond, cut]]
+    write_rows(tmp_path / "pairs.jsonl", [*pairs(4), *more])
+    loaded = load_recipe(recipe(scores=["ranking_gap"], select=None, export=None, tokens={"max_length": 1024}))
+    says = "of 8 rows are longer than the 128 positions of reference: their values are beyond what it was trained on. "
+    says += "Set `tokens.max_length: 128`."
+    quiet = Progress(quiet=True)
+    before = make_plan(loaded, progress=quiet).to_json()["notes"]
+    assert before[0].startswith("By their characters about 1 of the missing rows cannot be measured (max_length 1024, ")
+    assert before[1:] == [f"By their characters about 3 {says}"]
+    for _ in range(2):  # where nothing is left to measure, too
+        result = workflow.run_steps(loaded, workflow.STEPS, progress=Progress())
+        assert f"\n3 {says}\n" in "\n" + capsys.readouterr().err
+        assert result.to_json()["notes"] == make_plan(loaded, progress=quiet).notes() == [f"3 {says}"]
+    fits = load_recipe(recipe(scores=["ranking_gap"], select=None, export=None, tokens={"max_length": 128}))
+    assert not any("positions" in note for note in make_plan(fits, progress=quiet).notes())
+    monkeypatch.setattr("curate.fingerprints.FingerprintCache.positions", lambda cache, folder: None)
+    assert not make_plan(loaded, progress=quiet).notes()
