@@ -4,12 +4,14 @@
     STORE/directions/<id>.json          how far the weights are moved along it, and how exact that is
     STORE/directions/warmup-<id>/       the reference after a warm-up, with Adam's second moments
 
-The folder may be deleted at any time: what is measured stays, what is still to be measured makes them anew. G is over every distinct
-training row once.
+The folder may be deleted at any time: what is measured stays, what is still to be measured makes them anew. What no recipe of the store uses any
+more, since rows or settings have changed, is deleted before the next one is made. G is over every distinct training row once.
 """
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +22,7 @@ from curate.rows import content_id
 from curate.targets import Targets, split
 
 if TYPE_CHECKING:
-    from curate.identity import Identity
+    from curate.identity import Identity, Task
     from curate.measurements import Direction
     from curate.plan import Step
     from curate.recipe import Loaded
@@ -97,10 +99,10 @@ class Directions:
 
         if of.startswith("target."):
             name, group = split(of)
-            about: tuple[Any, ...] = (
-                self.targets.identity(name),
-                *((self.targets.named(name).per, group) if group else ()),
-            )
+            if group:  # kept as long as its target's
+                own = content_id(self.targets.named(name).per, group)
+                return f"{self.gradient_id(f'target.{name}', subject)}.{own}"
+            about: tuple[Any, ...] = (self.targets.identity(name),)
         elif of == "chosen":
             about = (self.rows_id,)
         else:
@@ -180,6 +182,19 @@ class Directions:
 
     def file(self, name: str, ending: str = "safetensors") -> Path:
         return self.folder / f"{name}.{ending}"
+
+    def sweep(self, tasks: Iterable[Task]) -> None:
+        """Delete what neither these tasks nor the last plan of another recipe use, and what a killed process left."""
+        known = {
+            m.fingerprint: m for m in (*self.store.measured(reads="direction"), *(task.measured for task in tasks))
+        }
+        kept = {fingerprint for recipe in self.store.recipes() for fingerprint in recipe["uses"]}
+        for m in [known[fingerprint] for fingerprint in kept & known.keys()]:
+            kept |= {m.params.get("gradient"), m.params.get("taken_at")}
+            kept |= {f"warmup-{m.params.get('optimizer')}", f"warmup-{m.model_fingerprint}"}
+        for path in self.folder.glob("*"):
+            if path.name.partition(".")[0] not in kept:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def ahead(self, step: Step) -> int:
         """What comes before a step's rows, in rows run forward: a gradient counts each of its rows three times."""

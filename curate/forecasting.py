@@ -54,10 +54,8 @@ class DirectionRunner(ForwardRunner):
         self.store, self.plan, self.directions = store, plan, plan.directions
         self.said: list[str] = []
         self.cosines: dict[str, tuple[list[Measurement], Cosines]] = {}  # by P's step
-        for left in self.directions.folder.glob(
-            ".*"
-        ):  # of a process that was killed; the store is ours alone while we measure
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        # the store is ours alone while we measure
+        self.directions.sweep(task for step in plan.steps for task in step.tasks)
 
     def use(self, step: Step) -> None:
         self.step = step

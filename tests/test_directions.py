@@ -170,6 +170,24 @@ def test_what_was_kept_may_be_deleted_and_what_a_killed_process_left_is(line):
     assert result.measured["direction"] == 3 and not list(folder.glob(".*"))
 
 
+def test_what_no_recipe_uses_any_more_is_deleted(line):
+    """Directions over rows that have changed; those of another recipe in the store stay."""
+    kept = lambda: {path.name for path in (line.folder / "store" / "directions").iterdir()}  # noqa: E731
+    targets = {"refusals": {"path": "refusals.jsonl", "of": "chosen"}}
+    line("preference", {"influence": {"target": "refusals"}}, targets=targets)
+    of_the_other = kept()
+    (line.folder / "recipe.yaml").rename(line.folder / "other.yaml")
+    curate.run(line.folder / "other.yaml")
+    forecast = {"warmup_steps": 1, "warmup_rows": 2}
+    scores = ["batch_forecast", {"batch_forecast": {"step": "adam", "at": "warmup", "as": "there"}}]
+    line("preference", *scores, forecast=forecast)
+    mine = kept() - of_the_other
+    assert len(of_the_other) == 2 and len(mine) == 7  # two gradients, two P·G, two json, a warm-up
+    (line.folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, PAIRS[1:])))
+    line("preference", *scores, forecast=forecast)
+    assert not kept() & mine and of_the_other < kept() and len(kept()) == 9
+
+
 def test_the_step_length_is_checked_on_rows_that_can_be_measured(line, monkeypatch):
     """Every other row is too long here; what remains is measured as if they were not there."""
     monkeypatch.setattr("curate.forecasting.CHECKED", 6)
