@@ -9,7 +9,6 @@ measurement and version, its parameters), and a row that has a line under that f
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,7 @@ from curate.directions import Directions
 from curate.errors import UsageError
 from curate.fingerprints import FingerprintCache
 from curate.identity import Identity, Task
+from curate.imported import imported_uses
 from curate.lengths import RowLengths
 from curate.missing import Block, Rows
 from curate.progress import span
@@ -306,51 +306,6 @@ def make_plan(loaded: Loaded, store: Store, sources: dict[str, list[str]]) -> Pl
             step = with_cost(step, loaded, store.throughput(step.key), lengths)
         plan.steps.append(step)
     return plan
-
-
-def imported_uses(
-    store: Store, wanted: Iterable[Wanted], kind: str, sources: list[str]
-) -> dict[tuple[str, str, str | None], list[str]]:
-    """Without models in the recipe, scores are computed from what was imported: every fingerprint that has the column.
-
-    A plain column of pairs is that of a run's first checkpoint, which stands for the reference; one of SFT rows that of the last.
-    UsageError where nothing was imported, or nothing about the rows of `sources` (none: whatever rows the imports are about).
-    """
-    known = store.measured(reads="import")
-    about = f" --source {sources[0]}" if sources else ""
-    if not known:
-        raise UsageError(
-            "This recipe names no model, and nothing was imported into its store. Set models.reference, or "
-            f"`curate import {store.folder} FILE{about} --map row=… checkpoint=… …`."
-        )
-    if sources:
-        with_text = len(store.missing("", sources, kind=kind))
-        if all(len(store.missing(m.fingerprint, sources, kind=kind)) == with_text for m in known):
-            raise UsageError(
-                f"What was imported into {store.folder} is about other rows than those of {', '.join(sources)}: its ids are the file's own. If they "
-                f"are row numbers, import it again with `{about.strip()}`; if they are in a column of your data, put our row_id in their place "
-                f"(`curate sql {store.folder} 'SELECT * FROM occurrences' --csv`, then --map row_id=…); to score them without texts, "
-                "leave `source` out of the recipe."
-            )
-    columns = store.known_columns()
-    uses: dict[tuple[str, str, str | None], list[str]] = {}
-    for want in wanted:
-        for text in (*want.score.needs, *want.score.optional):
-            role, column = want.need(text)
-            if role == "row":
-                continue
-            found = [m.fingerprint for m in known if column in columns.get(m.fingerprint, ()) and not role]
-            if kind == "preference" and want.score.over is None:
-                first = {
-                    m.run: m.fingerprint for m in reversed(known) if m.fingerprint in found
-                }  # known is in step order
-                found = list(first.values())
-            if found:
-                uses[(role, column, want.score.over)] = found
-            elif text in want.score.needs:
-                have = sorted({name for names in columns.values() for name in names})
-                raise UsageError(f"{want.name} needs {column}, which was not imported; there are: {', '.join(have)}.")
-    return uses
 
 
 def _step(reads: str, subject: Subject, tasks: tuple[Task, ...], rows: Rows) -> Step:
