@@ -5,7 +5,8 @@
 
 Model: a random Llama of 7.3M parameters (d = 256, 4 layers, 8,000 tokens, untied). SFT rows of random tokens, 20 to 80 of prompt and 60 to 140 of
 response. Ours: ⟨g_i, g_m⟩ of every training row with every target over all parameters, and all norms. Costs are in epochs: forward and backward of
-the N rows one by one, logits at the response only, gradients of all weights. Rivals:
+the N rows one by one, logits at the response only, gradients of all weights. Cosines: what `influence_cosine` takes, with M vectors that are there
+already, rows weighed by a diagonal P. Rivals:
 
     Kronfluence   pairwise scores of its identity strategy over the linear layers, in an environment of its own:
                   python -m venv kron && kron/bin/pip install kronfluence transformers        then --kronfluence kron/bin/python
@@ -32,6 +33,8 @@ import numpy as np
 import torch
 
 from curate.passes import cross
+from curate.passes.cosines import Cosines
+from curate.passes.layer_rules import Parameters
 from curate.passes.model import Model
 from curate.tokens import Encoded
 
@@ -117,6 +120,13 @@ def plain_loop(module: torch.nn.Module, train: list[Encoded], targets: list[Enco
     return torch.stack([theirs @ gradient(row) for row in train]).double().numpy()
 
 
+def cosines(model: Model, train: list[Encoded], count: int, *, parameters: Parameters = "all") -> np.ndarray:
+    """(N, count): with vectors of ones, P of ones; what they hold costs nothing."""
+    named = model.module.named_parameters()
+    ones = {name: torch.ones_like(p) for name, p in named if (parameters == "lora") == ("lora_" in name)}
+    return Cosines(model, [lambda: ones] * count, scale=ones, parameters=parameters).of(train)
+
+
 class Kronfluence:
     """A process in another environment that runs when it is told to."""
 
@@ -179,6 +189,7 @@ def main() -> None:
     runs: dict[str, Callable[[], object]] = {
         "epoch": lambda: epoch(trained, train),
         "ours, exact": lambda: cross.cross_products(model, train, targets),
+        "ours, cosines": lambda: cosines(model, train, len(targets)),
         f"ours, factored={FACTORED}": lambda: cross.cross_products(model, train, targets, factored=FACTORED),
         "per-example loop, no projection": lambda: plain_loop(trained, train, targets),
     }
@@ -196,6 +207,7 @@ def main() -> None:
         cross.cross_products(of_lora, train[:2], targets[:1], parameters="lora")
         taught = adapted.get_base_model()
         runs["LoRA: ours, exact"] = lambda: cross.cross_products(of_lora, train, targets, parameters="lora")
+        runs["LoRA: ours, cosines"] = lambda: cosines(of_lora, train, len(targets), parameters="lora")
         runs["LoRA: per-example loop, no projection"] = lambda: plain_loop(taught, train, targets)
         runs["LoRA: LESS-style loop, projected"] = lambda: projected_loop(taught, train[:16], train[16:32])
     except ImportError:

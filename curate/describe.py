@@ -29,7 +29,7 @@ def describe_score(score: Score) -> str:
     ]
     if score.optional:
         lines.append(f"optional:   {', '.join(score.optional)}")
-    if score.names:
+    if score.names and score.names != ("{target}",):  # else the recipe's target has them
         lines.append(f"codes:      {', '.join(f'{code} {name}' for code, name in enumerate(score.names))}")
     if score.parameters:
         shown = ", ".join(
