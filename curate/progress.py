@@ -50,7 +50,8 @@ class Progress:
                 TimeElapsedColumn(),
                 TimeRemainingColumn(),
             )
-            with Bars(*columns, console=Console(stderr=True)) as bars:
+            # over the last hour, not rich's 30 s, in which a slow pass does one batch: and of one it tells nothing
+            with Bars(*columns, console=Console(stderr=True), speed_estimate_period=3600) as bars:
                 self._bars = bars
                 task = bars.add_task(title, total=total or None, completed=done)
                 try:

@@ -36,6 +36,21 @@ def test_what_is_left_is_not_told_from_the_first_batch(capsys, monkeypatch):
     assert said[99] == "forward: 1,500 of 1,500 rows in 4 min 18 s"
 
 
+def test_a_bar_tells_what_is_left_of_a_slow_pass():
+    """Batches of 40 s after a first of 200 s: known from the second on."""
+    clock, shown = 0.0, Progress()
+    shown.terminal = True
+    with shown.bar("backward", 100) as count:
+        shown._bars.get_time = lambda: clock
+        (task,) = shown._bars.tasks
+        left = []
+        for at in range(4):
+            clock += 40 if at else 200
+            count(10)
+            left.append(task.time_remaining)
+    assert left == [None, 8 * 40, 7 * 40, 6 * 40]
+
+
 def test_rows_that_are_done_again_leave_no_nonsense(capsys, monkeypatch):
     """A pass that runs out of memory takes back what it counted and begins anew."""
     clock = 0.0
