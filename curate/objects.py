@@ -54,7 +54,8 @@ def source_version(function: Any) -> str:
     """12 hex digits over a function's own source, or over that of an object's class; "unknown" where there is none. What it calls is not in it,
     nor is an edit that this process has not imported.
     """
-    return _version_of(function if inspect.isroutine(function) or inspect.isclass(function) else type(function))
+    code: Any = function if inspect.isroutine(function) or inspect.isclass(function) else type(function)
+    return _version_of(code)
 
 
 @cache

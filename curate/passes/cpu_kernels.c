@@ -114,7 +114,7 @@ static inline float soften(float *s, int from, int to, int n, float *best, float
     for (int j = WIDTH; j < n; j += WIDTH) top = larger(load(s + j), top);
     float now = largest(top);
     now = now > *best ? now : *best;
-    float shrink = exp2f(*best - now);
+    float shrink = *total > 0 ? exp2f(*best - now) : 1; /* NaN: all is NaN anyway */
     for (int j = 0; j < n; j += WIDTH) {
         vec e = exp2_of(load(s + j) - now);
         store(s + j, e);
@@ -175,7 +175,8 @@ static void attend(Head head, int64_t own, int i0, int m, int p, int d, int dv, 
     }
     for (int i = 0; i < m; i++) {
         float *to = head.out + (own + i0 + i) * head.out_step;
-        for (int c = 0; c < dv; c++) to[c] = o[i * dv + c] / total[i];
+        float share = 1 / total[i];
+        for (int c = 0; c < dv; c++) to[c] = o[i * dv + c] * share;
     }
 }
 
@@ -265,4 +266,38 @@ void head_sums(float *z, int64_t n, int64_t width, int64_t step, int64_t start, 
         total[i] = total[i] * shrink + sum(one.total + other.total);
         best[i] = total[i] == total[i] ? now : NAN;
     }
+}
+
+/* y = x / rms(x) * weight, row by row, (n, d). */
+void rms_norm(const float *x, float *y, const float *weight, int64_t n, int64_t d, float eps, int threads) {
+#pragma omp parallel for num_threads(threads)
+    for (int64_t i = 0; i < n; i++) {
+        const float *from = x + i * d;
+        float *to = y + i * d;
+        vec squares[2] = {{0}};
+        int64_t j = 0;
+        for (; j + 2 * WIDTH <= d; j += 2 * WIDTH)
+            for (int t = 0; t < 2; t++) squares[t] += load(from + j + t * WIDTH) * load(from + j + t * WIDTH);
+        float total = sum(squares[0] + squares[1]);
+        for (; j < d; j++) total += from[j] * from[j];
+        float scale = 1 / sqrtf(total / d + eps);
+        for (j = 0; j < d; j++) to[j] = from[j] * scale * weight[j];
+    }
+}
+
+/* Rotary angles: pairs (c, c + d/2) of each head of x are turned. y: (n, heads, d) side by side. */
+void rotate(const float *x, float *y, const float *cosines, const float *sines, int64_t n, int64_t heads, int64_t d, int64_t step,
+            int64_t head_step, int threads) {
+    int64_t half = d / 2;
+#pragma omp parallel for num_threads(threads)
+    for (int64_t i = 0; i < n; i++)
+        for (int64_t h = 0; h < heads; h++) {
+            const float *restrict from = x + i * step + h * head_step, *restrict cosine = cosines + i * d, *restrict sine = sines + i * d;
+            float *restrict to = y + (i * heads + h) * d;
+            for (int64_t c = 0; c < half; c++) {
+                float a = from[c], b = from[c + half];
+                to[c] = a * cosine[c] - b * sine[c];
+                to[c + half] = b * cosine[c + half] + a * sine[c + half];
+            }
+        }
 }

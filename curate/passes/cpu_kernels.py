@@ -1,8 +1,9 @@
-"""Two operators that torch has no fast form of on a CPU, in C (cpu_kernels.c), compiled where they run: about a second, once a machine.
+"""Operators that torch has no fast form of on a CPU, in C (cpu_kernels.c), compiled where they run: about a second, once a machine.
 
     attend      attention of a whole packed row in one call. torch's kernel multiplies with MKL in tiles of 32 queries and computes much of what
                 a causal mask hides: 2.8 times as long on a Zen 5 core
     head_sums   maximum, Σ e^z, Σ e^2z, Σ z e^z, rank and best token of a block of logits, read twice: torch takes six sweeps and writes three
+    rms_norm, rotate    in one sweep; passes/cpu_sweeps.py puts them into models
 
 Without a C compiler (CC, cc, gcc or clang) or AVX2, and for whatever these do not serve, torch's own operators run: slower, the same numbers to
 rounding. `curate doctor` says which. Each kind of attention is compared with passes/packing.py's loop on the spot before its first use, the sums
@@ -44,11 +45,15 @@ class Kernels:
     def __init__(self, library: ctypes.CDLL, width: int) -> None:
         address, integer, number = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
         self.width = width
-        self._attention, self._sums = library.packed_attention, library.head_sums
+        self._attention, self._sums, self._norm, self._rotate = (
+            getattr(library, name) for name in ("packed_attention", "head_sums", "rms_norm", "rotate")
+        )
         shape = [integer] * 4
         self._attention.argtypes = [*[address] * 5, *shape, number, address, integer, address, integer]
         self._sums.argtypes = [address, *[ctypes.c_int64] * 4, number, *[address] * 8, integer]
-        self._sums.restype = None
+        self._norm.argtypes = [*[address] * 3, *[ctypes.c_int64] * 2, number, integer]
+        self._rotate.argtypes = [*[address] * 4, *[ctypes.c_int64] * 5, integer]
+        self._sums.restype = self._norm.restype = self._rotate.restype = None
 
     def attend(
         self,
@@ -105,6 +110,20 @@ class Kernels:
             *rest,
             torch.get_num_threads(),
         )
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """(…, d) contiguous, (d,) -> x / √(mean x² + eps) ∘ weight, (…, d)."""
+        out, d = torch.empty_like(x), len(weight)
+        self._norm(*(a.data_ptr() for a in (x, out, weight)), x.numel() // d, d, eps, torch.get_num_threads())
+        return out
+
+    def rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """(1, heads, n, d), angles (1, n, d) contiguous -> x cos + (−x₂, x₁) sin, (1, heads, n, d) laid out as (n, heads, d)."""
+        heads, n, d = x.shape[1:]
+        out = torch.empty(1, n, heads, d)
+        steps = x.stride(2), x.stride(1)
+        self._rotate(*(a.data_ptr() for a in (x, out, cos, sin)), n, heads, d, *steps, torch.get_num_threads())
+        return out.transpose(1, 2)
 
 
 def stretches_of(layout: Layout) -> torch.Tensor:

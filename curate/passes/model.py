@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,11 @@ import numpy as np
 import torch
 
 from curate.errors import ModelError
-from curate.passes import packing, weights
+from curate.passes import cpu_kernels, packing, weights
 from curate.passes.adapter import Adapter, Factors
 from curate.passes.adapter_config import is_adapter, read_adapter_config
 from curate.passes.cpu_products import NARROW, CpuProducts, one_dnn_is_faster
+from curate.passes.cpu_sweeps import Sweeps
 from curate.passes.head import Head
 from curate.tokens import describe_folder, first_line
 
@@ -217,11 +218,26 @@ class Model:
         with nullcontext() if torch.is_grad_enabled() else self.products():
             return body(input_ids=ids, use_cache=False, return_dict=True, **inputs).last_hidden_state
 
-    def products(self) -> AbstractContextManager[Any]:
-        """How a pass multiplies: as torch does, or on a CPU as passes/cpu_products.py does, under autograd in float32 alone."""
-        if self.device.type != "cpu" or not (self._wide or one_dnn_is_faster()):
-            return nullcontext()
-        return CpuProducts(wide=self._wide and not torch.is_grad_enabled())
+    @contextmanager
+    def products(self) -> Iterator[None]:
+        """How a pass computes: as torch does, or on a CPU as passes/cpu_products.py and cpu_sweeps.py do, under autograd the former in float32
+        alone.
+        """
+        graded = torch.is_grad_enabled()
+        with ExitStack() as around:
+            if self.device.type == "cpu":
+                if self._wide or one_dnn_is_faster():
+                    around.enter_context(CpuProducts(wide=self._wide and not graded))
+                if not graded and (sweeps := self._sweeps()):
+                    around.enter_context(sweeps.installed())
+            yield
+
+    def _sweeps(self) -> Sweeps | None:
+        if "sweeps" not in self.known:
+            kernels = cpu_kernels.kernels()
+            self.known["sweeps"] = kernels and Sweeps(self.module, kernels)
+        found: Sweeps | None = self.known["sweeps"]
+        return found
 
     def _keeps_float32(self) -> bool:
         """Whether a narrow model on a CPU runs with float32 between its products, and gives its own states so."""

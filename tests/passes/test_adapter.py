@@ -115,7 +115,7 @@ def test_a_series_of_adapters_is_exchanged_in_place(tmp_path, monkeypatch):
             model.known["of its layers"] = ...
             model.use(tmp_path / name, base=base)
             np.testing.assert_array_equal(measured(model), fresh[name])
-            assert bool(model.known) == kept
+            assert ("of its layers" in model.known) == kept
         assert not swapped
         model.use(tmp_path / "elsewhere", base=other)
         np.testing.assert_array_equal(measured(model), fresh["elsewhere"])

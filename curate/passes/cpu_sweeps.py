@@ -1,0 +1,155 @@
+"""RMS norms and rotary angles of a pass on a CPU in one sweep each, not torch's five and seven (cpu_kernels.c).
+
+Norm modules are known by their shape, rotary functions by their name and arguments; each kind is then tried on the spot and taken only where the
+kernel gives its own numbers. Around passes without gradients; what else comes to them meanwhile (other dtypes, batches, devices) runs as it did.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from curate.passes.cpu_kernels import Kernels
+from curate.passes.cpu_products import NARROW
+
+ROTARY = "apply_rotary_pos_emb"
+CLOSE = 1e-5  # relative to the norm of each row
+
+
+class Sweeps:
+    """What of a model runs in one sweep: `norms` by module, `rotary`: Python modules whose function of that name does."""
+
+    def __init__(self, module: nn.Module, kernels: Kernels) -> None:
+        self.kernels = kernels
+        found = [Norm(part, kernels) for part in module.modules() if _looks_like_a_norm(part)]
+        self.norms = [norm for norm in found if norm.one is not None]
+        homes = {id(home): home for part in module.modules() if hasattr(home := _home(part), ROTARY)}
+        self.rotary = [home for home in homes.values() if _turns_halves(getattr(home, ROTARY), kernels)]
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """While inside, they do. Not around a pass with gradients."""
+        norms = [norm for norm in self.norms if not _altered(norm.module)]
+        plain = [(home, getattr(home, ROTARY)) for home in self.rotary]
+        try:
+            for norm in norms:
+                norm.module.forward = norm
+            for home, function in plain:
+                setattr(home, ROTARY, Rotary(function, self.kernels))
+            yield
+        finally:
+            for norm in norms:
+                norm.module.__dict__.pop("forward", None)
+            for home, function in plain:
+                setattr(home, ROTARY, function)
+
+
+class Norm:
+    """The forward of an RMS norm. one: 1 where it multiplies with 1 + weight (Gemma), else 0; None: it is no RMS norm."""
+
+    def __init__(self, module: nn.Module, kernels: Kernels) -> None:
+        self.module, self.plain, self.kernels = module, module.forward, kernels
+        names = ("variance_epsilon", "eps", "norm_eps", "epsilon")
+        self.eps = float(next((e for name in names if (e := getattr(module, name, None)) is not None), 0.0))
+        self.one: float | None = None
+        for one in (0.0, 1.0):
+            if self._gives_its_numbers(one):
+                self.one = one
+
+    def __call__(self, x: torch.Tensor, *others: Any, **more: Any) -> torch.Tensor:
+        if others or more or not _plain(x) or not x.is_contiguous():
+            return self.plain(x, *others, **more)
+        weight: Any = self.module.weight
+        return self.kernels.rms_norm(x, weight.float() + self.one, self.eps)
+
+    def _gives_its_numbers(self, one: float) -> bool:
+        """Of any weight: a twin has others."""
+        twin: Any = copy.deepcopy(self.module)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            weight = twin.weight.copy_(torch.randn(twin.weight.shape, generator=generator))
+            x = torch.randn(6, len(weight), generator=generator)
+            x = x * torch.logspace(-4, 3, 6)[:, None]  # small ones, where eps matters
+            try:
+                theirs = twin(x)
+            except (RuntimeError, TypeError, ValueError):
+                return False
+        return theirs.dtype == torch.float32 and _close(
+            self.kernels.rms_norm(x, weight.float() + one, self.eps), theirs
+        )
+
+
+class Rotary:
+    """A model's own function of queries and keys, with theirs turned by the kernel."""
+
+    def __init__(self, plain: Callable[..., Any], kernels: Kernels) -> None:
+        self.plain, self.kernels = plain, kernels
+
+    def __call__(self, q: Any, k: Any, cos: Any, sin: Any, *others: Any, **more: Any) -> Any:
+        angles = _plain(cos) and _plain(sin) and cos.ndim == 3 and cos.shape[0] == 1
+        q, k = (
+            x.float() if angles and x.dtype in NARROW else x for x in (q, k)
+        )  # as torch multiplies them with these angles
+        for x in (q, k):
+            angles = (
+                angles
+                and _plain(x)
+                and x.ndim == 4
+                and x.shape[::2] == (1, cos.shape[1])
+                and x.shape[3] == cos.shape[2]
+            )
+            angles = angles and x.stride(3) == 1 and x.shape[3] % 2 == 0
+        if not angles or others or more:
+            return self.plain(q, k, cos, sin, *others, **more)
+        return tuple(self.kernels.rotate(x, cos.contiguous(), sin.contiguous()) for x in (q, k))
+
+
+def _plain(x: Any) -> bool:
+    """Whether a kernel takes this: float32 on the CPU, and no gradient asked of it."""
+    if not isinstance(x, torch.Tensor) or x.dtype != torch.float32 or x.device.type != "cpu":
+        return False
+    return not (torch.is_grad_enabled() and x.requires_grad)
+
+
+def _looks_like_a_norm(part: nn.Module) -> bool:
+    own = dict(part.named_parameters(recurse=False))
+    alone = own.keys() == {"weight"} and own["weight"].ndim == 1 and not list(part.children())
+    return alone and not isinstance(part, nn.LayerNorm) and not _altered(part)
+
+
+def _altered(module: nn.Module) -> bool:
+    """Whether somebody has put a forward of their own there already."""
+    return "forward" in module.__dict__
+
+
+def _home(part: nn.Module) -> Any:
+    return sys.modules.get(type(part).__module__)
+
+
+@torch.inference_mode()
+def _turns_halves(function: Callable[..., Any], kernels: Kernels) -> bool:
+    """Whether a function is the usual one: pairs (c, c + d/2), angles (1, n, d)."""
+    try:
+        if list(inspect.signature(function).parameters)[:4] != ["q", "k", "cos", "sin"]:
+            return False
+        generator = torch.Generator().manual_seed(0)
+        q, k, angles = (torch.randn(1, *shape, generator=generator) for shape in ((3, 5, 8), (1, 5, 8), (5, 8)))
+        inputs = q, k, angles.cos(), angles.sin()
+        return all(
+            _close(ours, theirs)
+            for ours, theirs in zip(Rotary(function, kernels)(*inputs), function(*inputs), strict=True)
+        )
+    except Exception:  # whatever a function of that name does with other things than its own
+        return False
+
+
+def _close(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    same = ours.shape == theirs.shape and ours.dtype == theirs.dtype
+    return same and bool(((ours - theirs).norm(dim=-1) <= CLOSE * theirs.norm(dim=-1)).all())
