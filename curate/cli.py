@@ -6,17 +6,16 @@ Results go to stdout (`--json` for machines), everything else to stderr. Exit co
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import traceback
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from curate.errors import CurateError, UsageError
-from curate.show import out, table, to_json
+from curate.show import STOPPED, out, table, to_json, told
 
 if TYPE_CHECKING:
     from curate.recipe import Loaded
@@ -30,7 +29,6 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-STOPPED = 128 + signal.SIGINT
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="a recipe (YAML)")]
 StorePath = Annotated[Path, typer.Argument(metavar="STORE", help="a store's folder")]
@@ -55,16 +53,11 @@ def main() -> None:
     """The command `curate`: errors that a user can cause are one message and an exit code, never a traceback."""
     try:
         app()
-    except CurateError as error:
-        from curate.progress import counted
-
-        print(counted(f"{type(error).__name__}: {error}"), file=sys.stderr)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        _stopped()
+    except (CurateError, KeyboardInterrupt) as error:
+        sys.exit(told(error))
     except SystemExit as leaving:
         if leaving.code == STOPPED:  # typer's own answer to Ctrl-C, which says nothing
-            _stopped()
+            told(KeyboardInterrupt())
         raise
     except BrokenPipeError:
         os._exit(0)
@@ -75,11 +68,6 @@ def main() -> None:
             file=sys.stderr,
         )
         sys.exit(1)
-
-
-def _stopped() -> NoReturn:
-    print("Stopped. What was measured is kept; the same command goes on from there.", file=sys.stderr)
-    sys.exit(STOPPED)
 
 
 @app.callback(invoke_without_command=True)

@@ -36,7 +36,9 @@ def describe_score(score: Score) -> str:
             f"{p.name}: {p.default}" if not p.required else f"{p.name} (no default)" for p in score.parameters.values()
         )
         lines.append(f"parameters: {shown}")
-    return "\n".join([*lines, f"source:     {score.source}"])
+    if score.source:
+        lines.append(f"source:     {score.source}")
+    return "\n".join(lines)
 
 
 def score_json(score: Score) -> dict[str, Any]:

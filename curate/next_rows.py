@@ -9,6 +9,7 @@ from typing import Any
 from curate.collecting import Candidate, Known, by_function, by_group, fresh, nearest
 from curate.errors import UsageError
 from curate.objects import load_object
+from curate.recipe import Loaded
 from curate.rounds import Collect, Round, read_rows
 from curate.rows import Example
 
@@ -26,7 +27,7 @@ def from_pool(pool: str, like: str) -> Collect:
         source = asked.loaded.recipe.source
         assert source is not None
         found = source.model_copy(update={"path": pool, "limit": None})
-        rows, left_out = fresh(read_rows(asked.loaded, found, "pool", base=Path.cwd()), asked.known)
+        rows, left_out = fresh(read_rows(asked.loaded, found, "pool", base=Path()), asked.known)
         if like == "states":
             picked = _by_states(asked, rows)
         elif kind == "group":
@@ -42,6 +43,20 @@ def from_pool(pool: str, like: str) -> Collect:
         return [rows[at] for at in picked], left_out
 
     return collect
+
+
+def check_pool(loaded: Loaded, pool: str, like: str) -> None:
+    """What `from_pool` would refuse after a training, said before it: the pool, its rows, a column, a function. Raises as reading does."""
+    source = loaded.recipe.source
+    assert source is not None
+    rows = read_rows(loaded, source.model_copy(update={"path": pool, "limit": None}), "pool", base=Path())
+    kind, _, name = like.partition(":")
+    if kind == "group" and name:
+        for found, where in ((rows, pool), (read_rows(loaded, source, "source"), "the recipe's source")):
+            for row in found[:1]:
+                _column(row, name, where)
+    elif name:
+        load_object(like, what="function", folder=loaded.folder)
 
 
 def _by_states(asked: Round, pool: Sequence[Candidate]) -> list[int]:

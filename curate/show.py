@@ -6,10 +6,16 @@ import dataclasses
 import json
 import math
 import shutil
+import signal
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+from curate.errors import CurateError
+from curate.progress import counted
+
+STOPPED = 128 + signal.SIGINT
 
 
 def table(
@@ -71,6 +77,15 @@ def out(text: str) -> None:
         print(text, flush=True)
     except BrokenPipeError:
         sys.stdout = None
+
+
+def told(error: CurateError | KeyboardInterrupt) -> int:
+    """Say on stderr why a command ended, in one message and without a traceback. Returns its exit code."""
+    if isinstance(error, KeyboardInterrupt):
+        print("Stopped. What was measured is kept; the same command goes on from there.", file=sys.stderr)
+        return STOPPED
+    print(counted(f"{type(error).__name__}: {error}"), file=sys.stderr)
+    return error.exit_code
 
 
 def _plain(value: Any) -> Any:

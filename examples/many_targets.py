@@ -22,7 +22,7 @@ import numpy as np
 
 from curate.errors import CurateError, UsageError
 from curate.rows import Example, Pair, Row
-from curate.show import out
+from curate.show import out, told
 
 WIDTH = 100  # characters of a text
 
@@ -134,8 +134,7 @@ def main() -> int:
             write(asked.out, train, targets, found)
             out(f"{found.products.size:,} pairs written to {asked.out}")
     except CurateError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
+        return told(error)
     return 0
 
 

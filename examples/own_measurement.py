@@ -39,6 +39,8 @@ if __name__ == "__main__":
     from curate.passes import forward
     from curate.tokens import Limits, encode, load_tokenizer
 
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
     path, rows = sys.argv[1], curate.load(sys.argv[2])
     tokenizer = load_tokenizer(path)
     encoded = [encode(row, tokenizer, Limits(512)) for row in rows]

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -92,6 +93,7 @@ def train(folder: Path, seed: int) -> list[Path]:
             with quiet():
                 model.save_pretrained(folder / f"checkpoint-{step}")
             paths.append(folder / f"checkpoint-{step}")
+            print(f"step {step} of {STEPS}: loss {loss.item():.2f}", file=sys.stderr)
     return paths
 
 
@@ -102,7 +104,10 @@ def take_apart(paths: list[Path], ids: torch.Tensor) -> Decomposition:
         segments = Segments(model, paths)
         losses = checkpoint_losses(segments, rows)
         integrator = Integrator(segments, rows, losses)
-        found = [integrator.parts(t) for t in range(len(segments))]
+        found = []
+        for t in range(len(segments)):
+            found.append(integrator.parts(t))
+            print(f"segment {t + 1} of {len(segments)} taken apart", file=sys.stderr)
     print("nodes per segment:", *(nodes for _, nodes in found))
     return Decomposition(losses, np.stack([parts for parts, _ in found], axis=1), segments.share)
 

@@ -18,7 +18,7 @@ from curate.errors import CurateError, UsageError
 from curate.progress import Progress
 from curate.recipe import load_recipe
 from curate.rows import Pair, Text
-from curate.show import cell, out, table
+from curate.show import cell, out, table, told
 
 SHOWN = 5  # dropped pairs, unless --show says otherwise
 WIDTH = 160  # characters of a text
@@ -71,9 +71,8 @@ def main() -> int:
     asked = parser.parse_args()
     try:
         out(filter_preferences(asked.recipe, overrides=asked.set, show=asked.show, quiet=asked.quiet))
-    except CurateError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
+    except (CurateError, KeyboardInterrupt) as error:
+        return told(error)
     return 0
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from curate.audit.polca import TOLERANCE, audit
 from curate.errors import CurateError
 from curate.progress import Progress
-from curate.show import out, to_json
+from curate.show import out, to_json, told
 
 
 def main() -> int:
@@ -43,9 +43,8 @@ def main() -> int:
             smallest=asked.smallest,
             tolerance=asked.tolerance,
         )
-    except CurateError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
+    except (CurateError, KeyboardInterrupt) as error:
+        return told(error)
     out(to_json(found.to_json()) if asked.json else found.text())
     return 0
 

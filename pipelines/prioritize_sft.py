@@ -29,7 +29,7 @@ from curate import next_rows, rounds
 from curate.errors import CurateError, UsageError
 from curate.progress import Progress
 from curate.recipe import load_recipe
-from curate.show import out, table
+from curate.show import out, table, told
 
 SERIES = """
     SELECT checkpoint, max(value) FILTER (name = 'accuracy') AS accuracy, max(value) FILTER (name = 'premem_accuracy') AS premem
@@ -90,7 +90,6 @@ def grow(recipe: Path, asked: argparse.Namespace) -> list[dict[str, Any]]:
         )
     if asked.take is None:
         raise UsageError("--rounds: say how many rows a round collects, --take N.")
-    out_folder = asked.out or recipe.with_name(f"{recipe.stem}-rounds")
     script = shlex.join([sys.executable, str(Path(__file__).resolve().with_name("train_sft.py"))])
     command = asked.train or f"{script} {{data}} {{out}} --model {{model}} --seed {{seed}}"
     if asked.pool is not None:
@@ -99,18 +98,27 @@ def grow(recipe: Path, asked: argparse.Namespace) -> list[dict[str, Any]]:
     else:
         collect = next_rows.from_model(asked.generate, generator=asked.generator, agree=asked.agree)
         source = {"generate": str(asked.generate), "generator": asked.generator, "agree": asked.agree}
+    train = rounds.by_command(command, model=asked.model, seed=asked.seed)
+    loaded = load_recipe(recipe, set=asked.set)
+    if asked.pool is not None and loaded.recipe.source is not None:  # before hours of training, not after
+        next_rows.check_pool(loaded, asked.pool, asked.like)
     return rounds.grow(
         recipe,
-        out=out_folder,
+        out=rounds_folder(asked),
         rounds=asked.rounds,
         take=asked.take,
-        train=rounds.by_command(command, model=asked.model, seed=asked.seed),
+        train=train,
         collect=collect,
         asked={**source, "model": asked.model, "train": asked.train},
         overrides=asked.set,
         seed=asked.seed,
         progress=Progress(quiet=asked.quiet),
     )
+
+
+def rounds_folder(asked: argparse.Namespace) -> Path:
+    folder: Path = asked.out or asked.recipe.with_name(f"{asked.recipe.stem}-rounds")
+    return folder
 
 
 def rounds_table(lines: list[dict[str, Any]]) -> str:
@@ -153,9 +161,14 @@ def main() -> int:
         else:
             lines = grow(asked.recipe, asked)
             out(json.dumps(lines, indent=2) if asked.json else rounds_table(lines))
-    except CurateError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
+            if not (asked.json or asked.quiet):
+                last = f"round-{lines[-1]['round']}"
+                folder = rounds_folder(asked)
+                print(
+                    f"The last training: {folder / 'runs' / last}, on {folder / last / 'data.jsonl'}.", file=sys.stderr
+                )
+    except (CurateError, KeyboardInterrupt) as error:
+        return told(error)
     return 0
 
 

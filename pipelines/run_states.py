@@ -23,16 +23,17 @@ from typing import Any
 from curate.errors import CurateError, UsageError
 from curate.progress import Progress
 from curate.run_states import DETOUR, MOST_STATES, Run, RunStates, convergence_step, read_run, run_states
-from curate.show import out, table, to_json
+from curate.show import out, table, to_json, told
 from curate.weight_statistics import STATISTICS
 
+METRIC = "eval_loss"
 HIGH_IS_GOOD = ("accuracy", "reward", "margin", "f1", "score")  # in a metric's name; anything else is a loss
 
 
 def states_of_sweep(
     folders: Sequence[Path],
     *,
-    metric: str = "eval_loss",
+    metric: str | None = None,
     reach: float | None = None,
     times: Path | None = None,
     most: int = MOST_STATES,
@@ -60,15 +61,24 @@ def labels(folders: Sequence[Path]) -> list[str]:
     return ["/".join(p[-depth:]) for p in parts]
 
 
-def logged(folders: Sequence[Path], metric: str, reach: float | None) -> list[float]:
-    """Convergence steps from the trainers' logs; NaN for a run whose log does not have the metric."""
+def logged(folders: Sequence[Path], metric: str | None, reach: float | None) -> list[float]:
+    """Convergence steps from the trainers' logs; NaN for a run whose log does not have the metric. UsageError where one was named that none has."""
     logs = [history(folder) for folder in folders]
+    if metric is not None and not any(metric in entry for log in logs for entry in log):
+        raise UsageError(f"--metric {metric}: no run's log has it; {metrics_of(logs)}.")
+    metric = metric or METRIC
     low = not any(word in metric for word in HIGH_IS_GOOD)
     best = [(min if low else max)(values) for log in logs if (values := [e[metric] for e in log if metric in e])]
     if not best:
         return [math.nan] * len(logs)
     level = reach if reach is not None else (max if low else min)(best)
     return [convergence_step(log, metric, level, low=low) for log in logs]
+
+
+def metrics_of(logs: Sequence[list[dict[str, Any]]]) -> str:
+    """What the trainers' logs can be asked for, in words."""
+    names = sorted({name for log in logs for entry in log for name in entry} - {"step", "epoch"})
+    return f"the logs have {', '.join(names)}" if names else "there are no trainers' logs (trainer_state.json)"
 
 
 def history(folder: Path) -> list[dict[str, Any]]:
@@ -183,7 +193,7 @@ def as_json(runs: Sequence[Run], found: RunStates) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a trainer's output folder")
-    parser.add_argument("--metric", default="eval_loss", help="of the trainer's log (default eval_loss)")
+    parser.add_argument("--metric", help=f"of the trainer's log (default {METRIC}, where it has that)")
     parser.add_argument("--reach", type=float, help="the metric's value that counts as converged")
     parser.add_argument("--times", type=Path, metavar="CSV", help="columns run, step: when each run converged")
     parser.add_argument("--most", type=int, default=MOST_STATES, help=f"states at most (default {MOST_STATES})")
@@ -196,8 +206,7 @@ def main() -> int:
         )
         out(to_json(as_json(runs, found)) if a.json else report(runs, found))
     except CurateError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
+        return told(error)
     return 0
 
 

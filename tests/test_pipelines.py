@@ -186,6 +186,41 @@ def test_rounds_say_what_is_missing(sft, monkeypatch, capsys, given, wanted):
     assert code == 2 and text == "" and wanted in error
 
 
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        (
+            ["--pool", "questons.jsonl"],
+            "questons.jsonl: there is no such file or folder. Did you mean 'questions.jsonl'?",
+        ),
+        (
+            ["--pool", "questions.jsonl", "--like", "group:cell"],
+            "like group:cell: questions.jsonl has no column 'cell'",
+        ),
+        (["--pool", "questions.jsonl", "--like", "nobody:picks"], "no module 'nobody'"),
+    ],
+)
+def test_a_pool_that_cannot_be_collected_from_is_said_before_the_first_training(
+    sft, folder, monkeypatch, capsys, given, wanted
+):
+    monkeypatch.chdir(folder)  # which a pool is relative to, as in a shell
+    arguments = ["--rounds", 1, "--take", 1, "--train", "false {data} {out}", "--out", folder / "never", *given]
+    code, text, error = rounds_of(monkeypatch, capsys, sft, *arguments)
+    assert code in (1, 2) and text == "" and wanted in error
+    assert not (folder / "never").exists()
+
+
+def test_ctrl_c_is_one_line(sft, monkeypatch, capsys):
+    def interrupted(*given, **more):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("curate.rounds.grow", interrupted)
+    code, text, error = rounds_of(
+        monkeypatch, capsys, sft, "--rounds", 1, "--take", 1, "--pool", sft.with_name("questions.jsonl"), "--model", "m"
+    )
+    assert (code, text) == (130, "") and error.startswith("Stopped.") and error.count("\n") == 1
+
+
 def test_the_default_trainer_leaves_checkpoints_along_the_run(tmp_path):
     pytest.importorskip("trl", reason="the default trainer needs the extra `prove`")
     import torch

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -165,7 +166,13 @@ def test_times_of_ones_own_and_none(sweep, tmp_path, job):
     times.write_text("run,step\n" + "".join(f"run{i},{'' if i == 0 else 100 - i}\n" for i in range(12)))
     code, text, _ = job(*sweep, "--times", times, "--quiet", "--most", "4")
     assert code == 0 and "never" in text and text.count("DETOUR") == 1
-    code, text, _ = job(*sweep, "--metric", "eval_rouge", "--quiet", "--most", "1")
+    code, text, wrong = job(*sweep, "--metric", "eval_rouge", "--quiet")
+    assert code == 2 and text == "" and "--metric eval_rouge: no run's log has it; the logs have eval_loss" in wrong
+    for run in (bare := tmp_path / "bare", *sweep):  # the same runs without their logs
+        run.mkdir() if run == bare else shutil.copytree(
+            run, bare / run.name, ignore=shutil.ignore_patterns("trainer_state.json")
+        )
+    code, text, _ = job(*(bare / run.name for run in sweep), "--quiet", "--most", "1")
     assert code == 0 and "not known" in text and "DETOUR" not in text
     times.write_text("run,step\nrun1,7\n")
     code, text, wrong = job(*sweep, "--times", times, "--quiet")

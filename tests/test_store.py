@@ -332,6 +332,8 @@ def test_sql_only_reads_and_names_the_nearest(store):
     ):
         with pytest.raises(UsageError, match="only read"):
             store.sql(text)
+    with pytest.raises(UsageError, match="no column 'reason' in this view; it is one of selections"):
+        store.sql("SELECT reason FROM rows")
     with pytest.raises(UsageError, match="nearest: flip_loss"):
         store.sql("SELECT flop_loss FROM scored")
     with pytest.raises(UsageError, match="Did you mean scored"):

@@ -163,6 +163,14 @@ def explain(con: Connection, error: duckdb.Error) -> UsageError | None:
         name = next(g for g in column.groups() if g)
         listed = "SELECT DISTINCT column_name FROM duckdb_columns() WHERE NOT internal AND (schema_name = 'main' OR database_name = 'temp')"
         names = [row[0] for row in con.execute(listed).fetchall()]
+        if name in names:  # of another view than the one that was asked
+            having = (
+                "SELECT DISTINCT table_name FROM duckdb_columns() WHERE column_name = ? AND NOT internal "
+                "AND (schema_name = 'main' OR database_name = 'temp') ORDER BY 1"
+            )
+            views = [row[0] for row in con.execute(having, [name]).fetchall() if row[0] in VIEWS]
+            if views:
+                return UsageError(f"no column {name!r} in this view; it is one of {', '.join(views)}.")
         near = difflib.get_close_matches(name.lower(), [n.lower() for n in names], 3, 0.6)
         shown = [n for m in near for n in names if n.lower() == m]
         hint = (
