@@ -44,7 +44,7 @@ class Recorder(TrainerCallback):
     """A callback for transformers' and TRL's trainers.
 
     rows: a recipe (a YAML file or a dict): its source is measured, with what its scores over checkpoints need, its tokens, sampling and
-    store; or data: a path, a hub id, a `datasets.Dataset`, a list of dicts, or of rows as `curate.load` returns them. every: steps between
+    store; or data: a path, a hub id, a `datasets.Dataset`, a list of dicts, a data frame, or rows as `curate.load` returns them. every: steps between
     recordings, or their share of the training (a number below 1). run: the run's name (the output folder's). scores, samples: what to measure
     where rows is no recipe (likelihoods; with samples above 0 sampled accuracy too); set, store: as in `curate.run`.
 
@@ -328,15 +328,13 @@ def _records_of(rows: Any) -> list[Record]:
     from curate.data import read
     from curate.data.records import Record
 
-    first = next(iter(rows), None) if hasattr(rows, "__iter__") and not isinstance(rows, dict) else rows
-    if hasattr(first, "row_id"):
+    if isinstance(rows, list | tuple) and rows and hasattr(rows[0], "row_id"):
         return [Record("", i, row) for i, row in enumerate(rows)]
-    if not isinstance(first, dict):
-        found = "nothing" if first is None else type(first).__name__
+    if isinstance(rows, list | tuple) and not rows:
         raise UsageError(
-            f"Recorder: expected a recipe, data, a datasets.Dataset, or rows as curate.load(…) returns them; found {found}."
+            "Recorder: expected a recipe, data, a datasets.Dataset, or rows as curate.load(…) returns them; found nothing."
         )
-    return list(read(rows if hasattr(rows, "__getitem__") else list(rows)).good())
+    return list(read(rows).good())
 
 
 def wanted_measurements(loaded: Loaded) -> list[Any]:

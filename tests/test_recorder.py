@@ -373,7 +373,6 @@ def test_a_dataset_that_is_trained_on_is_recorded_and_scored_without_a_recipe(ba
         "t0",
         "t1",
     ]
-    assert curate.load(rows) == curate.load(lines) == curate.load(str(examples))
 
 
 def test_a_recipe_with_a_reference_is_told_how_its_recording_is_scored(base, pairs, tmp_path, capsys):

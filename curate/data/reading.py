@@ -137,7 +137,7 @@ def read(
     setting: str = "source",
 ) -> Reading:
     """Opens a source, or several: a file, folder, glob, hub id, or a list of them (see `sources`), in a format of `FORMATS`; or rows in memory,
-    a `datasets.Dataset` or a list of dicts.
+    a `datasets.Dataset`, a list of dicts, a data frame.
 
     kind: None takes what the format says, preference first. columns: ours: theirs, a name or a template (see `columns`).
     base: the folder relative paths start from. setting: the recipe's key of these rows, for messages. Fingerprints are taken here, the

@@ -108,12 +108,10 @@ def find_sources(
 
     Rows in memory are one source. ValidationError: nothing there (with the nearest name that is), or a type of file that is not read.
     """
-    if isinstance(path, dict):  # a DatasetDict is one, too
-        raise UsageError(
-            f"expected rows or a path, found {type(path).__name__} of {', '.join(map(str, path))}: take one of them."
-        )
-    if not isinstance(path, (str, Path)) and len(path) and isinstance(path[0], dict):
-        return [InMemory(f"{len(path):,} rows in memory", None, given=path)]  # type: ignore[arg-type]
+    if not isinstance(path, (str, Path)):
+        path = listed(path)
+        if len(path) and isinstance(path[0], dict):
+            return [InMemory(f"{len(path):,} rows in memory", None, given=path)]  # type: ignore[arg-type]
     paths: list[Any] = [path] if isinstance(path, (str, Path)) else list(path)
     if not paths:
         raise UsageError("source.path is an empty list. Name a file, a folder, a glob or a hub dataset.")
@@ -123,6 +121,21 @@ def find_sources(
         for source in expand(str(each), split=split, revision=revision, base=base):
             found.setdefault(source.path.resolve() if source.path else source.name, source)
     return list(found.values())
+
+
+def listed(rows: Any) -> Sequence[Any]:
+    """What a program gave instead of a path, as a sequence: data frames, streams, lists, datasets. UsageError for no such thing."""
+    if isinstance(rows, dict):  # a DatasetDict is one, too
+        raise UsageError(
+            f"expected rows or a path, found {type(rows).__name__} of {', '.join(map(str, rows))}: take one of them."
+        )
+    if hasattr(rows, "to_dicts"):
+        return list(rows.to_dicts())  # polars
+    if hasattr(rows, "to_dict") and hasattr(rows, "columns"):
+        return list(rows.to_dict("records"))  # pandas
+    if not hasattr(rows, "__iter__"):
+        raise UsageError(f"expected rows or a path, found {type(rows).__name__}.")
+    return rows if hasattr(rows, "__len__") and hasattr(rows, "__getitem__") else list(rows)
 
 
 def expand(text: str, *, split: str, revision: str | None, base: Path) -> Iterator[Source]:

@@ -14,7 +14,7 @@ import pytest
 
 from curate.data import files as files_module
 from curate.data import load, read
-from curate.errors import ValidationError
+from curate.errors import UsageError, ValidationError
 from curate.rows import Pair
 
 ROWS = [
@@ -283,3 +283,37 @@ def test_a_hub_dataset(monkeypatch):
         {"data_dir": "folder", "split": "test", "revision": "v1", "streaming": True},
     )
     assert reading.sources[0].fingerprint == "hub:abc:main:folder:test"
+
+
+def test_rows_that_a_program_holds_are_read_as_a_file_s_are(tmp_path):
+    """Every container that a notebook has them in; what is none is named."""
+    import datasets
+    import polars as pl
+
+    rows = [{"prompt": f"q{i}", "chosen": "a", "rejected": "b", "topic": i} for i in range(3)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    wanted = load(tmp_path / "rows.jsonl")
+    dataset = datasets.Dataset.from_list(rows)
+    for given in (
+        rows,
+        tuple(rows),
+        iter(rows),
+        dataset,
+        dataset.to_iterable_dataset(),
+        dataset.to_pandas(),
+        pl.DataFrame(rows),
+    ):
+        assert load(given) == wanted
+    first = next(iter(read(dataset)))
+    assert (first.source, first.index, first.columns) == ("3 rows in memory", 0, {"topic": 0})
+    assert (
+        read(rows).sources[0].fingerprint
+        == read(dataset).sources[0].fingerprint
+        != read(rows[:2]).sources[0].fingerprint
+    )
+    with pytest.raises(ValidationError, match="3 rows in memory, row 1: 'chosen' is blank"):
+        load([rows[0], rows[1] | {"chosen": ""}, rows[2]])
+    with pytest.raises(UsageError, match="DatasetDict of train: take one of them"):
+        load(datasets.DatasetDict({"train": dataset}))
+    with pytest.raises(UsageError, match="found int"):
+        load(3)
