@@ -11,8 +11,7 @@ import json
 import math
 import os
 import shutil
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,11 +20,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from curate.checkpoints import Subject
-from curate.errors import ModelError, UsageError
+from curate.errors import ModelError
+from curate.mean_gradients import MeanGradients
 from curate.measuring import ForwardRunner
-from curate.progress import Count, Progress
+from curate.progress import Progress
 from curate.rows import Row
-from curate.targets import split
 
 if TYPE_CHECKING:
     from curate.identity import Task
@@ -37,7 +36,6 @@ if TYPE_CHECKING:
     from curate.recipe import Loaded
     from curate.store import Store
 
-CHUNK = 4096  # training rows encoded at a time
 ROUGH = 0.02  # error over the spread from which on it is said
 CHECKED = 64  # rows among which those are that ε is checked on
 
@@ -53,6 +51,7 @@ class DirectionRunner(ForwardRunner):
         assert plan.directions is not None
         self.store, self.plan, self.directions = store, plan, plan.directions
         self.said: list[str] = []
+        self.gradients = MeanGradients(self.directions, progress, encode=self._encode, reference=self._reference)
         self.cosines: dict[str, tuple[list[Measurement], Cosines]] = {}  # by P's step
         # the store is ours alone while we measure
         self.directions.sweep(task for step in plan.steps for task in step.tasks)
@@ -69,6 +68,7 @@ class DirectionRunner(ForwardRunner):
                 self._warm_up(step, optimizer)
         self.cosines.clear()  # before another model comes into memory
         super().use(step)
+        self.gradients.at(self.model, step)
         cosines = [task.measurement for task in missing.values() if _about(task).cosine]
         self.ready = {
             task.measurement.name: self._direction(task) for task in missing.values() if not _about(task).cosine
@@ -161,17 +161,17 @@ class DirectionRunner(ForwardRunner):
         direction, files = _about(task), self.directions
         kept, said = files.file(task.fingerprint), files.file(task.fingerprint, "json")
         if said.is_file() and (direction.step == "sgd" or kept.is_file()):
-            v = self._gradient(direction.of) if direction.step == "sgd" else load_vector(kept)
+            v = self.gradients.of(direction.of) if direction.step == "sgd" else load_vector(kept)
             epsilon: float | None = json.loads(said.read_text())["epsilon"]
             return v, epsilon
-        x = self._gradient(direction.of)
-        at = x if direction.step != "sign" or direction.of == "head" else self._gradient("step")
+        x = self.gradients.of(direction.of)
+        at = x if direction.step != "sign" or direction.of == "head" else self.gradients.of("step")
         v = precondition(x, direction.step, at, self._moments() if direction.step == "adam" else None)
         found: Epsilon | None = None
         if direction.of != "head":
             with Line(self.model, v) as line:
                 found = choose_epsilon(line, self._sample(), token_budget=self.recipe.engine.token_budget)
-            self.said.append(f"{task.measurement.name} along {self._name(direction.of)}: {found}")
+            self.said.append(f"{task.measurement.name} along {self.gradients.named(direction.of)}: {found}")
             if not found.error <= ROUGH:
                 self.said.append(
                     f"{task.measurement.name}: float32 is not exact enough along it; take its ranks with care."
@@ -197,14 +197,6 @@ class DirectionRunner(ForwardRunner):
                 break
         return encoded
 
-    def _name(self, of: str) -> str:
-        names = {
-            "step": "the set's step",
-            "chosen": "the mean chosen gradient",
-            "head": "the head's part of the set's step",
-        }
-        return names.get(of) or f"target {of.removeprefix('target.').replace(':', ', ')}"
-
     def _moments(self) -> Vector:
         from curate.directions import MOMENTS
         from curate.passes.adam import second_moments
@@ -222,7 +214,7 @@ class DirectionRunner(ForwardRunner):
 
         targets = self.directions.targets
         every = [of for m in measurements if m.direction for of in targets.gradients(m.direction.of)]
-        files = self._gradient_files(every)
+        files = self.gradients.files(every)
         scale = None
         if kind == "adam":
             ones = {name: x.new_ones(()).expand(x.shape) for name, x in load_vector(files[0]).items()}
@@ -235,91 +227,6 @@ class DirectionRunner(ForwardRunner):
                 f"{found.together} of the {len(files)} targets' gradients fit into memory at a time: the rows are run {times} times."
             )
         return found
-
-    def _gradient(self, of: str) -> Vector:
-        """A mean gradient before P, made or from the store's folder."""
-        from curate.passes.direction import load_vector
-
-        return load_vector(self._gradient_files([of])[0])
-
-    def _gradient_files(self, every: list[str]) -> list[Path]:
-        """Where these mean gradients are; what is not there is made."""
-        from curate.passes.direction import save_vector
-
-        files = {of: self.directions.file(self.directions.gradient_id(of, self.step.subject)) for of in every}
-        missing = [of for of, file in files.items() if not file.is_file()]
-        if missing:
-            title = (
-                f"gradient: {self._name(missing[0])}" if len(missing) == 1 else f"{len(missing)} gradients of targets"
-            )
-            with self.progress.bar(title, sum(self._size(of) for of in missing)) as count:
-                for of in missing:
-                    save_vector(self._accumulated(of, count), files[of])
-        return list(files.values())
-
-    def _accumulated(self, of: str, count: Count) -> Vector:
-        from curate.passes import forward
-        from curate.passes.direction import accumulate, accumulate_head
-
-        total: Vector = {}
-        n = tokens = 0
-        started = time.perf_counter()
-        for encoded, weigh in self._chunks(of):
-            known = sum(row.problem is None for row in encoded)
-            if known:
-                budget = self.recipe.engine.token_budget
-                if of == "head":
-                    found = accumulate_head(self.model, encoded, weigh, token_budget=budget)
-                    count(known)
-                else:
-                    over = self.recipe.gradients.parameters
-                    found = accumulate(self.model, encoded, weigh, token_budget=budget, parameters=over, count=count)
-                total = {name: total[name].add_(x) for name, x in found.items()} if total else found
-            n += known
-            count(len(encoded) - known)
-            tokens += forward.tokens_to_run(encoded) * (1 if of == "head" else 3)
-        if not n:
-            raise UsageError(
-                f"None of the rows of {self._name(of)} can be measured with {self.step.subject.label}; `curate validate` says more."
-            )
-        self.store.log_throughput(self.step.key, tokens, time.perf_counter() - started)
-        if not all(bool(x.isfinite().all()) for x in total.values()):
-            raise ModelError(
-                f"The gradient of {self._name(of)} at {self.step.subject.label} is not finite: some row's log-probability "
-                "is not, here or under the reference."
-                + (" Did the warm-up diverge? Lower `forecast.learning_rate`." if self.step.subject.start else "")
-            )
-        return {name: x.div_(n) for name, x in total.items()}
-
-    def _size(self, of: str) -> int:
-        return len(self._target_rows(of)) if of.startswith("target.") else len(self.directions.rows)
-
-    def _target_rows(self, of: str) -> list[Row]:
-        name, group = split(of)
-        return self.directions.targets.rows(name)[group]
-
-    def _chunks(self, of: str) -> Iterator[tuple[list[Any], Callable[..., Any]]]:
-        """Encoded rows and their weights, whose sum over the rows is so many times the mean."""
-        from curate.passes.direction import dpo_weights, fixed_weights, token_mean_weights
-
-        weights = {"chosen": (1.0, 0.0), "rejected": (0.0, 1.0), "margin": (1.0, -1.0), "completion": (1.0,)}
-        if of.startswith("target."):
-            weigh = fixed_weights(*weights[self.directions.targets.named(split(of)[0]).of])
-            rows = self._target_rows(of)
-            for i in range(0, len(rows), CHUNK):
-                yield self._encode(rows[i : i + CHUNK]), weigh
-            return
-        ids = self.directions.rows
-        for i in range(0, len(ids), CHUNK):
-            found = zip(ids[i : i + CHUNK], self.store.iter_rows(ids[i : i + CHUNK]), strict=True)
-            rows_of = {row_id: row for row_id, row in found if row is not None}
-            encoded = self._encode(list(rows_of.values()))
-            if of == "chosen":
-                yield encoded, fixed_weights(*weights["chosen"])
-            elif self.directions.pairs:
-                yield encoded, dpo_weights(self.recipe.forecast.beta, 1, self._reference(list(rows_of)))
-            else:
-                yield encoded, token_mean_weights(encoded, 1)
 
     def _warm_up(self, step: Step, subject: Subject) -> None:
         """Train the reference for a few steps; its weights and Adam's second moments into the subject's folder, whole or not at all."""
