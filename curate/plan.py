@@ -29,7 +29,7 @@ from curate.wanted import Wanted, wanted_scores
 
 if TYPE_CHECKING:
     from curate.recipe import Loaded
-    from curate.store import Store
+    from curate.store import Place, Store
 
 ORDER = ("tokens", "sample", "forward", "neighbours", "backward", "direction")
 
@@ -70,7 +70,8 @@ class Step:
 class Plan:
     """The steps in the order they run, and for every (role, column, over) the fingerprints that scores read.
 
-    recorded: the recorded training run that they are read from, if any. pool: the rows that neighbours are taken from. of_lengths:
+    places: of every fingerprint the (run, checkpoint, step) of the models that it is of: several where their weights are the same, in the order of
+    `uses`. recorded: the recorded training run that they are read from, if any. pool: the rows that neighbours are taken from. of_lengths:
     what is said of rows that are too long. lengths: of the recipe's rows, None where no model is run.
     """
 
@@ -78,6 +79,7 @@ class Plan:
     subjects: Subjects
     steps: list[Step] = field(default_factory=list)
     uses: dict[tuple[str, str, str | None], list[str]] = field(default_factory=dict)
+    places: dict[str, list[Place]] = field(default_factory=dict)
     recorded: str | None = None
     directions: Directions | None = None
     pool: list[str] = field(default_factory=list)
@@ -252,9 +254,14 @@ def make_plan(loaded: Loaded, store: Store, sources: dict[str, list[str]]) -> Pl
             return  # used where it is measured anyway, never a reason to measure
         for subject, task in found:
             of_tokens = measurement.reads == "tokens"  # whoever has the same tokenizer has the same tokens
-            place = (measurement.reads, identity.tokenizer(subject) if of_tokens else subject.path)
-            tasks.setdefault(place, {})[task.fingerprint] = task
-            lone.setdefault(place, subject)
+            places = plan.places.setdefault(task.fingerprint, [])
+            if not of_tokens and (place := (subject.run, subject.checkpoint, subject.step)) not in places:
+                places.append(place)
+            if task.fingerprint in planned:  # for another column, or of a checkpoint with the same weights
+                continue
+            at = (measurement.reads, identity.tokenizer(subject) if of_tokens else subject.path)
+            tasks.setdefault(at, {})[task.fingerprint] = task
+            lone.setdefault(at, subject)
             planned.add(task.fingerprint)
         plan.uses[key] = [task.fingerprint for _, task in found]
 

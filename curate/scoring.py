@@ -6,7 +6,7 @@ runs it was trained in, and dataset values stand per run.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from curate.store import DatasetValue, Measured, Trajectories
 from curate.wanted import Wanted
 
 if TYPE_CHECKING:
-    from curate.store import Store
+    from curate.store import Place, Store
 
 
 OF_TRAINED_ROWS = (
@@ -29,27 +29,39 @@ OF_TRAINED_ROWS = (
 
 @dataclass(frozen=True)
 class Series:
-    """The checkpoints of one run: for every column the fingerprint per step (None where this step lacks the column)."""
+    """The checkpoints of one run: for every column the fingerprint per step (None where this step lacks the column). places: (checkpoint, step) of
+    each as the store has them.
+    """
 
     run: str
     steps: tuple[int | None, ...]
     checkpoints: tuple[str, ...]
     columns: dict[str, list[str | None]]
+    places: tuple[tuple[str, int | None], ...] = ()
 
 
 def series_of(
-    measured: Sequence[Measured], uses: dict[tuple[str, str, str | None], list[str]], over: str | None
+    measured: Sequence[Measured],
+    uses: dict[tuple[str, str, str | None], list[str]],
+    over: str | None,
+    names: Mapping[str, Sequence[Place]] | None = None,
 ) -> list[Series]:
-    """The runs that the columns of these uses come from, each in step order."""
+    """The runs that the columns of these uses come from, each in step order. names: as `Plan.places`; what has none is called as it was measured."""
     by_fingerprint = {m.fingerprint: m for m in measured}
     runs: dict[str, dict[tuple[bool, int, str], dict[str, str]]] = {}
     for (role, column, where), fingerprints in uses.items():
         if where != over or role:
             continue
         for order, fingerprint in enumerate(fingerprints):
-            m = by_fingerprint[fingerprint]  # one of an unknown step comes after the others
-            place = (m.step is None, order if m.step is None else m.step, m.checkpoint)
-            runs.setdefault(m.run, {}).setdefault(place, {})[column] = fingerprint
+            m, again = by_fingerprint[fingerprint], fingerprints[:order].count(fingerprint)
+            called = (names or {}).get(fingerprint) or [(m.run, m.checkpoint, m.step)]
+            run, checkpoint, step = called[min(again, len(called) - 1)]
+            place = (
+                step is None,
+                order if step is None else step,
+                checkpoint,
+            )  # one of an unknown step comes after the others
+            runs.setdefault(run, {}).setdefault(place, {})[column] = fingerprint
     columns = sorted({column for (role, column, where) in uses if where == over and not role})
     result = []
     for run, places in sorted(runs.items()):
@@ -61,6 +73,7 @@ def series_of(
                 tuple(None if unknown and not nobody_knows else step for unknown, step, _ in order_of),
                 tuple(name or str(step) for _, step, name in order_of),
                 {column: [places[p].get(column) for p in order_of] for column in columns},
+                tuple((name, None if unknown else step) for unknown, step, name in order_of),
             )
         )
     return result
@@ -82,7 +95,7 @@ def compute_scores(
             if want.score.per_checkpoint is not None:
                 found = want.score.compute_each(given, steps=series.steps, params=want.params)
                 values = found[:, -1]
-                lines = each.setdefault(series.run, Trajectories(series.run, columns.places(series), {}))
+                lines = each.setdefault(series.run, Trajectories(series.run, series.places, {}))
                 lines.values[want.name] = columns.where_trained(found, series)
             else:
                 steps, rates = (series.steps, columns.rates(series)) if series else (None, None)
@@ -173,7 +186,7 @@ class Columns:
         """The series to compute over; [None] for a score of single columns of one measured model."""
         if over is None and not self.plan_is_imported:
             return [None]
-        return series_of(self.measured, self.plan.uses, over)
+        return series_of(self.measured, self.plan.uses, over, self.plan.places)
 
     def rates(self, series: Series) -> list[float | None]:
         """The checkpoints' learning rates, as far as their trainers wrote them down."""
@@ -263,11 +276,6 @@ class Columns:
         """(rows,) or (rows, K) values, NaN where the run did not train on the row."""
         trained = self.trained(series) if series is not None else None
         return values if trained is None else np.where(trained[:, -1] if values.ndim == 1 else trained, values, np.nan)
-
-    def places(self, series: Series) -> list[tuple[str, int | None]]:
-        """(checkpoint, step) of each of its checkpoints, as the store has them."""
-        prints = [next(f for f in found if f) for found in zip(*series.columns.values(), strict=True)]
-        return [(self._of[f].checkpoint, self._of[f].step) for f in prints]
 
     def _read(self, fingerprints: tuple[str, ...], column: str) -> np.ndarray:
         """(rows, K) float64."""

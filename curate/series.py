@@ -42,11 +42,15 @@ def stored_runs(
     uses = None if recipe is None else set(recipe["uses"])
     having = store.known_columns([*columns, *optional])
     places: dict[str, dict[int, tuple[str, dict[str, str]]]] = {}
+    called = {} if recipe is None else store.places(recipe["name"])
     for m in store.measured():
-        if m.step is None or not (uses is None or m.fingerprint in uses or m.reads == "import"):
+        if not (uses is None or m.fingerprint in uses or m.reads == "import"):
             continue
-        for column in having.get(m.fingerprint, ()):
-            places.setdefault(m.run, {}).setdefault(m.step, (m.checkpoint, {}))[1][column] = m.fingerprint
+        for run, checkpoint, step in called.get(m.fingerprint) or [(m.run, m.checkpoint, m.step)]:
+            if step is None:
+                continue
+            for column in having.get(m.fingerprint, ()):
+                places.setdefault(run, {}).setdefault(step, (checkpoint, {}))[1][column] = m.fingerprint
     row_ids = store.row_ids_of(sources, kind=kind, role="train") or store.row_ids_of(sources, kind=kind)
     found = []
     for run, at in sorted(places.items()):

@@ -25,7 +25,16 @@ from curate.locks import holder, locked
 from curate.rows import Row
 from curate.storage import query, sources, tables, views
 from curate.storage.database import Database, one, process_alive
-from curate.storage.entries import DatasetValue, Ingested, Measured, Role, SelectedRow, SourceRecord, Trajectories
+from curate.storage.entries import (
+    DatasetValue,
+    Ingested,
+    Measured,
+    Place,
+    Role,
+    SelectedRow,
+    SourceRecord,
+    Trajectories,
+)
 from curate.storage.selection import Selection
 from curate.storage.shards import Shards
 
@@ -34,7 +43,7 @@ if TYPE_CHECKING:
 
     from curate.select import Decisions
 
-__all__ = ["DatasetValue", "Ingested", "Measured", "Role", "SelectedRow", "Selection", "Store", "Trajectories"]
+__all__ = ["DatasetValue", "Ingested", "Measured", "Place", "Role", "SelectedRow", "Selection", "Store", "Trajectories"]
 
 VALUE_FIELDS = "name, value, low, high, n, run, checkpoint, step"
 
@@ -292,16 +301,30 @@ class Store:
                 tables.remember(con, one)
 
     def register_recipe(
-        self, name: str, text: str, *, sources: Sequence[str] = (), uses: Sequence[str] = (), plain: Sequence[str] = ()
+        self,
+        name: str,
+        text: str,
+        *,
+        sources: Sequence[str] = (),
+        uses: Sequence[str] = (),
+        plain: Sequence[str] = (),
+        places: Mapping[str, Sequence[Place]] | None = None,
     ) -> None:
         """Say what a recipe is about, before its scores are written; the views follow the recipe registered or scored last.
 
         sources: the names of its sources, held-out ones too. uses: the fingerprints that its views may show. plain: those of them whose columns
-        stand in `scored` (the tokens, the reference's, the last checkpoint's): at most one a measurement.
+        stand in `scored` (the tokens, the reference's, the last checkpoint's): at most one a measurement. places: fingerprint -> what the recipe
+        calls the models that it is of; of others what they were called last.
         """
         with self.database.write() as con:
             tables.register_recipe(con, name, text, sources, uses, plain)
+            tables.note_places(con, name, places or {})
             views.define(con)
+
+    def places(self, recipe: str) -> dict[str, list[Place]]:
+        """fingerprint -> (run, checkpoint, step) of the models that a recipe means by it; nothing of what it has no names of its own for."""
+        with self.database.read() as con:
+            return tables.places(con, recipe)
 
     def recipes(self) -> list[dict[str, Any]]:
         """One dict a recipe, the one scored last first: name, text, sources, uses, plain, updated."""

@@ -195,6 +195,7 @@ def _register(loaded: Loaded, store: Store, plan: Plan, sources: dict[str, list[
         sources=names,
         uses=uses,
         plain=plain if plan.steps or plan.recorded else [],
+        places=plan.places,
     )
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from curate.rows import Row
 
 Role = Literal["train", "heldout"]
+Place = tuple[str, str, int | None]  # a model's run, checkpoint and step
 
 
 class SourceRecord(Protocol):

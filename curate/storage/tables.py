@@ -18,7 +18,7 @@ import pyarrow as pa
 from curate.errors import StoreError, UsageError
 from curate.rows import content_id
 from curate.storage.database import Connection, literal, one, quote
-from curate.storage.entries import Measured, Trajectories
+from curate.storage.entries import Measured, Place, Trajectories
 from curate.storage.shards import arrow_column, read_shard
 
 if TYPE_CHECKING:
@@ -347,6 +347,25 @@ def note(con: Connection, key: str, value: str | None) -> None:
     con.execute("DELETE FROM data.meta WHERE key = ?", [key])
     if value is not None:
         con.execute("INSERT INTO data.meta VALUES (?, ?)", [key, value])
+
+
+def note_places(con: Connection, recipe: str, places: Mapping[str, Sequence[Place]]) -> None:
+    """See `Store.register_recipe`; the views read it (storage/views.py)."""
+    lines = [
+        {"fingerprint": fingerprint, "run": run, "checkpoint": checkpoint, "step": step}
+        for fingerprint, found in places.items()
+        for run, checkpoint, step in found
+    ]
+    note(con, f"places of {recipe}", json.dumps(lines) if lines else None)
+
+
+def places(con: Connection, recipe: str) -> dict[str, list[Place]]:
+    """See `Store.places`."""
+    kept = one(con, "SELECT value FROM data.meta WHERE key = ?", [f"places of {recipe}"])
+    found: dict[str, list[Place]] = {}
+    for line in json.loads(kept[0]) if kept else []:
+        found.setdefault(line["fingerprint"], []).append((line["run"], line["checkpoint"], line["step"]))
+    return found
 
 
 def outdate(con: Connection, fingerprints: Sequence[str]) -> None:

@@ -69,13 +69,14 @@ def _bodies(con: Connection, recipe: str | None, sources: Sequence[str] | None) 
         plain = [*plain, *_lone_imports(con, plain)]
     occurs = f"data.occurrences WHERE source IN ({_list(sources)})" if sources is not None else "data.occurrences"
     near = "" if sources is None else f"row_id IN (SELECT row_id FROM {occurs})"
+    called = _called(name or "")
     return {
         "rows": lambda: f"SELECT {', '.join(BASE)} FROM ({_rows(occurs, sources is not None)})",
         "scored": lambda: _scored(con, occurs, sources is not None, scores_table, plain),
-        "trajectories": lambda: _narrowed(_trajectories(con, uses, scores_table), near),
+        "trajectories": lambda: _narrowed(_trajectories(con, uses, scores_table, called), near),
         "samples": lambda: _narrowed(
-            "SELECT s.row_id, m.run, m.checkpoint, m.step, s.sample, s.text, s.correct, s.n_tokens, s.logp, s.finished "
-            f"FROM data.samples s JOIN data.measured m USING (fingerprint) WHERE s.fingerprint IN ({_list(uses)})",
+            "SELECT s.row_id, n.run, n.checkpoint, n.step, s.sample, s.text, s.correct, s.n_tokens, s.logp, s.finished "
+            f"FROM data.samples s JOIN ({called}) n USING (fingerprint) WHERE s.fingerprint IN ({_list(uses)})",
             near,
         ),
         "occurrences": lambda: _occurrences(con, occurs),
@@ -212,7 +213,19 @@ def _occurrences(con: Connection, occurs: str) -> str:
     return f"SELECT {', '.join([*picked, *_user_columns(con, 'columns', set(picked))])} FROM {occurs}"
 
 
-def _trajectories(con: Connection, uses: Sequence[str], scores_table: str | None) -> str:
+def _called(recipe: str) -> str:
+    """(fingerprint, run, checkpoint, step): what a recipe calls the models that a fingerprint is of, a line each; of others their names in
+    data.measured, which are those of the recipe that ran last.
+    """
+    line = '{"fingerprint": "VARCHAR", "run": "VARCHAR", "checkpoint": "VARCHAR", "step": "BIGINT"}'
+    own = f"SELECT unnest(from_json(value, '[{line}]'), recursive := true) FROM data.meta WHERE key = {literal(f'places of {recipe}')}"
+    return (
+        f"{own} UNION ALL BY NAME SELECT fingerprint, run, checkpoint, step FROM data.measured "
+        f"WHERE fingerprint NOT IN (SELECT fingerprint FROM ({own}))"
+    )
+
+
+def _trajectories(con: Connection, uses: Sequence[str], scores_table: str | None, called: str) -> str:
     """row × run × checkpoint. Of one measurement of one set of weights the fingerprint used last counts. Beside the measurements the scores
     that have a value at every checkpoint.
     """
@@ -228,9 +241,9 @@ def _trajectories(con: Connection, uses: Sequence[str], scores_table: str | None
         names.update({n: kind for n, kind in there.items() if n not in names})
         picked = ", ".join(f"t.{quote(n)}" for n in there)
         parts.append(
-            f"SELECT t.row_id, m.run, m.checkpoint, m.step, concat(m.model_fingerprint, m.reads = 'import') AS subject"
+            f"SELECT t.row_id, n.run, n.checkpoint, n.step, concat(m.model_fingerprint, m.reads = 'import') AS subject"
             f"{', ' + picked if picked else ''} FROM data.{quote(table)} t JOIN data.measured m USING (fingerprint) "
-            f"WHERE t.fingerprint IN ({_list(fingerprints)})"
+            f"JOIN ({called}) n USING (fingerprint) WHERE t.fingerprint IN ({_list(fingerprints)})"
         )
     nothing = ", ".join(f"NULL::{kind} AS {quote(n)}" for n, kind in TRAJECTORY.items())
     parts.append(
