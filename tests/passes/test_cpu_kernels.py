@@ -130,7 +130,7 @@ def test_sums_take_a_nan_for_what_it_is(kernels):
 @needed
 @pytest.mark.parametrize("cap", [None, 3.0])
 def test_statistics_are_those_of_torchs_operators(monkeypatch, cap):
-    monkeypatch.setattr("curate.passes.head.COLUMNS", 70)
+    monkeypatch.setattr("curate.passes.head.SUMMED", (20, 70))
     generator = torch.Generator().manual_seed(0)
     weight, states = (torch.randn(n, 40, generator=generator) for n in (333, 50))
     head, tokens = Head(weight, torch.randn(333, generator=generator), 0.5, cap), torch.arange(50) * 6

@@ -68,8 +68,7 @@ def blockwise(head: Head, states: torch.Tensor, tokens: torch.Tensor, names) -> 
 
 @pytest.fixture(params=[7, 64, 4096])
 def columns(request, monkeypatch):
-    monkeypatch.setattr("curate.passes.head.COLUMNS", request.param)
-    monkeypatch.setattr("curate.passes.head.ROWS", 5)
+    monkeypatch.setattr("curate.passes.head.SUMMED", (5, request.param))
 
 
 @pytest.mark.parametrize("kind", ["plain", "bias", "scale", "cap", "all"])
@@ -99,7 +98,7 @@ def test_statistics_in_float32(columns):
 
 
 def test_one_column_block_holding_only_the_target(monkeypatch):
-    monkeypatch.setattr("curate.passes.head.COLUMNS", 1)
+    monkeypatch.setattr("curate.passes.head.SUMMED", (1024, 1))
     head = make_head("plain")
     states = torch.randn(4, 16, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     tokens = torch.tensor([0, 100, 50, 0])  # the first block, the last, one between
