@@ -285,6 +285,22 @@ void rms_norm(const float *x, float *y, const float *weight, int64_t n, int64_t 
     }
 }
 
+/* a = a / (1 + e^-a) * b: a gated unit's SiLU. */
+void silu_times(float *a, const float *b, int64_t n, int threads) {
+#pragma omp parallel for num_threads(threads)
+    for (int64_t i = 0; i < n; i += WIDTH) {
+        int64_t left = n - i < WIDTH ? n - i : WIDTH;
+        vec x = {0}, y = {0};
+        memcpy(&x, a + i, left * sizeof(float));
+        memcpy(&y, b + i, left * sizeof(float));
+        ivec negative = x < 0;
+        vec e = exp2_of((vec)((ivec)(x * (float)LOG2_E) | (int32_t)0x80000000)); /* e^-|x| */
+        vec over = (vec)((negative & (ivec)e) | (~negative & (ivec)((vec){0} + 1.0f)));
+        x = x * over / (1 + e) * y;
+        memcpy(a + i, &x, left * sizeof(float));
+    }
+}
+
 /* Rotary angles: pairs (c, c + d/2) of each head of x are turned. y: (n, heads, d) side by side. */
 void rotate(const float *x, float *y, const float *cosines, const float *sines, int64_t n, int64_t heads, int64_t d, int64_t step,
             int64_t head_step, int threads) {

@@ -3,7 +3,7 @@
     attend      attention of a whole packed row in one call. torch's kernel multiplies with MKL in tiles of 32 queries and computes much of what
                 a causal mask hides: 2.8 times as long on a Zen 5 core
     head_sums   maximum, Σ e^z, Σ e^2z, Σ z e^z, rank and best token of a block of logits, read twice: torch takes six sweeps and writes three
-    rms_norm, rotate    in one sweep; passes/cpu_sweeps.py puts them into models
+    rms_norm, rotate, silu_times    in one sweep; passes/cpu_sweeps.py puts them into models
 
 Without a C compiler (CC, cc, gcc or clang) or AVX2, and for whatever these do not serve, torch's own operators run: slower, the same numbers to
 rounding. `curate doctor` says which. Each kind of attention is compared with passes/packing.py's loop on the spot before its first use, the sums
@@ -45,15 +45,15 @@ class Kernels:
     def __init__(self, library: ctypes.CDLL, width: int) -> None:
         address, integer, number = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
         self.width = width
-        self._attention, self._sums, self._norm, self._rotate = (
-            getattr(library, name) for name in ("packed_attention", "head_sums", "rms_norm", "rotate")
-        )
+        names = "packed_attention", "head_sums", "rms_norm", "rotate", "silu_times"
+        self._attention, self._sums, self._norm, self._rotate, self._gate = (getattr(library, name) for name in names)
         shape = [integer] * 4
         self._attention.argtypes = [*[address] * 5, *shape, number, address, integer, address, integer]
         self._sums.argtypes = [address, *[ctypes.c_int64] * 4, number, *[address] * 8, integer]
         self._norm.argtypes = [*[address] * 3, *[ctypes.c_int64] * 2, number, integer]
         self._rotate.argtypes = [*[address] * 4, *[ctypes.c_int64] * 5, integer]
-        self._sums.restype = self._norm.restype = self._rotate.restype = None
+        self._gate.argtypes = [address, address, ctypes.c_int64, integer]
+        self._sums.restype = self._norm.restype = self._rotate.restype = self._gate.restype = None
 
     def attend(
         self,
@@ -116,6 +116,11 @@ class Kernels:
         out, d = torch.empty_like(x), len(weight)
         self._norm(*(a.data_ptr() for a in (x, out, weight)), x.numel() // d, d, eps, torch.get_num_threads())
         return out
+
+    def silu_times(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """a ← silu(a) ∘ b, both contiguous and of one shape."""
+        self._gate(a.data_ptr(), b.data_ptr(), a.numel(), torch.get_num_threads())
+        return a
 
     def rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """(1, heads, n, d), angles (1, n, d) contiguous -> x cos + (−x₂, x₁) sin, (1, heads, n, d) laid out as (n, heads, d)."""

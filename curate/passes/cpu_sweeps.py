@@ -1,7 +1,8 @@
-"""RMS norms and rotary angles of a pass on a CPU in one sweep each, not torch's five and seven (cpu_kernels.c).
+"""RMS norms, rotary angles and gated units of a pass on a CPU in one sweep each, not torch's five, seven and two (cpu_kernels.c).
 
-Norm modules are known by their shape, rotary functions by their name and arguments; each kind is then tried on the spot and taken only where the
-kernel gives its own numbers. Around passes without gradients; what else comes to them meanwhile (other dtypes, batches, devices) runs as it did.
+Norm modules are known by their shape, MLPs by their parts' names, rotary functions by their name and arguments; each kind is then tried on the
+spot and taken only where the kernel gives its own numbers. Around passes without gradients; what else comes to them meanwhile (other dtypes,
+batches, devices) runs as it did.
 """
 
 from __future__ import annotations
@@ -24,29 +25,31 @@ CLOSE = 1e-5  # relative to the norm of each row
 
 
 class Sweeps:
-    """What of a model runs in one sweep: `norms` by module, `rotary`: Python modules whose function of that name does."""
+    """What of a model runs in one sweep: `norms` and `gates` by module, `rotary`: Python modules whose function of that name does."""
 
     def __init__(self, module: nn.Module, kernels: Kernels) -> None:
         self.kernels = kernels
         found = [Norm(part, kernels) for part in module.modules() if _looks_like_a_norm(part)]
         self.norms = [norm for norm in found if norm.one is not None]
+        self.gates = _gates(module, kernels)
         homes = {id(home): home for part in module.modules() if hasattr(home := _home(part), ROTARY)}
         self.rotary = [home for home in homes.values() if _turns_halves(getattr(home, ROTARY), kernels)]
 
     @contextmanager
     def installed(self) -> Iterator[None]:
         """While inside, they do. Not around a pass with gradients."""
-        norms = [norm for norm in self.norms if not _altered(norm.module)]
+        own: list[Norm | Gate] = [*self.norms, *self.gates]
+        parts = [part for part in own if not _altered(part.module)]
         plain = [(home, getattr(home, ROTARY)) for home in self.rotary]
         try:
-            for norm in norms:
-                norm.module.forward = norm
+            for part in parts:
+                part.module.forward = part
             for home, function in plain:
                 setattr(home, ROTARY, Rotary(function, self.kernels))
             yield
         finally:
-            for norm in norms:
-                norm.module.__dict__.pop("forward", None)
+            for part in parts:
+                part.module.__dict__.pop("forward", None)
             for home, function in plain:
                 setattr(home, ROTARY, function)
 
@@ -86,6 +89,29 @@ class Norm:
         )
 
 
+class Gate:
+    """The forward of an MLP W_down (silu(W_gate x) ∘ W_up x), whatever its three parts do of their own (adapters, hooks)."""
+
+    def __init__(self, module: Any, kernels: Kernels) -> None:
+        self.module, self.plain, self.kernels = module, module.forward, kernels
+
+    def __call__(self, x: torch.Tensor, *others: Any, **more: Any) -> Any:
+        if others or more or torch.is_grad_enabled():
+            return self.plain(x, *others, **more)
+        gate, up = self.module.gate_proj(x), self.module.up_proj(x)
+        if not (_plain(gate) and _plain(up) and gate.is_contiguous() and up.is_contiguous() and gate.shape == up.shape):
+            return self.module.down_proj(self.module.act_fn(gate) * up)
+        return self.module.down_proj(self.kernels.silu_times(gate, up))
+
+    def gives_its_numbers(self) -> bool:
+        x = torch.randn(6, self.module.gate_proj.weight.shape[1], generator=torch.Generator().manual_seed(0))
+        x = (x * torch.logspace(-2, 2, 6)[:, None]).to(self.module.gate_proj.weight.dtype)
+        try:
+            return _close(self(x), self.plain(x))
+        except (RuntimeError, TypeError, ValueError, AttributeError):
+            return False
+
+
 class Rotary:
     """A model's own function of queries and keys, with theirs turned by the kernel."""
 
@@ -122,6 +148,23 @@ def _looks_like_a_norm(part: nn.Module) -> bool:
     own = dict(part.named_parameters(recurse=False))
     alone = own.keys() == {"weight"} and own["weight"].ndim == 1 and not list(part.children())
     return alone and not isinstance(part, nn.LayerNorm) and not _altered(part)
+
+
+@torch.inference_mode()
+def _gates(module: nn.Module, kernels: Kernels) -> list[Gate]:
+    """One of each class is tried: it takes a pass over its weights."""
+    found: list[Gate] = []
+    tried: dict[Any, bool] = {}
+    for part in module.modules():
+        names = {name for name, _ in part.named_children()}
+        if names != {"gate_proj", "up_proj", "down_proj", "act_fn"} or _altered(part):
+            continue
+        gate, kind = Gate(part, kernels), (type(part), type(part.act_fn))
+        if kind not in tried:
+            tried[kind] = gate.gives_its_numbers()
+        if tried[kind]:
+            found.append(gate)
+    return found
 
 
 def _altered(module: nn.Module) -> bool:

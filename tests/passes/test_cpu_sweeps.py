@@ -1,4 +1,4 @@
-"""Norms and rotary angles in one sweep: which models' are taken, that they give the model's own numbers, that nothing stays behind."""
+"""Norms, rotary angles and gated units in one sweep: which models' are taken, that they give the model's own numbers, that nothing stays behind."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from tests.passes.forward_models import make
 kernels = cpu_kernels.kernels()
 pytestmark = pytest.mark.skipif(kernels is None, reason=f"no kernels here: {cpu_kernels.refusal()}")
 
-# two layers: norms taken, how many of them run, how many tensors are turned
+# two layers: norms taken, how many of them run, how many tensors are turned, how many MLPs are gated by SiLU
 TAKEN = {
-    "llama": (5, 5, 4),
-    "qwen3": (9, 9, 4),  # of queries and keys too
-    "gemma2": (9, 9, 4),  # 1 + weight, before and after
-    "gemma3": (13, 9, 4),  # those of queries and keys get numbers that do not lie side by side
-    "olmo2": (9, 9, 4),
-    "phi": (0, 0, 4),  # LayerNorm; a part of each head is turned
-    "gpt_neox": (0, 0, 0),  # its function takes whole heads and turns a part
-    "cohere": (0, 0, 0),  # a LayerNorm of its own; neighbours are turned, not halves
-    "gpt2": (0, 0, 0),
+    "llama": (5, 5, 4, 2),
+    "qwen3": (9, 9, 4, 2),  # of queries and keys too
+    "gemma2": (9, 9, 4, 0),  # 1 + weight, before and after; GELU
+    "gemma3": (13, 9, 4, 0),  # those of queries and keys get numbers that do not lie side by side
+    "olmo2": (9, 9, 4, 2),
+    "phi": (0, 0, 4, 0),  # LayerNorm; a part of each head is turned
+    "gpt_neox": (0, 0, 0, 0),  # its function takes whole heads and turns a part
+    "cohere": (0, 0, 0, 2),  # a LayerNorm of its own; neighbours are turned, not halves
+    "gpt2": (0, 0, 0, 0),
 }
 
 
@@ -35,7 +35,7 @@ def test_states_are_the_models_own(monkeypatch, family):
     module = make(family)
     sweeps = Sweeps(module, kernels)
     ran = []
-    for name in ("rms_norm", "rotate"):
+    for name in ("rms_norm", "rotate", "silu_times"):
         own = getattr(cpu_kernels.Kernels, name)
         monkeypatch.setattr(
             cpu_kernels.Kernels, name, lambda self, *a, own=own, name=name: ran.append(name) or own(self, *a)
@@ -47,8 +47,38 @@ def test_states_are_the_models_own(monkeypatch, family):
         with sweeps.installed():
             found = module.base_model(ids).last_hidden_state
         assert torch.equal(module.base_model(ids).last_hidden_state, wanted)
-    assert (len(sweeps.norms), ran.count("rms_norm"), ran.count("rotate")) == TAKEN[family]
+    counts = (ran.count(name) for name in ("rms_norm", "rotate", "silu_times"))
+    assert (len(sweeps.norms), *counts) == TAKEN[family]
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+class Clamped(nn.Module):
+    """Named as a Llama's MLP, and none for large numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = nn.Linear(8, 20), nn.Linear(8, 20), nn.Linear(20, 8)
+        self.act_fn = nn.SiLU()
+
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.gate_proj(x).clamp(max=self.most)) * self.up_proj(x))
+
+
+@pytest.mark.parametrize(("most", "taken"), [(7.0, 0), (float("inf"), 1)])
+def test_a_gated_unit_is_what_its_numbers_say(most, taken):
+    part = Clamped()
+    part.most = most
+    assert len(Sweeps(part, kernels).gates) == taken
+    part.act_fn = nn.GELU()
+    assert not Sweeps(part, kernels).gates
+
+
+def test_silu_times():
+    a = torch.cat([torch.randn(1003) * 5, torch.tensor([0.0, -0.0, 200, -200, torch.inf, -1e-40, torch.nan])])
+    b = torch.randn(len(a))
+    wanted = (a.double() / (1 + (-a.double()).exp()) * b.double()).float()
+    found = kernels.silu_times(a.clone(), b)
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-37, equal_nan=True)
 
 
 def test_nothing_stays_behind_an_error():
