@@ -252,15 +252,15 @@ def test_measurements_must_return_what_they_declare():
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about glibc's allocator")
 def test_freed_memory_is_reused():
-    """A later use of 40 MB in five tensors asks the system for no page, or for one tensor's 2,048 where the heap lies badly; without
-    `_keep_freed_memory`, for all 8,192 of four of them.
+    """A later use of 120 MB in fifteen tensors asks the system for no page, or for a tensor's 2,048 where the heap lies badly; without
+    `_keep_freed_memory`, for 30,720.
     """
     code = """
 import resource, torch
 from curate.passes.model import _keep_freed_memory
 
 def use():
-    kept = [torch.ones(2 << 20) for _ in range(5)]
+    kept = [torch.ones(2 << 20) for _ in range(15)]
 
 _keep_freed_memory()
 use()
