@@ -253,7 +253,7 @@ def test_measurements_must_return_what_they_declare():
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about glibc's allocator")
 def test_freed_memory_is_reused():
     """A later use of 120 MB in fifteen tensors asks the system for no page, or for a tensor's 2,048 where the heap lies badly; without
-    `_keep_freed_memory`, for 30,720.
+    its bound on what is kept, for 14,336.
     """
     code = """
 import resource, torch
