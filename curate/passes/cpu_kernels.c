@@ -1,6 +1,6 @@
 /* What torch has no fast operator for on a CPU: attention of a packed row, and the sums of a block of logits.
  *
- * Compiled where it runs by passes/cpu_kernels.py, which holds the contract of both functions and proves them before their first use.
+ * Compiled where it runs by passes/cpu_kernels.py, which holds the contract of these functions and says which are tried before their first use.
  * Float32 throughout; NaN and infinities come out as torch's operators give them: not finite.
  */
 
@@ -23,6 +23,8 @@
 #define QUERIES 48 /* at a time */
 #define KEYS 512   /* at a time, whole panels */
 #define LOG2_E 1.4426950408889634
+
+const int width = WIDTH;
 
 typedef float vec __attribute__((vector_size(4 * WIDTH), aligned(4)));
 typedef int32_t ivec __attribute__((vector_size(4 * WIDTH), aligned(4)));
@@ -104,12 +106,12 @@ static inline __attribute__((always_inline)) void add_values(
 /* One row of scores of the keys `from` to `to` of a block, n numbers in whole panels: into weights, with the row's running maximum and sum.
  * -> what its values so far shrink by. */
 static inline float soften(float *s, int from, int to, int n, float *best, float *total) {
-    for (int j = 0; j < from; j++) s[j] = -INFINITY;
-    for (int j = to > 0 ? to : 0; j < n; j++) s[j] = -INFINITY;
-    if (to <= from) {
+    if (to <= from) { /* `from` may lie far beyond the block */
         memset(s, 0, n * sizeof(float));
         return 1;
     }
+    for (int j = 0; j < from; j++) s[j] = -INFINITY;
+    for (int j = to; j < n; j++) s[j] = -INFINITY;
     vec top = load(s), added = {0};
     for (int j = WIDTH; j < n; j += WIDTH) top = larger(load(s + j), top);
     float now = largest(top);

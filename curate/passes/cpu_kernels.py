@@ -6,8 +6,8 @@
     rms_norm, rotate, silu_times    in one sweep; passes/cpu_sweeps.py puts them into models
 
 Without a C compiler (CC, cc, gcc or clang) or AVX2, and for whatever these do not serve, torch's own operators run: slower, the same numbers to
-rounding. `curate doctor` says which. Each kind of attention is compared with passes/packing.py's loop on the spot before its first use, the sums
-with torch's. CURATE_CPU_KERNELS=0 leaves them out.
+rounding. `curate doctor` says which. Each kind of attention is compared with passes/packing.py's loop on the spot before its first use, norms
+and angles with the model's own; the sums are not. CURATE_CPU_KERNELS=0 leaves them out.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 SOURCE = Path(__file__).with_suffix(".c")
 FLAGS = ["-std=c11", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fPIC"]
-WIDTHS = {"AVX2": 8, "AVX512": 16}  # numbers in a vector
 LIMIT_S = 120  # for the compiler
 
 
@@ -40,11 +39,11 @@ class Refused(Exception):
 
 
 class Kernels:
-    """The compiled operators. All tensors are float32 on the CPU."""
+    """The compiled operators. All tensors are float32 on the CPU. width: numbers in a vector."""
 
-    def __init__(self, library: ctypes.CDLL, width: int) -> None:
+    def __init__(self, library: ctypes.CDLL) -> None:
         address, integer, number = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
-        self.width = width
+        self.width = integer.in_dll(library, "width").value  # the compiler's, which may use more than torch does
         names = "packed_attention", "head_sums", "rms_norm", "rotate", "silu_times"
         self._attention, self._sums, self._norm, self._rotate, self._gate = (getattr(library, name) for name in names)
         shape = [integer] * 4
@@ -182,9 +181,9 @@ def _found() -> Kernels | Refused:
         if os.name != "posix":
             raise Refused(f"not tried on {platform.system()}")
         kind = torch.backends.cpu.get_cpu_capability()
-        if kind not in WIDTHS:
+        if kind not in ("AVX2", "AVX512"):
             raise Refused(f"no AVX2 or AVX-512 (torch says {kind})")
-        return Kernels(ctypes.CDLL(str(_library(_compiler()))), WIDTHS[kind])
+        return Kernels(ctypes.CDLL(str(_library(_compiler()))))
     except Refused as reason:
         return reason
     except OSError as problem:
@@ -203,26 +202,29 @@ def _library(compiler: str) -> Path:
     version = _run([compiler, "--version"])
     about = "\n".join([SOURCE.read_text(), *FLAGS, compiler, version, _processor(), torch.__version__])
     name = f"cpu_kernels-{hashlib.sha256(about.encode()).hexdigest()[:16]}.so"
-    for folder in (_cache(), Path(tempfile.gettempdir()) / f"curate-{os.getuid()}"):
-        path = folder / name
+    for place in (_cache, _temporary):
         try:
+            folder = place()
+            path = folder / name
             if not path.exists():
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
                 _compile(compiler, path)
             if all(part.stat().st_uid == os.getuid() for part in (folder, path)):  # nobody else's code is loaded
                 return path
-        except OSError:  # a home that cannot be written to
+        except (OSError, RuntimeError):  # a home that cannot be written to; none at all
             continue
     raise Refused("neither the cache folder nor the temporary folder can be written to")
 
 
 def _compile(compiler: str, to: Path) -> None:
-    """Into place at once, so that two processes do not load half a file."""
+    """Into place at once, so that nobody loads half a file."""
     with tempfile.TemporaryDirectory(dir=to.parent) as folder:
         code, library = f"{folder}/kernels.o", f"{folder}/kernels.so"
         # linked without -fopenmp: torch's own OpenMP, which is loaded already, shall be the only one
         _run([compiler, *FLAGS, "-fopenmp", "-c", str(SOURCE), "-o", code])
         _run([compiler, "-shared", code, "-o", library, "-lm"])
+        with open(library, "rb") as file:
+            os.fsync(file.fileno())  # half a file, after a power cut, would crash whoever loads it
         os.replace(library, to)
 
 
@@ -239,6 +241,10 @@ def _run(command: list[str]) -> str:
 
 def _cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "curate"
+
+
+def _temporary() -> Path:
+    return Path(tempfile.gettempdir()) / f"curate-{os.getuid()}"
 
 
 def _processor() -> str:

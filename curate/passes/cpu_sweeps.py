@@ -40,7 +40,7 @@ class Sweeps:
         """While inside, they do. Not around a pass with gradients."""
         own: list[Norm | Gate] = [*self.norms, *self.gates]
         parts = [part for part in own if not _altered(part.module)]
-        plain = [(home, getattr(home, ROTARY)) for home in self.rotary]
+        plain = [(home, f) for home in self.rotary if not isinstance(f := getattr(home, ROTARY), Rotary)]
         try:
             for part in parts:
                 part.module.forward = part
@@ -67,26 +67,27 @@ class Norm:
                 self.one = one
 
     def __call__(self, x: torch.Tensor, *others: Any, **more: Any) -> torch.Tensor:
-        if others or more or not _plain(x) or not x.is_contiguous():
+        module: Any = self.module
+        weight = module.weight.float() + self.one  # its own gradient may be asked for, too
+        fits = _plain(x) and _plain(weight) and x.is_contiguous() and x.shape[-1:] == weight.shape
+        if others or more or not fits:
             return self.plain(x, *others, **more)
-        weight: Any = self.module.weight
-        return self.kernels.rms_norm(x, weight.float() + self.one, self.eps)
+        return self.kernels.rms_norm(x, weight, self.eps)
 
+    @torch.no_grad()
     def _gives_its_numbers(self, one: float) -> bool:
-        """Of any weight: a twin has others."""
-        twin: Any = copy.deepcopy(self.module)
+        """Of any weight: a twin has others. Its hooks, which are not ours to call, stay out."""
         generator = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            weight = twin.weight.copy_(torch.randn(twin.weight.shape, generator=generator))
+        try:
+            twin: Any = copy.copy(self.module)
+            weight = torch.randn(twin.weight.shape, generator=generator).to(twin.weight)
+            twin._parameters = {"weight": nn.Parameter(weight, requires_grad=False)}
             x = torch.randn(6, len(weight), generator=generator)
             x = x * torch.logspace(-4, 3, 6)[:, None]  # small ones, where eps matters
-            try:
-                theirs = twin(x)
-            except (RuntimeError, TypeError, ValueError):
-                return False
-        return theirs.dtype == torch.float32 and _close(
-            self.kernels.rms_norm(x, weight.float() + one, self.eps), theirs
-        )
+            theirs = twin.forward(x)
+            return _close(self.kernels.rms_norm(x, weight.float() + one, self.eps), theirs)
+        except Exception:  # whatever a module with one vector of weights does with other things than its own
+            return False
 
 
 class Gate:
@@ -119,7 +120,7 @@ class Rotary:
         self.plain, self.kernels = plain, kernels
 
     def __call__(self, q: Any, k: Any, cos: Any, sin: Any, *others: Any, **more: Any) -> Any:
-        angles = _plain(cos) and _plain(sin) and cos.ndim == 3 and cos.shape[0] == 1
+        angles = _plain(cos) and _plain(sin) and cos.ndim == 3 and cos.shape[0] == 1 and sin.shape == cos.shape
         q, k = (
             x.float() if angles and x.dtype in NARROW else x for x in (q, k)
         )  # as torch multiplies them with these angles
@@ -138,8 +139,8 @@ class Rotary:
 
 
 def _plain(x: Any) -> bool:
-    """Whether a kernel takes this: float32 on the CPU, and no gradient asked of it."""
-    if not isinstance(x, torch.Tensor) or x.dtype != torch.float32 or x.device.type != "cpu":
+    """Whether a kernel takes this: float32 on the CPU, no subclass, and no gradient asked of it."""
+    if type(x) is not torch.Tensor or x.dtype != torch.float32 or x.device.type != "cpu":
         return False
     return not (torch.is_grad_enabled() and x.requires_grad)
 

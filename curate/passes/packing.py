@@ -177,11 +177,13 @@ def attention(
         raise NotPackable("attention sees other tokens than the row's")
     extras = _Extras(scaling, softcap, s_aux, None, layout.masks)
     low = None
-    if attention_mask is not None and attention_mask.dtype != torch.bool:
+    if attention_mask is not None and attention_mask.dtype == torch.int64:
         low = attention_mask[0, 0, :, 0]
-    elif attention_mask is not None:
+    elif attention_mask is not None and attention_mask.dtype == torch.bool:
         extras = replace(extras, pattern=attention_mask[0, 0])
-    graded = torch.is_grad_enabled() and query.requires_grad
+    elif attention_mask is not None:
+        raise NotPackable("attention has a mask of its own")
+    graded = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
     if not graded and (kernel := _kernel(query.device)):
         reason = "its mask is no window" if extras.pattern is not None else _refusal(kernel, query, key, value, extras)
         if reason is None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from curate.measurements import MEASUREMENTS
-from curate.passes import cpu_kernels, forward, packing
+from curate.passes import cpu_kernels, direction, forward, packing
 from curate.passes.head import NOTHING, STATISTICS, Head
 from curate.passes.model import Model
 from tests.passes.forward_models import make, random_pairs
@@ -28,13 +28,13 @@ def kernels(request, tmp_path_factory):
     """This machine's kernels, and those of a processor without AVX-512."""
     if request.param == "own":
         return cpu_kernels.kernels()
-    if torch.backends.cpu.get_cpu_capability() not in cpu_kernels.WIDTHS:
-        pytest.skip("a processor without AVX2")
+    if cpu_kernels.kernels() is None:
+        pytest.skip(cpu_kernels.refusal())
     library = tmp_path_factory.mktemp("kernels") / "kernels.so"
     flags = [flag for flag in cpu_kernels.FLAGS if "march" not in flag]
     command = [cpu_kernels._compiler(), *flags, "-mavx2", "-mfma", "-shared", "-o", str(library)]
     subprocess.run([*command, str(cpu_kernels.SOURCE), "-lm"], check=True)
-    return cpu_kernels.Kernels(ctypes.CDLL(str(library)), cpu_kernels.WIDTHS["AVX2"])
+    return cpu_kernels.Kernels(ctypes.CDLL(str(library)))
 
 
 def attention(q, k, v, seen, scaling):
@@ -68,6 +68,21 @@ def test_attention_is_the_definition(kernels, longest, window, kv_heads, d, dv):
         )
     finally:
         torch.set_num_threads(1)
+
+
+@needed
+def test_chunks_longer_than_a_block_of_keys(kernels):
+    """Two queries side by side: one sees all of a block, the other begins far behind it."""
+    layout = random_layout(5, 2, longest=900)
+    chunk = torch.arange(layout.longest) // 700
+    q, k, v = (torch.randn(1, 2, len(layout.ids), 16) for _ in range(3))
+    found = kernels.attend(q, k, v, cpu_kernels.stretches_of(layout), chunk * 700, 0.25)
+    seen = who_sees_whom(layout, None)
+    for where in layout.where:
+        own = chunk[: len(where)].numpy()
+        seen[np.ix_(where, where)] &= own[:, None] == own[None, :]
+    assert layout.longest > 1200
+    torch.testing.assert_close(found.double(), attention(q, k, v, seen, 0.25), rtol=0, atol=3e-6)
 
 
 @needed
@@ -166,6 +181,30 @@ def test_families_give_the_numbers_that_they_give_without(monkeypatch, family):
 
 
 @needed
+def test_keys_and_values_alone_get_their_gradients():
+    """Of the first layer, where the queries ask for none."""
+    model, pairs = Model(make("qwen3")), random_pairs(3)
+    assert model.layout_reason is None
+    names = {f"model.layers.0.self_attn.{name}_proj.weight" for name in "kv"}
+    both = [
+        direction.accumulate(model, pairs, direction.fixed_weights(1, 0), parameters=parameters)
+        for parameters in (names, "all")
+    ]
+    for name in names:
+        torch.testing.assert_close(both[0][name], both[1][name], msg=name)
+        assert both[0][name].norm() > 0
+
+
+def test_a_models_own_mask_is_refused():
+    """Numbers to add to the scores, as Doge makes them: no positions to read keys at."""
+    layout = random_layout(0, 1)
+    n = len(layout.ids)
+    q, k, v = (torch.randn(1, 2, n, 16) for _ in range(3))
+    with packing.packed(layout), pytest.raises(packing.NotPackable, match="mask of its own"):
+        packing.attention(torch.nn.Identity(), q, k, v, torch.full((1, 1, n, n), -1e30))
+
+
+@needed
 def test_a_kernel_that_errs_leaves_the_loop_and_says_why(monkeypatch):
     module, pairs = make("qwen3"), random_pairs(4)
     with monkeypatch.context() as patch:
@@ -205,6 +244,33 @@ def test_a_home_that_cannot_be_written_to(tmp_path):
     code = "print(cpu_kernels.refusal())"
     assert in_a_new_process(code, XDG_CACHE_HOME=str(home), TMPDIR=str(tmp_path)) == "None"
     assert list(tmp_path.glob("curate-*/*.so"))
+
+
+@needed
+def test_no_home_at_all(tmp_path):
+    """A user that the system does not know, in a container."""
+    code = """
+import pathlib
+def home(): raise RuntimeError("Could not determine home directory.")
+pathlib.Path.home = home
+print(cpu_kernels.refusal())"""
+    assert in_a_new_process(code, XDG_CACHE_HOME="", TMPDIR=str(tmp_path)) == "None"
+    assert list(tmp_path.glob("curate-*/*.so"))
+
+
+@needed
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    done = []
+    monkeypatch.setattr(os, "fsync", lambda file: done.append(os.fstat(file).st_ino))
+    cpu_kernels._compile(cpu_kernels._compiler(), tmp_path / "kernels.so")
+    assert done == [(tmp_path / "kernels.so").stat().st_ino]
+
+
+@needed
+def test_vectors_are_as_long_as_the_compiler_makes_them():
+    """torch may be told to use less of the processor than the compiler does."""
+    found = in_a_new_process("print(cpu_kernels.kernels().width)", ATEN_CPU_CAPABILITY="avx2")
+    assert int(found) == cpu_kernels.kernels().width
 
 
 def test_without_a_compiler_torchs_operators_run_and_doctor_says_so(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 
 import pytest
 import torch
@@ -106,6 +107,46 @@ def test_gradients_and_batches_take_the_models_own_way():
     torch.testing.assert_close(batch, wanted, rtol=1e-5, atol=1e-5)
 
 
+def test_a_weight_alone_gets_its_gradient():
+    norm = make("llama").model.norm
+    with Sweeps(norm, kernels).installed():
+        norm(torch.randn(3, 32)).sum().backward()
+    assert norm.weight.grad.norm() > 0
+
+
+def test_passes_that_overlap_leave_nothing_behind():
+    """In two threads, say: neither ends inside the other."""
+    one, other = make("llama"), make("llama")
+    home = sys.modules[type(one).__module__]
+    before = getattr(home, ROTARY)
+    first, second = (Sweeps(module, kernels).installed() for module in (one, other))
+    first.__enter__()
+    second.__enter__()
+    assert getattr(home, ROTARY) is not before
+    first.__exit__(None, None, None)
+    second.__exit__(None, None, None)
+    assert getattr(home, ROTARY) is before
+
+
+def test_hooks_are_called_for_passes_alone():
+    """Neither called for the trial nor copied: this one cannot be."""
+
+    class Watch:
+        def __init__(self):
+            self.seen, self.lock = [], threading.Lock()
+
+        def see(self, module, inputs, output):
+            self.seen.append(inputs[0].shape)
+
+    watch, module = Watch(), make("llama")
+    module.model.norm.register_forward_hook(watch.see)
+    sweeps = Sweeps(module, kernels)
+    assert not watch.seen
+    with torch.inference_mode(), sweeps.installed():
+        module.model(torch.randint(0, 50, (1, 9)))
+    assert watch.seen == [(1, 9, 32)]
+
+
 class Doubled(nn.Module):
     """Looks like an RMS norm, and is none."""
 
@@ -122,7 +163,12 @@ class Wrapped(Doubled):
         return super().forward(x) / 2
 
 
-@pytest.mark.parametrize(("kind", "taken"), [(Doubled, 0), (Wrapped, 1)])
+class Channels(Doubled):
+    def forward(self, x):
+        return super().forward(x.transpose(1, 2)).transpose(1, 2)
+
+
+@pytest.mark.parametrize(("kind", "taken"), [(Doubled, 0), (Wrapped, 1), (Channels, 0)])
 def test_a_norm_is_what_its_numbers_say(kind, taken):
     part = kind()
     assert len(Sweeps(part, kernels).norms) == taken
