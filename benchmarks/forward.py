@@ -37,7 +37,8 @@ import torch
 
 import curate.passes.model
 from curate.measurements import MEASUREMENTS
-from curate.passes import cpu_products, forward
+from curate.passes import cpu_kernels, cpu_products, forward, packing
+from curate.passes.head import SUMMED, Head
 from curate.passes.model import Model
 from curate.tokens import Encoded, EncodedPair, common_prefix
 
@@ -45,7 +46,7 @@ VOCABULARY, WIDTH, LAYERS, INNER, HEADS = 32_000, 512, 8, 1376, 8
 BODY = LAYERS * (4 * WIDTH**2 + 3 * WIDTH * INNER)  # weights a token meets in the body
 HEAD = VOCABULARY * WIDTH
 MIXES = {"prompt-heavy": (300, 50), "mixed": (150, 100), "response-heavy": (50, 200)}  # mean prompt, mean response
-PARTS = ["rivals", "prices", "exactness", "bf16", "checkpoints"]
+PARTS = ["rivals", "kernels", "prices", "exactness", "bf16", "checkpoints"]
 ALL = [MEASUREMENTS[name] for name in ("likelihood", "entropy", "hidden")]
 
 
@@ -254,6 +255,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         if "rivals" in only:
             compare(module, model, make_trl(module, folder), n, rounds)
+        if "kernels" in only:
+            compiled(model, n, rounds)
         if "prices" in only:
             prices(model, n, rounds)
         if "exactness" in only:
@@ -290,6 +293,51 @@ def compare(module: torch.nn.Module, model: Model, trl, n: int, rounds: int) -> 
             f"| {memory['ours']:.0f} | {memory['loop']:.0f} | {memory.get('trl', float('nan')):.0f} |",
             flush=True,
         )
+
+
+def compiled(model: Model, n: int, rounds: int) -> None:
+    """What the compiled kernels are worth: of a pass, of attention over one sequence, of the sums of a block of logits."""
+    kernels = cpu_kernels.kernels()
+    if kernels is None:
+        print(f"\nno compiled kernels here: {cpu_kernels.refusal()}")
+        return
+
+    def without(run: Callable[[], object]) -> Callable[[], object]:
+        def torchs_own() -> None:
+            with (
+                mock.patch.object(cpu_kernels, "kernels", return_value=None),
+                mock.patch.dict(model.known, {"sweeps": None}),
+            ):
+                run()
+
+        return torchs_own
+
+    heads, length, (rows, columns) = 8, 350, SUMMED
+    q, k, v = (torch.randn(1, length, heads, WIDTH // heads).transpose(1, 2) for _ in range(3))
+    one = packing.Layout.of([packing.Group((packing.Item(0, "", np.zeros(length, np.int32), 1),), 0)])
+    head = Head(torch.randn(columns, 8))  # a product of next to nothing: what is left are the sums
+    states, tokens, wanted = torch.randn(rows, 8), torch.randint(0, columns, (rows,)), ("logp", "entropy", "top_logp")
+
+    def attend() -> None:
+        with packing.packed(one), torch.inference_mode():
+            packing.attention(model.module, q, k, v, None)
+
+    def add_up() -> None:
+        head.statistics(states, tokens, wanted)
+
+    runs: dict[str, Callable[[], object]] = {
+        f"attention of {length} tokens": attend,
+        f"sums of {rows} × {columns} logits": add_up,
+    }
+    for mix in MIXES:
+        pairs = make_pairs(mix, n)
+        runs[f"a pass, {mix}"] = lambda pairs=pairs: ours(model, pairs)
+    print("\nTime without compiled kernels over time with them:")
+    for name, run in runs.items():
+        times = 2 * rounds if name.startswith("a pass") else 50 * rounds
+        run(), without(run)()
+        found = [seconds(without(run)) / seconds(run) for _ in range(times)]
+        print(f"  {name}: {statistics.median(found):.2f}", flush=True)
 
 
 def prices(model: Model, n: int, rounds: int) -> None:

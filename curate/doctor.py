@@ -248,7 +248,7 @@ def _cpu_kernels() -> Finding:
     why_not = cpu_kernels.refusal()
     if why_not is None:
         return Finding("cpu kernels", "ok", "compiled: attention of packed rows, sums over the vocabulary")
-    text = f"none ({why_not}): torch's own operators run, the same numbers in about a tenth more time"
+    text = f"none ({why_not}): torch's own operators run, the same numbers in about a fifth more time"
     hint = "install gcc or clang" if "compiler" in why_not else ""
     return Finding("cpu kernels", "warn" if hint else "ok", text, hint)
 
