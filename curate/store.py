@@ -457,6 +457,9 @@ class Store:
         """
         with self.database.read() as con:
             found = query.status(con)
+        for run in found["runs"]:  # the next command that writes marks them for good
+            if run.pop("host") == socket.gethostname() and run["outcome"] is None and not process_alive(run["pid"]):
+                run["outcome"] = "killed"
         return {
             "folder": str(self.folder),
             **found,

@@ -293,6 +293,7 @@ def test_a_training_that_is_killed_loses_one_recording_at_most(base, examples, t
     code = textwrap.dedent(CRASHING.format(repository=str(REPOSITORY)))
     done = subprocess.run([sys.executable, "-c", code, base, examples, tmp_path], capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
+    assert [run["outcome"] for run in curate.Store(tmp_path / "store").status()["runs"]] == ["killed"]  # not running
     found = curate.run(recipe("sft", examples, tmp_path / "store"))
     assert found.store.sql("SELECT DISTINCT step FROM trajectories ORDER BY 1")["step"].to_list() == [0, 1, 2]
     assert found.store.sql("SELECT count(confidence) FROM scored").item() == 12

@@ -1,13 +1,13 @@
 """Operators that torch has no fast form of on a CPU, in C (cpu_kernels.c), compiled where they run: about a second, once a machine.
 
     attend      attention of a whole packed row in one call. torch's kernel multiplies with MKL in tiles of 32 queries and computes much of what
-                a causal mask hides: 2.8 times as long on a Zen 5 core
+                a causal mask hides: more than twice as long (benchmarks/forward.py --only kernels)
     head_sums   maximum, Σ e^z, Σ e^2z, Σ z e^z, rank and best token of a block of logits, read twice: torch takes six sweeps and writes three
     rms_norm, rotate, silu_times    in one sweep; passes/cpu_sweeps.py puts them into models
 
 Without a C compiler (CC, cc, gcc or clang) or AVX2, and for whatever these do not serve, torch's own operators run: slower, the same numbers to
-rounding. `curate doctor` says which. Each kind of attention is compared with passes/packing.py's loop on the spot before its first use, norms
-and angles with the model's own; the sums are not. CURATE_CPU_KERNELS=0 leaves them out.
+rounding. `curate doctor` says which. Each kind of attention is compared with passes/packing.py's loop on the spot before its first use, norms,
+angles and gates with the model's own, the sums with torch's when they are loaded. CURATE_CPU_KERNELS=0 leaves them out.
 """
 
 from __future__ import annotations
@@ -183,11 +183,30 @@ def _found() -> Kernels | Refused:
         kind = torch.backends.cpu.get_cpu_capability()
         if kind not in ("AVX2", "AVX512"):
             raise Refused(f"no AVX2 or AVX-512 (torch says {kind})")
-        return Kernels(ctypes.CDLL(str(_library(_compiler()))))
+        found = Kernels(ctypes.CDLL(str(_library(_compiler()))))
+        if not _adds_up(found):
+            raise Refused("the compiled sums differ from torch's")
+        return found
     except Refused as reason:
         return reason
     except OSError as problem:
         return Refused(f"the compiled kernels cannot be loaded: {problem}")
+
+
+def _adds_up(kernels: Kernels) -> bool:
+    """Whether `head_sums` gives torch's numbers, over two blocks; what else there is, is tried by those who use it."""
+    z = torch.randn(3, 90, generator=torch.Generator().manual_seed(0)) * 4
+    tokens = torch.tensor([0, 50, 89])
+    sums = {name: torch.zeros(3, dtype=torch.float64) for name in ("total", "square", "weighted")}
+    sums["best"] = torch.full((3,), -1e37, dtype=torch.float64)
+    others = z.double().scatter(1, tokens[:, None], -1e37)
+    for start in (0, 45):
+        kernels.head_sums(z[:, start : start + 45].clone(), start, -1e37, tokens, torch.zeros(3).double(), sums)
+    best = others.amax(1)
+    x = others - best[:, None]
+    e = x.exp()
+    wanted = {"best": best, "total": e.sum(1), "square": (e * e).sum(1), "weighted": (x * e).sum(1)}
+    return all(torch.allclose(sums[name], numbers, rtol=1e-5, atol=1e-6) for name, numbers in wanted.items())
 
 
 def _compiler() -> str:
@@ -208,7 +227,7 @@ def _library(compiler: str) -> Path:
             path = folder / name
             if not path.exists():
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-                _compile(compiler, path)
+                _compile(compiler, path, openmp="clang" not in version)
             if all(part.stat().st_uid == os.getuid() for part in (folder, path)):  # nobody else's code is loaded
                 return path
         except (OSError, RuntimeError):  # a home that cannot be written to; none at all
@@ -216,12 +235,12 @@ def _library(compiler: str) -> Path:
     raise Refused("neither the cache folder nor the temporary folder can be written to")
 
 
-def _compile(compiler: str, to: Path) -> None:
-    """Into place at once, so that nobody loads half a file."""
+def _compile(compiler: str, to: Path, *, openmp: bool = True) -> None:
+    """Into place at once, so that nobody loads half a file. openmp: in several threads (clang's own OpenMP is not torch's)."""
     with tempfile.TemporaryDirectory(dir=to.parent) as folder:
         code, library = f"{folder}/kernels.o", f"{folder}/kernels.so"
         # linked without -fopenmp: torch's own OpenMP, which is loaded already, shall be the only one
-        _run([compiler, *FLAGS, "-fopenmp", "-c", str(SOURCE), "-o", code])
+        _run([compiler, *FLAGS, *(["-fopenmp"] if openmp else []), "-c", str(SOURCE), "-o", code])
         _run([compiler, "-shared", code, "-o", library, "-lm"])
         with open(library, "rb") as file:
             os.fsync(file.fileno())  # half a file, after a power cut, would crash whoever loads it

@@ -235,7 +235,7 @@ def status(con: Connection) -> dict[str, Any]:
         "selections": dicts(con, "SELECT name, recipe, counts, created FROM data.selections ORDER BY created DESC"),
         "runs": dicts(
             con,
-            "SELECT * EXCLUDE (host) FROM data.runs WHERE outcome IS DISTINCT FROM 'refused' ORDER BY id DESC LIMIT 10",
+            "SELECT * FROM data.runs WHERE outcome IS DISTINCT FROM 'refused' ORDER BY id DESC LIMIT 10",
         ),
         "refused": next((run for run in last if run["outcome"] == "refused"), None),
     }

@@ -219,6 +219,20 @@ def test_a_kernel_that_errs_leaves_the_loop_and_says_why(monkeypatch):
         np.testing.assert_array_equal(found[name], wanted[name])
 
 
+@needed
+@pytest.mark.parametrize("name", ["total", "square", "weighted", "best"])
+def test_sums_that_err_are_not_used(monkeypatch, name):
+    assert cpu_kernels._adds_up(cpu_kernels.kernels())
+    add = cpu_kernels.Kernels.head_sums
+
+    def wrong(self, *given):
+        add(self, *given)
+        given[-1][name][1] *= 1.001
+
+    monkeypatch.setattr(cpu_kernels.Kernels, "head_sums", wrong)
+    assert not cpu_kernels._adds_up(cpu_kernels.kernels())
+
+
 def in_a_new_process(code, **environment):
     """What a process prints that has compiled nothing yet."""
     command = [sys.executable, "-c", f"from curate.passes import cpu_kernels\n{code}"]

@@ -70,6 +70,11 @@ def test_a_gated_unit_is_what_its_numbers_say(most, taken):
     part = Clamped()
     part.most = most
     assert len(Sweeps(part, kernels).gates) == taken
+    called = []
+    hook = part.up_proj.register_forward_hook(lambda *a: called.append(1))
+    assert not Sweeps(part, kernels).gates
+    assert not called
+    hook.remove()
     part.act_fn = nn.GELU()
     assert not Sweeps(part, kernels).gates
 
