@@ -1,7 +1,7 @@
 """The forward pass beside what a user would run instead, in one process, interleaved, CPU time, medians, one thread.
 
-    python benchmarks/forward.py            about ten minutes on one core
-    python benchmarks/forward.py --quick    two to three minutes; --only bf16 checkpoints: these parts alone
+    python benchmarks/forward.py            about a quarter of an hour on one core
+    python benchmarks/forward.py --quick    four minutes; --only bf16 checkpoints: these parts alone
 
 Model: a random Llama of 57M parameters (d = 512, 8 layers, 32,000 tokens, untied), so that nothing has to be downloaded. Pairs of random
 tokens in three length mixes. Rivals:
