@@ -97,7 +97,8 @@ class Gate:
         self.module, self.plain, self.kernels = module, module.forward, kernels
 
     def __call__(self, x: torch.Tensor, *others: Any, **more: Any) -> Any:
-        if others or more or torch.is_grad_enabled():
+        hooks = self.module.gate_proj._forward_hooks  # which may keep what would be written over
+        if others or more or hooks or torch.is_grad_enabled():
             return self.plain(x, *others, **more)
         gate, up = self.module.gate_proj(x), self.module.up_proj(x)
         if not (_plain(gate) and _plain(up) and gate.is_contiguous() and up.is_contiguous() and gate.shape == up.shape):
@@ -124,16 +125,7 @@ class Rotary:
         q, k = (
             x.float() if angles and x.dtype in NARROW else x for x in (q, k)
         )  # as torch multiplies them with these angles
-        for x in (q, k):
-            angles = (
-                angles
-                and _plain(x)
-                and x.ndim == 4
-                and x.shape[::2] == (1, cos.shape[1])
-                and x.shape[3] == cos.shape[2]
-            )
-            angles = angles and x.stride(3) == 1 and x.shape[3] % 2 == 0
-        if not angles or others or more:
+        if others or more or not (angles and all(_fits(x, cos) for x in (q, k))):
             return self.plain(q, k, cos, sin, *others, **more)
         return tuple(self.kernels.rotate(x, cos.contiguous(), sin.contiguous()) for x in (q, k))
 
@@ -145,6 +137,12 @@ def _plain(x: Any) -> bool:
     return not (torch.is_grad_enabled() and x.requires_grad)
 
 
+def _fits(x: torch.Tensor, cos: torch.Tensor) -> bool:
+    """Whether x is (1, heads, n, d) for angles (1, n, d), each head's numbers side by side."""
+    fits = _plain(x) and x.ndim == 4 and (x.shape[0], *x.shape[2:]) == tuple(cos.shape)
+    return fits and x.stride(3) == 1 and x.shape[3] % 2 == 0
+
+
 def _looks_like_a_norm(part: nn.Module) -> bool:
     own = dict(part.named_parameters(recurse=False))
     alone = own.keys() == {"weight"} and own["weight"].ndim == 1 and not list(part.children())
@@ -153,7 +151,7 @@ def _looks_like_a_norm(part: nn.Module) -> bool:
 
 @torch.inference_mode()
 def _gates(module: nn.Module, kernels: Kernels) -> list[Gate]:
-    """One of each class is tried: it takes a pass over its weights."""
+    """One of each class, activation and settings (some models clamp in some layers) is tried: it takes a pass over its weights."""
     found: list[Gate] = []
     tried: dict[Any, bool] = {}
     for part in module.modules():
@@ -162,7 +160,10 @@ def _gates(module: nn.Module, kernels: Kernels) -> list[Gate]:
             continue
         if any(own._forward_hooks or own._forward_pre_hooks for own in part.modules()):
             continue  # not ours to call
-        gate, kind = Gate(part, kernels), (type(part), type(part.act_fn))
+        settings = {
+            name: value for name, value in vars(part).items() if isinstance(value, (int, float, str, type(None)))
+        }
+        gate, kind = Gate(part, kernels), (type(part), type(part.act_fn), repr(settings))
         if kind not in tried:
             tried[kind] = gate.gives_its_numbers()
         if tried[kind]:

@@ -30,6 +30,10 @@ FAMILIES = {
     "qwen2": ("Qwen2", {}),  # biases on q, k, v
     "qwen2_window": ("Qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
     "qwen3": ("Qwen3", {"head_dim": 16}),
+    "qwen3_window": (
+        "Qwen3",
+        {"head_dim": 16, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+    ),
     "mistral_window": ("Mistral", {"sliding_window": 8}),
     "gemma2": (
         "Gemma2",

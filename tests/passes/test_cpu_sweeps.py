@@ -79,6 +79,23 @@ def test_a_gated_unit_is_what_its_numbers_say(most, taken):
     assert not Sweeps(part, kernels).gates
 
 
+def test_layers_of_one_class_with_other_settings_are_tried_each():
+    layers = nn.ModuleList([Clamped(), Clamped(), Clamped()])
+    for layer, most in zip(layers, (float("inf"), 7.0, float("inf"))):
+        layer.most = most
+    assert [gate.module for gate in Sweeps(layers, kernels).gates] == [layers[0], layers[2]]
+
+
+def test_what_a_later_hook_keeps_is_not_written_over():
+    part, seen = Clamped(), []
+    part.most = float("inf")
+    sweeps, x = Sweeps(part, kernels), torch.randn(3, 8)
+    part.gate_proj.register_forward_hook(lambda module, given, found: seen.append(found))
+    with torch.inference_mode(), sweeps.installed():
+        part(x)
+        torch.testing.assert_close(seen[0], nn.functional.linear(x, part.gate_proj.weight, part.gate_proj.bias))
+
+
 def test_silu_times():
     a = torch.cat([torch.randn(1003) * 5, torch.tensor([0.0, -0.0, 200, -200, torch.inf, -1e-40, torch.nan])])
     b = torch.randn(len(a))
