@@ -1,16 +1,20 @@
 """The card of an export: README.md with a YAML head, merged with the card that is already there.
 
-What a person wrote stays: their keys of the head (ours are added, lists like tags are united), and their text outside our section, which
-stands between two HTML comments. The head's `configs` makes `load_dataset` take data/ alone (Hugging Face's dataset card specification).
+What a person wrote stays byte for byte: their keys of the head (`card_head`: ours are added, tags are united), and their text outside our
+section, which stands between two HTML comments. The head's `configs` makes `load_dataset` take data/ alone (Hugging Face's dataset card
+specification).
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from curate.data.card_head import HEAD, NotYaml, merged_head, split_head
 
 BEGIN, END = "<!-- curate: begin (rewritten by every export) -->", "<!-- curate: end -->"
 SIZES = (
@@ -75,7 +79,7 @@ def write_card(
     text = card_text(
         card, existing=existing, split=split, n_rows=n_rows, n_dropped=n_dropped, kind=kind, layout=layout, notes=notes
     )
-    path.write_text(text, encoding="utf-8")
+    path.write_bytes(text.encode("utf-8"))
 
 
 def card_text(
@@ -89,38 +93,44 @@ def card_text(
     layout: str,
     notes: Sequence[str] = (),
 ) -> str:
-    """The merged card. Of a head that is not YAML the text is kept and a new head is written."""
-    from huggingface_hub import DatasetCard
-    from huggingface_hub.repocard import REGEX_YAML_BLOCK
+    """The merged card: what a person wrote stays byte for byte, beside our keys of the head and our section of the text.
 
-    head: dict[str, Any] = {}
-    body = existing or ""
-    if existing and REGEX_YAML_BLOCK.search(existing):  # without a head DatasetCard warns on stderr
-        try:
-            old = DatasetCard(existing, ignore_metadata_errors=True)
-            head, body = old.data.to_dict(), old.text
-        except Exception:  # a head that is not YAML: it stays, as text
-            body = existing.removeprefix("---\n")
-    head |= {key: value for key, value in card.head.items() if key not in head}
-    if card.license and "license" not in head:
-        head["license"] = card.license
+    Of a head that is not YAML the text is kept below a new head, and the section says so.
+    """
+    existing = existing or ""
+    head, body = split_head(existing)
+    opening, closing = ("---\n", "---\n\n")
+    if found := HEAD.match(existing):
+        opening, closing = found[1], found[3] if found[3].endswith("\n") else found[3] + "\n"
     tags = ["curate", "trl", *(["preference", "dpo"] if kind == "preference" else ["sft"])]
-    head["tags"] = [*head.get("tags", []), *(tag for tag in tags if tag not in head.get("tags", []))]
-    head["size_categories"] = [next((name for limit, name in SIZES if n_rows < limit), "n>10M")]
-    head["configs"] = [
-        *(config for config in head.get("configs") or [] if config.get("config_name") != "default"),
-        {"config_name": "default", "data_files": [{"split": split, "path": f"data/{split}-*.parquet"}]},
-    ]
-    head.pop("dataset_info", None)  # sizes and features of what was there before
+    size = next((name for limit, name in SIZES if n_rows < limit), "n>10M")
+    more = dict(card.head) | ({"license": card.license} if card.license else {})
+    try:
+        merged = merged_head(head, tags=tags, size=size, split=split, more=more)
+    except NotYaml as error:
+        notes = [
+            *notes,
+            f"The head that README.md had is no YAML ({error}): it stands below, as text; mend it there and move it up.",
+        ]
+        merged, opening, closing, body = (
+            merged_head("", tags=tags, size=size, split=split, more=more),
+            "---\n",
+            "---\n\n",
+            existing,
+        )
     section = section_text(card, split=split, n_rows=n_rows, n_dropped=n_dropped, layout=layout, notes=notes)
     before, begin, rest = body.partition(BEGIN)
     if begin:
-        body = before + section + rest.partition(END)[2]
+        _, end, after = rest.partition(END)
+        body = (
+            before + section + (after if end else "\n\n" + rest.lstrip())
+        )  # without its end: nothing of the text is lost
+    elif body.strip():
+        body = f"{body.rstrip()}\n\n{section}\n"
     else:
-        body = f"{body.strip()}\n\n{section}\n" if body.strip() else f"# {card.title}\n\n{section}\n"
-    import yaml
-
-    return f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---\n\n{body.lstrip()}"
+        body = f"\n# {card.title}\n\n{section}\n" if existing else f"# {card.title}\n\n{section}\n"
+    text = opening + merged + closing + body
+    return re.sub(r"(?<!\r)\n", "\r\n", text) if "\r\n" in existing else text
 
 
 def section_text(card: Card, *, split: str, n_rows: int, n_dropped: int, layout: str, notes: Sequence[str]) -> str:

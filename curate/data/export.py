@@ -105,6 +105,7 @@ def write_export(
 ) -> ExportResult:
     if format == "extend":
         records, format = both_responses(records), "prompt_completion"
+    existing = old_card(target / "README.md")
     first = next(records, None)
     if first is None:
         raise ValidationError(
@@ -146,11 +147,10 @@ def write_export(
         notes += write_trainer_args(staging, trainer, plan.layout)
     shutil.rmtree(work)
     (staging / MARK).write_text("An export of curate: the next export to this folder replaces it.\n")
-    existing = target / "README.md"
     write_card(
         staging / "README.md",
         card,
-        existing=existing.read_text(encoding="utf-8") if existing.is_file() else None,
+        existing=existing,
         split=split,
         n_rows=n_rows,
         n_dropped=left.n_rows,
@@ -160,6 +160,17 @@ def write_export(
     )
     carry_over(target, staging)
     return ExportResult(target, n_rows, left.n_rows, plan.layout, tuple(schema.names), renamed, tuple(notes))
+
+
+def old_card(file: Path) -> str | None:
+    """The card that is there, with its line ends as they are. ValidationError where it is no UTF-8 text."""
+    try:
+        return file.read_bytes().decode("utf-8") if file.is_file() else None
+    except UnicodeDecodeError as error:
+        raise ValidationError(
+            f"{file}: not UTF-8 text ({error.reason} at byte {error.start}), so the new card cannot be merged with it. "
+            "Save it as UTF-8, or move it away."
+        ) from None
 
 
 def with_first(first: ExportRow, others: Iterator[ExportRow]) -> Iterator[ExportRow]:
