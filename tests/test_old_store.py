@@ -1,0 +1,53 @@
+"""A store that an earlier curate made (commit 9a495b9): what it measured stays, and its scores are the same to the last digit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tarfile
+from pathlib import Path
+
+import pytest
+
+import curate
+from curate.demo.model import BASE
+from curate.progress import Progress
+from curate.recipe import load_recipe
+from curate.workflow import make_plan
+from tests.old_store.models import make_models
+
+HERE = Path(__file__).parent / "old_store"
+TORCH = "2.13.0"
+
+
+@pytest.fixture(scope="module")
+def old(tmp_path_factory) -> Path:
+    import torch
+
+    if torch.__version__.split("+")[0] != TORCH:
+        pytest.skip(
+            f"the old store was measured with torch {TORCH}; another version is another engine, and measures anew"
+        )
+    folder = tmp_path_factory.mktemp("old")
+    with tarfile.open(HERE / "store.tar.xz") as archive:
+        archive.extractall(folder, filter="data")
+    make_models(folder, BASE)
+    for recipe in HERE.glob("*.yaml"):
+        shutil.copy(recipe, folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["pairs", "sft"])
+def test_an_old_store_goes_on(old, name):
+    expected = json.loads((old / "expected.json").read_text())[name]
+    assert (
+        "Everything is measured already."
+        in make_plan(load_recipe(old / f"{name}.yaml"), progress=Progress(quiet=True)).text()
+    )
+    result = curate.run(old / f"{name}.yaml")
+    assert result.measured == {}
+    for view, before in expected.items():
+        assert before or (name, view) == ("pairs", "samples")
+        columns = ", ".join(f'"{column}"' for column in before[0]) if before else "*"
+        now = result.store.sql(f"SELECT {columns} FROM {view} ORDER BY ALL", recipe=name).to_dicts()
+        assert json.loads(json.dumps(now, default=str)) == before, view
