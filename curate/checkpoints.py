@@ -13,11 +13,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from curate.errors import BrokenCheckpoint, ModelError
-from curate.fingerprints import FingerprintCache, check_folder, weights_fingerprint
+from curate.errors import BrokenCheckpoint, ModelError, OtherLayout
+from curate.fingerprints import FingerprintCache, weights_fingerprint
+from curate.layouts import check_folder, training_state
 from curate.passes.adapter_config import is_adapter, read_adapter_config, tokenizer_folder
 
 HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
+VERL = (
+    "/actor/huggingface holds a config and no weights. For later trainings: hf_model in actor_rollout_ref.actor.checkpoint.save_contents; "
+    "of this one, `python -m verl.model_merger merge` makes them."
+)
 
 
 @dataclass(frozen=True)
@@ -126,22 +131,30 @@ def find_checkpoints(
     """
     places: Sequence[str | Path] = _of_folder(spec, folder) if isinstance(spec, str) else spec
     subjects: list[Subject] = []
-    broken: list[str] = []
+    broken: list[BrokenCheckpoint] = []
     for place in places:
         try:
             path = place if isinstance(place, Path) else find_model(place, folder)
-            subjects.append(_subject(path, folder, cache, name=str(place), base=base))
+            check_folder(path)
+            if skip is not None or not broken:  # else only to see whether leaving out would leave any
+                subjects.append(_subject(path, folder, cache, name=str(place), base=base))
+            else:
+                subjects.append(Subject(str(path), ""))
         except BrokenCheckpoint as error:
-            if skip is None:
-                raise BrokenCheckpoint(
-                    f"{error}\n  `--set models.on_broken_checkpoint=skip` leaves such checkpoints out."
-                ) from None
-            broken.append(str(error))
+            broken.append(error)
     if broken and not subjects:
-        raise ModelError(f"models.checkpoints: every checkpoint is broken. The first: {broken[0]}")
+        kind = type(broken[0])
+        every = "every checkpoint is broken" if kind is BrokenCheckpoint else "no checkpoint holds a model's weights"
+        first = f"{every} ({len(broken)}). The first: " if len(broken) > 1 or skip else ""
+        raise kind(f"models.checkpoints: {first}{broken[0]}")
+    if broken and skip is None:
+        raise type(broken[0])(
+            f"{broken[0]}\n  `--set models.on_broken_checkpoint=skip` leaves such checkpoints out "
+            f"({len(broken)} of {len(places)} here)."
+        )
     for message in broken:
         assert skip is not None
-        skip(message)
+        skip(str(message))
     if isinstance(spec, str):
         run = (folder / Path(spec).expanduser()).resolve().name
     else:
@@ -201,11 +214,20 @@ def _of_folder(spec: str, folder: Path) -> list[Path]:
             "revisions of a hub repository: {repo: owner/name, revisions: [...]}."
         )
     configs = ("config.json", "adapter_config.json")
+    inside = [p for p in sorted(root.iterdir()) if p.is_dir()]
     found = [
-        p
-        for p in sorted(root.iterdir())
-        if p.is_dir() and (re.fullmatch(r"checkpoint-\d+", p.name) or any((p / name).is_file() for name in configs))
+        p for p in inside if re.fullmatch(r"checkpoint-\d+", p.name) or any((p / name).exists() for name in configs)
     ]
+    if not found:  # verl's layout: the actor's model in transformers' format, where it was saved so
+        of_verl = [p for p in inside if (p / "actor" / "huggingface" / "config.json").is_file()]
+        found = [
+            p / "actor" / "huggingface" for p in of_verl if any((p / "actor" / "huggingface").glob("*.safetensors"))
+        ]
+        if of_verl and not found:
+            raise OtherLayout(f"models.checkpoints: {training_state(of_verl[0]) or of_verl[0].name + VERL}")
+    state = next((told for p in (*inside, root) if (told := training_state(p))), None) if not found else None
+    if state is not None:
+        raise OtherLayout(f"models.checkpoints: {state}")
     if not found:
         raise ModelError(
             f"models.checkpoints: {spec} holds no checkpoint (a folder checkpoint-<step> with config.json and weights, or with a LoRA adapter). "
@@ -219,6 +241,8 @@ def _subject(path: Path, folder: Path, cache: FingerprintCache | None, *, name: 
     check_folder(path)
     on = find_base(path, folder, base) if is_adapter(path) else None
     run, checkpoint = path.parent.name, path.name
+    if path.parts[-2:] == ("actor", "huggingface"):  # verl: RUN/global_step_10/actor/huggingface
+        run, checkpoint = path.parents[2].name, path.parents[1].name
     if _of_hub(path):
         repo, _, revision = name.partition("@")
         run, checkpoint = repo.rpartition("/")[2], revision or name

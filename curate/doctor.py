@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Literal
 
 from curate.errors import CurateError
+from curate.layouts import check_folder
 from curate.passes.sampling import TORCHVISION_HINT, refusal, target_device
 from curate.passes.vllm_facts import vllm_distribution
 
@@ -216,6 +217,8 @@ def _model(model: str | Path) -> list[Finding]:
     """What samples this model and how it is measured: the sampler's choice by name, the layout of the forward pass."""
     findings = []
     try:
+        if Path(model).is_dir():
+            check_folder(Path(model))
         why_not = refusal(model)
     except CurateError as error:
         return [Finding("model", "missing", str(error))]

@@ -28,6 +28,10 @@ class BrokenCheckpoint(ModelError):
     """A checkpoint whose files are missing, cut short or unreadable: of a run, it can be left out (models.on_broken_checkpoint)."""
 
 
+class OtherLayout(BrokenCheckpoint):
+    """A folder that holds training state or weights in another format: whole, perhaps, but nothing that is loaded as it is."""
+
+
 class EngineError(CurateError):
     """A sampling engine or server that cannot start, cannot serve this model, or died."""
 

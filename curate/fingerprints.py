@@ -8,16 +8,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
 from curate.errors import BrokenCheckpoint
-from curate.passes import adapter_config
-from curate.passes.adapter_config import is_adapter, read_adapter_config
+from curate.layouts import WEIGHTS, check_folder, weight_files
+from curate.passes.adapter_config import read_adapter_config
 from curate.rows import content_id
-
-WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
 
 class FingerprintCache:
@@ -101,89 +99,10 @@ def weights_fingerprint(path: Path, cache: FingerprintCache | None = None, *, ba
         if base is not None:
             told = read_adapter_config(path).identity()
             digest.update(f"adapter:{weights_fingerprint(base, cache)}\n{told}\n".encode())
-        for file in [path / "config.json"] * (base is None) + _weight_files(path):
+        for file in [path / "config.json"] * (base is None) + weight_files(path):
             digest.update(f"{file.name}:{cache.of(file)}\n".encode())
     except OSError as error:
         raise BrokenCheckpoint(
             f"{path.name}: {Path(error.filename or path).name} cannot be read ({error.strerror})."
         ) from None
     return digest.hexdigest()[:20]
-
-
-def _weight_files(path: Path) -> list[Path]:
-    if is_adapter(path):
-        return [path / adapter_config.WEIGHTS]
-    for pattern in WEIGHTS:
-        files = sorted(path.glob(pattern))
-        if files:
-            return files
-    return []
-
-
-def check_folder(path: Path) -> None:
-    """A model folder has a readable config, and every weight file that its index names, each as long as its header says; an adapter's its
-    own two files. BrokenCheckpoint where it does not; ModelError for an adapter that is not understood.
-    """
-    if is_adapter(path):
-        read_adapter_config(path)
-        weights = path / adapter_config.WEIGHTS
-        if not weights.is_file():
-            raise BrokenCheckpoint(
-                f"{path.name}: no {weights.name} beside adapter_config.json; the adapter is incomplete (found: {', '.join(_names(path)[:6])})."
-            )
-        if not _is_whole(weights):
-            raise _half_written(weights)
-        return
-    try:
-        json.loads((path / "config.json").read_text())
-    except FileNotFoundError:
-        inside = ", ".join(_names(path)[:6]) or "nothing"
-        raise BrokenCheckpoint(
-            f"{path}: no config.json in this folder, so it is not a model (found: {inside})."
-        ) from None
-    except (OSError, ValueError) as error:
-        raise BrokenCheckpoint(f"{path.name}/config.json cannot be read: {error}.") from None
-    files = _weight_files(path)
-    if not files:
-        raise BrokenCheckpoint(
-            f"{path.name}: no weights (*.safetensors) beside config.json; the checkpoint is incomplete (found: {', '.join(_names(path)[:6])})."
-        )
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            wanted = set(json.loads(index.read_text())["weight_map"].values())
-        except (OSError, ValueError, KeyError) as error:
-            raise BrokenCheckpoint(f"{path.name}/{index.name} cannot be read: {error!r}.") from None
-        missing = sorted(wanted - {f.name for f in files})
-        if missing:
-            raise BrokenCheckpoint(
-                f"{path.name}: {missing[0]} is missing ({len(missing)} of {len(wanted)} weight files); the checkpoint is incomplete."
-            )
-    for file in files:
-        if file.suffix == ".safetensors" and not _is_whole(file):
-            raise _half_written(file)
-
-
-def _half_written(file: Path) -> BrokenCheckpoint:
-    return BrokenCheckpoint(
-        f"{file.parent.name}/{file.name} is cut short or not a safetensors file; the checkpoint is half-written. Remove it or name the others."
-    )
-
-
-def _is_whole(file: Path) -> bool:
-    """Whether a safetensors file is as long as its own header says."""
-    try:
-        with file.open("rb") as handle:
-            length = int.from_bytes(handle.read(8), "little")
-            size = file.stat().st_size
-            if not 0 < length <= size - 8:
-                return False
-            header = json.loads(handle.read(length))
-        ends: Iterable[int] = (entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
-        return size == 8 + length + max(ends, default=0)
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
-def _names(path: Path) -> list[str]:
-    return sorted(p.name for p in path.iterdir())

@@ -101,7 +101,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(str(path))
+        return AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
     except Exception as problem:  # OSError, ValueError, KeyError, ImportError, and json's and tokenizers' own
         raise ModelError(
             f"{path}: wanted a folder or hub id with a tokenizer (tokenizer.json, tokenizer_config.json), "
@@ -156,7 +156,7 @@ def context_length(path: str | Path) -> int | None:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(str(path))
+        config = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
     except Exception as problem:
         raise ModelError(
             f"{path}: wanted a folder or hub id with a model's config.json, found {describe_folder(path)}.\n"

@@ -216,7 +216,7 @@ def read_config(model_path: str | Path) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(str(model_path))
+        return AutoConfig.from_pretrained(str(model_path), trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
             f"{model_path}: wanted a folder or hub id with a model's config.json, found {describe_folder(model_path)}.\n"

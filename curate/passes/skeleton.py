@@ -31,7 +31,9 @@ def skeleton(path: str | Path, *, base: str | Path | None = None) -> Skeleton:
     whole = base or path
     try:
         with torch.device("meta"):
-            module = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(str(whole)))
+            module = AutoModelForCausalLM.from_config(
+                AutoConfig.from_pretrained(str(whole), trust_remote_code=False), trust_remote_code=False
+            )
     except Exception as problem:  # OSError, ValueError, KeyError, and the model's own
         raise ModelError(
             f"{whole}: wanted a folder or hub id with a causal language model's config.json, found {describe_folder(whole)}.\n"

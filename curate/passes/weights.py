@@ -107,7 +107,7 @@ def _same_architecture(module: Any, folder: Path, path: str | Path) -> None:
             )
         return
     try:
-        found = AutoConfig.from_pretrained(str(folder)).to_dict()
+        found = AutoConfig.from_pretrained(str(folder), trust_remote_code=False).to_dict()
     except Exception as problem:
         raise ModelError(
             f"{path}: unreadable config.json ({type(problem).__name__}: {first_line(problem)})."

@@ -1,0 +1,314 @@
+"""What a folder that is no whole model holds instead, and what makes one of it: training state in shards, other formats, other tasks' models.
+
+Advice that destroys ("remove it") is given only on proof: a file that is shorter than its own header says. A file that may not be read, a link to
+nowhere, a pointer that git-lfs left, or a page that a download gave are each said as what they are.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from curate.errors import BrokenCheckpoint, ModelError, OtherLayout
+from curate.passes import adapter_config
+from curate.passes.adapter_config import is_adapter, read_adapter_config
+
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+LOADED = (
+    "model.safetensors",
+    INDEXES[0],
+    "pytorch_model.bin",
+    INDEXES[1],
+)  # what transformers looks for, in this order
+LFS = b"version https://git-lfs"
+PAGE = (b"<!doctype", b"<html", b"<head", b"<?xml")
+HEADER_LIMIT = 100_000_000  # bytes, safetensors' own
+TASKS = {
+    "ForSequenceClassification": "a classifier or reward model",
+    "ForTokenClassification": "a token classifier",
+    "ForQuestionAnswering": "a reader that marks answers in a text",
+    "ForMaskedLM": "a masked language model",
+}
+OTHER_FILES = {
+    "*.gguf": (
+        "llama.cpp's quantised GGUF",
+        "Name the model that it was made from, or serve it (`llama-server`) and sample with engine.sampler: openai.",
+    ),
+    "consolidated*.pth": (
+        "Meta's own layout",
+        "Turn it into transformers' (python -m transformers.models.llama.convert_llama_weights_to_hf).",
+    ),
+    "consolidated*.safetensors": (
+        "Mistral's own layout",
+        "Name the repository's transformers files (model.safetensors) instead.",
+    ),
+    "pytorch_model_fsdp.bin": (
+        "FSDP's whole state in one pickle",
+        "Load it into the model (model.load_state_dict(torch.load(…))) and `save_pretrained` that.",
+    ),
+    "flax_model*.msgpack": (
+        "Flax weights",
+        "Save them from Flax with transformers 4 (from_flax=True, then save_pretrained).",
+    ),
+    "tf_model*.h5": (
+        "TensorFlow weights",
+        "Save them from TensorFlow with transformers 4 (from_tf=True, then save_pretrained).",
+    ),
+    "*.onnx": ("an ONNX graph", "Name the model that it was exported from."),
+    "weights*.npz": (
+        "MLX weights",
+        "Convert them (mlx_lm.fuse --export…, or name the model that they were made from).",
+    ),
+    "*.pt": ("torch.save pickles of a training script", "Load them into the model and `save_pretrained` that."),
+    "*.pth": ("torch.save pickles of a training script", "Load them into the model and `save_pretrained` that."),
+}
+
+
+def check_folder(path: Path) -> None:
+    """A model folder has a readable config of a model that can be measured, and every weight file that its index names, each as long as its header
+    says; an adapter's its own two files. BrokenCheckpoint where files are missing, unreadable or of another layout; ModelError for a model or
+    adapter that is not measured here whatever its files are.
+    """
+    if is_adapter(path):
+        _check_adapter(path)
+        return
+    config = path / "config.json"
+    if not config.exists() and not config.is_symlink():
+        known = training_state(path) or other_weights(path)
+        if known:
+            raise OtherLayout(known)
+        inside = ", ".join(names_in(path)[:6]) or "nothing"
+        raise BrokenCheckpoint(f"{path}: no config.json in this folder, so it is not a model (found: {inside}).")
+    check_config(path, read_config(config))
+    files = weight_files(path)
+    if not any((path / name).exists() or (path / name).is_symlink() for name in LOADED):
+        known = training_state(path) or other_weights(path)
+        if known:
+            raise OtherLayout(known)
+        lacks = (
+            f"{files[0].name} but no {INDEXES[0]}, which says what is in which file"
+            if files
+            else "no weights (*.safetensors) beside config.json"
+        )
+        raise BrokenCheckpoint(
+            f"{path.name}: {lacks}; the checkpoint is incomplete (found: {', '.join(names_in(path)[:6])})."
+        )
+    for name in INDEXES:
+        if (path / name).is_file() and files[0].suffix in name:
+            _check_index(path / name, {f.name for f in files})
+    for file in files:
+        check_file(file, pickled=file.suffix == ".bin")
+
+
+def _check_adapter(path: Path) -> None:
+    read_start(path / adapter_config.CONFIG)
+    read_adapter_config(path)
+    weights = path / adapter_config.WEIGHTS
+    if not weights.exists() and not weights.is_symlink():
+        old = (
+            " It has PEFT's older adapter_model.bin: load it with PEFT and `save_pretrained` it."
+            if (path / "adapter_model.bin").is_file()
+            else ""
+        )
+        raise BrokenCheckpoint(
+            f"{path.name}: no {weights.name} beside adapter_config.json; the adapter is incomplete (found: {', '.join(names_in(path)[:6])}).{old}"
+        )
+    check_file(weights)
+
+
+def _check_index(index: Path, found: set[str]) -> None:
+    read_start(index)
+    try:
+        wanted = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise BrokenCheckpoint(f"{_named(index)} cannot be read: {error!r}.") from None
+    if missing := sorted(wanted - found):
+        raise BrokenCheckpoint(
+            f"{index.parent.name}: {missing[0]} is missing ({len(missing)} of {len(wanted)} weight files); the checkpoint is incomplete."
+        )
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The files that hold a folder's weights: an adapter's tensors, safetensors, or .bin where there are no others."""
+    if is_adapter(path):
+        return [path / adapter_config.WEIGHTS]
+    return next((files for pattern in WEIGHTS if (files := sorted(path.glob(pattern)))), [])
+
+
+def names_in(path: Path) -> list[str]:
+    return sorted(p.name for p in path.iterdir())
+
+
+def training_state(path: Path) -> str | None:
+    """Which trainer's sharded state a folder holds, and what turns it into weights; None where it holds none that is known."""
+    name = path.name
+    of_zero = [p for p in path.glob("global_step*") if p.is_dir() and any(p.glob("*_states.pt"))]
+    if of_zero or (path / "zero_to_fp32.py").is_file() or any(path.glob("*zero_pp_rank_*_states.pt")):
+        tag = of_zero[0].name if of_zero else "zero_to_fp32.py"
+        return (
+            f"{name} holds DeepSpeed's training state in shards ({tag}), not the model's weights.\n"
+            f"  In that folder, `python zero_to_fp32.py . . --safe_serialization` writes them. For later trainings: "
+            "stage3_gather_16bit_weights_on_model_save: true in DeepSpeed's config."
+        )
+    shards = next((p for p in (*path.glob("*.distcp"), *path.glob("*/*.distcp"))), None)
+    if shards is not None:
+        inside = shards.parent if shards.parent == path else Path(shards.parent.name)
+        where = name if shards.parent == path else f"{name}/{inside.name}"
+        return (
+            f"{name} holds FSDP's training state in shards ({shards.name} in {where}), not the model's weights.\n"
+            f"  `accelerate merge-weights {where} {name}` writes them. For later trainings: "
+            "fsdp_state_dict_type: FULL_STATE_DICT in accelerate's config."
+        )
+    if (
+        any(path.glob("mp_rank_*/*.pt"))
+        or any(path.glob("iter_*/mp_rank_*"))
+        or (path / "latest_checkpointed_iteration.txt").is_file()
+    ):
+        return (
+            f"{name} holds Megatron's training state (mp_rank_…), not a transformers model.\n"
+            "  Export it: Megatron Bridge's AutoBridge.export_ckpt, or Megatron-LM's tools/checkpoint/convert.py."
+        )
+    actor = next((p for p in (path, path / "actor") if any(p.glob("model_world_size_*_rank_*.pt"))), None)
+    if actor is not None:
+        local = name if actor == path else f"{name}/actor"
+        return (
+            f"{name} holds verl's training state in shards (model_world_size_…_rank_….pt), not the model's weights.\n"
+            f"  `python -m verl.model_merger merge --backend fsdp --local_dir {local} --target_dir {local}/huggingface` writes them. "
+            "For later trainings: hf_model in actor_rollout_ref.actor.checkpoint.save_contents."
+        )
+    return None
+
+
+def other_weights(path: Path) -> str | None:
+    """Weights of another format in a model folder, and what to do; None where there are none that are known."""
+    for pattern, (what, advice) in OTHER_FILES.items():
+        if found := sorted(path.glob(pattern)):
+            return f"{path.name} holds {found[0].name}, {what}, and no model.safetensors.\n  {advice}"
+    return None
+
+
+def check_config(path: Path, config: dict[str, Any]) -> None:
+    """ModelError for a model that cannot be measured whatever its weights are: its own code, an encoder-decoder, a classifier."""
+    auto_map = config.get("auto_map") or {}
+    if auto_map and not _is_native(config):
+        module = str(next(iter(auto_map.values())) if isinstance(auto_map, dict) else auto_map).split(".")[0]
+        raise ModelError(
+            f"{path.name}: this model brings its own code ({module.split('--')[-1]}.py, named by auto_map in its config.json; model_type "
+            f"{config.get('model_type')!r} is not one of transformers' own). curate runs no code out of a model's folder.\n"
+            "  Name a model of an architecture that transformers has, or upgrade transformers if it has this one by now."
+        )
+    if config.get("is_encoder_decoder"):
+        raise ModelError(
+            f"{path.name}: an encoder-decoder ({config.get('model_type')}); rows are measured on causal language models, which read prompt and "
+            "response as one sequence. Name a decoder-only model."
+        )
+    names = [str(name) for name in config.get("architectures") or []]
+    task = next((TASKS[suffix] for name in names for suffix in TASKS if name.endswith(suffix)), None)
+    if task is not None:
+        raise ModelError(
+            f"{path.name}: {names[0]} is {task}, it has no language model's head. Name the causal language model that is trained or measured."
+        )
+
+
+def _is_native(config: dict[str, Any]) -> bool:
+    """Whether transformers has this model's class itself, which it then takes with trust_remote_code=False."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    return config.get("model_type") in CONFIG_MAPPING_NAMES
+
+
+def check_file(file: Path, *, pickled: bool = False) -> None:
+    """BrokenCheckpoint where a weight file is not readable or not whole, saying which of the many reasons it is. pickled: a .bin file."""
+    read_start(file)
+    if pickled:
+        with file.open("rb") as handle:
+            cut = handle.read(4) == b"PK\x03\x04" and not zipfile.is_zipfile(file)
+        if cut:
+            raise _half_written(file, "cut short (its end, where torch.save writes the list of tensors, is missing)")
+        return
+    size = file.stat().st_size
+    with file.open("rb") as handle:
+        length = int.from_bytes(handle.read(8), "little")
+        if length > HEADER_LIMIT or handle.read(1) != b"{":
+            raise _not_safetensors(file)
+        if length > size - 8:
+            raise _half_written(file, f"cut short ({size:,} bytes, its header alone has {length:,})")
+        handle.seek(8)
+        head = handle.read(length)
+    try:
+        header = json.loads(head)
+        ends: Iterable[int] = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise _not_safetensors(file) from None
+    wanted = 8 + length + max(ends, default=0)
+    if size < wanted:
+        raise _half_written(file, f"cut short ({size:,} of {wanted:,} bytes)")
+    if size > wanted:
+        raise BrokenCheckpoint(
+            f"{_named(file)} is {size - wanted:,} bytes longer than its own header says: not what was saved. Copy it again from where it came."
+        )
+
+
+def read_start(file: Path) -> bytes:
+    """The first bytes of a model's file. BrokenCheckpoint where it cannot be read, is empty, or stands in for a file that was not fetched."""
+    if file.is_symlink() and not file.exists():
+        raise BrokenCheckpoint(
+            f"{_named(file)} is a link to {file.readlink()}, which is not there (not downloaded, a cleaned cache, or a disk that is not mounted). "
+            "Fetch it again, or mend the link."
+        )
+    if file.is_dir():
+        raise BrokenCheckpoint(f"{_named(file)} is a folder, expected a file.")
+    try:
+        with file.open("rb") as handle:
+            start = handle.read(64)
+    except PermissionError:
+        raise BrokenCheckpoint(
+            f"{_named(file)} cannot be read: this user may not (permission denied). The file itself may be whole: ask its owner, or `chmod a+r` it."
+        ) from None
+    except OSError as error:
+        raise BrokenCheckpoint(f"{_named(file)} cannot be read ({error.strerror or error}).") from None
+    if start.startswith(LFS):
+        raise BrokenCheckpoint(
+            f"{_named(file)} is a git-lfs pointer, a few lines in place of the file: it was cloned without git-lfs. "
+            "Run `git lfs install` and `git lfs pull` in that repository."
+        )
+    if start.lstrip().lower().startswith(PAGE):
+        raise BrokenCheckpoint(
+            f"{_named(file)} is a web page, not the file: the download gave a page instead (not logged in, or no such file). Download it again."
+        )
+    if not start:
+        raise _half_written(file, "empty (0 bytes)")
+    return start
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """A model's config.json. BrokenCheckpoint where it cannot be read."""
+    read_start(file)
+    try:
+        found = json.loads(file.read_text("utf-8"))
+    except ValueError as error:
+        raise BrokenCheckpoint(f"{_named(file)} cannot be read: {error}.") from None
+    if not isinstance(found, dict):
+        raise BrokenCheckpoint(f"{_named(file)} cannot be read: it holds {type(found).__name__}, expected an object.")
+    return found
+
+
+def _named(file: Path) -> str:
+    return f"{file.parent.name}/{file.name}"
+
+
+def _half_written(file: Path, how: str) -> BrokenCheckpoint:
+    return BrokenCheckpoint(
+        f"{_named(file)} is {how}; the checkpoint is half-written. If no training or copy is writing it now, remove it or name the others."
+    )
+
+
+def _not_safetensors(file: Path) -> BrokenCheckpoint:
+    return BrokenCheckpoint(
+        f"{_named(file)} is not a safetensors file (its header cannot be read): half-written, or something else under this name. "
+        "Save or copy it again."
+    )
