@@ -39,6 +39,7 @@ import curate.passes.model
 from curate.measurements import MEASUREMENTS
 from curate.passes import cpu_kernels, cpu_products, forward, packing
 from curate.passes.head import SUMMED, Head
+from curate.passes.layout import Group, Item, Layout
 from curate.passes.model import Model
 from curate.tokens import Encoded, EncodedPair, common_prefix
 
@@ -315,7 +316,7 @@ def compiled(model: Model, n: int, rounds: int) -> None:
 
     heads, length, (rows, columns) = 8, 350, SUMMED
     q, k, v = (torch.randn(1, length, heads, WIDTH // heads).transpose(1, 2) for _ in range(3))
-    one = packing.Layout.of([packing.Group((packing.Item(0, "", np.zeros(length, np.int32), 1),), 0)])
+    one = Layout.of([Group((Item(0, "", np.zeros(length, np.int32), 1),), 0)])
     head = Head(torch.randn(columns, 8))  # a product of next to nothing: what is left are the sums
     states, tokens, wanted = torch.randn(rows, 8), torch.randint(0, columns, (rows,)), ("logp", "entropy", "top_logp")
 

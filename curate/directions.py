@@ -23,7 +23,7 @@ from curate.targets import Targets, split
 
 if TYPE_CHECKING:
     from curate.identity import Identity, Task
-    from curate.measurements import Direction
+    from curate.passes.contract import Direction
     from curate.plan import Step
     from curate.recipe import Loaded
     from curate.store import Store

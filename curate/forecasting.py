@@ -28,7 +28,7 @@ from curate.rows import Row
 
 if TYPE_CHECKING:
     from curate.identity import Task
-    from curate.measurements import Direction, Measurement
+    from curate.passes.contract import Direction, Measurement
     from curate.passes.cosines import Cosines
     from curate.passes.derivatives import Epsilon
     from curate.passes.direction import Vector

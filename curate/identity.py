@@ -22,7 +22,7 @@ from curate.store import Measured
 
 if TYPE_CHECKING:
     from curate.directions import Directions
-    from curate.measurements import Measurement
+    from curate.passes.contract import Measurement
     from curate.recipe import Loaded
 
 

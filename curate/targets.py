@@ -19,7 +19,7 @@ from curate.show import cell
 if TYPE_CHECKING:
     from curate.data import Reading
     from curate.data.records import Record
-    from curate.measurements import Measurement
+    from curate.passes.contract import Measurement
     from curate.recipe import Loaded, Target
     from curate.wanted import Wanted
 

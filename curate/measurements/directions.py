@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from curate.measurements import Direction, Measurement
+from curate.passes.contract import Direction, Measurement
 
 STEPS = "sgd|sign|adam"
 UNIT = "nats per unit of step"

@@ -28,13 +28,13 @@ from curate.passes.graph_memory import Arena
 from curate.passes.head_gradient import HeadGradient, head_gradient, tied_products
 from curate.passes.inner_products import embedding_sums
 from curate.passes.layer_rules import Parameters, Rules, find_rules, probe_ids
+from curate.passes.layout import Group, Item, Layout
 from curate.passes.model import Model
-from curate.passes.packing import Group, Item, Layout
 from curate.passes.pair_products import PairProducts
 from curate.tokens import Encoded, EncodedPair
 
 if TYPE_CHECKING:
-    from curate.measurements import Measurement
+    from curate.passes.contract import Measurement
 
 __all__ = ["GradientBatch", "Parameters", "measure"]
 

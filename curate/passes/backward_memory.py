@@ -17,8 +17,8 @@ from curate.errors import ModelError
 from curate.passes.capture import Capture
 from curate.passes.head_gradient import KEEP, KEEP_ON_GPU
 from curate.passes.layer_rules import Rules
+from curate.passes.layout import Group, Item, Layout
 from curate.passes.model import Model
-from curate.passes.packing import Group, Item, Layout
 from curate.passes.pair_products import PairProducts
 from curate.passes.vllm_memory import free_memory
 

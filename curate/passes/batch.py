@@ -19,11 +19,11 @@ import torch
 
 from curate.errors import CurateError
 from curate.passes.head import SECOND_SWEEP, STATISTICS, Head
-from curate.passes.packing import Item
+from curate.passes.layout import Item
 from curate.tokens import Encoded, EncodedPair
 
 if TYPE_CHECKING:
-    from curate.measurements import Measurement
+    from curate.passes.contract import Measurement
 
 CHUNK = 1024  # states per float64 copy while summing
 

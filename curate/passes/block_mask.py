@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 if TYPE_CHECKING:
-    from curate.passes.packing import Layout
+    from curate.passes.layout import Layout
 
 BLOCK = 128
 SMALLEST_HEAD = 16  # of flex_attention on CUDA

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from curate.errors import ModelError
-from curate.passes.packing import Group, Item, Layout
+from curate.passes.layout import Group, Item, Layout
 from curate.tokens import Encoded, EncodedPair, common_prefix
 
 if TYPE_CHECKING:

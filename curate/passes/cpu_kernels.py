@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 if TYPE_CHECKING:
-    from curate.passes.packing import Layout
+    from curate.passes.layout import Layout
 
 SOURCE = Path(__file__).with_suffix(".c")
 FLAGS = ["-std=c11", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fPIC"]

@@ -21,8 +21,8 @@ from curate.errors import ModelError
 from curate.passes.backward_memory import SHARE, Footprint, free_for
 from curate.passes.inner_products import PER_PAIR
 from curate.passes.layer_rules import Parameters, Rules
+from curate.passes.layout import Item
 from curate.passes.model import Model
-from curate.passes.packing import Item
 from curate.passes.row_gradients import HEAD, Name, Of, Sink, prepared, rows_of, take
 from curate.passes.sketches import Both, Projections, Sketches
 from curate.passes.target_gradients import Crossing, Targets

@@ -17,9 +17,10 @@ import numpy as np
 import torch
 
 from curate.errors import ModelError
-from curate.measurements import MEASUREMENTS, Measurement
+from curate.measurements import MEASUREMENTS
 from curate.passes import forward
 from curate.passes.batch import Batch, Side
+from curate.passes.contract import Measurement
 from curate.passes.direction import Rows, Vector, accumulate, fixed_weights
 from curate.passes.layer_rules import Parameters
 from curate.passes.model import Model

@@ -25,8 +25,8 @@ from curate.passes.bundles import Bundle, batch_rows, check_lengths, items_of, s
 from curate.passes.cpu_products import NARROW
 from curate.passes.head_gradient import head_backward
 from curate.passes.layer_rules import Parameters, parameter_names
+from curate.passes.layout import Item
 from curate.passes.model import Model
-from curate.passes.packing import Item
 from curate.tokens import Encoded, EncodedPair, first_line
 
 Rows = Sequence[Encoded | EncodedPair]

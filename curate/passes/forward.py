@@ -22,12 +22,12 @@ import torch
 from curate.errors import ModelError
 from curate.passes.batch import Batch, write_columns
 from curate.passes.bundles import NO_LIMIT, Bundle, batch_rows, bundle_rows, check_lengths, items_of, join, states_of
+from curate.passes.layout import Item
 from curate.passes.model import Model, load_model
-from curate.passes.packing import Item
 from curate.tokens import Encoded, EncodedPair
 
 if TYPE_CHECKING:
-    from curate.measurements import Measurement
+    from curate.passes.contract import Measurement
 
 __all__ = ["Model", "load_model", "measure", "tokens_to_run"]
 

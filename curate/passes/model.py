@@ -27,6 +27,7 @@ from curate.passes.adapter_config import is_adapter, read_adapter_config
 from curate.passes.cpu_products import NARROW, CpuProducts, one_dnn_is_faster
 from curate.passes.cpu_sweeps import Sweeps
 from curate.passes.head import Head
+from curate.passes.layout import Group, Item, Layout
 from curate.tokens import describe_folder, first_line
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -258,7 +259,7 @@ class Model:
             except (RuntimeError, TypeError, ValueError):  # a model that mixes dtypes in a way of its own
                 return False
 
-    def packed_states(self, layout: packing.Layout) -> torch.Tensor:
+    def packed_states(self, layout: Layout) -> torch.Tensor:
         """(N, d) final hidden states of one packed row."""
         ids = torch.from_numpy(layout.ids).to(self.device)[None]
         positions = torch.from_numpy(layout.positions).to(self.device)[None]
@@ -270,7 +271,7 @@ class Model:
         finally:
             self.module.set_attn_implementation(self.plain_attention)
 
-    def padded_states(self, items: Sequence[packing.Item]) -> torch.Tensor:
+    def padded_states(self, items: Sequence[Item]) -> torch.Tensor:
         """(len(items) · longest, d) final hidden states: one sequence per line, padded on the right."""
         longest = max(len(item.ids) for item in items)
         ids = np.zeros((len(items), longest), np.int64)
@@ -329,8 +330,8 @@ class Model:
         vocabulary = self.module.config.get_text_config().vocab_size
         first, second, third, fourth = _probe_ids(vocabulary)
         joined = [np.concatenate([first, second]), np.concatenate([first, third])]
-        items = [packing.Item(0, "a", ids, 1) for ids in (*joined, fourth)]
-        layout = packing.Layout.of([packing.Group(tuple(items[:2]), len(first)), packing.Group((items[2],), 0)])
+        items = [Item(0, "a", ids, 1) for ids in (*joined, fourth)]
+        layout = Layout.of([Group(tuple(items[:2]), len(first)), Group((items[2],), 0)])
         try:
             with torch.inference_mode():
                 row = self.packed_states(layout)

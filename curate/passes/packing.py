@@ -16,10 +16,10 @@ the loop is all there is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,6 +27,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from curate.passes import block_mask, cpu_kernels
+from curate.passes.layout import Group, Item, Layout
 from curate.tokens import first_line
 
 NAME = "curate_packed"
@@ -48,65 +49,6 @@ KNOWN = {
 
 class NotPackable(Exception):
     """This model's attention does something the packed layout does not know; the message says what."""
-
-
-@dataclass(frozen=True, slots=True)
-class Item:
-    """One sequence to run: `ids[start:]` are the tokens to predict. `side` names it within its row ("chosen",
-    "completion", ...).
-    """
-
-    row: int
-    side: str
-    ids: np.ndarray  # (length,) int32
-    start: int
-
-
-@dataclass(frozen=True, slots=True)
-class Group:
-    """Sequences whose first `prefix` tokens are the same and are encoded once."""
-
-    items: tuple[Item, ...]
-    prefix: int
-
-    @property
-    def n_tokens(self) -> int:
-        return self.prefix + sum(len(item.ids) - self.prefix for item in self.items)
-
-
-@dataclass
-class Layout:
-    """One packed row. `where[i]` gives, for item i, the index in the row of each of its sequence positions."""
-
-    items: list[Item]
-    ids: np.ndarray  # (N,) int64
-    positions: np.ndarray  # (N,) int64
-    segments: list[tuple[int, int, tuple[int, ...]]]  # offset in the row, prefix length, branch lengths
-    where: list[np.ndarray]
-    longest: int
-    masks: dict[Any, Any] = field(default_factory=dict)  # causal bands and block masks already built for this row
-    loop_reason: str | None = None  # why attention that should have run in one kernel ran by the loop
-
-    @classmethod
-    def of(cls, groups: Sequence[Group]) -> Layout:
-        ids: list[np.ndarray] = []
-        positions: list[np.ndarray] = []
-        items, where, segments, at, longest = [], [], [], 0, 0
-        for group in groups:
-            p, offset = group.prefix, at
-            ids.append(group.items[0].ids[:p])
-            positions.append(np.arange(p))
-            at += p
-            for item in group.items:
-                n = len(item.ids)
-                ids.append(item.ids[p:])
-                positions.append(np.arange(p, n))
-                where.append(np.concatenate([np.arange(offset, offset + p), np.arange(at, at + n - p)]))
-                items.append(item)
-                at += n - p
-                longest = max(longest, n)
-            segments.append((offset, p, tuple(len(item.ids) - p for item in group.items)))
-        return cls(items, np.concatenate(ids).astype(np.int64), np.concatenate(positions), segments, where, longest)
 
 
 _current: ContextVar[Layout] = ContextVar("packed_layout")

@@ -31,8 +31,8 @@ from curate.passes.derivatives import Line, derivatives
 from curate.passes.head_gradient import Each, head_gradient
 from curate.passes.inner_products import wide
 from curate.passes.layer_rules import Embedding, Linear, Norm, Rules, find_rules, probe_ids
+from curate.passes.layout import Item
 from curate.passes.model import Model
-from curate.passes.packing import Item
 from curate.passes.segments import Directions
 from curate.tokens import Encoded
 

@@ -28,8 +28,8 @@ from curate.passes.graph_memory import Arena
 from curate.passes.head_gradient import head_gradient
 from curate.passes.inner_products import wide
 from curate.passes.layer_rules import Embedding, Linear, Norm, Parameters, Rules
+from curate.passes.layout import Group, Item, Layout
 from curate.passes.model import Model
-from curate.passes.packing import Group, Item, Layout
 from curate.tokens import Encoded, EncodedPair, common_prefix
 
 Of = Literal["margin", "chosen", "rejected"]  # of a pair; an SFT row has its completion

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from curate.measurements import Measurement
 from curate.passes.adapter_config import tokenizer_folder
 from curate.passes.batch import Batch
+from curate.passes.contract import Measurement
 from curate.passes.forward import measure
 from curate.passes.model import Model
 from curate.rows import Example, Pair

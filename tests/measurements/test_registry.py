@@ -8,7 +8,8 @@ import sys
 import pytest
 
 from curate.errors import CurateError
-from curate.measurements import MEASUREMENTS, Measurement, measurement, providers
+from curate.measurements import MEASUREMENTS, measurement, providers
+from curate.passes.contract import Measurement
 from curate.passes.head import STATISTICS
 
 

@@ -9,8 +9,8 @@ import torch.nn.attention.flex_attention as flex
 
 from curate.measurements import MEASUREMENTS
 from curate.passes import block_mask, forward, packing
+from curate.passes.layout import Group, Item, Layout
 from curate.passes.model import Model
-from curate.passes.packing import Group, Item, Layout
 from tests.passes.forward_models import make, random_pairs
 
 PAIRS = [MEASUREMENTS["likelihood"], MEASUREMENTS["hidden"]]

@@ -13,8 +13,10 @@ import pytest
 import torch
 
 from curate.errors import CurateError, ModelError
-from curate.measurements import MEASUREMENTS, Measurement
+from curate.measurements import MEASUREMENTS
 from curate.passes import forward
+from curate.passes.contract import Measurement
+from curate.passes.layout import Layout
 from curate.passes.model import Model
 from curate.tokens import Encoded, EncodedPair
 from tests.passes.forward_models import FAMILIES, VOCABULARY, double, make, oracle, oracle_side, random_pairs
@@ -70,7 +72,7 @@ def test_kernels_for_cuda_give_the_same_attention():
 
     generator = torch.Generator().manual_seed(0)
     k, v = (torch.randn(1, 2, 30, 8, generator=generator) for _ in range(2))
-    layout = packing.Layout([], np.zeros(0), np.zeros(0), [], [], longest=30)
+    layout = Layout([], np.zeros(0), np.zeros(0), [], [], longest=30)
     extras = packing._Extras(None, None, None, None, {})
     for n in (1, 9, 30):
         q = torch.randn(1, 4, n, 8, generator=generator)
