@@ -37,8 +37,10 @@ import torch
 
 import curate.passes.model
 from curate.measurements import MEASUREMENTS
-from curate.passes import cpu_kernels, cpu_products, forward, packing
+from curate.passes import forward
 from curate.passes.head import SUMMED, Head
+from curate.passes.kernels import attention as packing
+from curate.passes.kernels import cpu_kernels, cpu_products
 from curate.passes.layout import Group, Item, Layout
 from curate.passes.model import Model
 from curate.tokens import Encoded, EncodedPair, common_prefix

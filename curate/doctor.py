@@ -246,7 +246,7 @@ def _model(model: str | Path) -> list[Finding]:
 
 
 def _cpu_kernels() -> Finding:
-    from curate.passes import cpu_kernels
+    from curate.passes.kernels import cpu_kernels
 
     why_not = cpu_kernels.refusal()
     if why_not is None:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from curate.errors import ModelError
-from curate.passes import forward, packing
+from curate.passes import forward
 from curate.passes.backward_memory import Footprint, footprint
 from curate.passes.batch import Batch, write_columns
 from curate.passes.bundles import NO_LIMIT, bundle_rows, check_lengths, items_of, join
@@ -27,6 +27,7 @@ from curate.passes.capture import Capture, begun_at
 from curate.passes.graph_memory import Arena
 from curate.passes.head_gradient import HeadGradient, head_gradient, tied_products
 from curate.passes.inner_products import embedding_sums
+from curate.passes.kernels import attention
 from curate.passes.layer_rules import Parameters, Rules, find_rules, probe_ids
 from curate.passes.layout import Group, Item, Layout
 from curate.passes.model import Model
@@ -210,7 +211,7 @@ def run(
         found = np.concatenate(shared.where)
         line = torch.from_numpy(found).to(model.device)
         first = torch.from_numpy(np.unique(found, return_index=True)[1]).to(model.device)
-    around = None if padded else lambda: packing.packed(layout)
+    around = None if padded else lambda: attention.packed(layout)
     apart &= not padded and n_tokens not in _heads(model)
     arena = Arena(n_tokens, first, line) if apart else None
     products = PairProducts(spans, model.device)
@@ -262,7 +263,7 @@ def _heads(model: Model) -> set[int]:
 @contextmanager
 def packed_attention(model: Model) -> Iterator[None]:
     """The attention of packed rows for layers that are run again on the way back."""
-    model.module.set_attn_implementation(packing.NAME)
+    model.module.set_attn_implementation(attention.NAME)
     try:
         yield
     finally:

@@ -22,8 +22,8 @@ import torch
 
 from curate.errors import ModelError
 from curate.passes.bundles import Bundle, batch_rows, check_lengths, items_of, states_of
-from curate.passes.cpu_products import NARROW
 from curate.passes.head_gradient import head_backward
+from curate.passes.kernels.cpu_products import NARROW
 from curate.passes.layer_rules import Parameters, parameter_names
 from curate.passes.layout import Item
 from curate.passes.model import Model

@@ -5,7 +5,7 @@ read off it.
          -> final states of every token -> head statistics at the positions that predict a response token ->
          measurements
 
-Packed layout (passes/packing.py, passes/bundles.py): a pair costs one encoding of its prompt and one of each response; SFT rows that
+Packed layout (passes/kernels/attention.py, passes/bundles.py): a pair costs one encoding of its prompt and one of each response; SFT rows that
 share a prompt share it too. Padded layout: one sequence per line, sorted by length, padded on the right; for models
 that the packed layout does not suit, and as its oracle. Neither layout changes a number by more than rounding, nor
 does the order or the company of rows.

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import softplus
 
-from curate.passes import cpu_kernels
-from curate.passes.cpu_products import linear
+from curate.passes.kernels import cpu_kernels
+from curate.passes.kernels.cpu_products import linear
 
 ROWS = 512  # states per block
 COLUMNS = 2048  # tokens of the vocabulary per block: 4 MB of float32 logits stay in the processor's cache

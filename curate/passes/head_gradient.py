@@ -17,9 +17,9 @@ import torch
 from torch.nn.functional import softplus
 
 from curate.passes import inner_products
-from curate.passes.cpu_products import product
 from curate.passes.head import ROWS, Head
 from curate.passes.inner_products import wide
+from curate.passes.kernels.cpu_products import product
 
 KEEP = 96 << 20  # bytes of logits kept between the two sweeps
 KEEP_ON_GPU = 1 << 30

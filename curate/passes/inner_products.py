@@ -19,7 +19,7 @@ from itertools import pairwise
 
 import torch
 
-from curate.passes.cpu_products import product
+from curate.passes.kernels.cpu_products import product
 
 TILE = 96  # rows of a tile: small enough that half of the products is really saved, large enough for the matrix kernel
 BLOCK = 1 << 19  # numbers of one block of a layer's matrix: two blocks stay in the processor's cache

@@ -2,7 +2,7 @@
 
     one row   [prompt | chosen | rejected | prompt | branch | branch | branch | ...]
 
-Positions restart at the prefix's end for each branch. Plain data: what attends by it is passes/packing.py.
+Positions restart at the prefix's end for each branch. Plain data: what attends by it is passes/kernels/attention.py.
 """
 
 from __future__ import annotations

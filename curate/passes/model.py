@@ -21,12 +21,14 @@ import numpy as np
 import torch
 
 from curate.errors import ModelError
-from curate.passes import cpu_kernels, packing, weights
+from curate.passes import weights
 from curate.passes.adapter import Adapter, Factors
 from curate.passes.adapter_config import is_adapter, read_adapter_config
-from curate.passes.cpu_products import NARROW, CpuProducts, one_dnn_is_faster
-from curate.passes.cpu_sweeps import Sweeps
 from curate.passes.head import Head
+from curate.passes.kernels import attention as packing
+from curate.passes.kernels import cpu_kernels
+from curate.passes.kernels.cpu_products import NARROW, CpuProducts, one_dnn_is_faster
+from curate.passes.kernels.cpu_sweeps import Sweeps
 from curate.passes.layout import Group, Item, Layout
 from curate.tokens import describe_folder, first_line
 
@@ -114,7 +116,7 @@ def _dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 def engine_identity(*, dtype: str = "auto", device: str = "auto") -> str:
     """What would run, before anything is loaded: "torch 2.13.0 cpu float32". The layout is left out: it changes no number beyond rounding.
-    "cpu bfloat16 float32-between": passes/cpu_products.py, where the model takes it.
+    "cpu bfloat16 float32-between": passes/kernels/cpu_products.py, where the model takes it.
     """
     chosen = _device(device)
     kind = _dtype(dtype, chosen)
@@ -226,7 +228,8 @@ class Model:
 
     @contextmanager
     def products(self) -> Iterator[None]:
-        """How a pass computes: as torch does, or on a CPU as passes/cpu_products.py and cpu_sweeps.py do, under autograd the former in float32
+        """How a pass computes: as torch does, or on a CPU as passes/kernels/cpu_products.py and cpu_sweeps.py do, under autograd the former in
+        float32
         alone.
         """
         graded = torch.is_grad_enabled()

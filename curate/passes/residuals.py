@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 
 from curate.passes.batch import Side
-from curate.passes.cpu_products import product
 from curate.passes.head import Head
+from curate.passes.kernels.cpu_products import product
 
 
 def residual_products(head: Head, chosen: Side, rejected: Side) -> tuple[torch.Tensor, torch.Tensor]:

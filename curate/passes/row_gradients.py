@@ -19,7 +19,6 @@ import numpy as np
 import torch
 
 from curate.errors import ModelError
-from curate.passes import packing
 from curate.passes.backward import APART, check_angles, packed_attention, understood
 from curate.passes.backward_memory import Footprint
 from curate.passes.bundles import check_lengths, items_of
@@ -27,6 +26,7 @@ from curate.passes.capture import Capture, Shared
 from curate.passes.graph_memory import Arena
 from curate.passes.head_gradient import head_gradient
 from curate.passes.inner_products import wide
+from curate.passes.kernels import attention
 from curate.passes.layer_rules import Embedding, Linear, Norm, Parameters, Rules
 from curate.passes.layout import Group, Item, Layout
 from curate.passes.model import Model
@@ -264,7 +264,7 @@ def take_batch(
     if not checkpointed and not padded and model.device.type == "cpu" and memory.graph(rows) > APART:
         arena = Arena(n_tokens, None, None)
     taker = _Sorter(rules, sink, list(pairwise(edges)))
-    around = None if padded else lambda: packing.packed(layout)
+    around = None if padded else lambda: attention.packed(layout)
     capture = Capture(rules, taker, n_tokens, None, None, checkpointed, arena, around)
     at, tokens = (
         torch.from_numpy(np.concatenate(parts).astype(np.int64)).to(model.device)

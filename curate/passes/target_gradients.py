@@ -16,9 +16,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from curate.passes import inner_products
-from curate.passes.cpu_products import product
 from curate.passes.head import Head
 from curate.passes.head_gradient import residuals_at
+from curate.passes.kernels.cpu_products import product
 from curate.passes.row_gradients import HEAD, HeadTokens, Lines, Name, Span, WeightPart
 
 BLOCK = (

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from curate.passes.cpu_products import product
+from curate.passes.kernels.cpu_products import product
 from curate.passes.layer_rules import Parameters
 from curate.passes.model import Model
 from curate.passes.row_gradients import HeadTokens, Lines, Name, Of, WeightPart, parts_of, prepared, rows_of, take

@@ -8,7 +8,8 @@ import torch
 import torch.nn.attention.flex_attention as flex
 
 from curate.measurements import MEASUREMENTS
-from curate.passes import block_mask, forward, packing
+from curate.passes import forward
+from curate.passes.kernels import attention, block_mask
 from curate.passes.layout import Group, Item, Layout
 from curate.passes.model import Model
 from tests.passes.forward_models import make, random_pairs
@@ -21,7 +22,7 @@ def on_block_mask(monkeypatch):
     """This CPU takes the road of CUDA; flex_attention runs as it stands."""
     monkeypatch.setattr(flex, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
     monkeypatch.setattr(block_mask, "serves", lambda device: True)
-    monkeypatch.setattr(packing, "_refusals", {})
+    monkeypatch.setattr(attention, "_refusals", {})
 
 
 def random_layout(seed: int, n_groups: int, *, longest: int = 60) -> Layout:
@@ -92,11 +93,11 @@ def test_equals_the_loop(on_block_mask, dtype, kv_heads, extra, window):
     softcap = 2.0 if extra == "softcap" else None
     sinks = torch.randn(4, generator=generator, dtype=dtype) if extra == "sinks" else None
     low = None if window is None else (torch.arange(layout.longest) - window + 1).clamp_min(0)
-    pattern = None if low is None else packing._dense(low, {})
-    with packing.packed(layout):
-        extras = packing._Extras(0.3, softcap, sinks, pattern, layout.masks)
-        theirs = packing._by_loop(q, k, v, extras)
-        ours = packing._by_block_mask(q, k, v, low, extras)
+    pattern = None if low is None else attention._dense(low, {})
+    with attention.packed(layout):
+        extras = attention._Extras(0.3, softcap, sinks, pattern, layout.masks)
+        theirs = attention._by_loop(q, k, v, extras)
+        ours = attention._by_block_mask(q, k, v, low, extras)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 

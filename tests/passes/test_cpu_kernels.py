@@ -13,8 +13,10 @@ import pytest
 import torch
 
 from curate.measurements import MEASUREMENTS
-from curate.passes import cpu_kernels, direction, forward, packing
+from curate.passes import direction, forward
 from curate.passes.head import NOTHING, STATISTICS, Head
+from curate.passes.kernels import attention as packing
+from curate.passes.kernels import cpu_kernels
 from curate.passes.model import Model
 from tests.passes.forward_models import make, random_pairs
 from tests.passes.test_block_mask import random_layout, who_sees_whom
@@ -236,7 +238,7 @@ def test_sums_that_err_are_not_used(monkeypatch, name):
 
 def in_a_new_process(code, **environment):
     """What a process prints that has compiled nothing yet."""
-    command = [sys.executable, "-c", f"from curate.passes import cpu_kernels\n{code}"]
+    command = [sys.executable, "-c", f"from curate.passes.kernels import cpu_kernels\n{code}"]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, check=True)
     return done.stdout.strip()
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from curate.passes import cpu_kernels
-from curate.passes.cpu_sweeps import ROTARY, Sweeps
+from curate.passes.kernels import cpu_kernels
+from curate.passes.kernels.cpu_sweeps import ROTARY, Sweeps
 from curate.passes.model import Model
 from tests.passes.forward_models import make
 

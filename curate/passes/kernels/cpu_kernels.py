@@ -3,10 +3,11 @@
     attend      attention of a whole packed row in one call. torch's kernel multiplies with MKL in tiles of 32 queries and computes much of what
                 a causal mask hides: more than twice as long (benchmarks/forward.py --only kernels)
     head_sums   maximum, Σ e^z, Σ e^2z, Σ z e^z, rank and best token of a block of logits, read twice: torch takes six sweeps and writes three
-    rms_norm, rotate, silu_times    in one sweep; passes/cpu_sweeps.py puts them into models
+    rms_norm, rotate, silu_times    in one sweep; passes/kernels/cpu_sweeps.py puts them into models
 
 Without a C compiler (CC, cc, gcc or clang) or AVX2, and for whatever these do not serve, torch's own operators run: slower, the same numbers to
-rounding. `curate doctor` says which. Each kind of attention is compared with passes/packing.py's loop on the spot before its first use, norms,
+rounding. `curate doctor` says which. Each kind of attention is compared with passes/kernels/attention.py's loop on the spot before its first use,
+norms,
 angles and gates with the model's own, the sums with torch's when they are loaded. CURATE_CPU_KERNELS=0 leaves them out.
 """
 

@@ -9,7 +9,8 @@ may see (full, sliding window, chunked) is asked of the mask function that the m
 interface, in each sequence's own positions. Logit soft-caps (Gemma 2) and attention sinks (GPT-OSS) are computed; any
 other extra argument is refused by name (NotPackable), and the model then runs padded.
 
-The whole row is one kernel on CUDA (passes/block_mask.py), and on a CPU with a C compiler (passes/cpu_kernels.py), proved against the loop of
+The whole row is one kernel on CUDA (passes/kernels/block_mask.py), and on a CPU with a C compiler (passes/kernels/cpu_kernels.py), proved against
+the loop of
 this file before its first use; where it cannot serve, the loop runs, and `Layout.loop_reason` says why. Elsewhere, and under a gradient,
 the loop is all there is.
 """
@@ -26,7 +27,7 @@ import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from curate.passes import block_mask, cpu_kernels
+from curate.passes.kernels import block_mask, cpu_kernels
 from curate.passes.layout import Group, Item, Layout
 from curate.tokens import first_line
 

@@ -1,6 +1,6 @@
 """Attention of a packed row in one kernel on CUDA: torch's flex_attention with a block mask, compiled once.
 
-Token q of a packed row (passes/packing.py) sees at most two stretches of the row, both ending at or before q:
+Token q of a packed row (passes/kernels/attention.py) sees at most two stretches of the row, both ending at or before q:
 
     first[q] <= k < end[q]      its group's prefix, as far back as its window reaches   (empty in a first branch, which
     own[q] <= k <= q            its own branch                                           lies right behind its prefix)
@@ -11,7 +11,7 @@ blocks, at least two, and the number of blocks is the one dynamic size: a kernel
 batch. Grouped key heads, soft-caps (score_mod) and sinks (from the log-sum-exp) are in the kernel.
 
 Why not torch.nn.attention.varlen: half precision only, no soft-caps, and every branch would need its own copy of the
-prefix's keys. What this kernel cannot serve runs through the loop of passes/packing.py, and says so.
+prefix's keys. What this kernel cannot serve runs through the loop of passes/kernels/attention.py, and says so.
 
 Checked on the CPU against that loop, uncompiled; that one program serves all batches is checked up to the code
 generator (torch 2.13's for the CPU compiles it with static sizes, and rightly, but not with a dynamic one). It has never

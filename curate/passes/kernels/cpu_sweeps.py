@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from curate.passes.cpu_kernels import Kernels
-from curate.passes.cpu_products import NARROW
+from curate.passes.kernels.cpu_kernels import Kernels
+from curate.passes.kernels.cpu_products import NARROW
 
 ROTARY = "apply_rotary_pos_emb"
 CLOSE = 1e-5  # relative to the norm of each row

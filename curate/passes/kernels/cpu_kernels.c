@@ -1,6 +1,6 @@
 /* What torch has no fast operator for on a CPU: attention of a packed row, and the sums of a block of logits.
  *
- * Compiled where it runs by passes/cpu_kernels.py, which holds the contract of these functions and says which are tried before their first use.
+ * Compiled where it runs by passes/kernels/cpu_kernels.py, which holds the contract of these functions and says which are tried before their first use.
  * Float32 throughout; NaN and infinities come out as torch's operators give them: not finite.
  */
 
