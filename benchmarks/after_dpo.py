@@ -32,11 +32,12 @@ import numpy as np
 import torch
 
 from curate.measurements import MEASUREMENTS
-from curate.passes import backward, forward
-from curate.passes.derivatives import Line, choose_epsilon, derivatives, head_derivatives
-from curate.passes.direction import accumulate, accumulate_head, dpo_weights, fixed_weights, precondition
+from curate.passes import forward
+from curate.passes.gradients import backward
+from curate.passes.gradients.derivatives import Line, choose_epsilon, derivatives, head_derivatives
+from curate.passes.gradients.mean import accumulate, accumulate_head, dpo_weights, fixed_weights, precondition
+from curate.passes.gradients.warmup import WarmUp, warm_up
 from curate.passes.model import load_model
-from curate.passes.warmup import WarmUp, warm_up
 from curate.rows import Pair
 from curate.scores import SCORES
 from curate.tokens import EncodedPair, Limits, encode, load_tokenizer

@@ -32,7 +32,7 @@ import numpy as np
 import torch
 
 from curate.measurements import MEASUREMENTS
-from curate.passes import backward
+from curate.passes.gradients import backward
 from curate.passes.model import Model
 from curate.tokens import Encoded, EncodedPair, common_prefix
 

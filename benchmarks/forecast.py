@@ -34,10 +34,11 @@ import numpy as np
 import torch
 
 from curate.measurements import MEASUREMENTS
-from curate.passes import derivatives as along
-from curate.passes import direction, forward
+from curate.passes import forward
+from curate.passes.gradients import derivatives as along
+from curate.passes.gradients import mean as direction
+from curate.passes.gradients.warmup import BETAS, WarmUp, warm_up
 from curate.passes.model import Model, load_model
-from curate.passes.warmup import BETAS, WarmUp, warm_up
 from curate.rows import Pair
 from curate.tokens import EncodedPair, Limits, encode, load_tokenizer
 

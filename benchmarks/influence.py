@@ -32,9 +32,9 @@ import forward as plain
 import numpy as np
 import torch
 
-from curate.passes import cross
-from curate.passes.cosines import Cosines
-from curate.passes.layer_rules import Parameters
+from curate.passes.gradients import influence as cross
+from curate.passes.gradients.cosines import Cosines
+from curate.passes.gradients.layer_rules import Parameters
 from curate.passes.model import Model
 from curate.tokens import Encoded
 

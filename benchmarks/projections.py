@@ -2,7 +2,8 @@
 
     python benchmarks/projections.py        under a minute on one core
 
-What one quadrature node of POLCA costs (curate/passes/projections.py), in packed forward passes over the same rows, CPU time, medians, interleaved:
+What one quadrature node of POLCA costs (curate/passes/gradients/projections.py), in packed forward passes over the same rows, CPU time, medians,
+interleaved:
 
     gradients    one forward and one backward per batch; each layer's own gradients of the rows, multiplied with all directions, and let go
     forwards     two forward passes per direction
@@ -25,7 +26,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy as np
 import torch
 
-from curate.passes import projections
+from curate.passes.gradients import projections
 from curate.passes.model import Model
 from curate.show import table
 from curate.tokens import Encoded

@@ -173,7 +173,7 @@ class Directions:
         if any(task.measurement.direction.step == "adam" for task in missing if task.measurement.direction):
             found = self.optimizer(step.subject)
             if isinstance(found, Path):
-                from curate.passes.adam import check_moments
+                from curate.passes.gradients.adam import check_moments
 
                 parameters = self.recipe.gradients.parameters
                 check_moments(found, step.subject.home, base=step.subject.base, parameters=parameters)

@@ -69,7 +69,7 @@ def _installed() -> list[object]:
             found.append(importlib.metadata.version(name))
         except importlib.metadata.PackageNotFoundError:
             found.append(None)
-    code = sorted(file for folder in passes.__path__ for file in Path(folder).glob("*.py"))
+    code = sorted(file for folder in passes.__path__ for file in Path(folder).rglob("*.py"))
     return [*found, [(file.name, file_state(file)) for file in code]]
 
 

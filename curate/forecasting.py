@@ -29,9 +29,9 @@ from curate.rows import Row
 if TYPE_CHECKING:
     from curate.identity import Task
     from curate.passes.contract import Direction, Measurement
-    from curate.passes.cosines import Cosines
-    from curate.passes.derivatives import Epsilon
-    from curate.passes.direction import Vector
+    from curate.passes.gradients.cosines import Cosines
+    from curate.passes.gradients.derivatives import Epsilon
+    from curate.passes.gradients.mean import Vector
     from curate.plan import Plan, Step
     from curate.recipe import Loaded
     from curate.store import Store
@@ -82,7 +82,7 @@ class DirectionRunner(ForwardRunner):
         self, rows: list[Row], row_ids: Sequence[str], measurements: list[Any]
     ) -> tuple[Mapping[str, Any], None, int]:
         from curate.passes import forward
-        from curate.passes.derivatives import Line, derivatives, head_derivatives
+        from curate.passes.gradients.derivatives import Line, derivatives, head_derivatives
 
         encoded = self._encode(rows)
         budget = self.recipe.engine.token_budget
@@ -155,8 +155,8 @@ class DirectionRunner(ForwardRunner):
 
     def _direction(self, task: Task) -> tuple[Vector, float | None]:
         """v, and how far to go along it; None of the head's part, which is exact."""
-        from curate.passes.derivatives import Line, choose_epsilon
-        from curate.passes.direction import load_vector, precondition, save_vector
+        from curate.passes.gradients.derivatives import Line, choose_epsilon
+        from curate.passes.gradients.mean import load_vector, precondition, save_vector
 
         direction, files = _about(task), self.directions
         kept, said = files.file(task.fingerprint), files.file(task.fingerprint, "json")
@@ -199,8 +199,8 @@ class DirectionRunner(ForwardRunner):
 
     def _moments(self) -> Vector:
         from curate.directions import MOMENTS
-        from curate.passes.adam import second_moments
-        from curate.passes.direction import load_vector
+        from curate.passes.gradients.adam import second_moments
+        from curate.passes.gradients.mean import load_vector
 
         found = self.directions.optimizer(self.step.subject)
         if isinstance(found, Path):
@@ -209,8 +209,8 @@ class DirectionRunner(ForwardRunner):
 
     def _with_targets(self, measurements: list[Measurement], kind: str) -> Cosines:
         """What takes rows' cosines with the mean gradient of every group of these measurements' targets, P of one kind."""
-        from curate.passes.cosines import Cosines
-        from curate.passes.direction import load_vector, precondition
+        from curate.passes.gradients.cosines import Cosines
+        from curate.passes.gradients.mean import load_vector, precondition
 
         targets = self.directions.targets
         every = [of for m in measurements if m.direction for of in targets.gradients(m.direction.of)]
@@ -231,8 +231,8 @@ class DirectionRunner(ForwardRunner):
     def _warm_up(self, step: Step, subject: Subject) -> None:
         """Train the reference for a few steps; its weights and Adam's second moments into the subject's folder, whole or not at all."""
         from curate.directions import MOMENTS
-        from curate.passes.direction import save_vector
-        from curate.passes.warmup import WarmUp, warm_up
+        from curate.passes.gradients.mean import save_vector
+        from curate.passes.gradients.warmup import WarmUp, warm_up
         from curate.passes.weights import quiet
 
         forecast, start = self.recipe.forecast, self.directions.start

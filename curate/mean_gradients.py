@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from curate.directions import Directions
-    from curate.passes.direction import Vector
+    from curate.passes.gradients.mean import Vector
     from curate.passes.model import Model
     from curate.plan import Step
 
@@ -57,13 +57,13 @@ class MeanGradients:
 
     def of(self, of: str) -> Vector:
         """One of them, made or from the store's folder."""
-        from curate.passes.direction import load_vector
+        from curate.passes.gradients.mean import load_vector
 
         return load_vector(self.files([of])[0])
 
     def files(self, every: list[str]) -> list[Path]:
         """Where they are; what is not there is made."""
-        from curate.passes.direction import save_vector
+        from curate.passes.gradients.mean import save_vector
 
         files = {of: self.directions.file(self.directions.gradient_id(of, self.step.subject)) for of in every}
         missing = [of for of, file in files.items() if not file.is_file()]
@@ -78,7 +78,7 @@ class MeanGradients:
 
     def _accumulated(self, of: str, count: Count) -> Vector:
         from curate.passes import forward
-        from curate.passes.direction import accumulate, accumulate_head
+        from curate.passes.gradients.mean import accumulate, accumulate_head
 
         total: Vector = {}
         n = tokens = 0
@@ -119,7 +119,7 @@ class MeanGradients:
 
     def _chunks(self, of: str) -> Iterator[tuple[list[Any], Callable[..., Any]]]:
         """Encoded rows and their weights, whose sum over the rows is so many times the mean."""
-        from curate.passes.direction import dpo_weights, fixed_weights, token_mean_weights
+        from curate.passes.gradients.mean import dpo_weights, fixed_weights, token_mean_weights
 
         weights = {"chosen": (1.0, 0.0), "rejected": (0.0, 1.0), "margin": (1.0, -1.0), "completion": (1.0,)}
         if of.startswith("target."):

@@ -279,7 +279,8 @@ class BackwardRunner(ForwardRunner):
     def run(
         self, rows: list[Row], row_ids: Sequence[str], measurements: list[Any]
     ) -> tuple[Mapping[str, Any], None, int]:
-        from curate.passes import backward, forward
+        from curate.passes import forward
+        from curate.passes.gradients import backward
 
         if all(m.reads == "forward" for m in measurements):
             return super().run(rows, row_ids, measurements)

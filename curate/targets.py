@@ -84,7 +84,7 @@ class Targets:
             if len(found) > MOST_GROUPS:
                 raise UsageError(
                     f"{where}.per: {target.per} has {len(found):,} values; a number is kept for every row, checkpoint and group, of at most "
-                    f"{MOST_GROUPS} groups. Name a coarser column; `curate.passes.cross.cross_products` compares single rows."
+                    f"{MOST_GROUPS} groups. Name a coarser column; `curate.passes.gradients.influence.cross_products` compares single rows."
                 )
             self._rows[name] = found
         return self._rows[name]

@@ -47,8 +47,8 @@ def influence(
     factored: int | None = None,
     max_length: int = 1024,
 ):
-    """CrossProducts of rows and targets under one model (curate/passes/cross.py)."""
-    from curate.passes.cross import cross_products
+    """CrossProducts of rows and targets under one model (curate/passes/gradients/influence.py)."""
+    from curate.passes.gradients.influence import cross_products
     from curate.passes.model import load_model
     from curate.tokens import Limits, encode, load_tokenizer
 

@@ -26,7 +26,7 @@ import torch
 from curate.audit.clusters import breakthrough, homogeneity, labels_of
 from curate.audit.decomposition import Decomposition, Integrator, checkpoint_losses
 from curate.passes.forward import load_model
-from curate.passes.segments import Segments
+from curate.passes.gradients.segments import Segments
 from curate.passes.weights import quiet
 from curate.show import cell, table
 from curate.tokens import Encoded

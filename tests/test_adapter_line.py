@@ -103,8 +103,8 @@ def test_directions_over_the_adapter(place):
     """A and B alone move, and exact products say so; Adam's state of A and B says nothing of whole weights."""
     import torch
 
-    from curate.passes import derivatives, direction
-    from curate.passes.adam import second_moments
+    from curate.passes.gradients import derivatives, mean
+    from curate.passes.gradients.adam import second_moments
     from curate.passes.model import load_model
     from curate.rows import Pair
     from curate.tokens import Limits, encode, load_tokenizer
@@ -131,10 +131,10 @@ def test_directions_over_the_adapter(place):
     by_id = {row[0]: row[1:] for row in logps.iter_rows()}
     reference = np.asarray([by_id[pair.row_id] for pair in pairs])
     with load_model(adapter, base=place / "base", dtype="float32", device="cpu") as model:
-        weigh = direction.dpo_weights(0.1, len(pairs), reference)
-        g = direction.accumulate(model, encoded, weigh, parameters="lora")
+        weigh = mean.dpo_weights(0.1, len(pairs), reference)
+        g = mean.accumulate(model, encoded, weigh, parameters="lora")
         assert all(".lora_" in name for name in g)
-        v = direction.precondition(g, "adam", g, second_moments(place / "adam.pt", model.module))
+        v = mean.precondition(g, "adam", g, second_moments(place / "adam.pt", model.module))
         exact = derivatives.exact_products(model, encoded, v)[:, 0]
     values = dict(found.iter_rows())
     found = np.asarray([values[pair.row_id] for pair in pairs])

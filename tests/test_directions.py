@@ -12,8 +12,8 @@ import yaml
 
 import curate
 from curate.errors import ModelError, UsageError
-from curate.passes import derivatives as along
-from curate.passes import direction
+from curate.passes.gradients import derivatives as along
+from curate.passes.gradients import mean as direction
 from curate.passes.model import load_model
 from curate.progress import Progress
 from curate.recipe import load_recipe

@@ -219,7 +219,7 @@ def test_what_a_value_depends_on(line):
 
 def test_killed_between_shards_it_goes_on(line, monkeypatch):
     from curate import forecasting
-    from curate.passes import direction
+    from curate.passes.gradients import mean as direction
 
     monkeypatch.setitem(curate.missing.SHARD_ROWS, "direction", 4)
     recipe = line.plan("sft", {"influence_cosine": {"target": "bbh"}}) and line.folder / "recipe.yaml"
@@ -245,7 +245,7 @@ def test_killed_between_shards_it_goes_on(line, monkeypatch):
 
 
 def test_targets_that_do_not_fit_together_are_taken_in_turns(line, monkeypatch, capsys):
-    from curate.passes import cosines as passes
+    from curate.passes.gradients import cosines as passes
 
     recipe = line.plan("sft", {"influence_cosine": {"target": "bbh"}}) and line.folder / "recipe.yaml"
     rows = [Example(**row) for row in POOL]

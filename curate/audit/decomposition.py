@@ -3,7 +3,7 @@
     part(x, t, b) = ⟨b, θ_{t+1} − θ_t⟩ · ∫_0^1 ⟨b, ∇ℓ_x(θ_t + u(θ_{t+1} − θ_t))⟩ du      nats
     Σ_b part(x, t, b) = ℓ_x(θ_{t+1}) − ℓ_x(θ_t)                                          completeness, up to the quadrature
 
-B spans the deltas (passes/segments.py), so nothing is left out, and what the sum is off shows the quadrature's error. The integral is
+B spans the deltas (passes/gradients/segments.py), so nothing is left out, and what the sum is off shows the quadrature's error. The integral is
 composite Simpson over 5 equidistant nodes per segment, ends shared with its neighbours; a segment whose sum is off by more than the tolerance
 gets 9, 17, … nodes, and keeps those it has; Gauss–Legendre's could neither be shared nor kept.
 
@@ -21,7 +21,7 @@ import numpy as np
 from curate.tokens import Encoded
 
 if TYPE_CHECKING:
-    from curate.passes.segments import Segments
+    from curate.passes.gradients.segments import Segments
 
 Way = Literal["gradients", "forwards"]
 
@@ -124,7 +124,7 @@ class Integrator:
             nodes = 2 * nodes - 1
 
     def _derivatives(self) -> np.ndarray:
-        from curate.passes import projections
+        from curate.passes.gradients import projections
 
         derivatives = projections.by_gradients if self.way == "gradients" else projections.by_forwards
         return derivatives(self.segments.model, self.encoded, self.segments.basis, token_budget=self.token_budget)
@@ -132,7 +132,7 @@ class Integrator:
 
 def checkpoint_losses(segments: Segments, encoded: Sequence[Encoded], *, token_budget: int = 16384) -> np.ndarray:
     """(rows, K) float64 mean loss per completion token at every checkpoint, nats; NaN where a row has a problem."""
-    from curate.passes.projections import row_losses
+    from curate.passes.gradients.projections import row_losses
 
     found = []
     for k in range(len(segments) + 1):

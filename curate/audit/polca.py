@@ -269,9 +269,9 @@ def _measure(
     progress: Progress,
 ) -> None:
     """Run what is missing, a file per segment."""
+    from curate.passes.gradients.projections import why_not_gradients
+    from curate.passes.gradients.segments import Segments
     from curate.passes.model import load_model
-    from curate.passes.projections import why_not_gradients
-    from curate.passes.segments import Segments
     from curate.tokens import Encoded, Limits, encode, load_tokenizer
 
     engine = loaded.recipe.engine

@@ -10,8 +10,9 @@
 
 They belong to the model, to the rows that made the direction, to β, to P and to the target's rows: their fingerprint holds all of these.
 Over gradients.parameters alone, where a recipe says so; a matrix that is embedding and head moves as a whole. A direction is made once
-(passes/direction.py), a column costs two forward passes (passes/derivatives.py) of a float32 model, all cosines of one P together one backward
-(passes/cosines.py).
+(passes/gradients/mean.py), a column costs two forward passes (passes/gradients/derivatives.py) of a float32 model, all cosines of one P together
+one backward
+(passes/gradients/cosines.py).
 
 Source: Pruthi et al. 2020, arXiv:2002.08484 (TracIn); Xia et al. 2024, arXiv:2402.04333 (LESS).
 """

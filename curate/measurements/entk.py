@@ -17,7 +17,7 @@ from curate.measurements import measurement
 if TYPE_CHECKING:
     import torch
 
-    from curate.passes.backward import GradientBatch
+    from curate.passes.gradients.backward import GradientBatch
 
 
 @measurement(

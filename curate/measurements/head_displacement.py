@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 )
 def head_products(batch: Batch) -> dict[str, torch.Tensor]:
     """Inner products of the two responses' gradients with respect to the LM head; costs another sweep over the vocabulary."""
-    from curate.passes.residuals import residual_products
+    from curate.passes.gradients.residuals import residual_products
 
     cc, cr = residual_products(batch.head, batch.chosen, batch.rejected)
     return {"head_cc": cc, "head_cr": cr}

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from curate.audit.decomposition import Decomposition, Integrator, decompose, simpson
-from curate.passes import projections
+from curate.passes.gradients import projections
+from curate.passes.gradients.segments import Segments
 from curate.passes.model import load_model
-from curate.passes.segments import Segments
 from curate.tokens import Encoded
 from tests.tiny_models import make_llama
 

@@ -11,8 +11,9 @@ import torch
 
 from curate.errors import ModelError
 from curate.measurements import MEASUREMENTS
-from curate.passes import backward, direction, forward
+from curate.passes import forward
 from curate.passes.adapter_config import read_adapter_config, vllm_refusal
+from curate.passes.gradients import backward, mean
 from curate.tokens import EncodedPair
 from tests.passes.forward_models import double, make, random_pairs
 from tests.passes.test_backward import columns, products, worst
@@ -224,7 +225,7 @@ def test_factors_without_a_rule_have_no_lora_gradients(tmp_path):
         with pytest.raises(ModelError, match="factors of the embedding or the LM head"):
             backward.measure(model, random_pairs(2), ENTK, parameters="lora")
         with pytest.raises(ModelError, match="factors of the embedding or the LM head"):
-            direction.accumulate(model, random_pairs(2), direction.fixed_weights(1, 0), parameters="lora")
+            mean.accumulate(model, random_pairs(2), mean.fixed_weights(1, 0), parameters="lora")
 
 
 def test_what_vllm_takes(tmp_path):

@@ -8,7 +8,8 @@ import numpy as np
 import yaml
 
 import curate
-from curate.passes import backward, forward
+from curate.passes import forward
+from curate.passes.gradients import backward
 from tests.tiny_models import make_llama
 
 

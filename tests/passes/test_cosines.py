@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from curate.errors import ModelError
-from curate.passes import cosines
-from curate.passes.cosines import Cosines
+from curate.passes.gradients import cosines
+from curate.passes.gradients.cosines import Cosines
 from curate.passes.model import Model
 from tests.passes.forward_models import adapted, detach_below, double, make, random_pairs
 from tests.passes.test_cross import gradients
@@ -63,12 +63,12 @@ def test_blocks_of_vectors_and_of_everything_else(monkeypatch):
     module, rows = make("llama_tied"), random_pairs(6)
     vectors, scale = vectors_of(module, 5), diagonal(module)
     wanted = oracle(gradients(double(module), rows), vectors, scale)
-    monkeypatch.setattr("curate.passes.target_gradients.BLOCK", 300)
-    monkeypatch.setattr("curate.passes.target_gradients.MEETINGS", 300)
+    monkeypatch.setattr("curate.passes.gradients.targets.BLOCK", 300)
+    monkeypatch.setattr("curate.passes.gradients.targets.MEETINGS", 300)
     monkeypatch.setattr("curate.passes.head.COLUMNS", 16)
-    monkeypatch.setattr("curate.passes.head_gradient.KEEP", 0)
-    monkeypatch.setattr("curate.passes.row_gradients.APART", 0)
-    monkeypatch.setattr("curate.passes.graph_memory.SMALL", 0)
+    monkeypatch.setattr("curate.passes.gradients.head.KEEP", 0)
+    monkeypatch.setattr("curate.passes.gradients.rows.APART", 0)
+    monkeypatch.setattr("curate.passes.gradients.graph_memory.SMALL", 0)
     for layout, budget in (("packed", 1), ("packed", 10_000), ("padded", 200)):
         every = Cosines(Model(module, layout=layout), loaders(vectors), scale=scale)
         np.testing.assert_allclose(every.of(rows, token_budget=budget), wanted, atol=2e-6)

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from curate.measurements import MEASUREMENTS
-from curate.passes import direction, forward
+from curate.passes import forward
+from curate.passes.gradients import mean
 from curate.passes.head import NOTHING, STATISTICS, Head
 from curate.passes.kernels import attention as packing
 from curate.passes.kernels import cpu_kernels
@@ -190,8 +191,7 @@ def test_keys_and_values_alone_get_their_gradients():
     assert model.layout_reason is None
     names = {f"model.layers.0.self_attn.{name}_proj.weight" for name in "kv"}
     both = [
-        direction.accumulate(model, pairs, direction.fixed_weights(1, 0), parameters=parameters)
-        for parameters in (names, "all")
+        mean.accumulate(model, pairs, mean.fixed_weights(1, 0), parameters=parameters) for parameters in (names, "all")
     ]
     for name in names:
         torch.testing.assert_close(both[0][name], both[1][name], msg=name)

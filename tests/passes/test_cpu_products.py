@@ -9,8 +9,9 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from curate.measurements import MEASUREMENTS
-from curate.passes import backward, forward
+from curate.passes import forward
 from curate.passes.bundles import items_of
+from curate.passes.gradients import backward
 from curate.passes.kernels import cpu_products
 from curate.passes.model import Model, engine_identity
 from tests.passes.forward_models import BODY, double, make, oracle, random_pairs

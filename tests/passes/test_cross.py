@@ -12,8 +12,8 @@ import torch
 
 from curate.errors import ModelError
 from curate.measurements import MEASUREMENTS
-from curate.passes import backward, cross
-from curate.passes.backward import understood
+from curate.passes.gradients import backward, influence
+from curate.passes.gradients.backward import understood
 from curate.passes.model import Model
 from curate.tokens import Encoded, EncodedPair
 from tests.passes.forward_models import adapted, detach_below, double, make, random_pairs
@@ -37,7 +37,7 @@ def gradients(module64, rows, of="margin", names=""):
     return torch.stack(found).numpy()
 
 
-def worst(found: cross.CrossProducts, mine: np.ndarray, theirs: np.ndarray) -> float:
+def worst(found: influence.CrossProducts, mine: np.ndarray, theirs: np.ndarray) -> float:
     """Largest error over |g||g'|, of products and squared norms."""
     norms = [np.linalg.norm(x, axis=1) for x in (mine, theirs)]
     errors = np.abs(found.products - mine @ theirs.T) / np.outer(*norms)
@@ -52,7 +52,7 @@ def test_every_product_is_autograds(family):
     module, rows = make(family), random_pairs(11)
     train, targets = rows[:7], [*rows[7:10], rows[10].chosen]
     mine, theirs = (gradients(double(module), x) for x in (train, targets))
-    assert worst(cross.cross_products(Model(module), train, targets), mine, theirs) < 1e-6
+    assert worst(influence.cross_products(Model(module), train, targets), mine, theirs) < 1e-6
 
 
 def test_any_batch_order_layout_and_block_of_targets(monkeypatch):
@@ -61,16 +61,16 @@ def test_any_batch_order_layout_and_block_of_targets(monkeypatch):
     mine, theirs = (gradients(double(module), x) for x in (train, targets))
     model = Model(module)
     for budget in (1, 150, 100_000):
-        assert worst(cross.cross_products(model, train, targets, token_budget=budget), mine, theirs) < 1e-6
+        assert worst(influence.cross_products(model, train, targets, token_budget=budget), mine, theirs) < 1e-6
     assert (
-        worst(cross.cross_products(Model(module, layout="padded"), train, targets, token_budget=200), mine, theirs)
+        worst(influence.cross_products(Model(module, layout="padded"), train, targets, token_budget=200), mine, theirs)
         < 1e-6
     )
     order = np.random.default_rng(1).permutation(len(train))
-    shuffled = cross.cross_products(model, [train[i] for i in order], targets)
+    shuffled = influence.cross_products(model, [train[i] for i in order], targets)
     assert worst(shuffled, mine[order], theirs) < 1e-6
-    monkeypatch.setattr(cross._Passes, "fit", lambda self, targets: min(2, len(targets)))
-    found = cross.cross_products(model, train, targets)
+    monkeypatch.setattr(influence._Passes, "fit", lambda self, targets: min(2, len(targets)))
+    found = influence.cross_products(model, train, targets)
     assert found.passes == 3
     assert worst(found, mine, theirs) < 1e-6
 
@@ -78,7 +78,7 @@ def test_any_batch_order_layout_and_block_of_targets(monkeypatch):
 def test_a_block_of_targets_is_let_go_before_the_next_is_made(monkeypatch):
     """What is free for the next block is what this one had."""
     alive: list[weakref.ref] = []
-    plain = cross.Targets
+    plain = influence.Targets
 
     def made(*args):
         assert not [ref for ref in alive if ref() is not None]
@@ -86,12 +86,12 @@ def test_a_block_of_targets_is_let_go_before_the_next_is_made(monkeypatch):
         alive.append(weakref.ref(targets))
         return targets
 
-    monkeypatch.setattr(cross, "Targets", made)
-    monkeypatch.setattr(cross._Passes, "fit", lambda self, targets: min(2, len(targets)))
+    monkeypatch.setattr(influence, "Targets", made)
+    monkeypatch.setattr(influence._Passes, "fit", lambda self, targets: min(2, len(targets)))
     rows = random_pairs(5)
     gc.disable()
     try:
-        assert cross.cross_products(Model(make("llama")), rows, rows).passes == 3
+        assert influence.cross_products(Model(make("llama")), rows, rows).passes == 3
     finally:
         gc.enable()
 
@@ -102,22 +102,23 @@ def test_both_forms_and_every_block(monkeypatch):
     head.bias = torch.nn.Parameter(torch.randn(len(head.weight)))
     train, targets = rows[:5], rows[5:]
     mine, theirs = (gradients(double(module), x) for x in (train, targets))
-    monkeypatch.setattr("curate.passes.target_gradients.BLOCK", 300)
-    monkeypatch.setattr("curate.passes.target_gradients.MEETINGS", 300)
+    monkeypatch.setattr("curate.passes.gradients.targets.BLOCK", 300)
+    monkeypatch.setattr("curate.passes.gradients.targets.MEETINGS", 300)
     monkeypatch.setattr("curate.passes.head.COLUMNS", 16)
-    monkeypatch.setattr("curate.passes.head_gradient.KEEP", 0)
-    monkeypatch.setattr("curate.passes.graph_memory.SMALL", 0)
-    monkeypatch.setattr("curate.passes.row_gradients.APART", 0)
+    monkeypatch.setattr("curate.passes.gradients.head.KEEP", 0)
+    monkeypatch.setattr("curate.passes.gradients.graph_memory.SMALL", 0)
+    monkeypatch.setattr("curate.passes.gradients.rows.APART", 0)
     linears = [
         name
-        for name in cross._Passes(Model(module), *understood(Model(module), "all"), 9).shapes
+        for name in influence._Passes(Model(module), *understood(Model(module), "all"), 9).shapes
         if name[0] == "weight"
     ]
     for by_tokens in ([], linears, linears[::2]):
-        monkeypatch.setattr(cross._Passes, "by_tokens", lambda self, targets, some=by_tokens: frozenset(some))
-        assert worst(cross.cross_products(Model(module), train, targets, token_budget=150), mine, theirs) < 1e-6
+        monkeypatch.setattr(influence._Passes, "by_tokens", lambda self, targets, some=by_tokens: frozenset(some))
+        assert worst(influence.cross_products(Model(module), train, targets, token_budget=150), mine, theirs) < 1e-6
     assert (
-        worst(cross.cross_products(Model(module), train, targets, factored=1000, token_budget=150), mine, theirs) < 1e-6
+        worst(influence.cross_products(Model(module), train, targets, factored=1000, token_budget=150), mine, theirs)
+        < 1e-6
     )
 
 
@@ -127,7 +128,7 @@ def test_one_side_of_pairs_against_answers(of):
     module, rows = make("qwen2"), random_pairs(8)
     train, targets = rows[:5], [rows[5], rows[6].chosen]
     mine, theirs = gradients(double(module), train, of), gradients(double(module), targets)
-    found = cross.cross_products(Model(module), train, targets, of=of, target_of="margin")
+    found = influence.cross_products(Model(module), train, targets, of=of, target_of="margin")
     assert worst(found, mine, theirs) < 1e-6
     np.testing.assert_allclose(
         found.cosines, (mine @ theirs.T) / np.outer(*(np.linalg.norm(x, axis=1) for x in (mine, theirs))), atol=1e-6
@@ -138,7 +139,7 @@ def test_a_margin_is_what_the_pairs_own_products_say():
     """‖g+ − g−‖² = K++ − 2K+− + K−−, of two passes that share no prompt and one that does."""
     pairs, model = random_pairs(6), Model(make("gemma3"))
     entk = backward.measure(model, pairs, [MEASUREMENTS["entk"]])
-    found = cross.cross_products(model, pairs, pairs[:2])
+    found = influence.cross_products(model, pairs, pairs[:2])
     np.testing.assert_allclose(found.train_norms**2, entk["entk_cc"] - 2 * entk["entk_cr"] + entk["entk_rr"], rtol=1e-4)
     np.testing.assert_allclose(np.diag(found.products[:2]), found.target_norms**2, rtol=1e-5)
 
@@ -148,13 +149,13 @@ def test_lora_and_the_last_layers():
     mine = gradients(double(module), rows[:5], names="lora_")
     theirs = gradients(double(module), rows[5:], names="lora_")
     model = Model(module.get_base_model())
-    assert worst(cross.cross_products(model, rows[:5], rows[5:], parameters="lora"), mine, theirs) < 1e-6
-    sketched = cross.cross_products(model, rows[:5], rows[5:], parameters="lora", factored=8)
+    assert worst(influence.cross_products(model, rows[:5], rows[5:], parameters="lora"), mine, theirs) < 1e-6
+    sketched = influence.cross_products(model, rows[:5], rows[5:], parameters="lora", factored=8)
     assert 0 < sketched.error.rms < 1
     module64 = double(make("llama"))
     detach_below(module64.model.layers[1])
     mine, theirs = (gradients(module64, x) for x in (rows[:5], rows[5:]))
-    assert worst(cross.cross_products(Model(make("llama")), rows[:5], rows[5:], parameters=1), mine, theirs) < 1e-6
+    assert worst(influence.cross_products(Model(make("llama")), rows[:5], rows[5:], parameters=1), mine, theirs) < 1e-6
 
 
 def test_a_short_target_of_wide_factors_is_kept_as_tokens():
@@ -164,7 +165,7 @@ def test_a_short_target_of_wide_factors_is_kept_as_tokens():
     rows = [pair.chosen for pair in random_pairs(5)]
     targets = [Encoded(rows[0].ids[:6], 2)]
     mine, theirs = (gradients(double(module), x, names="lora_") for x in (rows, targets))
-    found = cross.cross_products(Model(module.get_base_model()), rows, targets, parameters="lora")
+    found = influence.cross_products(Model(module.get_base_model()), rows, targets, parameters="lora")
     assert worst(found, mine, theirs) < 1e-6
 
 
@@ -172,14 +173,14 @@ def test_what_cannot_be_known_is_nan_and_what_does_not_fit_is_refused(monkeypatc
     rows = random_pairs(4)
     rows[1] = replace(rows[1], rejected=replace(rows[1].rejected, problem="cut off"))
     model = Model(make("llama"))
-    found = cross.cross_products(model, rows, rows[:2])
+    found = influence.cross_products(model, rows, rows[:2])
     assert np.isnan(found.products).tolist() == [[False, True], [True, True], [False, True], [False, True]]
     assert np.isnan(found.train_norms).tolist() == [False, True, False, False]
-    assert cross.cross_products(model, rows[1:2], rows).products.shape == (1, 4)
-    monkeypatch.setattr(cross, "free_for", lambda model: 10_000)
+    assert influence.cross_products(model, rows[1:2], rows).products.shape == (1, 4)
+    monkeypatch.setattr(influence, "free_for", lambda model: 10_000)
     with pytest.raises(ModelError, match=r"(?s)one target's gradient needs .* factored=32"):
-        cross.cross_products(model, rows, rows[:2])
-    assert cross.cross_products(model, rows, rows[:1], factored=4).error is None
+        influence.cross_products(model, rows, rows[:2])
+    assert influence.cross_products(model, rows, rows[:1], factored=4).error is None
 
 
 def test_estimates_are_unbiased_and_their_error_is_said():
@@ -188,11 +189,11 @@ def test_estimates_are_unbiased_and_their_error_is_said():
     mine, theirs = (gradients(double(module), x) for x in (train, targets))
     scale = np.outer(*(np.linalg.norm(x, axis=1) for x in (mine, theirs)))
     model, exact = Model(module), mine @ theirs.T / scale
-    found = [cross.cross_products(model, train, targets, factored=8, seed=seed) for seed in range(24)]
+    found = [influence.cross_products(model, train, targets, factored=8, seed=seed) for seed in range(24)]
     off = np.stack([f.products / scale - exact for f in found])
     rms = np.sqrt(np.mean(off**2))
     assert np.abs(off.mean(0)).max() < 5 * off.std(0).max() / np.sqrt(len(found))
     said = [f.error.rms for f in found]
     assert abs(np.sqrt(np.mean(np.square(said))) / rms - 1) < 0.2
-    wide = cross.cross_products(model, train, targets, factored=1000)
+    wide = influence.cross_products(model, train, targets, factored=1000)
     assert worst(wide, mine, theirs) < 1e-6 and wide.error.rms < 1e-6

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from curate.errors import ModelError
-from curate.passes import derivatives as along
-from curate.passes import direction
-from curate.passes.adam import second_moments
+from curate.passes.gradients import derivatives as along
+from curate.passes.gradients import mean
+from curate.passes.gradients.adam import second_moments
+from curate.passes.gradients.warmup import WarmUp, warm_up
 from curate.passes.model import Model
-from curate.passes.warmup import WarmUp, warm_up
 from curate.rows import Pair
 from curate.tokens import Encoded, encode, load_tokenizer
 from tests.passes.forward_models import FAMILIES, double, make, oracle, random_pairs
@@ -56,11 +56,11 @@ def test_the_step_is_dpos_gradient(family):
     module = make(family)
     pairs = random_pairs(5, longest=7 if family in SHORT else 20)
     own = reference_of(module, pairs)
-    found = direction.accumulate(Model(module), pairs, direction.dpo_weights(BETA, len(pairs)))
+    found = mean.accumulate(Model(module), pairs, mean.dpo_weights(BETA, len(pairs)))
     assert error(found, dpo_gradient(double(module), pairs, own)) < 3e-6
     if family in ("llama_tied", "mamba"):
         other = own + np.random.default_rng(0).normal(scale=3, size=own.shape)
-        found = direction.accumulate(Model(module), pairs, direction.dpo_weights(BETA, len(pairs), other))
+        found = mean.accumulate(Model(module), pairs, mean.dpo_weights(BETA, len(pairs), other))
         assert error(found, dpo_gradient(double(module), pairs, other)) < 3e-6
 
 
@@ -88,29 +88,29 @@ def test_the_step_is_trls(shared, tmp_path):
     pairs = [pair for pair in pairs if pair.problem is None]
     assert len(pairs) == len(features)
     model = Model(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
-    found = direction.accumulate(model, pairs, direction.dpo_weights(0.1, len(pairs)))
+    found = mean.accumulate(model, pairs, mean.dpo_weights(0.1, len(pairs)))
     assert error(found, wanted) < 1e-5
 
 
 def test_any_batch_and_layout():
     module, pairs = make("llama_tied"), random_pairs(16)
-    weigh = direction.dpo_weights(BETA, 16)
-    wanted = direction.accumulate(Model(double(module)), pairs, weigh)
+    weigh = mean.dpo_weights(BETA, 16)
+    wanted = mean.accumulate(Model(double(module)), pairs, weigh)
     for layout in ("auto", "padded"):
         for budget in (1, 150, 16384):
-            found = direction.accumulate(Model(module, layout=layout), pairs, weigh, token_budget=budget)
+            found = mean.accumulate(Model(module, layout=layout), pairs, weigh, token_budget=budget)
             assert error(found, wanted) < 1e-6
 
 
 def test_blocks_of_the_head(monkeypatch):
     module, pairs = make("phi"), random_pairs(9)
-    weigh = direction.dpo_weights(BETA, 9, np.random.default_rng(1).normal(scale=9, size=(9, 2)))
-    wanted = direction.accumulate(Model(double(module)), pairs, weigh)
+    weigh = mean.dpo_weights(BETA, 9, np.random.default_rng(1).normal(scale=9, size=(9, 2)))
+    wanted = mean.accumulate(Model(double(module)), pairs, weigh)
     monkeypatch.setattr("curate.passes.head.COLUMNS", 16)
-    monkeypatch.setattr("curate.passes.head_gradient.ROWS", 7)
+    monkeypatch.setattr("curate.passes.gradients.head.ROWS", 7)
     for keep in (0, 20 * 101 * 4, 1 << 20):  # one row at a time without its logits; a few rows; all
-        monkeypatch.setattr("curate.passes.head_gradient.KEEP", keep)
-        assert error(direction.accumulate(Model(module), pairs, weigh), wanted) < 1e-6
+        monkeypatch.setattr("curate.passes.gradients.head.KEEP", keep)
+        assert error(mean.accumulate(Model(module), pairs, weigh), wanted) < 1e-6
 
 
 @pytest.mark.parametrize(
@@ -119,8 +119,8 @@ def test_blocks_of_the_head(monkeypatch):
 def test_derivatives_are_the_exact_products(family, step):
     module, pairs = make(family), random_pairs(20)
     model, model64 = Model(module), Model(double(module))
-    step_ = direction.accumulate(model, pairs, direction.dpo_weights(BETA, len(pairs)))
-    v = direction.precondition(step_, step, step_)
+    step_ = mean.accumulate(model, pairs, mean.dpo_weights(BETA, len(pairs)))
+    v = mean.precondition(step_, step, step_)
     exact = along.exact_products(model64, pairs, v)
     with along.Line(model, v) as line:
         chosen = along.choose_epsilon(line, pairs)
@@ -136,14 +136,14 @@ def test_mean_contribution_is_mean_forecast():
     """mean_j s_j⟨P·ḡ+, g+_j − g−_j⟩ = ⟨ḡ+, P·G⟩ = mean_i ⟨g+_i, P·G⟩ for any diagonal that is taken at G and then fixed."""
     pairs = random_pairs(10)
     model = Model(double(make("qwen3")))
-    step = direction.accumulate(model, pairs, direction.dpo_weights(BETA, 10))
-    chosen = direction.accumulate(model, pairs, direction.fixed_weights(0.1, 0))
+    step = mean.accumulate(model, pairs, mean.dpo_weights(BETA, 10))
+    chosen = mean.accumulate(model, pairs, mean.fixed_weights(0.1, 0))
     torch.manual_seed(0)
     adam = {name: torch.rand_like(value) ** 4 for name, value in step.items()}
     for kind in ("sgd", "sign", "adam"):
         means = []
         for x, take in ((step, [1, 0]), (chosen, [BETA / 2, -BETA / 2])):
-            v = direction.precondition(x, kind, step, adam)
+            v = mean.precondition(x, kind, step, adam)
             means.append((along.exact_products(model, pairs, v) @ take).mean())
         np.testing.assert_allclose(means[0], means[1], rtol=1e-6)  # its norms are float32
 
@@ -152,13 +152,13 @@ def test_mean_contribution_is_mean_forecast():
 def test_the_heads_part(family):
     """Forward only: the head's own entries of the step, and each row's exact product with them."""
     module, pairs = make(family), random_pairs(7)
-    model, weigh = Model(module), direction.dpo_weights(BETA, 7)
-    head = direction.accumulate_head(model, pairs, weigh)
+    model, weigh = Model(module), mean.dpo_weights(BETA, 7)
+    head = mean.accumulate_head(model, pairs, weigh)
     untied = double(module)
     linear = untied.get_output_embeddings()
     linear.weight = torch.nn.Parameter(linear.weight.detach().clone())
     names = {name: f"lm_head.{name}" for name in head}
-    whole = direction.accumulate(Model(untied), pairs, weigh)
+    whole = mean.accumulate(Model(untied), pairs, weigh)
     assert error(head, {name: whole[names[name]] for name in head}) < 1e-6
     found = along.head_derivatives(model, pairs, head)
     zero = {name: torch.zeros_like(value) for name, value in whole.items()}
@@ -170,7 +170,7 @@ def test_the_weights_are_put_back():
     module = make("llama_tied")
     model, pairs = Model(module), random_pairs(3)
     before = {name: p.clone() for name, p in module.named_parameters()}
-    v = direction.accumulate(model, pairs, direction.fixed_weights(1, -1))
+    v = mean.accumulate(model, pairs, mean.fixed_weights(1, -1))
     with pytest.raises(KeyboardInterrupt), along.Line(model, v) as line:
         line.to(1e-3)
         assert not torch.equal(next(iter(module.parameters())), next(iter(before.values())))
@@ -186,7 +186,7 @@ def test_sft_rows_and_rows_with_a_problem():
     rows = [pair.chosen for pair in random_pairs(8)]
     rows[2] = replace(rows[2], problem="cut off")
     model64 = Model(double(module))
-    v = direction.accumulate(model64, rows, direction.token_mean_weights(rows, 7))
+    v = mean.accumulate(model64, rows, mean.token_mean_weights(rows, 7))
     exact = along.exact_products(model64, rows, v)
     lengths = np.asarray([row.n_response for row in rows])
     known = np.arange(8) != 2
@@ -202,18 +202,18 @@ def test_sft_rows_and_rows_with_a_problem():
 def test_what_gives_no_direction():
     model, pairs = Model(make("llama")), random_pairs(2)
     with pytest.raises(ModelError, match="not of both at once"):
-        direction.accumulate(model, [pairs[0], pairs[1].chosen], direction.fixed_weights(1, 0))
+        mean.accumulate(model, [pairs[0], pairs[1].chosen], mean.fixed_weights(1, 0))
     with pytest.raises(ModelError, match="no row can be measured"):
-        direction.accumulate(model, [replace(pairs[0].chosen, problem="empty")], direction.fixed_weights(1))
+        mean.accumulate(model, [replace(pairs[0].chosen, problem="empty")], mean.fixed_weights(1))
     with pytest.raises(ModelError, match="warm-up"):
-        direction.precondition({}, "adam", {})
+        mean.precondition({}, "adam", {})
     moments = {"w": torch.tensor([4.0, 0.0])}  # no gradient has ever come to the second
-    assert direction.precondition({"w": torch.tensor([6.0, 5.0])}, "adam", {}, moments)["w"].tolist() == [3.0, 0.0]
+    assert mean.precondition({"w": torch.tensor([6.0, 5.0])}, "adam", {}, moments)["w"].tolist() == [3.0, 0.0]
     whole = {"lm_head.weight": torch.ones(2)}
     with pytest.raises(ModelError, match=r"(?s)other parameters \(q\.lora_A.*gradients\.parameters=lora"):
-        direction.precondition(whole, "adam", whole, {"q.lora_A.weight": torch.ones(2)})
+        mean.precondition(whole, "adam", whole, {"q.lora_A.weight": torch.ones(2)})
     with pytest.raises(ModelError, match='bfloat16 cannot hold. Load the model with dtype="float32"'):
-        direction.accumulate(Model(make("llama").bfloat16()), pairs, direction.fixed_weights(1, 0))
+        mean.accumulate(Model(make("llama").bfloat16()), pairs, mean.fixed_weights(1, 0))
     with along.Line(model, {"lm_head.weight": torch.zeros(101, 32)}) as line:  # nothing moves
         assert along.derivatives(line, pairs, along.choose_epsilon(line, pairs).value).derivative.tolist() == [
             [0, 0],
@@ -224,7 +224,7 @@ def test_what_gives_no_direction():
 def test_no_step_length_is_made_up():
     """Where no row can be measured, or what is measured is not finite: "nothing moves" is another thing."""
     model, pairs = Model(make("llama")), random_pairs(3)
-    v = direction.accumulate(model, pairs, direction.fixed_weights(1, 0))
+    v = mean.accumulate(model, pairs, mean.fixed_weights(1, 0))
     unmeasurable = [replace(pair, chosen=replace(pair.chosen, problem="cut off")) for pair in pairs]
     with along.Line(model, v) as line, pytest.raises(ModelError, match="none of 3 rows"):
         along.choose_epsilon(line, unmeasurable)
@@ -238,7 +238,7 @@ def test_no_step_length_is_made_up():
 def test_an_error_that_one_response_hides_is_said(monkeypatch):
     """Where the rejected responses' differences are not finite, the step length is not as good as the chosen ones'."""
     model, pairs = Model(make("llama")), random_pairs(3)
-    v = direction.accumulate(model, pairs, direction.fixed_weights(1, 0))
+    v = mean.accumulate(model, pairs, mean.fixed_weights(1, 0))
     plain = along.derivatives
     broken = lambda *a, **k: replace(plain(*a, **k), derivative=plain(*a, **k).derivative * [1, np.nan])  # noqa: E731
     monkeypatch.setattr(along, "derivatives", broken)
@@ -250,7 +250,7 @@ def test_an_error_that_one_response_hides_is_said(monkeypatch):
 def test_a_direction_of_some_parameters():
     """The last layer's alone: exact products and derivatives are over these."""
     model, pairs = Model(make("llama")), random_pairs(12)
-    v = direction.accumulate(model, pairs, direction.dpo_weights(BETA, 12), parameters=1)
+    v = mean.accumulate(model, pairs, mean.dpo_weights(BETA, 12), parameters=1)
     assert "model.layers.0.mlp.up_proj.weight" not in v and "model.layers.1.mlp.up_proj.weight" in v
     exact = along.exact_products(model, pairs, v)
     zero = {name: torch.zeros_like(p) for name, p in model.module.named_parameters()}
@@ -263,12 +263,12 @@ def test_what_does_not_fit_is_said(monkeypatch, tmp_path):
     model, pairs = Model(make("llama")), random_pairs(3)
     (tmp_path / f".v.safetensors.{os.getpid()}").mkdir()
     with pytest.raises(ModelError, match=r"v\.safetensors: a direction cannot be kept there"):
-        direction.save_vector({"x": torch.zeros(3)}, tmp_path / "v.safetensors")
+        mean.save_vector({"x": torch.zeros(3)}, tmp_path / "v.safetensors")
 
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    v = direction.accumulate(model, pairs, direction.fixed_weights(1, 0))
+    v = mean.accumulate(model, pairs, mean.fixed_weights(1, 0))
     with monkeypatch.context() as here, pytest.raises(ModelError, match="and a copy of them do not fit"):
         here.setattr(torch.Tensor, "clone", full)
         along.Line(model, v).__enter__()
@@ -276,7 +276,7 @@ def test_what_does_not_fit_is_said(monkeypatch, tmp_path):
     of_a_parameter = lambda x, **how: full() if isinstance(x, torch.nn.Parameter) else real(x, **how)  # noqa: E731
     monkeypatch.setattr(torch, "zeros_like", of_a_parameter)
     with pytest.raises(ModelError, match="the weights and a gradient of them do not fit"):
-        direction.accumulate(model, pairs, direction.fixed_weights(1, 0))
+        mean.accumulate(model, pairs, mean.fixed_weights(1, 0))
     with pytest.raises(ModelError, match="a warm-up takes four times the weights"):
         warm_up(model, pairs, WarmUp(steps=1, rows=2, learning_rate=1e-3, beta=BETA))
     assert all(p.grad is None and not p.requires_grad for p in model.module.parameters())
@@ -291,7 +291,7 @@ def test_a_warm_up_is_torchs_adamw():
     rest = [p for name, p in theirs.named_parameters() if "norm" in name]
     optimizer = torch.optim.AdamW([{"params": decay}, {"params": rest}], lr=1e-3, weight_decay=0.0)
     settings = WarmUp(steps=3, rows=4, learning_rate=1e-3, beta=BETA, seed=5)
-    from curate.passes.warmup import _batches
+    from curate.passes.gradients.warmup import _batches
 
     batches = _batches(len(pairs), settings)
     assert sorted(i for batch in batches for i in batch) == sorted([*range(6), *range(6)])

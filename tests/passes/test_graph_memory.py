@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from curate.passes import graph_memory
+from curate.passes.gradients import graph_memory
 
 
 @pytest.mark.skipif(graph_memory._malloc_trim() is None, reason="not glibc's allocator")

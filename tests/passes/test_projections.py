@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from curate.errors import ModelError
-from curate.passes import projections
+from curate.passes.gradients import projections
+from curate.passes.gradients.segments import Segments
 from curate.passes.model import Model, load_model
-from curate.passes.segments import Segments
 from curate.tokens import Encoded
 from tests.tiny_models import make_llama
 

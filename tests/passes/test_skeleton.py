@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from curate.errors import ModelError
-from curate.passes.layer_rules import parameter_names
+from curate.passes.gradients.layer_rules import parameter_names
 from curate.passes.model import Model, load_model
 from curate.passes.skeleton import skeleton
 from tests.passes.forward_models import FAMILIES, make

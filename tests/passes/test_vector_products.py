@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from curate.errors import ModelError
-from curate.passes import derivatives as along
-from curate.passes import direction, forward
+from curate.passes import forward
+from curate.passes.gradients import derivatives as along
+from curate.passes.gradients import mean
+from curate.passes.gradients.along import vector_products
 from curate.passes.model import Model
-from curate.passes.vector_products import vector_products
 from tests.passes.forward_models import FAMILIES, double, make, random_pairs
 
 
@@ -20,8 +21,8 @@ from tests.passes.forward_models import FAMILIES, double, make, random_pairs
 def test_every_family_equals_autograd(family):
     """Along signs: every coordinate weighs the same, so no part of the model can be left out unnoticed."""
     module, pairs = make(family), random_pairs(5)
-    step = direction.accumulate(Model(module), pairs, direction.fixed_weights(1, -1))
-    v = direction.precondition(step, "sign", step)
+    step = mean.accumulate(Model(module), pairs, mean.fixed_weights(1, -1))
+    v = mean.precondition(step, "sign", step)
     exact = along.exact_products(Model(double(module)), pairs, v)
     found = vector_products(Model(module), pairs, v, token_budget=60)
     np.testing.assert_allclose(found, exact, atol=1e-5 * np.abs(exact).max())
@@ -30,7 +31,7 @@ def test_every_family_equals_autograd(family):
 def test_rows_with_a_problem_sft_rows_and_parts_of_a_vector():
     module, rows = make("gpt2"), [pair.chosen for pair in random_pairs(4)]  # its matrices lie the other way round
     rows[1] = replace(rows[1], problem="cut off")
-    whole = direction.accumulate(Model(module), rows, direction.fixed_weights(1))
+    whole = mean.accumulate(Model(module), rows, mean.fixed_weights(1))
     for v in (whole, {name: x for name, x in whole.items() if "attn" in name}):
         exact = along.exact_products(Model(double(module)), rows, v)
         found = vector_products(Model(module), rows, v)
@@ -40,13 +41,13 @@ def test_rows_with_a_problem_sft_rows_and_parts_of_a_vector():
 
 def test_no_rows_and_no_memory_for_the_vector(monkeypatch):
     model, pairs = Model(make("llama")), random_pairs(3)
-    v = direction.accumulate(model, pairs, direction.fixed_weights(1, -1))
+    v = mean.accumulate(model, pairs, mean.fixed_weights(1, -1))
     assert vector_products(model, [], v).shape == along.exact_products(model, [], v).shape
 
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("curate.passes.row_gradients.wide", full)
+    monkeypatch.setattr("curate.passes.gradients.rows.wide", full)
     with pytest.raises(ModelError, match=r"(?s)a direction in it do not fit .* gradients\.parameters=2"):
         vector_products(model, pairs, v)
 
@@ -59,7 +60,7 @@ def test_over_an_adapters_parameters(tmp_path):
     adapt(save("qwen2", tmp_path / "base"), tmp_path / "adapter", QV)
     pairs = random_pairs(8)
     with forward.load_model(tmp_path / "adapter", device="cpu") as model:
-        v = direction.accumulate(model, pairs, direction.fixed_weights(1, -1), parameters="lora")
+        v = mean.accumulate(model, pairs, mean.fixed_weights(1, -1), parameters="lora")
         exact = along.exact_products(model, pairs, v)
         found = vector_products(model, pairs, v, parameters="lora")
         with along.Line(model, v) as line:
@@ -73,7 +74,7 @@ def test_over_an_adapters_parameters(tmp_path):
 def test_what_has_no_rule_is_refused_and_epsilon_found_all_the_same():
     module, pairs = make("mamba"), random_pairs(4)
     model = Model(module)
-    v = direction.accumulate(model, pairs, direction.fixed_weights(1, -1))
+    v = mean.accumulate(model, pairs, mean.fixed_weights(1, -1))
     with pytest.raises(ModelError, match="no rule"):
         vector_products(model, pairs, v)
     with along.Line(model, v) as line:

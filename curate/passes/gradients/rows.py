@@ -19,15 +19,15 @@ import numpy as np
 import torch
 
 from curate.errors import ModelError
-from curate.passes.backward import APART, check_angles, packed_attention, understood
-from curate.passes.backward_memory import Footprint
 from curate.passes.bundles import check_lengths, items_of
-from curate.passes.capture import Capture, Shared
-from curate.passes.graph_memory import Arena
-from curate.passes.head_gradient import head_gradient
-from curate.passes.inner_products import wide
+from curate.passes.gradients.backward import APART, check_angles, packed_attention, understood
+from curate.passes.gradients.capture import Capture, Shared
+from curate.passes.gradients.graph_memory import Arena
+from curate.passes.gradients.head import head_gradient
+from curate.passes.gradients.layer_rules import Embedding, Linear, Norm, Parameters, Rules
+from curate.passes.gradients.memory import Footprint
+from curate.passes.gradients.products import wide
 from curate.passes.kernels import attention
-from curate.passes.layer_rules import Embedding, Linear, Norm, Parameters, Rules
 from curate.passes.layout import Group, Item, Layout
 from curate.passes.model import Model
 from curate.tokens import Encoded, EncodedPair, common_prefix
@@ -116,7 +116,7 @@ HEAD: Name = ("head", 0)
 
 
 class _Sorter:
-    """A taker (passes/capture.py) that hands a batch's parts to a sink by kind."""
+    """A taker (passes/gradients/capture.py) that hands a batch's parts to a sink by kind."""
 
     def __init__(self, rules: Rules, sink: Sink, spans: list[Span]) -> None:
         self.sink, self.spans = sink, spans

@@ -19,7 +19,7 @@ import torch
 
 from curate.errors import ModelError
 from curate.passes.adapter_config import is_adapter
-from curate.passes.backward_memory import free_for
+from curate.passes.gradients.memory import free_for
 from curate.passes.model import Model
 
 ROUNDING = 1e-10  # of the largest eigenvalue

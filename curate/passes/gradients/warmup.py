@@ -18,7 +18,7 @@ import torch
 from curate.errors import ModelError
 from curate.measurements import MEASUREMENTS
 from curate.passes import forward
-from curate.passes.direction import ADAM_EPSILON, Rows, Vector, accumulate, dpo_weights, token_mean_weights
+from curate.passes.gradients.mean import ADAM_EPSILON, Rows, Vector, accumulate, dpo_weights, token_mean_weights
 from curate.passes.model import Model
 from curate.tokens import EncodedPair
 

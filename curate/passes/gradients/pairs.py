@@ -2,7 +2,7 @@
 
     found (rows, 3) float64:   first·first, first·second, second·second      over all parameters that come by
 
-Forms of a linear layer's products, and which is cheaper: passes/inner_products.py.
+Forms of a linear layer's products, and which is cheaper: passes/gradients/products.py.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from collections.abc import Callable
 
 import torch
 
-from curate.passes import inner_products
-from curate.passes.capture import Shared
-from curate.passes.inner_products import wide
-from curate.passes.layer_rules import Embedding, Linear, Norm
+from curate.passes.gradients import products
+from curate.passes.gradients.capture import Shared
+from curate.passes.gradients.layer_rules import Embedding, Linear, Norm
+from curate.passes.gradients.products import wide
 
 
 class PairProducts:
@@ -33,26 +33,26 @@ class PairProducts:
             b, m = wide(g[start:stop]), middle - start
             n = stop - start
             if rule.wanted:
-                if inner_products.prefers_tokens(n, rows.shape[1], shared.outputs):
+                if products.prefers_tokens(n, rows.shape[1], shared.outputs):
                     if k not in shared.kept:
-                        shared.kept[k] = inner_products.gram(_own(rows, line, start, stop), m)
-                    self.found[k] += inner_products.weigh(shared.kept[k], inner_products.gram(b, m), n, m)
+                        shared.kept[k] = products.gram(_own(rows, line, start, stop), m)
+                    self.found[k] += products.weigh(shared.kept[k], products.gram(b, m), n, m)
                 else:
-                    self.found[k] += inner_products.matrix_products(_own(rows, line, start, stop), b, m)
+                    self.found[k] += products.matrix_products(_own(rows, line, start, stop), b, m)
             if rule.bias_wanted:
-                self.found[k] += inner_products.vector_products(b[:m].sum(0), b[m:].sum(0))
+                self.found[k] += products.vector_products(b[:m].sum(0), b[m:].sum(0))
 
     def norm(self, rule: Norm, x: torch.Tensor, g: torch.Tensor) -> None:
         for parts in rule.gradients(x, g):
             for k, (start, middle, stop) in enumerate(self.spans):
-                self.found[k] += inner_products.vector_products(parts[start:middle].sum(0), parts[middle:stop].sum(0))
+                self.found[k] += products.vector_products(parts[start:middle].sum(0), parts[middle:stop].sum(0))
 
     def embedding(self, rule: Embedding, ids: torch.Tensor, g: torch.Tensor) -> None:
         if rule.tied and self.on_tied is not None:
             self.on_tied(ids, g)
         for k, (start, middle, stop) in enumerate(self.spans):
-            _, a, b = inner_products.embedding_sums(ids[start:stop], g[start:stop], middle - start)
-            self.found[k] += inner_products.vector_products(a, b)
+            _, a, b = products.embedding_sums(ids[start:stop], g[start:stop], middle - start)
+            self.found[k] += products.vector_products(a, b)
 
 
 def _own(rows: torch.Tensor, line: torch.Tensor | None, start: int, stop: int) -> torch.Tensor:

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from curate.passes.gradients.layer_rules import Parameters
+from curate.passes.gradients.rows import HeadTokens, Lines, Name, Of, WeightPart, parts_of, prepared, rows_of, take
 from curate.passes.kernels.cpu_products import product
-from curate.passes.layer_rules import Parameters
 from curate.passes.model import Model
-from curate.passes.row_gradients import HeadTokens, Lines, Name, Of, WeightPart, parts_of, prepared, rows_of, take
 from curate.tokens import Encoded, EncodedPair
 
 
@@ -48,7 +48,7 @@ def vector_products(
 
 
 class _Meeting:
-    """A sink (passes/row_gradients.py) in which every part of a gradient meets its part of v. products (count,) float64."""
+    """A sink (passes/gradients/rows.py) in which every part of a gradient meets its part of v. products (count,) float64."""
 
     def __init__(self, parts: dict[Name, torch.Tensor], count: int, device: torch.device) -> None:
         self.parts = parts

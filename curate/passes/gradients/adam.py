@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from curate.errors import ModelError
-from curate.passes.direction import Vector, check_same
-from curate.passes.layer_rules import Parameters, parameter_names
+from curate.passes.gradients.layer_rules import Parameters, parameter_names
+from curate.passes.gradients.mean import Vector, check_same
 from curate.passes.skeleton import skeleton
 from curate.tokens import describe_folder, first_line
 

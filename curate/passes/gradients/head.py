@@ -16,9 +16,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch.nn.functional import softplus
 
-from curate.passes import inner_products
+from curate.passes.gradients import products as inner_products
+from curate.passes.gradients.products import wide
 from curate.passes.head import ROWS, Head
-from curate.passes.inner_products import wide
 from curate.passes.kernels.cpu_products import product
 
 KEEP = 96 << 20  # bytes of logits kept between the two sweeps

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from curate.passes.row_gradients import HeadTokens, Lines, Name, Sink, WeightPart
+from curate.passes.gradients.rows import HeadTokens, Lines, Name, Sink, WeightPart
 
 
 @dataclass
@@ -66,7 +66,8 @@ class Projections:
 
 
 class Sketches:
-    """A sink (passes/row_gradients.py). Of targets (`theirs` None) it keeps the sketches: parts, weight or vector -> (count, …); of other rows it has
+    """A sink (passes/gradients/rows.py). Of targets (`theirs` None) it keeps the sketches: parts, weight or vector -> (count, …); of other rows it
+    has
     products (count, M) and squares (count,) float64, estimates of ⟨g_i, g_m⟩ and ‖g_i‖², filled in as batches end.
     """
 

@@ -21,11 +21,11 @@ from curate.measurements import MEASUREMENTS
 from curate.passes import forward
 from curate.passes.batch import Batch, Side
 from curate.passes.contract import Measurement
-from curate.passes.direction import Rows, Vector, accumulate, fixed_weights
-from curate.passes.layer_rules import Parameters
+from curate.passes.gradients.along import vector_products
+from curate.passes.gradients.layer_rules import Parameters
+from curate.passes.gradients.mean import Rows, Vector, accumulate, fixed_weights
+from curate.passes.gradients.residuals import residuals
 from curate.passes.model import Model
-from curate.passes.residuals import residuals
-from curate.passes.vector_products import vector_products
 from curate.tokens import EncodedPair
 
 MOVED = 0.2  # nats: how far ε moves a typical row of the sample

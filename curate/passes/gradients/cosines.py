@@ -3,7 +3,7 @@
     cosine_im = ⟨P g_i, v_m⟩ / (‖P g_i‖ ‖v_m‖)        g = ∇_θ f        f of an SFT row: logp(completion); of a pair: its margin
 
 P is a diagonal. Each weight's gradient of a row is made block by block, weighed with P, multiplied with those of all vectors, and let go
-(passes/target_gradients.py). Long rows have small gradients of a mean and large ones of a sum; a cosine takes neither for more.
+(passes/gradients/targets.py). Long rows have small gradients of a mean and large ones of a sum; a cosine takes neither for more.
 Source: Xia et al. 2024, arXiv:2402.04333 (LESS).
 """
 
@@ -15,12 +15,12 @@ import numpy as np
 import torch
 
 from curate.errors import ModelError
-from curate.passes.backward import understood
-from curate.passes.backward_memory import SHARE, free_for
-from curate.passes.layer_rules import Parameters
+from curate.passes.gradients.backward import understood
+from curate.passes.gradients.layer_rules import Parameters
+from curate.passes.gradients.memory import SHARE, free_for
+from curate.passes.gradients.rows import parts_of, prepared, rows_of, take
+from curate.passes.gradients.targets import Crossing, Targets
 from curate.passes.model import Model
-from curate.passes.row_gradients import parts_of, prepared, rows_of, take
-from curate.passes.target_gradients import Crossing, Targets
 from curate.tokens import Encoded, EncodedPair
 
 Vector = dict[str, torch.Tensor]  # parameter's name -> tensor of its shape

@@ -18,10 +18,10 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from curate.errors import ModelError
-from curate.passes.graph_memory import Arena
-from curate.passes.inner_products import wide
+from curate.passes.gradients.graph_memory import Arena
+from curate.passes.gradients.layer_rules import Embedding, Linear, Norm, Rules
+from curate.passes.gradients.products import wide
 from curate.passes.kernels.cpu_products import linear, product
-from curate.passes.layer_rules import Embedding, Linear, Norm, Rules
 
 
 @dataclass

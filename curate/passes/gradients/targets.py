@@ -15,11 +15,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from curate.passes import inner_products
+from curate.passes.gradients import products
+from curate.passes.gradients.head import residuals_at
+from curate.passes.gradients.rows import HEAD, HeadTokens, Lines, Name, Span, WeightPart
 from curate.passes.head import Head
-from curate.passes.head_gradient import residuals_at
 from curate.passes.kernels.cpu_products import product
-from curate.passes.row_gradients import HEAD, HeadTokens, Lines, Name, Span, WeightPart
 
 BLOCK = (
     1 << 20
@@ -38,7 +38,7 @@ class Tokens:
 
 
 class Targets:
-    """A sink (passes/row_gradients.py) that keeps the gradients of M targets.
+    """A sink (passes/gradients/rows.py) that keeps the gradients of M targets.
 
     shapes: of every weight. by_tokens: the linear layers whose tokens are kept; of all others the matrices are.
     matrices: weight -> (M, o, i). tokens: weight -> batches. vectors: name -> (M, size) float64.
@@ -235,9 +235,9 @@ class Crossing:
 def _own(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """() float64 ‖bᵀa‖², in the cheaper form."""
     n = len(a)
-    if inner_products.prefers_tokens(n, a.shape[1], b.shape[1]):
-        return inner_products.weigh(inner_products.gram(a, n), inner_products.gram(b, n), n, n)[0]
-    return inner_products.matrix_products(a, b, n)[0]
+    if products.prefers_tokens(n, a.shape[1], b.shape[1]):
+        return products.weigh(products.gram(a, n), products.gram(b, n), n, n)[0]
+    return products.matrix_products(a, b, n)[0]
 
 
 def _square(x: torch.Tensor) -> torch.Tensor:

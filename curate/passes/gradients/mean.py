@@ -4,7 +4,7 @@
     DPO's step  G = mean_j s_j (g+_j − g−_j)     s_j = β σ(−β·margin_j), β/2 at the reference
     v = P·x                                    P diagonal, taken at G: 1 (sgd), 1/|G| (sign: P·G = sign(G), AdamW's first step), 1/(√v̂ + 1e-8) (adam)
 
-What rows do along such a direction is passes/derivatives.py.
+What rows do along such a direction is passes/gradients/derivatives.py.
 
 Source: Rafailov et al. 2023, arXiv:2305.18290 (DPO's gradient); Xia et al. 2024, arXiv:2402.04333 (LESS: Adam's P); docs/scores.md, section 4.
 """
@@ -22,9 +22,9 @@ import torch
 
 from curate.errors import ModelError
 from curate.passes.bundles import Bundle, batch_rows, check_lengths, items_of, states_of
-from curate.passes.head_gradient import head_backward
+from curate.passes.gradients.head import head_backward
+from curate.passes.gradients.layer_rules import Parameters, parameter_names
 from curate.passes.kernels.cpu_products import NARROW
-from curate.passes.layer_rules import Parameters, parameter_names
 from curate.passes.layout import Item
 from curate.passes.model import Model
 from curate.tokens import Encoded, EncodedPair, first_line

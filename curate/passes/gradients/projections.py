@@ -7,9 +7,9 @@ from its inputs A and its outputs' gradients B, multiplied with all directions, 
 
     ⟨BᵀA, b⟩      T·i·o + r·i·o multiplications a row, against r·T·i·o for (A bᵀ)∘B, and 2 r forward passes for differences
 
-By forwards, for any architecture: [ℓ(θ + εb) − ℓ(θ − εb)]/2ε, two packed forward passes per direction (passes/derivatives.py).
+By forwards, for any architecture: [ℓ(θ + εb) − ℓ(θ − εb)]/2ε, two packed forward passes per direction (passes/gradients/derivatives.py).
 Measured for r = 9: 5 to 6 forward passes by gradients, 18 by forwards (benchmarks/projections.py).
-Source: docs/scores.md, section 7; the layers' gradients are those of passes/layer_rules.py.
+Source: docs/scores.md, section 7; the layers' gradients are those of passes/gradients/layer_rules.py.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ import torch
 from curate.errors import ModelError
 from curate.measurements import providers
 from curate.passes import forward
-from curate.passes.backward_memory import Footprint, footprint
 from curate.passes.bundles import CPU_BATCH, check_lengths
-from curate.passes.capture import Capture, Shared
-from curate.passes.derivatives import Line, derivatives
-from curate.passes.head_gradient import Each, head_gradient
-from curate.passes.inner_products import wide
-from curate.passes.layer_rules import Embedding, Linear, Norm, Rules, find_rules, probe_ids
+from curate.passes.gradients.capture import Capture, Shared
+from curate.passes.gradients.derivatives import Line, derivatives
+from curate.passes.gradients.head import Each, head_gradient
+from curate.passes.gradients.layer_rules import Embedding, Linear, Norm, Rules, find_rules, probe_ids
+from curate.passes.gradients.memory import Footprint, footprint
+from curate.passes.gradients.products import wide
+from curate.passes.gradients.segments import Directions
 from curate.passes.layout import Item
 from curate.passes.model import Model
-from curate.passes.segments import Directions
 from curate.tokens import Encoded
 
 MATRIX = 1 << 21  # numbers of layers' gradients formed at a time

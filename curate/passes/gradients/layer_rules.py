@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from curate.errors import ModelError
-from curate.passes.inner_products import wide
+from curate.passes.gradients.products import wide
 from curate.passes.model import Model
 from curate.passes.skeleton import Skeleton
 

@@ -3,9 +3,9 @@
     g± = ∇_θ logp(y±)      K++ = ⟨g+, g+⟩   K+− = ⟨g+, g−⟩   K−− = ⟨g−, g−⟩        over all parameters, or those asked for
 
 One forward and one backward per batch; the forward's own measurements are read off the same states. A linear layer sees a shared prompt once
-on the way forward and once per response on the way back (passes/capture.py); the head goes by blocks of the vocabulary
-(passes/head_gradient.py); which parameters are understood is passes/layer_rules.py. A model is believed only after ‖g+ + g−/2‖² on a few
-tokens agreed with the gradients of autograd itself. Memory: passes/backward_memory.py.
+on the way forward and once per response on the way back (passes/gradients/capture.py); the head goes by blocks of the vocabulary
+(passes/gradients/head.py); which parameters are understood is passes/gradients/layer_rules.py. A model is believed only after ‖g+ + g−/2‖² on a few
+tokens agreed with the gradients of autograd itself. Memory: passes/gradients/memory.py.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ import torch
 
 from curate.errors import ModelError
 from curate.passes import forward
-from curate.passes.backward_memory import Footprint, footprint
 from curate.passes.batch import Batch, write_columns
 from curate.passes.bundles import NO_LIMIT, bundle_rows, check_lengths, items_of, join
-from curate.passes.capture import Capture, begun_at
-from curate.passes.graph_memory import Arena
-from curate.passes.head_gradient import HeadGradient, head_gradient, tied_products
-from curate.passes.inner_products import embedding_sums
+from curate.passes.gradients.capture import Capture, begun_at
+from curate.passes.gradients.graph_memory import Arena
+from curate.passes.gradients.head import HeadGradient, head_gradient, tied_products
+from curate.passes.gradients.layer_rules import Parameters, Rules, find_rules, probe_ids
+from curate.passes.gradients.memory import Footprint, footprint
+from curate.passes.gradients.pairs import PairProducts
+from curate.passes.gradients.products import embedding_sums
 from curate.passes.kernels import attention
-from curate.passes.layer_rules import Parameters, Rules, find_rules, probe_ids
 from curate.passes.layout import Group, Item, Layout
 from curate.passes.model import Model
-from curate.passes.pair_products import PairProducts
 from curate.tokens import Encoded, EncodedPair
 
 if TYPE_CHECKING:
@@ -191,7 +191,7 @@ def run(
     apart: bool = False,
 ) -> GradientBatch:
     """Forward and backward of one batch of whole rows, `items` their sequences, with its inner products. checkpointed: layers are run again on
-    the way back. apart: activations are kept as in passes/graph_memory.py.
+    the way back. apart: activations are kept as in passes/gradients/graph_memory.py.
     """
     bundle = join(bundle_rows(items, NO_LIMIT))
     sequences = bundle.items

@@ -14,12 +14,12 @@ import numpy as np
 import torch
 
 from curate.errors import ModelError
-from curate.passes.capture import Capture
-from curate.passes.head_gradient import KEEP, KEEP_ON_GPU
-from curate.passes.layer_rules import Rules
+from curate.passes.gradients.capture import Capture
+from curate.passes.gradients.head import KEEP, KEEP_ON_GPU
+from curate.passes.gradients.layer_rules import Rules
+from curate.passes.gradients.pairs import PairProducts
 from curate.passes.layout import Group, Item, Layout
 from curate.passes.model import Model
-from curate.passes.pair_products import PairProducts
 from curate.passes.vllm_memory import free_memory
 
 SHARE = 0.8  # of the free memory that a batch may take
