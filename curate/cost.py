@@ -37,9 +37,9 @@ def with_cost(step: Step, loaded: Loaded, speed: float | None, lengths: Lengths)
     whole = lengths.whole[at]
     if step.reads == "sample":
         sampling = loaded.recipe.sampling
-        per_prompt = lengths.prompt[at].mean() + sampling.samples * sampling.max_new_tokens  # at most
         prompts = sum(len(rows) * len({t.measurement.perturbed for t in tasks}) for _, rows, tasks in step.blocks)
-        run = per_prompt * prompts  # as if a row had one perturbation
+        prompts -= step.graded  # as if a row had one perturbation
+        run = lengths.prompt[at].mean() * prompts + step.draws * sampling.max_new_tokens  # at most
     elif step.reads == "neighbours":
         limit = loaded.recipe.tokens.max_length
         run = np.minimum((1 + COUNT) * whole, np.inf if limit is None else limit).sum()

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from curate.answers import KeptAnswers, by_prompt, padded
 from curate.errors import ModelError, UsageError
 from curate.identity import few_shot_text
 from curate.perturbing import perturbation
@@ -24,6 +26,8 @@ from curate.rows import Example, Message, Row
 
 if TYPE_CHECKING:
     from curate.checkpoints import Subject
+    from curate.identity import Task
+    from curate.measurements.accuracy import Graded
     from curate.recipe import Loaded
     from curate.store import Store
 
@@ -38,7 +42,7 @@ def measure(loaded: Loaded, store: Store, plan: Plan, progress: Progress) -> dic
     if (
         recipe.engine.sampler == "openai"
         and not recipe.server.url
-        and any(s.reads == "sample" and s.missing for s in plan.steps)
+        and any(s.reads == "sample" and s.to_measure for s in plan.steps)
     ):
         from curate.passes.sample_openai import NO_URL
 
@@ -52,13 +56,20 @@ def measure(loaded: Loaded, store: Store, plan: Plan, progress: Progress) -> dic
                 subjects = [s.subject for s in to_do if s.reads == step.reads]
                 runner = engines.enter_context(_runner(step.reads, loaded, progress, subjects, store, plan))
             _run_step(step, runner, store, progress, following)
-            counts[step.reads] = counts.get(step.reads, 0) + step.missing
+            for name, n in ((step.reads, step.missing - step.graded), ("kept answers graded anew", step.graded)):
+                if n:
+                    counts[name] = counts.get(name, 0) + n
     return counts
 
 
 def _run_step(step: Step, runner: Runner, store: Store, progress: Progress, following: Step | None) -> None:
     runner.use(step)
-    if following is not None and following.subject.path != step.subject.path and following.reads != "tokens":
+    if (
+        following is not None
+        and following.subject.path != step.subject.path
+        and following.to_measure
+        and following.reads != "tokens"
+    ):
         _read_ahead(Path(following.subject.path))
     title = f"{step.reads} {step.subject.label}" if step.reads != "tokens" else "tokens"
     waiting = time.monotonic()
@@ -66,13 +77,15 @@ def _run_step(step: Step, runner: Runner, store: Store, progress: Progress, foll
         for number, row_ids, tasks in step.blocks:
             rows = [row for row in store.iter_rows(row_ids) if row is not None]
             started = time.perf_counter()
+            runner.tasks = tasks
             columns, samples, tokens = runner.run(rows, row_ids, [task.measurement for task in tasks])
             seconds = time.perf_counter() - started
             for task in tasks:
                 names = [*task.measurement.columns, *runner.extra_columns]
                 mine = {name: columns[name] for name in names if name in columns}
-                store.write_shard(task.measured, number, row_ids, mine, None if task.measurement.perturbed else samples)
-            store.log_throughput(step.key, tokens, seconds)
+                store.write_shard(task.measured, number, row_ids, mine, (samples or {}).get(task.measurement.name))
+            if tokens:
+                store.log_throughput(step.key, tokens, seconds)
             count(len(row_ids))
             if time.monotonic() - waiting > INGEST_EVERY:
                 store.ingest()
@@ -98,11 +111,12 @@ def _read_ahead(folder: Path) -> None:
 
 
 class Runner:
-    """One kind of pass with its engine. run() -> (columns, samples or None, tokens it cost)."""
+    """One kind of pass with its engine. run() -> (columns, measurement -> samples a row or None, tokens it cost)."""
 
     reads = ""
     extra_columns: tuple[str, ...] = ()
     subjects: Sequence[Subject] = ()  # all that are to come
+    tasks: Sequence[Task] = ()  # what the rows of the next run() miss
 
     def __init__(self, loaded: Loaded, progress: Progress):
         self.loaded, self.recipe, self.progress = loaded, loaded.recipe, progress
@@ -114,7 +128,7 @@ class Runner:
 
     def run(
         self, rows: list[Row], row_ids: Sequence[str], measurements: list[Any]
-    ) -> tuple[Mapping[str, Any], list[Any] | None, int]:
+    ) -> tuple[Mapping[str, Any], Mapping[str, list[Any]] | None, int]:
         raise AssertionError(self.reads)
 
     def notes(self) -> list[str]:
@@ -296,23 +310,36 @@ class BackwardRunner(ForwardRunner):
 
 
 class SampleRunner(Runner):
-    """One sampling engine for all subjects that it takes; answers are graded as they come."""
+    """One sampling engine for all subjects that it takes, started when an answer has to be drawn; answers are graded as they come.
+
+    store: where answers of earlier runs are kept (curate/answers.py); None: all are drawn.
+    """
 
     reads = "sample"
 
-    def __init__(self, loaded: Loaded, progress: Progress):
+    def __init__(self, loaded: Loaded, progress: Progress, store: Store | None = None):
         super().__init__(loaded, progress)
         from curate.grading import grader
 
         self.sampler: Any = None
+        self.step: Step | None = None  # whose weights the sampler is to have; None: it has them
         self.grader = grader(self.recipe.sampling.grader, folder=loaded.folder)
         perturb = self.recipe.sampling.perturb
         self.perturb = perturbation(perturb, folder=loaded.folder) if perturb else None
         self.few_shot = few_shot_text(loaded)
+        self.kept = KeptAnswers(store) if store is not None else None
+        self.said = Counter[str]()
 
     def use(self, step: Step) -> None:
+        self.step = step
+
+    def _start(self) -> None:
+        """The engine with the weights of the step's subject: nothing is started, and no tokenizer read, for answers that are kept."""
         from curate.passes.sampling import choose_sampler, open_sampler
 
+        if self.step is None:
+            return
+        step, self.step = self.step, None
         super().use(step)
         engine, base = self.recipe.engine, step.subject.base
         model = step.subject.path if self.tokenizer is not None else None
@@ -338,49 +365,73 @@ class SampleRunner(Runner):
 
     def run(
         self, rows: list[Row], row_ids: Sequence[str], measurements: list[Any]
-    ) -> tuple[Mapping[str, Any], list[Any] | None, int]:
-        plain = [m for m in measurements if not m.perturbed]
-        perturbed = [m for m in measurements if m.perturbed]
+    ) -> tuple[Mapping[str, Any], Mapping[str, list[Any]] | None, int]:
         columns: dict[str, Any] = {}
-        kept, tokens = None, 0
-        if plain:
-            drawn, graded, tokens = self._answers(rows, row_ids)
-            for measurement in plain:
-                columns |= measurement.function(graded)
-            kept = [
-                [{**asdict(s), "correct": mark.correct} for s, mark in zip(found, marks, strict=True)]
-                for found, marks in zip(drawn, graded, strict=True)
-            ]
-        if perturbed:
-            assert self.perturb is not None
-            variants = [self.perturb.of(row) if isinstance(row, Example) else [] for row in rows]
+        samples: dict[str, list[Any]] = {}
+        cost = 0
+        for perturbed in (False, True):
+            mine = [m for m in measurements if m.perturbed == perturbed]
+            if not mine:
+                continue
+            variants = [self._variants(row) if perturbed else [row] for row in rows]
+            kept = self._kept(mine[0].name, row_ids, [len(of_row) for of_row in variants])
             every = [variant for of_row in variants for variant in of_row]
-            _, graded, more = self._answers(every, [variant.row_id for variant in every])
+            ids = [v.row_id for v in every] if perturbed else row_ids
+            graded, tokens = self._answers(every, ids, [one for of_row in kept for one in of_row])
             answers = iter(graded)
-            for measurement in perturbed:
-                columns |= measurement.function([[next(answers) for _ in of_row] for of_row in variants])
-            tokens += more
-        return columns, kept, tokens
+            of_rows = [[next(answers) for _ in of_row] for of_row in variants]
+            cost += tokens
+            for measurement in mine:
+                columns |= measurement.function(of_rows if perturbed else graded)
+                samples[measurement.name] = [padded(row, self.recipe.sampling.samples * perturbed) for row in of_rows]
+        return columns, samples, cost
 
-    def _answers(self, rows: Sequence[Row], row_ids: Sequence[str]) -> tuple[list[list[Any]], list[list[Any]], int]:
-        """Every row's samples, the same graded, and the tokens that they cost. [] for a row that leaves nothing to sample from."""
-        from curate.measurements.accuracy import Graded
+    def _variants(self, row: Row) -> list[Example]:
+        assert self.perturb is not None
+        return self.perturb.of(row) if isinstance(row, Example) else []
+
+    def _kept(self, measurement: str, row_ids: Sequence[str], counts: Sequence[int]) -> list[list[Any]]:
+        """Of every row and each of its `counts` prompts the answers that are kept; None where there are none, [] where none can be drawn."""
+        task = next((t for t in self.tasks if t.measurement.name == measurement), None)
+        if self.kept is None or task is None:
+            return [[None] * n for n in counts]
+        return [by_prompt(kept, n) for kept, n in zip(self.kept.take(task, row_ids), counts, strict=True)]
+
+    def _answers(
+        self, rows: Sequence[Row], row_ids: Sequence[str], kept: Sequence[list[Any] | None]
+    ) -> tuple[list[list[Graded]], int]:
+        """Every row's answers with their grades, and the tokens that were run for them. [] for a row that leaves nothing to sample from."""
         from curate.passes.sampling import Prompt, Sampling
 
         recipe = self.recipe.sampling
-        sampling = Sampling(recipe.samples, recipe.temperature, recipe.top_p, recipe.max_new_tokens, tuple(recipe.stop))
-        prompts = [self._prompt(row, row_id) for row, row_id in zip(rows, row_ids, strict=True)]
-        asked = [i for i, prompt in enumerate(prompts) if isinstance(prompt, Prompt)]
-        answers = self.sampler.sample([prompts[i] for i in asked], sampling)
-        drawn: list[list[Any]] = [[] for _ in rows]
-        for i, found in zip(asked, answers, strict=True):
-            drawn[i] = found
-        graded = [
-            [Graded(self._correct(s.text, row), s.n_tokens, s.logp, s.finished) for s in found]
-            for row, found in zip(rows, drawn, strict=True)
-        ]
-        tokens = sum(len(prompts[i].ids) for i in asked) + sum(s.n_tokens or 0 for found in drawn for s in found)
-        return drawn, graded, tokens
+        drawn: list[list[Any]] = [list(found or ())[: recipe.samples] for found in kept]
+        if recipe.temperature == 0:
+            drawn = [found[:1] * recipe.samples for found in drawn]
+        lacking: dict[int, list[int]] = {}  # number of the first answer to draw -> rows
+        for i, found in enumerate(kept):
+            if found is None or 0 < len(drawn[i]) < recipe.samples:
+                lacking.setdefault(len(drawn[i]), []).append(i)
+        tokens = 0
+        for first, at in lacking.items():
+            self._start()
+            prompts = {i: self._prompt(rows[i], row_ids[i]) for i in at}
+            asked = {i: replace(prompt, first=first) for i, prompt in prompts.items() if isinstance(prompt, Prompt)}
+            sampling = Sampling(
+                recipe.samples - first, recipe.temperature, recipe.top_p, recipe.max_new_tokens, tuple(recipe.stop)
+            )
+            for i, found in zip(asked, self.sampler.sample(list(asked.values()), sampling), strict=True):
+                drawn[i] = drawn[i] + found
+                tokens += len(asked[i].ids) + sum(s.n_tokens or 0 for s in found)
+        graded = [[self._graded(s, row) for s in found] for row, found in zip(rows, drawn, strict=True)]
+        return graded, tokens
+
+    def _graded(self, sample: Any, row: Row) -> Graded:
+        from curate.measurements.accuracy import Graded
+
+        self.said["answers"] += 1
+        self.said["empty"] += not sample.text.strip()
+        self.said["unfinished"] += not sample.finished
+        return Graded(self._correct(sample.text, row), sample.n_tokens, sample.logp, sample.finished, sample.text)
 
     def _prompt(self, row: Row, row_id: str) -> Any:
         """The row's prompt, or None where it leaves nothing to sample from. The seed is the row's own, so a row's answers stay its own."""
@@ -399,7 +450,7 @@ class SampleRunner(Runner):
         return None if answer is None else self.grader.grade(text, answer, row)
 
     def notes(self) -> list[str]:
-        notes: list[str] = self.sampler.notes
+        notes: list[str] = [] if self.sampler is None else self.sampler.notes
         return list(dict.fromkeys(notes))
 
     def close(self) -> None:
@@ -424,12 +475,14 @@ def _plain_prompt(row: Row, seed: int, system: str | None, few_shot: str | None)
 def _runner(
     reads: str, loaded: Loaded, progress: Progress, subjects: list[Subject], store: Store, plan: Plan
 ) -> Iterator[Runner]:
-    kinds: dict[str, type[Runner]] = {"tokens": TokensRunner, "sample": SampleRunner}
+    kinds: dict[str, type[Runner]] = {"tokens": TokensRunner}
     kinds |= {"forward": ForwardRunner, "backward": BackwardRunner}
     if reads == "direction":
         from curate.forecasting import DirectionRunner
 
         runner: Runner = DirectionRunner(loaded, progress, store, plan)
+    elif reads == "sample":
+        runner = SampleRunner(loaded, progress, store)
     elif reads == "neighbours":
         runner = NeighboursRunner(loaded, progress, store, plan)
     else:

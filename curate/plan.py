@@ -12,6 +12,7 @@ import difflib
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from curate.answers import KeptAnswers
 from curate.checkpoints import Subject
 from curate.cost import step_line, weights_size, with_cost
 from curate.directions import Directions
@@ -40,7 +41,8 @@ class Step:
 
     tokens, seconds: an estimate for what is missing; seconds is None where nothing is known, `rough` where no run here has been timed.
     ahead: what comes before the rows, in rows run forward: gradients of directions, a warm-up. unmeasurable: missing rows that are known to get
-    NULL, being too long for instance; perhaps_unmeasurable: those that seem so by their characters.
+    NULL, being too long for instance; perhaps_unmeasurable: those that seem so by their characters. kept: sampled answers that are taken again;
+    graded: missing rows that need no others; draws: answers to draw, at most.
     """
 
     reads: str
@@ -55,6 +57,9 @@ class Step:
     ahead: int = 0
     unmeasurable: int = 0
     perhaps_unmeasurable: int = 0
+    kept: int = 0
+    graded: int = 0
+    draws: int = 0
 
     @property
     def missing(self) -> int:
@@ -63,7 +68,7 @@ class Step:
 
     @property
     def to_measure(self) -> int:
-        return self.missing - self.unmeasurable
+        return self.missing - self.unmeasurable - self.graded
 
 
 @dataclass(repr=False)
@@ -105,8 +110,10 @@ class Plan:
             head = ("pass", "model", "measurements", "rows", "missing", "tokens", "time")
             lines = [table([step_line(step) for step in self.steps], head=head)]
             known = [s.seconds for s in self.steps if s.to_measure and s.seconds is not None]
-            if not any(s.to_measure for s in self.steps):
+            if not any(s.to_measure or s.graded for s in self.steps):
                 lines.append("Everything is measured already.")
+            elif not known and not any(s.to_measure for s in self.steps):
+                lines.append("Everything is sampled and measured already.")
             elif known:
                 partly = (
                     ""
@@ -135,7 +142,13 @@ class Plan:
                 f"{len(idle)} of {len(run)} checkpoints are not measured ({names}): no score of this recipe is over checkpoints; "
                 f"{of}. `curate scores` says which are (needs … over checkpoints)."
             )
-        return found + self.of_lengths
+        return found + self.of_answers() + self.of_lengths
+
+    def of_answers(self) -> list[str]:
+        """A line where answers that were sampled before are taken again."""
+        kept, draws = sum(s.kept for s in self.steps), sum(s.draws for s in self.steps if s.kept)
+        rest = f"at most {draws:,} more are sampled" if draws else "none has to be sampled"
+        return [f"{kept:,} sampled answers are kept and graded anew; {rest}."] if kept else []
 
     def left_out(self) -> list[str]:
         """A line for every checkpoint that models.on_broken_checkpoint: skip left out."""
@@ -152,6 +165,8 @@ class Plan:
                     "rows": s.rows,
                     "missing": s.to_measure,
                     "unmeasurable": s.unmeasurable,
+                    "answers_kept": s.kept,
+                    "graded_anew": s.graded,
                     "tokens": s.tokens,
                     "seconds": s.seconds,
                 }
@@ -303,11 +318,14 @@ def make_plan(loaded: Loaded, store: Store, sources: dict[str, list[str]]) -> Pl
         if reads == "tokens"
     }
     plan.lengths = RowLengths(loaded, store, names, counts)
+    answers = KeptAnswers(store)
     for reads, path in sorted(tasks, key=lambda place: (ORDER.index(place[0]), order.get(place[1], -1))):
         step = _step(reads, lone[reads, path], tuple(tasks[reads, path].values()), rows)
         if reads == "direction" and step.missing:
             directions.check_optimizers(step)
             step, plan.directions = replace(step, ahead=directions.ahead(step)), directions
+        if step.missing and reads == "sample":
+            step = _with_answers(step, loaded, answers)
         if step.missing:
             lengths = plan.lengths.of(identity.tokenizer(step.subject), step.subject)
             step = with_cost(step, loaded, store.throughput(step.key), lengths)
@@ -318,3 +336,10 @@ def make_plan(loaded: Loaded, store: Store, sources: dict[str, list[str]]) -> Pl
 def _step(reads: str, subject: Subject, tasks: tuple[Task, ...], rows: Rows) -> Step:
     key = f"{reads}/{tasks[0].measured.engine}/{weights_size(subject)}"
     return Step(reads, subject, tasks, rows.n, rows.blocks(tasks, reads), key)
+
+
+def _with_answers(step: Step, loaded: Loaded, answers: KeptAnswers) -> Step:
+    """The step with what it takes of the answers that are kept."""
+    sampling = loaded.recipe.sampling
+    need = answers.need(step.blocks, samples=sampling.samples, greedy=sampling.temperature == 0)
+    return replace(step, kept=need.answers, graded=need.graded, draws=need.draws)

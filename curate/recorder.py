@@ -259,8 +259,7 @@ class Recorder(TrainerCallback):
             found, samples = self._sample(sampled) if sampled else ({}, None)
         columns |= found
         for m in self.measurements:
-            kept = samples if m.reads == "sample" else None
-            task = self._task(m, step)
+            task, kept = self._task(m, step), (samples or {}).get(m.name)
             self.store.write_shard(task.measured, 0, self.row_ids, {c: columns[c] for c in m.columns}, kept)
 
     def _task(self, measurement: Any, step: int) -> Task:

@@ -280,6 +280,11 @@ class Store:
         with self.database.read() as con:
             return tables.samples(con, fingerprint, row_ids)
 
+    def n_answers(self, fingerprint: str, row_ids: Sequence[str]) -> dict[str, int]:
+        """row id -> how many sampled answers are kept under a fingerprint, of the rows that it has a line for."""
+        with self.database.read() as con:
+            return tables.n_answers(con, fingerprint, row_ids)
+
     def log_throughput(self, key: str, tokens: int, seconds: float) -> None:
         """Remember how fast something ran, for `curate plan`. key: free text, such as "sample/vllm-cpu/<model fingerprint>"."""
         with self.database.write() as con:

@@ -23,13 +23,15 @@ from curate.measurements import measurement
 class Graded:
     """One sampled response and its grade (None where the row has no answer to compare with).
 
-    n_tokens, logp (summed, nats): None where the engine does not return them. finished: ended by itself, not cut at max_new_tokens.
+    n_tokens, logp (summed, nats): None where the engine does not return them. finished: ended by itself, not cut at max_new_tokens. text: what
+    is kept of it beside.
     """
 
     correct: bool | None
     n_tokens: int | None = None
     logp: float | None = None
     finished: bool = True
+    text: str = ""
 
 
 SAMPLED = {"n_samples": "samples", "sample_logp": "mean nats per token", "n_unfinished": "samples"}

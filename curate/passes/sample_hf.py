@@ -248,7 +248,7 @@ def _draw(logits: Any, sampling: Sampling, uniform: Any) -> Any:
 def _uniforms(prompts: list[Prompt], n: int, steps: int) -> np.ndarray:
     """(prompts × n, steps) float64 in [0, 1): each sample's own stream, whatever its neighbours and max_new_tokens."""
     rows = [
-        np.random.Generator(np.random.PCG64([engine_seed(prompt.seed), k])).random(steps)
+        np.random.Generator(np.random.PCG64([engine_seed(prompt.seed), prompt.first + k])).random(steps)
         for prompt in prompts
         for k in range(n)
     ]

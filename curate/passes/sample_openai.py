@@ -143,8 +143,8 @@ class OpenAISampler:
         samples: list[Sample] = []
         while len(samples) < wanted:
             n = 1 if "n" in self._lacking else wanted - len(samples)
-            seed = engine_seed(prompt.seed) + len(
-                samples
+            seed = (
+                engine_seed(prompt.seed) + prompt.first + len(samples)
             )  # vLLM gives sample k of a request seed + k: the same either way
             answer = await self._request(client, gate, prompt, sampling, n, seed, most)
             if answer is None:

@@ -137,7 +137,7 @@ class VllmSampler:
             "sample",
             tokens=sum(rooms[row] + len(prompts[row].ids) for row in fits) * sampling.n,
             ids=[list(map(int, prompts[row].ids)) for row in fits],
-            seeds=[engine_seed(prompts[row].seed) for row in fits],
+            seeds=[engine_seed(prompts[row].seed) + prompts[row].first for row in fits],
             max_tokens=[rooms[row] for row in fits],
             n=1 if sampling.temperature == 0 else sampling.n,
             temperature=sampling.temperature,

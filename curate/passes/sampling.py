@@ -42,12 +42,16 @@ TORCHVISION_HINT = (
 
 @dataclass(frozen=True)
 class Prompt:
-    """One row's prompt: `ids` with the generation prompt included, `text` the same as text, `messages` for conversational rows."""
+    """One row's prompt: `ids` with the generation prompt included, `text` the same as text, `messages` for conversational rows.
+
+    first: the number of its first sample. Samples 8 … 15 drawn later are those that 16 drawn at once would have had there.
+    """
 
     ids: list[int]
     text: str
     messages: tuple[Any, ...] | None
     seed: int
+    first: int = 0
 
 
 @dataclass(frozen=True)

@@ -271,6 +271,21 @@ def samples(con: Connection, fingerprint: str, row_ids: Sequence[str]) -> list[l
     return result
 
 
+def n_answers(con: Connection, fingerprint: str, row_ids: Sequence[str]) -> dict[str, int]:
+    """See `Store.n_answers`."""
+    table = _table_with(con, [fingerprint], [])
+    if table is None or not columns_of(con, table):
+        return {}
+    ids_view(con, row_ids)
+    kept = "SELECT row_id, count(*) AS n FROM data.samples WHERE fingerprint = ? GROUP BY row_id"
+    found = con.execute(
+        f"SELECT row_id, coalesce(k.n, 0) FROM data.{quote(table)} JOIN wanted_ids USING (row_id) LEFT JOIN ({kept}) k USING (row_id) "
+        "WHERE fingerprint = ?",
+        [fingerprint, fingerprint],
+    ).fetchall()
+    return {row_id: int(n) for row_id, n in found}
+
+
 def register_recipe(
     con: Connection, name: str, text: str, sources: Sequence[str], uses: Sequence[str], plain: Sequence[str]
 ) -> None:

@@ -76,7 +76,8 @@ def _bodies(con: Connection, recipe: str | None, sources: Sequence[str] | None) 
         "trajectories": lambda: _narrowed(_trajectories(con, uses, scores_table, called), near),
         "samples": lambda: _narrowed(
             "SELECT s.row_id, n.run, n.checkpoint, n.step, s.sample, s.text, s.correct, s.n_tokens, s.logp, s.finished "
-            f"FROM data.samples s JOIN ({called}) n USING (fingerprint) WHERE s.fingerprint IN ({_list(uses)})",
+            f"FROM data.samples s JOIN ({called}) n USING (fingerprint) WHERE s.fingerprint IN ({_list(uses)}) "
+            "AND s.fingerprint NOT IN (SELECT fingerprint FROM data.measured WHERE measurement = 'perturbed')",  # of other problems
             near,
         ),
         "occurrences": lambda: _occurrences(con, occurs),

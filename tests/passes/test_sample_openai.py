@@ -326,6 +326,16 @@ def test_a_server_that_ignores_n_is_asked_again_with_the_seed_of_the_next_sample
         assert "one request per sample" in sampler.notes[0]
 
 
+def test_further_samples_are_asked_with_the_seeds_of_their_numbers():
+    prompt, later = Prompt([], "row 1", None, seed=1), Prompt([], "row 1", None, seed=1, first=4)
+    with Scripted("ok") as server:
+        sampler = opened(server.url)
+        sampler.sample([prompt], Sampling(n=6, max_new_tokens=2))
+        sampler.sample([later], Sampling(n=2, max_new_tokens=2))
+        first, second = server.requests
+        assert second["seed"] == first["seed"] + 4 and second["n"] == 2
+
+
 def test_works_where_a_loop_is_running():
     async def notebook(url):
         return opened(url).sample(texts(1), Sampling(max_new_tokens=2))
