@@ -1,15 +1,17 @@
 """Graders: is a sampled answer right?
 
-    gsm8k    the final answer after the last "The answer is", else after the last "####"; numbers are compared as numbers
-    number   the last number in the text
+    gsm8k    the final answer after the last "The answer is", else after the last "####", or the whole text where that is nothing but a value
+    number   the last number in the text (a fraction, a time, a tuple is one)
     math     the last \\boxed{…}, else the final answer; equality is mathematical (math-verify): \\frac{1}{2} = 0.5
-    choice   a letter: A, (A), "Answer: B", \\boxed{C}
+    choice   the letter that is declared: A, (A), "Answer: B", \\boxed{C}, or the option's own text (grading_choice.py)
     exact    the whole text; runs of whitespace count as one space
     {regex: …}                   the last match's group `answer`, else its group 1
     package.module:function      your own: (text, answer) or (text, answer, row) -> bool
+    {package.module:function: {threshold: 0.7}}                  the same -> a number; right is what reaches the threshold
 
-Each is a name, or a name with its settings: {choice: {letters: ABCDE}}, {exact: {ignore_case: true}}, {regex: {pattern: …}}.
-An answer that a text does not give is wrong, not unknown.
+Each is a name, or a name with its settings: {choice: {letters: ABCDE}}, {exact: {ignore_case: true}}, {regex: {pattern: …}}. Text and reference
+are read by the same rules (grading_values.py). An answer that a text does not give is wrong, not unknown; a reference that cannot be read makes
+it unknown (`readable`). docs/grading.md says more.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ from __future__ import annotations
 import difflib
 import inspect
 import json
+import math
+import numbers
 import re
 import unicodedata
 from collections.abc import Callable, Mapping
@@ -26,12 +30,23 @@ from pathlib import Path
 from typing import Any
 
 from curate.errors import UsageError
+from curate.grading_choice import Choice
+from curate.grading_values import MARKUP, last_value, only_value, plain, values, whole_value
 from curate.objects import load_object, places, source_version
 from curate.rows import Row
 
-# A minus is a sign unless it follows a digit, a letter, a point or a closing bracket.
+# What `last_number` and `as_number` read. A minus is a sign unless it follows a digit, a letter, a point or a closing bracket.
 NUMBER = re.compile(r"(?:(?<![\w.)\]])[-−]\$?)?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)")
-THE_ANSWER_IS = re.compile(r"the answer is", re.IGNORECASE)
+THE_ANSWER_IS = re.compile(r"the answer is(?!\s+(?:not|never)\b|n['’]t)", re.IGNORECASE)
+NEXT_QUESTION = re.compile(r"\n\s*(?:question|problem|q)\s*\d*\s*[:.]", re.IGNORECASE)
+CLAUSE_END = re.compile(
+    r"[.!?;](?=\s|$)|,(?=\s+[A-Za-z])|(?<=\S)\s+\(|\n|\s(?:because|since|as|so|not|instead|rather|but|which|where|when|after)\b",
+    re.IGNORECASE,
+)
+SENTENCE_END = re.compile(
+    r"[.!?;]\s|,\s+(?=(?:because|since|as|so|for|not|which|but)\b)|\s(?:because|since)\b", re.IGNORECASE
+)
+GOES_ON = re.compile(r"\s*(?:and|or|to|,|;|[-+*/^×·–])\s*[-$(]?\s*\d", re.IGNORECASE)
 HASHES = re.compile(r"####")
 ANSWER_MARK = re.compile(r"(?:the |final )?answer(?: is)?\s*[:=]|(?:the |final )answer is", re.IGNORECASE)
 
@@ -40,7 +55,8 @@ ANSWER_MARK = re.compile(r"(?:the |final )?answer(?: is)?\s*[:=]|(?:the |final )
 class Grader:
     """One way of grading. name: what a recipe writes. version: changes when the rule does. params: its settings.
 
-    extract: the answer that a text gives, None where it gives none (a callable's is the text). same: whether it equals the reference.
+    extract: the answer that a text gives, None where it gives none (a callable's is the text). same: whether it equals the reference. right: both
+    at once, where an answer is told with the whole text, or the row, in view. readable: whether a reference can be compared with.
     """
 
     name: str
@@ -50,6 +66,9 @@ class Grader:
     same: Callable[[str, str, Row | None], bool]
     needs_answer: bool = True
     close: Callable[[], None] = field(default=lambda: None)
+    right: Callable[[str, str, Row | None], bool] | None = None
+    reads: Callable[[str, Row | None], bool] = field(default=lambda answer, row: True)
+    shown: str = "{}"  # an answer as a text that the grader reads
 
     @property
     def fingerprint(self) -> str:
@@ -68,8 +87,20 @@ class Grader:
                 f"grader {self.name}: {where} has no answer to compare with (found {answer!r}). "
                 "Name the column with the reference answers: `source.columns: {answer: …}`."
             )
+        if self.right is not None:
+            return self.right(text, str(answer), row)
         found = self.extract(text)
         return found is not None and self.same(found, answer if answer is None else str(answer), row)  # type: ignore[arg-type]
+
+    def readable(self, answer: str | None, row: Row | None = None) -> bool:
+        """Whether a text can be graded against this reference at all."""
+        if not self.needs_answer:
+            return True
+        return answer is not None and bool(str(answer).strip()) and self.reads(str(answer), row)
+
+    def knows_itself(self, answer: str, row: Row | None = None) -> bool:
+        """Whether a text that says just the reference is right."""
+        return self.readable(answer, row) and self.grade(self.shown.replace("{}", answer), answer, row)
 
 
 def grader(spec: str | Mapping[str, Any], *, folder: str | Path | None = None) -> Grader:
@@ -87,7 +118,7 @@ def grader(spec: str | Mapping[str, Any], *, folder: str | Path | None = None) -
             f"grader: expected a name or one name with its settings, such as {{regex: '…'}}; found {spec!r}."
         )
     if ":" in name:
-        return _of_your_own(name, folder)
+        return _of_your_own(name, settings, folder)
     if name not in _MAKERS:
         near = difflib.get_close_matches(name, _MAKERS, 1, 0.5)
         hint = f"did you mean {near[0]!r}? " if near else ""
@@ -133,9 +164,9 @@ def last_number(text: str) -> str | None:
 
 
 def same_answer(found: str, answer: str) -> bool:
-    """Equal as numbers where both are numbers, else as texts (see `squeeze`)."""
-    a, b = as_number(found), as_number(answer)
-    return a == b if a is not None and b is not None else squeeze(found) == squeeze(answer)
+    """Equal as values where both are (grading_values.py), else as texts (see `squeeze`)."""
+    a, b = whole_value(found), whole_value(answer)
+    return a.equals(b) if a is not None and b is not None else squeeze(found) == squeeze(answer)
 
 
 def squeeze(text: str) -> str:
@@ -162,18 +193,48 @@ def boxed(text: str) -> str | None:
     return None
 
 
-def final_answer(text: str) -> str | None:
-    """GSM8K's: what follows the last "The answer is", else the last "####", on its line; None where neither is there.
+def marked_answer(text: str) -> str | None:
+    """What follows the last "The answer is", else the last "####", on its line; the whole text where it is nothing but a value; else None.
 
-    "$1,234." is 1234; of "5 * 3 = 15 apples" the number after the last "=" is the answer.
+    A next question that the text goes on to, and what is said of that, do not count.
     """
     for mark in (THE_ANSWER_IS, HASHES):
         found = list(mark.finditer(text))
         if found:
-            said = re.sub(r"^[ :\t]*\n?", "", text[found[-1].end() :]).partition("\n")[0].strip()
-            number = NUMBER.search(said.rpartition("=")[2].replace("{,}", ",").replace("\\$", "$"))
-            return _plain(number.group()) if number else said.rstrip(".").strip() or None
-    return None
+            after = next((m.start() for m in NEXT_QUESTION.finditer(text) if m.start() > found[0].end()), len(text))
+            last = [m for m in found if m.end() <= after][-1]
+            return re.sub(r"^[ :\t]*\n?", "", text[last.end() : max(after, last.end())]).partition("\n")[0].strip()
+    return text.strip() if whole_value(text) is not None else None
+
+
+def final_answer(text: str) -> str | None:
+    """GSM8K's: of what `marked_answer` finds the value that is declared first, else the text; None where nothing is.
+
+    "$1,234." is 1234; of "5 * 3 = 15 apples" the number after the last "=" is the answer.
+    """
+    said = marked_answer(text)
+    if said is None:
+        return None
+    value = declared(said)
+    return _plain(value) if value is not None else said.rstrip(".").strip() or None
+
+
+def declared(said: str) -> str | None:
+    """The value that a sentence's first clause says, as it stands there; None where it says none, or several."""
+    text = plain(said)
+    end = next((m.start() for m in CLAUSE_END.finditer(text) if text[: m.start()].strip(MARKUP)), len(text))
+    clause = text[:end]
+    clause = clause.rpartition("=")[2] if clause.rpartition("=")[2].strip() else clause
+    found = values(clause)
+    if not found or GOES_ON.match(clause[found[0][1] :]):
+        return None
+    return clause[found[0][0] : found[0][1]].strip(MARKUP)
+
+
+def same_text(a: str, b: str) -> bool:
+    """Equal as texts but for case, markup around them and a full stop."""
+    left, right = (squeeze(plain(text)).strip(MARKUP).rstrip(".").strip(MARKUP).casefold() for text in (a, b))
+    return left == right
 
 
 def _plain(number: str) -> str:
@@ -188,7 +249,8 @@ def _math_answer(text: str) -> str | None:
         found = list(mark.finditer(text))
         if found:
             said = text[found[-1].end() :].strip().partition("\n")[0].strip().rstrip(".")
-            return said or None
+            end = SENTENCE_END.search(said)
+            return (said[: end.start()] if end else said).strip() or None
     lines = [line for line in text.splitlines() if line.strip()]
     return lines[-1].strip().rstrip(".") if lines else None
 
@@ -197,19 +259,40 @@ def _math_answer(text: str) -> str | None:
 
 
 def _gsm8k() -> Grader:
-    def same(found: str, answer: str, row: Row | None) -> bool:
-        marked = final_answer(answer)
-        return same_answer(found, answer.strip() if marked is None else marked)
+    def wanted(answer: str) -> str:
+        marked = marked_answer(answer)
+        return answer.strip() if marked is None else marked
 
-    return Grader("gsm8k", "1", {}, final_answer, same)
+    def same(found: str, answer: str, row: Row | None) -> bool:
+        if same_text(found, wanted(answer)):
+            return True
+        mine, its = only_value(found), only_value(wanted(answer))
+        return mine is not None and its is not None and mine.equals(its)
+
+    def right(text: str, answer: str, row: Row | None) -> bool:
+        said = marked_answer(text)
+        if not said:
+            return False
+        if same_text(said, wanted(answer)) or same_text(re.split(r"[.!?;](?=\s)", said)[0], wanted(answer)):
+            return True
+        found = declared(said)
+        return found is not None and same(found, answer, row)
+
+    return Grader("gsm8k", "2", {}, final_answer, same, right=right, shown="#### {}")
 
 
 def _number() -> Grader:
-    def same(found: str, answer: str, row: Row | None) -> bool:
-        wanted = last_number(answer)
-        return wanted is not None and same_answer(found, wanted)
+    def extract(text: str) -> str | None:
+        found = last_value(text)
+        return _plain(found[0]) if found else None
 
-    return Grader("number", "1", {}, last_number, same)
+    def same(found: str, answer: str, row: Row | None) -> bool:
+        said, wanted = last_value(found), last_value(answer)
+        return said is not None and wanted is not None and said[1].equals(wanted[1])
+
+    return Grader(
+        "number", "2", {}, extract, same, right=same, reads=lambda answer, row: last_value(answer) is not None
+    )
 
 
 def _math(timeout: float = 5.0) -> Grader:
@@ -222,43 +305,36 @@ def _math(timeout: float = 5.0) -> Grader:
     def same(found: str, answer: str, row: Row | None) -> bool:
         inside = boxed(answer)
         wanted = answer.strip() if inside is None else inside
-        if inside is None and HASHES.search(answer):
+        if inside is None and (HASHES.search(answer) or ANSWER_MARK.search(answer)):
             wanted = _math_answer(answer) or wanted
         return same_answer(found.strip("$ "), wanted.strip("$ ")) or equality(wanted, found)
 
-    return Grader(
-        "math", f"1+math-verify-{version()}", {"timeout": float(timeout)}, _math_answer, same, close=equality.close
-    )
+    made = f"2+math-verify-{version()}"
+    settings = {"timeout": float(timeout)}
+    return Grader("math", made, settings, _math_answer, same, close=equality.close, shown="\\boxed{{}}")
 
 
 def _choice(letters: str = "ABCD") -> Grader:
     if not isinstance(letters, str) or not re.fullmatch(r"[A-Z]+", letters):
         raise UsageError(f"grader choice: letters is {letters!r}, expected capitals such as ABCD.")
-    one = f"[{letters}]"
-    wrapped = rf"(?:\\(?:boxed|text|textbf|mathrm|mathbf)\s*\{{\s*)*[(\[*_\"'$`\s]*({one})(?![\w'’])"
-    after_mark = re.compile(
-        rf"(?i:\banswer(?:\s+is)?\b\s*[:=]?|\bboxed\b|\bchoose\b|\boption\b|\bchoice\b|####)\s*(?i:option|choice)?\s*{wrapped}"
-    )
-    bracketed = re.compile(rf"[(\[{{]\s*({one})\s*[)\]}}]")
-    line = re.compile(rf"(?m)^\W*({one})(?:\s*$|[.):,])")
-    alone = re.compile(rf"(?:^|\s)[\W_]*({one})[\W_]*$")
-
-    def extract(text: str) -> str | None:
-        for pattern in (after_mark, bracketed, line, alone):
-            found = list(pattern.finditer(text.strip()))
-            if found:
-                return found[-1].group(1)
-        return text.strip().upper() if len(text.strip()) == 1 and text.strip().upper() in letters else None
+    choice = Choice(letters)
 
     def same(found: str, answer: str, row: Row | None) -> bool:
-        wanted = extract(answer)
+        wanted = choice.of_reference(answer, row)
         if wanted is None:
             raise UsageError(
                 f"grader choice: the answer {answer!r} names none of the letters {letters}. For more letters: {{choice: ABCDEFGHIJ}}."
             )
         return found == wanted
 
-    return Grader("choice", "1", {"letters": letters}, extract, same)
+    def right(text: str, answer: str, row: Row | None) -> bool:
+        found = choice.of_text(text, row)
+        return same(found or "", answer, row)
+
+    def reads(answer: str, row: Row | None) -> bool:
+        return choice.of_reference(answer, row) is not None
+
+    return Grader("choice", "2", {"letters": letters}, choice.of_text, same, right=right, reads=reads)
 
 
 def _exact(ignore_case: bool = False) -> Grader:
@@ -289,10 +365,27 @@ def _regex(pattern: str) -> Grader:
         found = list(compiled.finditer(text))
         return found[-1].group(group) if found else None
 
-    return Grader("regex", "1", {"pattern": pattern}, extract, lambda found, answer, row: same_answer(found, answer))
+    def same(found: str, answer: str, row: Row | None) -> bool:
+        matches = list(compiled.finditer(answer))
+        if matches and len(matches[-1].group()) > len(
+            matches[-1].group(group) or ""
+        ):  # a whole solution, read as the text is
+            return same_answer(found, matches[-1].group(group) or "")
+        return same_answer(found, answer)
+
+    return Grader("regex", "2", {"pattern": pattern}, extract, same)
 
 
-def _of_your_own(spec: str, folder: str | Path | None) -> Grader:
+def _of_your_own(spec: str, settings: Any, folder: str | Path | None) -> Grader:
+    settings = settings if isinstance(settings, Mapping) else {"threshold": settings}
+    unknown = sorted(map(str, set(settings) - {"threshold"}))
+    if unknown:
+        raise UsageError(f"grader {spec!r}: there is no setting {unknown[0]!r}; a grader of your own takes threshold.")
+    threshold = settings.get("threshold")
+    if settings and (
+        isinstance(threshold, bool) or not isinstance(threshold, int | float) or not math.isfinite(threshold)
+    ):
+        raise UsageError(f"grader {spec!r}: threshold is {threshold!r}, expected a number.")
     function = load_object(spec, what="grader", folder=folder)
     try:
         takes_row = places(function, 2, 3) == 3
@@ -305,13 +398,25 @@ def _of_your_own(spec: str, folder: str | Path | None) -> Grader:
         except Exception as error:
             where = f" on row {row.row_id}" if row is not None else ""
             raise UsageError(f"grader {spec!r} failed{where}: {type(error).__name__}: {error}") from error
-        if type(verdict).__name__ not in ("bool", "bool_"):  # numpy's too
-            raise UsageError(
-                f"grader {spec!r} returned {verdict!r} ({type(verdict).__name__}), expected True or False."
-            )
-        return bool(verdict)
+        return _verdict(verdict, spec, threshold)
 
-    return Grader(spec, source_version(function), {}, lambda text: text, same, needs_answer=False)
+    return Grader(spec, source_version(function), dict(settings), lambda text: text, same, needs_answer=False)
+
+
+def _verdict(said: Any, spec: str, threshold: float | None) -> bool:
+    """What a grader of the user's own says, as right or wrong."""
+    kind = type(said).__name__
+    is_bool = kind in ("bool", "bool_")  # numpy's too
+    is_number = not is_bool and isinstance(said, numbers.Real) and math.isfinite(said)
+    if is_bool and threshold is None:
+        return bool(said)
+    if is_number and threshold is not None:
+        return bool(said >= threshold)
+    found = f"grader {spec!r} returned {said!r} ({kind})"
+    if threshold is not None:
+        raise UsageError(f"{found}, expected a number to compare with its threshold {threshold:g}.")
+    hint = f" For a number say what is right: `grader: {{{spec}: {{threshold: 0.5}}}}`." if is_number else ""
+    raise UsageError(f"{found}, expected True or False.{hint}")
 
 
 # name -> (how it is made, the setting that may stand alone: {regex: "…"} is {regex: {pattern: "…"}})

@@ -72,6 +72,65 @@ def test_gsm8k(text, answer, right):
     assert grader("gsm8k").grade(text, answer) is right
 
 
+@pytest.mark.parametrize(
+    "text, answer, right",
+    [
+        ("#### 1/2", "1/2", True),
+        ("#### (1, 2)", "(1, 2)", True),
+        ("#### (1, 2)", "(1 2)", True),  # a reference whose commas were taken out
+        ("#### 12:30", "12:30", True),
+        ("#### 06:30", "6:30", True),
+        ("#### 12:30 pm", "12:30 am", False),
+        ("#### 3 1/2", "3 1/2", True),
+        ("#### 3½", "3.5", True),
+        ("#### 5/2", "1/2", False),
+        (r"The answer is $\frac{1}{2}$.", "0.5", True),
+        ("#### 50%", "50", True),
+        ("#### 0.5", "50%", True),
+        ("#### −7", "-7", True),
+        ("#### 1\u202f000", "1000", True),
+        ("#### 1,234 dollars", "1234", True),
+        ("42", "42", True),  # nothing but the answer
+        ("The answer is 15 since 12 + 4 = 16", "15", True),  # declared before what is said of it
+        ("The answer is 42, because 6*7 is 43.", "42", True),
+        ("The answer is 6. The answer is not 5.", "6", True),
+        ("The answer is (1, 2), not (2, 1).", "(1, 2)", True),
+        ("The answer is 5.\n\nQuestion: next?\nThe answer is 7.", "5", True),
+        ("The answer is 5 apples * 3 = 15 apples", "15", True),
+        ("#### 2 and 3", "2 and 3", True),  # no one value: compared as a text
+        ("#### 2", "2 and 3", False),
+        ("#### 10", "10-5", False),
+        ("#### 10-5", "10-5", True),
+        ("#### Room 5", "Room 5", True),
+        ("#### 5 apples", "5 apples and 3 pears", False),
+        ("The answer is Blue.", "blue", True),
+        ("#### " + "9" * 5000, "9", False),  # Python reads no number of so many digits
+    ],
+)
+def test_gsm8k_reads_text_and_reference_alike(text, answer, right):
+    assert grader("gsm8k").grade(text, answer) is right
+
+
+@pytest.mark.parametrize(
+    "text, answer, right",
+    [
+        ("so it is 5/2", "1/2", False),
+        ("so 1/2", "0.5", True),
+        ("10-5", "5", True),
+        ("It is 3 1/2 feet", "3.5", True),
+        ("at 12:30", "12:30", True),
+        ("the point (1, 2)", "(1, 2)", True),
+        ("-3", "3", False),
+        ("50 percent", "50%", True),
+        ("none", "5", False),
+        ("word 5 " * 200 + "and no more", "5", True),
+        ("1" * 400 + " words" * 100, "1", False),
+    ],
+)
+def test_number_reads_text_and_reference_alike(text, answer, right):
+    assert grader("number").grade(text, answer) is right
+
+
 def test_what_gsm8k_reads():
     assert final_answer("a\n#### 5\n#### 6") == "6"
     assert final_answer("no mark") is None
@@ -209,6 +268,52 @@ def test_choice(text, letter):
     assert grader("choice").extract(text) == letter
 
 
+INLINE = Example("Which is a colour? A red B blue cat C dog D sea.", None, "B")
+LINES = Example("The capital of France?\nA) Rome\nB) Paris\nC) Berlin\nD) Oslo", None, "B")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Answer: B\n\nWhy not option C? Because snow is cold.",
+        "The correct answer is (B). Option A is wrong, for red is no cat.",
+        "The answer is B. I did not choose A because a stone sinks.",
+        "I would not choose A; B it is",
+        "**B**",
+        "answer: b",
+        "the answer is b.",
+        "A is wrong. B is right. C is wrong.",
+        "Option B is correct, A and C are not.",
+        "It isn't A or C, so B.",
+        "The answer is not A but B.",
+        "(B). Note (A) is wrong and (C) too.",
+        "(A) is wrong, (B) fits, (C) is wrong. So the answer is B",
+        "Answer: A\nWait, no. Answer: B",
+        "The best choice is B because A is cold",
+        "B because A is cold",
+        "Answer: B\n\nQuestion: next?\nAnswer: C",
+        "the answer is I think B",
+        "Rather than A, I'd go with B.",
+        "The answer cannot be A. It must be B.",
+        "B) is my answer, C) came close",
+        "I'd eliminate A and C. Therefore B.",
+        "Final Answer: **B**. (A is a distractor.)",
+        "D is tempting, but the answer is B. D would be hot.",
+        "A: no. B: yes.",
+    ],
+)
+def test_the_declared_choice_beats_later_letters(text):
+    assert grader("choice").extract(text) == "B"
+
+
+def test_choices_by_their_texts_and_beyond_the_options():
+    choice = grader("choice")
+    assert choice.grade("blue cat", "B", INLINE) and choice.grade("The answer is Paris.", "B", LINES)
+    assert choice.grade("(B)", "Paris", LINES) and not choice.grade("Rome", "B", LINES)
+    assert choice.extract("Answer: E. Not (A)") is None and choice.extract("the answer is a dog") is None
+    assert not choice.readable("E") and not choice.readable("2") and not choice.readable("") and choice.readable("(b)")
+
+
 def test_choice_against_references():
     assert grader("choice").grade("(B)", "B. Paris") and not grader("choice").grade("(B)", "C")
     assert grader({"choice": "ABCDE"}).grade("answer: E", "(E)")
@@ -227,11 +332,24 @@ def test_regex():
     g = grader({"regex": r"x\s*=\s*(-?\d+)"})
     assert g.grade("x = 1, no: x = 5", "5.0") and not g.grade("x = 1", "5") and not g.grade("y = 5", "5")
     assert grader({"regex": {"pattern": r"(a)(?P<answer>b+)"}}).grade("abb", "bb")
+    assert g.grade("x = 5", "so x = 5") and not g.grade(
+        "x = 5", "so x = 6"
+    )  # a reference solution is read as the text is
+    assert not grader({"regex": r"(\d+)"}).grade("4.5", "3.5")  # and never reduced to a part of it
 
 
 OWN = """
 def short(text, answer):
     return len(text) < 3
+
+def share(text, answer):
+    return len(text) / 10
+
+def nothing(text, answer):
+    return None
+
+def nan(text, answer):
+    return float("nan")
 
 def by_row(text, answer, row):
     return row is not None and row.prompt == text
@@ -259,7 +377,21 @@ def test_a_grader_of_ones_own(own):
     short = grader("own_grader_for_test:short", folder=own)
     assert short.grade("ab", None) is True and short.grade("abc", "x", row) is False
     assert grader("own_grader_for_test:by_row", folder=own).grade("p", None, row) is True
-    for name, words in (("number", "expected True or False"), ("broken", "failed on row .*IndexError")):
+    assert grader({"own_grader_for_test:share": {"threshold": 0.2}}, folder=own).grade("ab", "x") is True
+    strict = grader({"own_grader_for_test:share": 0.3}, folder=own)
+    assert strict.grade("ab", "x") is False and strict.fingerprint.endswith('{"threshold": 0.3}')
+    for name in ("short", "nothing", "nan"):  # no number to compare
+        with pytest.raises(UsageError, match="expected a number to compare with its threshold 0.5"):
+            grader({f"own_grader_for_test:{name}": {"threshold": 0.5}}, folder=own).grade("ab", "x")
+    for settings, words in (({"treshold": 1}, "no setting 'treshold'"), ({"threshold": "high"}, "expected a number")):
+        with pytest.raises(UsageError, match=words):
+            grader({"own_grader_for_test:share": settings}, folder=own)
+    for name, words in (
+        ("number", "expected True or False.*threshold: 0.5"),
+        ("nan", "returned nan"),
+        ("nothing", "returned None"),
+        ("broken", "failed on row .*IndexError"),
+    ):
         with pytest.raises(UsageError, match=words):
             grader(f"own_grader_for_test:{name}", folder=own).grade("ab", "x", row)
     with pytest.raises(UsageError, match=r"function of \(text, answer\)"):
@@ -304,5 +436,9 @@ def test_fingerprints():
              {"regex": "(a)"}, {"regex": "(b)"}]  # fmt: skip
     found = [grader(spec).fingerprint for spec in specs]
     assert len(set(found)) == len(specs)
-    assert found == [grader(spec).fingerprint for spec in specs] and found[0] == "gsm8k/1"
+    assert (
+        found == [grader(spec).fingerprint for spec in specs]
+        and found[0] == "gsm8k/2"
+        and found[4].startswith("exact/1")
+    )
     assert "math-verify-" in found[2]

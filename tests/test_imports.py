@@ -41,7 +41,11 @@ MAY_IMPORT = [
     (["objects"], ["errors"], []),
     (["scores", "scores.*"], ["scores", "errors", "objects"], ["numpy", "polars"]),
     (["tokens"], ["rows", "errors"], ["numpy", "transformers"]),
-    (["grading", "grading_*"], ["rows", "errors", "objects", "grading_math"], ["math_verify"]),
+    (
+        ["grading", "grading_*"],
+        ["rows", "errors", "objects", "grading_math", "grading_values", "grading_choice"],
+        ["math_verify"],
+    ),
     (["passes.sample_vllm*"], PASSES, ["numpy", "torch", "transformers", "vllm"]),
     (["passes.sample_openai*"], PASSES, ["numpy", "openai", "httpx"]),
     (["measurements.accuracy"], [*PASSES, "grading"], ["numpy"]),

@@ -1,0 +1,152 @@
+"""What a short answer's value is, and whether two values are equal: numbers, fractions, percentages, times, tuples.
+
+    1,234.50   −5   1e3   $5   5/2   3 1/2   3½   \\frac{5}{2}   50%   12:30   3:2   (1, 2)   [1; 2]
+
+Both sides of a comparison are read by the same rules, and values are compared exactly (as fractions). A word beside a number is its unit and
+does not count; 50% is 50 and is 0.5. Expressions are math-verify's (grading_math.py).
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from dataclasses import dataclass
+from fractions import Fraction
+
+SIGN = r"(?:(?<![\w.)\]])(?:[-+]|(?i:minus|negative)\s)\s?\$?)?"  # a minus after a digit, a letter or a bracket is an operator
+DIGITS = r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![\d.])\.\d+)(?:[eE][-+]?\d{1,2}(?![\w.]))?"
+COLON = r"(?<![\d:.])\d+(?::\d+)+(?![\d:])(?:\s*(?P<half>[ap])\.?m\b\.?)?"
+FRACTION = rf"(?<![\d/])(?:(?P<whole>\d+)\s+)?(?P<top>{DIGITS})\s*/\s*\$?(?P<bottom>{DIGITS})(?!\s*/)"
+NUMBER = rf"(?P<number>{DIGITS})"
+VALUE = re.compile(
+    rf"(?P<sign>{SIGN})(?:(?P<colon>{COLON})|{FRACTION}|{NUMBER})(?P<percent>\s*(?:%|percent\b|per cent\b))?", re.I
+)
+BRACKETS = re.compile(r"[(\[{](?=[^()\[\]{}]*\d)([^()\[\]{}]*)[)\]}]")
+LONGEST = 300  # characters: what is longer is no answer, and slow to compute with
+MARKUP = " \t\n*_`\"'$€£¥₹"
+
+
+@dataclass(frozen=True)
+class Value:
+    """Numbers joined by `kind`: "" of a lone number, ":" of a time or ratio, "," of a tuple, whose `brackets` are "" where it has none."""
+
+    kind: str
+    numbers: tuple[Fraction, ...]
+    percent: bool = False
+    half: str = ""  # a or p, of am and pm
+    brackets: str = ""
+
+    def equals(self, other: Value) -> bool:
+        """Equal as values. What only one of them says (a percent sign, am or pm, brackets) does not tell them apart."""
+        if self.kind != other.kind or len(self.numbers) != len(other.numbers):
+            return False
+        for name in ("half", "brackets"):
+            mine, its = getattr(self, name), getattr(other, name)
+            if mine and its and mine != its:
+                return False
+        if self.numbers == other.numbers:
+            return True
+        if self.percent == other.percent or self.kind:
+            return False
+        share, number = (self, other) if self.percent else (other, self)
+        return share.numbers[0] / 100 == number.numbers[0]
+
+
+def plain(text: str) -> str:
+    """The text in the characters that values are read in: one minus, one space, `1/2` for ½ and \\frac{1}{2}, no LaTeX around digits."""
+    text = unicodedata.normalize("NFC", text)
+    text = re.sub(r"(?<=\d)[\u00a0\u2009\u202f](?=\d{3}(?!\d))|(?<=\d)(?:\\[,!]|\{,\})(?=\d{3})", ",", text)
+    text = "".join(_vulgar(c) if unicodedata.category(c) == "No" else c for c in text)
+    text = text.translate({0x2212: "-", 0xFE63: "-", 0xFF0D: "-", 0x2044: "/", 0x00A0: " ", 0x2009: " ", 0x202F: " "})
+    text = re.sub(r"(?<![\w)\]])\s?[–—](?=\s?\$?[\d.])", "-", text)
+    text = re.sub(r"\\[dt]?frac\s*(?:\{(-?\d+)\}\s*\{(\d+)\}|(\d)\s*(\d))", _fraction, text)
+    text = re.sub(r"\\(?:text|mathrm|textbf|mathbf|boxed|fbox)\s*\{([^{}]*)\}", r"\1", text)
+    return re.sub(r"\\([$%])", r"\1", re.sub(r"\\(?:left|right|[,!;: ()])", " ", text))
+
+
+def _vulgar(character: str) -> str:
+    parts = unicodedata.normalize("NFKC", character)
+    return f" {parts.replace(chr(0x2044), '/')}" if "\u2044" in parts else character
+
+
+def _fraction(found: re.Match[str]) -> str:
+    top, bottom = found[1] or found[3], found[2] or found[4]
+    return f" {top}/{bottom}"
+
+
+def values(text: str) -> list[tuple[int, int, Value]]:
+    """(start, end, value) of everything in a text that has gone through `plain`; a tuple counts once, its members do not."""
+    found: list[tuple[int, int, Value]] = []
+    for bracket in BRACKETS.finditer(text):
+        members = _members(bracket[1])
+        if members is not None:
+            found.append((bracket.start(), bracket.end(), Value(",", members, brackets=text[bracket.start()])))
+    inside = [(start, end) for start, end, _ in found]
+    for match in VALUE.finditer(text):
+        if not any(start <= match.start() < end for start, end in inside):
+            value = _value(match)
+            if value is not None:
+                found.append((match.start(), match.end(), value))
+    return sorted(found, key=lambda one: one[0])
+
+
+def whole_value(text: str) -> Value | None:
+    """The value that a text is, nothing but markup around it; None where there is more, or none."""
+    if len(text) > LONGEST:
+        return None
+    text = plain(text).strip(MARKUP).rstrip(".").strip(MARKUP)
+    found = values(text)
+    if len(found) == 1 and not text[: found[0][0]].strip("( [") and not text[found[0][1] :].strip(") ]."):
+        return found[0][2]
+    members = _members(text)
+    return Value(",", members) if members is not None else None
+
+
+def only_value(text: str) -> Value | None:
+    """The value that a text says: its only one, what follows its last "=" where that has one; None where there are several, or none."""
+    text = plain(text)
+    for part in (text, text.rpartition("=")[2] if "=" in text else ""):
+        found = values(part)
+        if len(found) == 1:
+            return found[0][2]
+    return whole_value(text)
+
+
+def last_value(text: str) -> tuple[str, Value] | None:
+    """The last value that a text says, and how it stands there."""
+    text = plain(text)
+    tail = text[-LONGEST:]
+    found = values(tail)
+    if tail != text and (not found or found[-1][0] == 0):  # it may begin before the tail
+        tail, found = text, values(text)
+    return (tail[found[-1][0] : found[-1][1]], found[-1][2]) if found else None
+
+
+def _members(text: str) -> tuple[Fraction, ...] | None:
+    """The numbers of a tuple, by what separates them; None where it is none, or has one member."""
+    separator = r";" if ";" in text else r",\s+" if re.search(r",\s", text) else r"," if "," in text else r"\s+"
+    parts = [part.strip(MARKUP) for part in re.split(separator, text.strip())]
+    if len(parts) < 2 or (separator == r"\s+" and VALUE.fullmatch(text.strip())):
+        return None
+    found = [VALUE.fullmatch(part) for part in parts]
+    read = [_value(match) if match else None for match in found]
+    if any(value is None or value.kind for value in read):
+        return None
+    return tuple(value.numbers[0] for value in read if value is not None)
+
+
+def _value(match: re.Match[str]) -> Value | None:
+    if match.end() - match.start() > LONGEST:
+        return None
+    percent, negative = bool(match["percent"]), match["sign"][:1].lower() in ("-", "m", "n") and bool(match["sign"])
+    if match["colon"]:
+        numbers = tuple(Fraction(part) for part in re.findall(r"\d+", match["colon"]))
+        return Value(":", numbers, half=(match["half"] or "").lower())
+    if match["number"]:
+        number = Fraction(match["number"].replace(",", ""))
+    else:
+        bottom = Fraction(match["bottom"].replace(",", ""))
+        if not bottom:
+            return None
+        number = Fraction(match["whole"] or 0) + Fraction(match["top"].replace(",", "")) / bottom
+    return Value("", (-number if negative else number,), percent)
