@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from curate.errors import UsageError
+from curate.errors import UsageError, ValidationError
 from curate.fingerprints import FingerprintCache
 from curate.recipe import Export, Loaded
 from curate.scores import resolve
@@ -25,11 +26,13 @@ def export_selection(loaded: Loaded, store: Store, selection: Selection, sources
     asked = loaded.recipe.export
     assert asked is not None
     columns = _columns(loaded, store)
-    extra = [*columns, *([asked.weight] if asked.weight and asked.weight not in columns else [])]
+    if asked.weight:
+        _check_weights(asked.weight, loaded, store, selection)
+    beside = Beside(loaded, store, [*columns, *([asked.weight] if asked.weight else [])])
     return export(
         loaded.resolve(asked.to),
-        _rows(selection.kept(extra), asked.weight, columns),
-        _rows(selection.dropped(extra), None, columns),
+        _rows(selection.kept(), asked.weight, columns, beside),
+        _rows(selection.dropped(), None, columns, beside),
         format=asked.format,
         split=loaded.recipe.source.split if loaded.recipe.source else "train",
         card=_card(loaded, store, selection, sources, columns),
@@ -97,15 +100,76 @@ def _advice(loaded: Loaded, store: Store, selection: Selection) -> list[str]:
     ]
 
 
-def _rows(selected: Iterator[Any], weight: str | None, columns: list[str]) -> Iterator[ExportRow]:
+class Beside:
+    """Columns of `scored` that stand beside the rows of an export: ours as the view has them, the user's own as each row came with them."""
+
+    def __init__(self, loaded: Loaded, store: Store, names: Sequence[str]):
+        known = set(store.sql("SELECT * FROM scored LIMIT 0", recipe=loaded.name).columns)
+        own = set(store.sql("SELECT DISTINCT name FROM data.source_columns")["name"])
+        self.own = {
+            name for name in names if name in own and f"user_{name}" not in known
+        }  # else that name is ours there
+        self.names = [name for name in dict.fromkeys(names) if name not in self.own | {"row_id"}]
+        picked = ", ".join(["row_id", *map(quoted, self.names)])
+        frame = store.sql(f"SELECT {picked} FROM scored", recipe=loaded.name)
+        self.frame, self.at = frame, {row_id: i for i, row_id in enumerate(frame["row_id"])}
+
+    def of(self, row_id: str) -> dict[str, Any]:
+        """name -> value of a row, None where the view does not know it."""
+        at = self.at.get(row_id)
+        return {name: None if at is None else self.frame[name][at] for name in self.names}
+
+
+def _rows(selected: Iterator[Any], weight: str | None, columns: list[str], beside: Beside) -> Iterator[ExportRow]:
     from curate.data import ExportRow
 
     for row in selected:
-        own = dict(row.columns)
-        value = own.get(weight) if weight else None
-        if weight and weight not in columns:
-            own.pop(weight, None)
-        yield ExportRow(row.row, row.row_id, own, None if value is None else float(value), row.reason)
+        found = beside.of(row.row_id)
+        value = None
+        if weight:
+            value = (row.columns if weight in beside.own else found).get(weight)
+        asked = {name: found[name] for name in columns if name in found}
+        yield ExportRow(
+            row.row, row.row_id, row.columns, None if value is None else float(value), row.reason, asked=asked
+        )
+
+
+def _check_weights(name: str, loaded: Loaded, store: Store, selection: Selection) -> None:
+    """UsageError where a column holds no numbers; ValidationError where a kept row has none, a negative one, or all are 0."""
+    column = quoted(name)
+    found = store.sql(
+        f"SELECT source, index, {column} AS weight FROM scored JOIN selections USING (row_id) WHERE selection = ? AND kept ORDER BY position",
+        [selection.name],
+        recipe=loaded.name,
+    )
+    if not (found["weight"].dtype.is_numeric() or str(found["weight"].dtype) in ("Boolean", "Null")):
+        raise UsageError(
+            f"export.weight: the column {name!r} holds text, expected numbers. Write them without quotes in the source, or name another column."
+        )
+    weights = [None if w is None else float(w) for w in found["weight"]]
+    wrong: dict[str, list[str]] = {}
+    for source, index, weight in zip(found["source"], found["index"], weights, strict=True):
+        why = "unknown" if weight is None else "infinite" if math.isinf(weight) else "below 0" if weight < 0 else ""
+        if why:
+            wrong.setdefault(why, []).append(f"{source}, row {index + 1}" + (f": {weight:g}" if weight else ""))
+    if wrong:
+        told = "; ".join(
+            f"{why} in {len(places):,} ({', '.join(places[:3])}{', …' if len(places) > 3 else ''})"
+            for why, places in wrong.items()
+        )
+        raise ValidationError(
+            f"export.weight: {name!r} cannot weight {sum(map(len, wrong.values())):,} of the {len(weights):,} kept rows: {told}. A weight is a "
+            f"number of at least 0. Leave these rows out with select.where: '{column} IS NOT NULL AND {column} >= 0', or name another column."
+        )
+    if weights and not any(weights):
+        raise ValidationError(
+            f"export.weight: {name!r} is 0 in all {len(weights):,} kept rows: nothing would be trained on. Name another column."
+        )
+
+
+def quoted(name: str) -> str:
+    """A column's name in SQL."""
+    return '"' + name.replace('"', '""') + '"'
 
 
 def _card(loaded: Loaded, store: Store, selection: Selection, sources: list[str], columns: list[str]) -> Any:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from curate.data.card import Card, write_card
-from curate.data.exported import ExportRow, Plan, both_responses, checked_weight, no_text, own_columns, resampled
+from curate.data.exported import TAKEN, ExportRow, Plan, Weights, both_responses, own_columns, resampled
 from curate.data.replace import MARK, carry_over, check_target, replace_folder
 from curate.data.sources import first_line
 from curate.data.spool import Spool, write_parquet
@@ -111,34 +111,29 @@ def write_export(
         raise ValidationError(
             "nothing to export: the selection kept no row. Loosen `select`; `curate explain` says why a row was dropped."
         )
-    if first.row is None:
-        raise no_text(first)
-    plan = Plan.of(first.row, format)
+    plan = Plan.of(first, format)
     renamed: dict[str, str] = {}
-    total, weighted = 0.0, False
+    renamed_dropped: dict[str, str] = {}
+    weights = Weights()
     work = staging / "work"
     with Spool(work / "kept", plan.schema(False)) as kept, Spool(work / "dropped", plan.schema(True)) as left:
         for record in with_first(first, records):
-            weighted = weighted or record.weight is not None
-            if resample is not None:
-                total += checked_weight(record)
-            kept.add(plan.kept(record) | own_columns(record, renamed))
+            weights.add(record)
+            kept.add(plan.kept(record) | own_columns(record, plan, renamed))
         for record in dropped:
-            left.add(plan.dropped(record) | own_columns(record, renamed) | {"reason": record.reason})
+            own = own_columns(record, plan, renamed_dropped, is_dropped=True)
+            left.add(plan.dropped(record) | own | {"reason": record.reason})
+        weights.check(needed=resample is not None)
         schema = kept.schema()
-        if not weighted:
-            schema = schema.remove(schema.get_field_index("weight"))
         rows = kept.rows()
         if resample is not None:
-            rows = resampled(rows, kept.n_rows, resample, total, seed)
+            rows = resampled(rows, kept.n_rows, resample, weights.total, seed)
         parquet = staging / "data" / f"{split}-00000.parquet"
         n_rows = write_parquet(rows, schema, parquet)
         write_parquet(left.rows(), left.schema(), staging / "dropped" / "dropped-00000.parquet")
         save_to_disk(parquet, staging, split)
-    notes = [
-        f"Column `{old}` is called `{new}` here: a trainer would take `{old}` for its own."
-        for old, new in sorted(renamed.items())
-    ]
+    renamed = renamed_dropped | renamed
+    notes = [_renamed(old, new) for old, new in sorted(renamed.items())]
     notes += [f"Column `{name}` holds values of several types and is kept as text." for name in sorted(kept.as_text)]
     if resample is not None:
         drawn = f"{n_rows:,} rows were drawn from {kept.n_rows:,} in proportion to `weight` (seed {seed})"
@@ -154,12 +149,22 @@ def write_export(
         split=split,
         n_rows=n_rows,
         n_dropped=left.n_rows,
-        kind=first.row.kind,
+        kind=plan.kind.kind,
         layout=plan.layout,
         notes=notes,
     )
     carry_over(target, staging)
     return ExportResult(target, n_rows, left.n_rows, plan.layout, tuple(schema.names), renamed, tuple(notes))
+
+
+def _renamed(old: str, new: str) -> str:
+    """Why a column of the user's has another name in the export."""
+    why = {
+        "row_id": "`row_id` is the row's id in the store",
+        "weight": "`weight` is what the row counts in training",
+        "reason": "`reason` says in dropped/ why a row was dropped",
+    }.get(old, f"a trainer would take `{old}` for its own" if old in TAKEN else f"`{old}` is what curate has measured")
+    return f"Column `{old}` is called `{new}` here: {why}."
 
 
 def old_card(file: Path) -> str | None:

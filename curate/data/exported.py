@@ -21,14 +21,14 @@ OF_TRAINERS = (
     "text conversations image images input_ids labels attention_mask position_ids completion_mask assistant_masks seq_lengths "
     "prompt_ids chosen_ids rejected_ids completion_ids ref_chosen_logps ref_rejected_logps chat_template_kwargs"
 )
-TAKEN = frozenset((*TEXTS, "row_id", "weight", "reason", *OF_TRAINERS.split()))
+TAKEN = frozenset((*TEXTS, "row_id", *OF_TRAINERS.split()))
 
 
 @dataclass(frozen=True, slots=True)
 class ExportRow:
-    """A row to export: `columns` are the user's and, when asked, scores. `reason` is why it was dropped.
+    """A row to export. columns: the user's. asked: scores and measurements that stand beside them. reason: why it was dropped.
 
-    `row` may be None among the dropped (a bad row, a foreign id): it has no text.
+    `row` may be None among the dropped (a bad row, a foreign id): it has no text. The rows of an export have a weight all, or none of them.
     """
 
     row: Row | None
@@ -36,20 +36,25 @@ class ExportRow:
     columns: dict[str, Any] = field(default_factory=dict)
     weight: float | None = None
     reason: str | None = None
+    asked: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Which text columns a format has, and how a row fills them."""
+    """Which text columns a format has, whether rows have weights, and how a row fills them."""
 
     format: str
     kind: type[Row]
     style: str
     names: tuple[str, ...]
+    weighted: bool = False
 
     @classmethod
-    def of(cls, row: Row, format: str) -> Plan:
+    def of(cls, first: ExportRow, format: str) -> Plan:
         """As the first row has it; every other kept row has to be alike."""
+        row = first.row
+        if row is None:
+            raise no_text(first)
         names: tuple[str, ...]
         if format == "messages":
             names = ("messages",)
@@ -61,7 +66,8 @@ class Plan:
             names = ("prompt", "completion")
         if isinstance(row, Example) and row.label is not None:
             names += ("label",)
-        return cls(format, type(row), "conversational" if format == "messages" else row.style, names)
+        style = "conversational" if format == "messages" else row.style
+        return cls(format, type(row), style, names, first.weight is not None)
 
     @property
     def layout(self) -> str:
@@ -82,10 +88,11 @@ class Plan:
             else pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
         )
         types: dict[str, pa.DataType] = {name: pa.bool_() if name == "label" else text for name in self.names}
-        return types | {"row_id": pa.string(), "weight": pa.float64()} | ({"reason": pa.string()} if is_dropped else {})
+        types |= {"row_id": pa.string()} | ({"weight": pa.float64()} if self.weighted else {})
+        return types | ({"reason": pa.string()} if is_dropped else {})
 
     def kept(self, record: ExportRow) -> dict[str, Any]:
-        """Text columns, row_id and weight. ValidationError where the row has not the columns or the style of the first."""
+        """Text columns, row_id and the weight. ValidationError where the row has not the columns or the style of the first."""
         texts = self.texts(record)
         for name in self.names:
             if texts.get(name) is None:
@@ -100,7 +107,7 @@ class Plan:
     def dropped(self, record: ExportRow) -> dict[str, Any]:
         """The same of a dropped row; what does not fit is left empty."""
         if record.row is None:
-            return {"row_id": record.row_id, "weight": record.weight}
+            return {"row_id": record.row_id}
         texts = self.texts(record)
         unfit = [n for n in self.names if n != "label" and isinstance(texts.get(n), str) != (self.style == "standard")]
         return texts | dict.fromkeys(unfit)
@@ -118,7 +125,7 @@ class Plan:
         values |= {"prompt": row.prompt, "completion": reply}
         if "messages" in self.names and reply is not None:
             values["messages"] = (*turns(row.prompt, "user"), *turns(reply, "assistant"))
-        texts: dict[str, Any] = {"row_id": record.row_id, "weight": record.weight}
+        texts: dict[str, Any] = {"row_id": record.row_id} | ({"weight": record.weight} if self.weighted else {})
         for name in self.names:
             value = values.get(name)
             texts[name] = list(value) if isinstance(value, tuple) else value
@@ -138,15 +145,19 @@ def turns(text: Text, role: str) -> tuple[Any, ...]:
     return ({"role": role, "content": text},) if isinstance(text, str) else text
 
 
-def own_columns(record: ExportRow, renamed: dict[str, str]) -> dict[str, Any]:
-    """The user's columns; those whose name is taken become source_<name>, noted in `renamed`."""
-    taken = TAKEN | ({"answer"} if isinstance(record.row, Example) and record.row.answer is not None else set())
+def own_columns(record: ExportRow, plan: Plan, renamed: dict[str, str], *, is_dropped: bool = False) -> dict[str, Any]:
+    """The user's columns, then those asked for; a user's whose name is taken here becomes source_<name>, noted in `renamed`."""
+    taken = (
+        TAKEN | record.asked.keys() | ({"weight"} if plan.weighted else set()) | ({"reason"} if is_dropped else set())
+    )
+    if isinstance(record.row, Example) and record.row.answer is not None:
+        taken = taken | {"answer"}
     columns = {}
     for name, value in record.columns.items():
         if name in taken:
-            renamed[name] = name = free_name(name, record.columns)
+            renamed[name] = name = free_name(name, record.columns | record.asked)
         columns[name] = jsonable(value)
-    return columns
+    return columns | {name: jsonable(value) for name, value in record.asked.items()}
 
 
 def free_name(name: str, columns: dict[str, Any]) -> str:
@@ -170,20 +181,49 @@ def both_responses(records: Iterator[ExportRow]) -> Iterator[ExportRow]:
             yield replace(record, row=row, columns=own | {"side": side})
 
 
-def checked_weight(record: ExportRow) -> float:
-    if record.weight is None or not math.isfinite(record.weight) or record.weight < 0:
-        raise ValidationError(
-            f"row {record.row_id}: weight is {record.weight}, resampling needs a number of at least 0 for every row."
-        )
-    return record.weight
+class Weights:
+    """The weights of an export's rows as they pass: their sum, and which of them cannot be one."""
+
+    def __init__(self) -> None:
+        self.given, self.total, self._rows = False, 0.0, 0
+        self._wrong: dict[str, list[str]] = {}
+
+    def add(self, record: ExportRow) -> None:
+        self._rows += 1
+        value = record.weight
+        self.given = self.given or value is not None
+        if value is None:
+            self._wrong.setdefault("unknown", []).append(record.row_id)
+        elif not math.isfinite(value):
+            self._wrong.setdefault("not finite", []).append(record.row_id)
+        elif value < 0:
+            self._wrong.setdefault("below 0", []).append(record.row_id)
+        else:
+            self.total += value
+
+    def check(self, needed: bool = False) -> None:
+        """ValidationError where there are weights (or needed ones) and one is unknown, infinite or negative, or all are 0."""
+        if not (self.given or needed):
+            return
+        if self._wrong:
+            told = "; ".join(
+                f"{why} in {len(ids):,} (row {', row '.join(ids[:3])}{', …' if len(ids) > 3 else ''})"
+                for why, ids in self._wrong.items()
+            )
+            raise ValidationError(
+                f"weights are numbers of at least 0, one for each of the {self._rows:,} rows; found: {told}. Leave such rows out, or take "
+                "another column."
+            )
+        if self.total <= 0:
+            raise ValidationError(
+                f"every weight of the {self._rows:,} rows is 0: nothing would be trained on. Take another column for the weight."
+            )
 
 
 def resampled(
     rows: Iterator[dict[str, Any]], n_rows: int, n_wanted: int, total: float, seed: int
 ) -> Iterator[dict[str, Any]]:
     """Systematic resampling: row i occurs floor or ceil of n_wanted * w_i / sum(w) times, n_wanted rows in all (Kitagawa 1996)."""
-    if total <= 0:
-        raise ValidationError("every weight is 0: no row can be resampled.")
     offset, reached, given = random.Random(seed).random(), 0.0, 0
     for number, row in enumerate(rows, start=1):
         reached += row["weight"] / total

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -168,18 +169,28 @@ def test_resampling_gives_each_row_its_share_to_within_one(tmp_path, seed):
         assert abs(again[0].count(str(i)) - 7 * weight / sum(weights)) < 1
 
 
-@pytest.mark.parametrize(
-    ("weights", "said"),
-    [([1.0, None], "weight is None"), ([1.0, -2.0], "weight is -2.0"), ([0.0, 0.0], "every weight is 0")],
-)
-def test_weights_that_cannot_be_used(tmp_path, weights, said):
-    with pytest.raises(ValidationError, match=said):
-        export(
-            tmp_path / "out",
-            [ExportRow(pair(i).row, str(i), weight=weight) for i, weight in enumerate(weights)],
-            resample=4,
-        )
+UNUSABLE = [
+    ([1.0, None], "unknown in 1 (row 1)"),
+    ([1.0, -2.0, -0.5, None], "below 0 in 2 (row 1, row 2); unknown in 1 (row 3)"),
+    ([float("inf"), 1.0, float("nan")], "not finite in 2 (row 0, row 2)"),
+    ([-1.0] * 5, "below 0 in 5 (row 0, row 1, row 2, …)"),
+    ([0.0, 0.0], "every weight of the 2 rows is 0"),
+]
+
+
+@pytest.mark.parametrize("resample", [None, 4])
+@pytest.mark.parametrize(("weights", "said"), UNUSABLE)
+def test_weights_that_cannot_be_used(tmp_path, weights, said, resample):
+    """Whether they stand in a column or rows are drawn by them: a trainer would take them as they are."""
+    weighted = [ExportRow(pair(i).row, str(i), weight=weight) for i, weight in enumerate(weights)]
+    with pytest.raises(ValidationError, match=re.escape(said)):
+        export(tmp_path / "out", weighted, resample=resample)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_rows_are_not_drawn_without_weights(tmp_path):
+    with pytest.raises(ValidationError, match="unknown in 2"):
+        export(tmp_path / "out", [pair(1), pair(2)], resample=4)
 
 
 REFUSED = [

@@ -1,0 +1,91 @@
+"""What an export makes of the user's columns and weights: nothing is lost, renamed or trained on wrongly without a word."""
+
+from __future__ import annotations
+
+import json
+
+import polars as pl
+import pytest
+
+import curate
+from curate.errors import UsageError, ValidationError
+from tests.workflow.pairs import pairs, write_rows
+
+
+def weighted(tmp_path, weights):
+    return write_rows(
+        tmp_path / "pairs.jsonl", [r | {"w": w} for r, w in zip(pairs(len(weights)), weights, strict=True)]
+    )
+
+
+WRONG = [
+    # (weights of six rows, what is said)
+    ([1, 2, -1.5, None, 1, -3], r"'w' cannot weight 3 of the 6 kept rows: below 0 in 2 \(pairs.jsonl, row 3: -1.5, pairs.jsonl, row 6: -3\); "
+     r"unknown in 1 \(pairs.jsonl, row 4\).*select.where: '\"w\" IS NOT NULL AND \"w\" >= 0'"),
+    ([None] * 5 + [1.0], r"unknown in 5 \(pairs.jsonl, row 1, pairs.jsonl, row 2, pairs.jsonl, row 3, …\)"),
+    ([0, 0, 0.0, 0, 0, 0], "'w' is 0 in all 6 kept rows"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("resample", [None, 4])
+@pytest.mark.parametrize(("weights", "said"), WRONG)
+def test_weights_that_no_trainer_can_use_are_refused(recipe, tmp_path, weights, said, resample):
+    weighted(tmp_path, weights)
+    asked = {"to": "out", "weight": "w", "resample": resample}
+    with pytest.raises(ValidationError, match=said):
+        curate.run(recipe(scores=["edit_distance"], select={}, export=asked))
+    assert not (tmp_path / "out").exists()
+
+
+def test_infinite_weights_and_text_are_refused(recipe, tmp_path):
+    rows = [json.dumps(r | {"w": 1.0}) for r in pairs(3)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(rows).replace('"w": 1.0', '"w": 1e999', 1) + "\n")
+    path = recipe(scores=["edit_distance"], select={}, export={"to": "out", "weight": "w"})
+    with pytest.raises(ValidationError, match="(unknown|infinite) in 1 .pairs.jsonl, row 1"):
+        curate.run(path)
+    weighted(tmp_path, ["1", "2", "3"])
+    with pytest.raises(UsageError, match="the column 'w' holds text, expected numbers"):
+        curate.run(path)
+
+
+def test_rows_with_bad_weights_can_be_left_out(recipe, tmp_path):
+    weighted(tmp_path, [1, 2, -1.5, None, 0, 3])
+    curate.run(
+        recipe(
+            scores=["edit_distance"],
+            select={"where": '"w" IS NOT NULL AND "w" >= 0'},
+            export={"to": "out", "weight": "w"},
+        )
+    )
+    assert sorted(pl.read_parquet(tmp_path / "out/data/*.parquet")["weight"]) == [0, 1, 2, 3]
+
+
+def test_a_weight_belongs_to_its_occurrence(recipe, tmp_path):
+    """A row that stands twice in the source, each time with another weight, is exported as it stands there."""
+    first, second = pairs(2)
+    write_rows(tmp_path / "pairs.jsonl", [first | {"w": 1.0}, second | {"w": 2.0}, first | {"w": 3.0}])
+    asked = {"to": "out", "weight": "w", "columns": ["w"]}
+    curate.run(recipe(scores=["edit_distance"], select={"duplicates": "as_found"}, export=asked))
+    rows = pl.read_parquet(tmp_path / "out/data/*.parquet").select("prompt", "weight", "w").rows()
+    assert sorted(rows) == sorted([(first["prompt"], 1, 1), (second["prompt"], 2, 2), (first["prompt"], 3, 3)])
+
+
+def test_users_columns_keep_their_names_unless_ours_are_asked_for(recipe, tmp_path):
+    """`weight` and `reason` are ours only where the export has them; a score that is asked for does not write over a column of its name."""
+    own = {"weight": "heavy", "reason": "mine", "score": 7, "source": "wiki", "kind": "k", "index": 5, "step": 1, "id": "007",
+           "rank": 2, "run": "r", "edit_distance": -1.0, "chosen_logp": "text"}  # fmt: skip
+    write_rows(tmp_path / "pairs.jsonl", [r | own for r in pairs(4)])
+    path = recipe(scores=["edit_distance"], select={"keep": {"rows": 2}}, export={"to": "out"})
+    result = curate.run(path)
+    kept = pl.read_parquet(tmp_path / "out/data/*.parquet")
+    assert kept.select(list(own)).unique().to_dicts() == [own] and result.exported.renamed == {
+        "reason": "source_reason"
+    }
+    left = pl.read_parquet(tmp_path / "out/dropped/*.parquet")
+    assert left["source_reason"].unique().to_list() == ["mine"] and "keep" in left["reason"][0]
+    asked = {"to": "out", "columns": "scores", "weight": "edit_distance"}
+    result = curate.run(recipe(scores=["edit_distance"], select={"keep": {"rows": 2}}, export=asked))
+    kept = pl.read_parquet(tmp_path / "out/data/*.parquet")
+    assert kept["source_edit_distance"].to_list() == [-1.0] * 2 and kept["source_weight"].to_list() == ["heavy"] * 2
+    assert (kept["edit_distance"] > 0).all() and kept["weight"].to_list() == kept["edit_distance"].to_list()
+    assert any("`edit_distance` is called `source_edit_distance`" in note for note in result.exported.notes)
