@@ -124,7 +124,8 @@ def find_checkpoints(
     base: str | None = None,
     skip: Callable[[str], None] | None = None,
 ) -> list[Subject]:
-    """The checkpoints of a run in step order: a trainer's output folder, or a list of model folders and hub ids (in the order given, if no steps).
+    """The checkpoints of a run in step order: a trainer's output folder, or a list of model folders and hub ids (in the order given, if no steps;
+    one without a step before others that have one is the model that the training began with, step 0).
 
     base: what LoRA adapters sit on, where their configs do not say it rightly. skip: is told of a broken or half-written checkpoint, which is then
     left out (None: it is an error). Raises ModelError where a folder holds none, or where one of them is broken (named).
@@ -160,6 +161,9 @@ def find_checkpoints(
     else:
         runs = {s.run for s in subjects}
         run = runs.pop() if len(runs) == 1 else "checkpoints"
+        rest = [s.step for s in subjects[1:]]
+        if subjects[0].step is None and rest and all(rest):  # listed before checkpoint-10: what the training began with
+            subjects[0] = replace(subjects[0], step=0)
         if any(s.step is None for s in subjects):  # step 0 is a reference's
             subjects = [replace(s, step=i) for i, s in enumerate(subjects, start=1)]
     ordered = sorted((replace(s, run=run) for s in subjects), key=lambda s: (s.step is None, s.step or 0))

@@ -18,7 +18,7 @@ import numpy as np
 from curate.errors import UsageError
 from curate.scores import SCORES
 from curate.scores.cartography import NAMES, regions
-from curate.scores.trajectories import confidence, variability
+from curate.scores.trajectories import confidence, of_training, variability
 from curate.series import stored_runs
 from curate.summary import setting
 
@@ -48,7 +48,10 @@ class DataMap:
 
 
 def data_maps(store: Store, *, recipe: str | None = None) -> list[DataMap]:
-    """The map of every run with target_nll at two checkpoints or more, by name. recipe: as of `summarise`. UsageError where there is none."""
+    """The map of every run with target_nll at two checkpoints of the training or more, by name; step 0, the untrained model, is none of them.
+
+    recipe: as of `summarise`. UsageError where there is none.
+    """
     mine = next((r for r in store.recipes() if recipe in (None, r["name"])), None)
     share = setting(mine, "share", of="map_region") or SCORES["map_region"].defaults["share"]
     sources = mine["sources"] or None if mine else None
@@ -57,12 +60,14 @@ def data_maps(store: Store, *, recipe: str | None = None) -> list[DataMap]:
         nll = run.values["target_nll"]
         if "trained" in run.values:
             nll = np.where(run.values["trained"] != 0, nll, np.nan)
-        if len(run.steps) > 1:
+        nll = of_training(nll, np.array([step != 0 for step in run.steps]))
+        if nll.shape[1] > 1:
             of = variability(nll), confidence(nll), regions(nll, share)
-            found.append(DataMap(run.run, len(run.steps), run.row_ids, *of))
+            found.append(DataMap(run.run, nll.shape[1], run.row_ids, *of))
     if not found:
         raise UsageError(
-            f"{store.folder}: there is no data map to draw: it needs the column target_nll at two checkpoints of a run or more. "
+            f"{store.folder}: there is no data map to draw: it needs the column target_nll at two checkpoints of a run or more, "
+            "not counting step 0, the untrained model. "
             "The scores map_region, confidence and variability have it measured over models.checkpoints."
         )
     return found

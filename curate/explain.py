@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from curate.errors import UsageError
+from curate.recipe_yaml import read_yaml
 from curate.scores import SCORES
 from curate.scores.flags import ADVICE, REASONS, reasons
 from curate.show import cell, table
@@ -96,9 +97,7 @@ def explain_row(store: Store, row: str, selection: str | None = None) -> Explana
     known = next((r for r in store.recipes() if recipe in (None, r["name"])), None)
     requests = {}
     if known is not None:
-        import yaml
-
-        requests = {r.name: r for r in map(ScoreRequest.read, (yaml.safe_load(known["text"]) or {}).get("scores", []))}
+        requests = {r.name: r for r in map(ScoreRequest.read, (read_yaml(known["text"])[0] or {}).get("scores", []))}
     scores = []
     calibrated = dict(
         store.sql(

@@ -136,6 +136,8 @@ def grader(spec: str | Mapping[str, Any], *, folder: str | Path | None = None) -
             near = difflib.get_close_matches(str(key), allowed, 1, 0.5)
             hint = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(allowed) or 'none'}."
             raise UsageError(f"grader {name}: there is no setting {key!r}; {hint}")
+        if isinstance(allowed[key].default, bool) and not isinstance(settings[key], bool):
+            raise UsageError(f"grader {name}: {key} is {settings[key]!r}, expected true or false.")
     missing = [k for k, p in allowed.items() if p.default is p.empty and k not in settings]
     if missing:
         raise UsageError(f"grader {name}: {missing[0]!r} is missing; write `grader: {{{name}: …}}`.")

@@ -26,7 +26,7 @@ from curate.progress import span
 from curate.recordings import PREFIX, recorded_runs, recorded_uses, run_meant
 from curate.show import table
 from curate.subjects import Subjects, find_subjects
-from curate.wanted import Wanted, wanted_scores
+from curate.wanted import Wanted, check_checkpoints, wanted_scores
 
 if TYPE_CHECKING:
     from curate.recipe import Loaded
@@ -195,6 +195,7 @@ def make_plan(loaded: Loaded, store: Store, sources: dict[str, list[str]]) -> Pl
         )
         return plan
 
+    check_checkpoints(wanted, sum(s.step != 0 for s in subjects.series))
     train = sources.get("train", [])
     plan.pool = store.row_ids_of(train or None, kind=recipe.kind, role="train" if train else None)
     identity = Identity(loaded, cache)

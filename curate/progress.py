@@ -18,7 +18,7 @@ def counted(text: str) -> str:
 
 
 class Progress:
-    """say(text) prints a line; bar(title, total) counts; None of it touches stdout, which is for results."""
+    """say(text) prints a line, warn(text) even with --quiet; bar(title, total) counts. None of it touches stdout, which is for results."""
 
     def __init__(self, *, quiet: bool = False, every: float = 10.0):
         self.quiet, self.every = quiet, every
@@ -33,6 +33,14 @@ class Progress:
             self._bars.console.print(text, markup=False, highlight=False)
         else:
             print(text, file=sys.stderr, flush=True)
+
+    def warn(self, text: str) -> None:
+        """Say what would otherwise be taken for a right result; --quiet does not silence it."""
+        quiet, self.quiet = self.quiet, False
+        try:
+            self.say(text)
+        finally:
+            self.quiet = quiet
 
     @contextmanager
     def bar(self, title: str, total: int, *, done: int = 0, unit: str = "rows") -> Iterator[Count]:

@@ -16,6 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from curate.errors import UsageError
 from curate.recipe_errors import explained, found, lines_of
+from curate.recipe_yaml import as_written, is_text_wanted, overriding, read_yaml
 
 
 class Strict(BaseModel):
@@ -328,8 +329,10 @@ def load_recipe(
 
     Raises UsageError naming file, line, key and the nearest right key.
     """
+    lines: dict[tuple[Any, ...], int] = {}
+    written: dict[tuple[Any, ...], str] = {}
     if isinstance(path, dict):
-        file, raw, lines = None, _copy(path), {}
+        file, raw = None, _copy(path)
     else:
         file = Path(path)
         if file.is_dir():
@@ -353,7 +356,7 @@ def load_recipe(
                 f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); a recipe is a YAML file."
             ) from None
         try:
-            raw = yaml.safe_load(text)
+            raw, written = read_yaml(text)
             lines = lines_of(yaml.compose(text))
         except yaml.YAMLError as error:
             mark = getattr(error, "problem_mark", None)
@@ -363,13 +366,17 @@ def load_recipe(
             raise UsageError(
                 f"{path}: a recipe is a mapping with `kind: preference` or `kind: sft`; found {found(raw)}."
             )
-    for key, value in _overrides(set):
-        _put(raw, key, value)
-    try:
-        recipe = Recipe.model_validate(raw)
-    except ValidationError as error:
-        raise UsageError(explained(error, Recipe, lines, str(path) if file else "recipe")) from None
-    return Loaded(recipe, raw, file, store)
+    for key, value, words in _overrides(set):
+        at = _put(raw, key, value)
+        written = {p: w for p, w in written.items() if p[: len(at)] != at} | {(*at, *p): w for p, w in words.items()}
+    while True:
+        try:
+            return Loaded(Recipe.model_validate(raw), raw, file, store)
+        except ValidationError as error:
+            texts = [tuple(e["loc"]) for e in error.errors() if is_text_wanted(e)]
+            mended = [as_written(raw, at, written) for at in texts]  # split: 1.10 is a name, as it is written
+            if not any(mended):
+                raise UsageError(explained(error, Recipe, lines, str(path) if file else "recipe")) from None
 
 
 def schema() -> dict[str, Any]:
@@ -386,30 +393,22 @@ def schema() -> dict[str, Any]:
     return result
 
 
-def _overrides(given: dict[str, Any] | list[str] | None) -> list[tuple[str, Any]]:
+def _overrides(given: dict[str, Any] | list[str] | None) -> list[tuple[str, Any, dict[Any, str]]]:
+    """key, value, and the words of the numbers in it as they were typed."""
     if not given:
         return []
-    if isinstance(given, dict):
-        return list(given.items())
-    pairs = []
-    for entry in given:
-        key, sign, value = entry.partition("=")
-        if not sign or not key:
-            raise UsageError(f"--set {entry}: expected key=value, such as --set select.keep.share=0.5.")
-        try:
-            pairs.append((key.strip(), yaml.safe_load(value)))
-        except yaml.YAMLError:
-            raise UsageError(f"--set {entry}: {value!r} is not a YAML value; quote it.") from None
-    return pairs
+    return [(k, v, {}) for k, v in given.items()] if isinstance(given, dict) else [overriding(entry) for entry in given]
 
 
-def _put(raw: dict[str, Any], dotted: str, value: Any) -> None:
-    """Set raw[a][b][c] for the key a.b.c; a number is an index into a list."""
+def _put(raw: dict[str, Any], dotted: str, value: Any) -> tuple[Any, ...]:
+    """Set raw[a][b][c] for the key a.b.c; a number is an index into a list. Returns the path."""
     *path, last = dotted.split(".")
     here: Any = raw
+    at: list[Any] = []
     for i, key in enumerate(path):
         if isinstance(here, list) and key.isdigit() and int(key) < len(here):
             here = here[int(key)]
+            at.append(int(key))
             continue
         if not isinstance(here, dict):
             raise UsageError(f"--set {dotted}: {'.'.join(path[:i])} is {found(here)}, it has no key {key!r}.")
@@ -418,12 +417,14 @@ def _put(raw: dict[str, Any], dotted: str, value: Any) -> None:
         if here.get(key) is None:
             here[key] = {}
         here = here[key]
+        at.append(key)
     if isinstance(here, list) and last.isdigit() and int(last) < len(here):
         here[int(last)] = value
-    elif isinstance(here, dict):
+        return (*at, int(last))
+    if isinstance(here, dict):
         here[last] = value
-    else:
-        raise UsageError(f"--set {dotted}: {'.'.join(path)} is {found(here)}, it has no key {last!r}.")
+        return (*at, last)
+    raise UsageError(f"--set {dotted}: {'.'.join(path)} is {found(here)}, it has no key {last!r}.")
 
 
 def _copy(value: Any) -> Any:

@@ -39,6 +39,11 @@ class Series:
     columns: dict[str, list[str | None]]
     places: tuple[tuple[str, int | None], ...] = ()
 
+    @property
+    def trained(self) -> list[bool]:
+        """Whether each is a checkpoint of the training; that of step 0 is the untrained model."""
+        return [step != 0 for _, step in self.places]
+
 
 def series_of(
     measured: Sequence[Measured],
@@ -98,12 +103,33 @@ def compute_scores(
                 lines = each.setdefault(series.run, Trajectories(series.run, series.places, {}))
                 lines.values[want.name] = columns.where_trained(found, series)
             else:
-                steps, rates = (series.steps, columns.rates(series)) if series else (None, None)
-                values = want.score.compute(given, steps=steps, rates=rates, params=want.params)
+                values = want.score.compute(
+                    given,
+                    steps=series.steps if series else None,
+                    rates=columns.rates(series) if series else None,
+                    trained=series.trained if series else None,
+                    params=want.params,
+                )
             per_run.append(columns.where_trained(values, series))
         over_runs = _most_common if want.score.names else _mean
         result[want.name] = over_runs(per_run) if per_run else np.full(len(row_ids), np.nan)
     return result, list(each.values())
+
+
+def nothing_known(columns: Columns, scores: Mapping[str, np.ndarray]) -> list[str]:
+    """A sentence for every score that no row has a value of: which, and why."""
+    notes = []
+    for want in columns.plan.wanted:
+        if want.name not in scores or not len(scores[want.name]) or np.isfinite(scores[want.name]).any():
+            continue
+        least = max((sum(s.trained) for s in columns.runs(want.score.over) if s), default=0)
+        if want.score.over and want.score.least > least:
+            why = f"it needs {want.score.least} checkpoints of a training or more, and there are {least}; step 0, the untrained model, is none"
+        else:
+            lacking = [text for text in want.score.needs if columns.has_nothing(want, text)]
+            why = f"no row has {' or '.join(lacking)}" if lacking else "what it needs is not known together in any row"
+        notes.append(f"{want.name} is unknown (NULL) in every row: {why}.")
+    return notes
 
 
 def named(plan: Plan, scores: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -147,7 +173,8 @@ def compute_dataset_values(
             if given is None:
                 continue
             try:
-                values = declared.compute(given, steps=series.steps if series else None, params=params)
+                steps, trained = (series.steps, series.trained) if series else (None, None)
+                values = declared.compute(given, steps=steps, trained=trained, params=params)
             except UsageError:
                 continue  # a parameter of this name means something else there
             for value in values:
@@ -220,6 +247,15 @@ class Columns:
                 )
             given[text] = values
         return given
+
+    def has_nothing(self, want: Wanted, text: str) -> bool:
+        """Whether one of a score's needs is unknown in every row, of every run."""
+        role, column = want.need(text)
+        found = (
+            self.own(column) if role == "row" else self.column(role, column, want.score.over, series)
+            for series in self.runs(want.score.over)
+        )
+        return all(v is None or (v.dtype.kind == "f" and not np.isfinite(v).any()) for v in found)
 
     def column(self, role: str, column: str, over: str | None, series: Series | None) -> np.ndarray | None:
         if series is not None and not role:

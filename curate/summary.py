@@ -15,6 +15,7 @@ import numpy as np
 
 from curate.errors import UsageError
 from curate.progress import counted
+from curate.recipe_yaml import read_yaml
 from curate.series import StoredRun, stored_runs
 from curate.show import table
 from curate.store import Store
@@ -116,9 +117,7 @@ def summarise(store: Store, *, recipe: str | None = None, between: tuple[int, in
 
 def setting(recipe: dict[str, Any] | None, key: str, *, of: str | None = None) -> float | None:
     """A number that the recipe sets for a score (of any, if None), the first one."""
-    import yaml
-
-    for entry in (yaml.safe_load(recipe["text"]) or {}).get("scores", []) if recipe else []:
+    for entry in (read_yaml(recipe["text"])[0] or {}).get("scores", []) if recipe else []:
         for score, params in entry.items() if isinstance(entry, dict) else ():
             value = params.get(key) if isinstance(params, dict) and of in (None, score) else None
             if isinstance(value, int | float):

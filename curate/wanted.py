@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -49,3 +50,14 @@ def wanted_scores(loaded: Loaded) -> list[Wanted]:
                 Wanted(excuse, score, score.check({k: v for k, v in want.params.items() if k in score.parameters}))
             )
     return found
+
+
+def check_checkpoints(wanted: Sequence[Wanted], n: int) -> None:
+    """UsageError where a score is about a training and the recipe names fewer than it needs of its checkpoints. n: without the untrained model."""
+    for want in wanted:
+        if want.score.least > n:
+            found = f"{n} checkpoint{'s' * (n != 1)}" if n else "no checkpoint"
+            raise UsageError(
+                f"scores: {want.name} is about a training run and needs {want.score.least} of its checkpoints or more; the recipe names "
+                f"{found} (the untrained model, step 0, is none). Set models.checkpoints to the run's folder, or to a list of models."
+            )

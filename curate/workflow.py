@@ -237,7 +237,7 @@ def _measure(loaded: Loaded, result: Result, progress: Progress) -> None:
 
 def _score(loaded: Loaded, result: Result, sources: dict[str, list[str]], progress: Progress) -> None:
     from curate.calibrating import with_thresholds
-    from curate.scoring import Columns, compute_dataset_values, compute_scores, named
+    from curate.scoring import Columns, compute_dataset_values, compute_scores, named, nothing_known
 
     store, plan = result.store, result.plan
     assert plan is not None
@@ -256,6 +256,10 @@ def _score(loaded: Loaded, result: Result, sources: dict[str, list[str]], progre
         progress.say(note)
     plan = found.plan
     scores, each = compute_scores(store, plan, row_ids, train)
+    for note in (
+        nothing_known(Columns(store, plan, row_ids, train), scores) if not plan.missing or result.measured else []
+    ):
+        progress.warn(note)
     each = [replace(one, values=named(plan, one.values)) for one in each]
     store.write_scores(loaded.name, row_ids, named(plan, scores), trajectories=each, made_of=made_of)
     result.scores = list(scores)
@@ -306,7 +310,10 @@ def _scores_of(store: Store, result: Result, sources: dict[str, list[str]]) -> s
     plan = result.plan
     assert plan is not None
     uses = sorted((*map(str, key), *prints) for key, prints in plan.uses.items())
-    wanted = [(want.name, want.score.name, want.params) for want in plan.wanted]
+    wanted = [
+        (want.name, want.score.name, want.params, *([want.score.version] if want.score.version > 1 else []))
+        for want in plan.wanted
+    ]
     names = {name for group in sources.values() for name in group}
     rows = sorted((s["role"], s["source"], s["fingerprint"]) for s in store.sources() if s["source"] in names)
     heldout = [sorted(imported_accuracies(store).items(), key=str)] if calibrates(plan.wanted) else []

@@ -259,7 +259,7 @@ def test_no_selection_of_scores_that_an_import_has_overtaken(tmp_path):
         "kind: sft\nstore: store\nscores: [confidence]\nselect: {order_by: confidence, keep: {rows: 1}}\n"
     )
     step = lambda *steps: run_steps(load_recipe(recipe), steps, progress=Progress(quiet=True))  # noqa: E731
-    log = {"id": [1, 2], "run": ["r", "r"], "step": [0, 0], "nll": [0.5, 1.0]}
+    log = {"id": [1, 2], "run": ["r", "r"], "step": [9, 9], "nll": [0.5, 1.0]}
     names = {"row": "id", "run": "run", "checkpoint": "step", "target_nll": "nll"}
     import_file(store, written(tmp_path / "log.csv", log), names)
     kept = step("score", "select").selection.counts["kept"]

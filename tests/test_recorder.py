@@ -306,7 +306,7 @@ def test_mixed_precision_records_what_a_checkpoint_would_say(base, examples, tmp
     trainer_of("sft", base, examples, tmp_path / "run", [recorder], bf16=True, max_steps=2).train()
     found = curate.run(recipe("sft", examples, tmp_path / "store"))
     expected = curate.run(
-        recipe("sft", examples, tmp_path / "other", models={"reference": str(tmp_path / "run/checkpoint-2")})
+        recipe("sft", examples, tmp_path / "other", models={"checkpoints": [str(tmp_path / "run/checkpoint-2")]})
     )
     ours, theirs = (
         r.store.sql("SELECT target_nll FROM scored ORDER BY row_id")["target_nll"].to_numpy() for r in (found, expected)

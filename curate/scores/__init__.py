@@ -95,7 +95,7 @@ class Columns:
 
     name: the function's. path: "module:name". needs, optional: column names, in the order of the function's positional arguments (an
     optional column is None where nobody measured it). takes_steps: the function wants `steps`, the (K,) steps of the checkpoints (NaN
-    where one is unknown); takes_rates: `rates`, their (K,) learning rates.
+    where one is unknown); takes_rates: `rates`, their (K,) learning rates; takes_trained: `trained`, (K,) False at step 0, the untrained model.
     """
 
     name: str
@@ -109,6 +109,7 @@ class Columns:
     parameters: Mapping[str, Parameter]
     takes_steps: bool
     takes_rates: bool
+    takes_trained: bool
 
     what: typing.ClassVar[str] = "function"
 
@@ -174,10 +175,14 @@ class Columns:
         *,
         steps: Iterable[int | None] | None = None,
         rates: Iterable[float | None] | None = None,
+        trained: Iterable[bool] | None = None,
         params: Mapping[str, Any] | None = None,
         function: Callable[..., Any] | None = None,
     ) -> Any:
-        """The function (or `function`, of the same arguments) over named columns. `columns`: each need, as it is written in `needs`, to its array."""
+        """The function (or `function`, of the same arguments) over named columns. `columns`: each need, as it is written in `needs`, to its array.
+
+        trained: whether each checkpoint is one of the training (None: all but that of step 0).
+        """
         missing = [need for need in self.needs if columns.get(need) is None]
         if missing:
             raise UsageError(
@@ -192,6 +197,9 @@ class Columns:
             extra["steps"] = None if steps is None else np.asarray([np.nan if s is None else s for s in steps])
         if self.takes_rates:
             extra["rates"] = None if rates is None else np.asarray(list(rates), dtype=np.float64)
+        if self.takes_trained:
+            told = trained if trained is not None or steps is None else [s != 0 for s in steps]
+            extra["trained"] = None if told is None else np.asarray(list(told), dtype=bool)
         try:
             return (function or self.function)(*arrays, **self.check(params or {}), **extra)
         except ValueError as error:
@@ -209,7 +217,8 @@ class Score(Columns):
     null_where: the name of a score of the same family, "" for none: where that one is 1, this one is NULL and that is its right value,
     not an unknown one (first_learned_step where never_learned). names: of the codes 0, 1, … where the value is a code and no amount;
     the view `scored` then shows them too, in a text column `<score>_name`. per_checkpoint: a function of the same arguments that gives the
-    value at every checkpoint, (rows, K), the last of which is the score; the view `trajectories` shows these.
+    value at every checkpoint, (rows, K), the last of which is the score; the view `trajectories` shows these. least: how many checkpoints of
+    the training it needs, where step 0, the untrained model, is none. version: rises when the formula changes, so that it is computed anew.
     """
 
     unit: str
@@ -218,6 +227,8 @@ class Score(Columns):
     null_where: str = ""
     names: tuple[str, ...] = ()
     per_checkpoint: Callable[..., Array] | None = None
+    least: int = 0
+    version: int = 1
 
     what = "score"
 
@@ -227,6 +238,7 @@ class Score(Columns):
         *,
         steps: Iterable[int | None] | None = None,
         rates: Iterable[float | None] | None = None,
+        trained: Iterable[bool] | None = None,
         params: Mapping[str, Any] | None = None,
     ) -> Array:
         """(rows,) float64, NaN where unknown.
@@ -234,7 +246,9 @@ class Score(Columns):
         columns: need (as written in `needs` and `optional`) -> (rows,) array, or (rows, K) over checkpoints in step order.
         Raises UsageError for a missing column, bad parameters, or a function that returns another shape.
         """
-        result = np.asarray(self.call(columns, steps=steps, rates=rates, params=params), dtype=np.float64)
+        result = np.asarray(
+            self.call(columns, steps=steps, rates=rates, trained=trained, params=params), dtype=np.float64
+        )
         rows = len(columns[(*self.needs, *self.optional)[0]])
         if result.shape != (rows,):
             raise UsageError(
@@ -282,10 +296,11 @@ class DatasetValue(Columns):
         columns: Mapping[str, Any],
         *,
         steps: Iterable[int | None] | None = None,
+        trained: Iterable[bool] | None = None,
         params: Mapping[str, Any] | None = None,
     ) -> list[Value]:
         """The values; columns as in Score.compute."""
-        return list(self.call(columns, steps=steps, params=params))
+        return list(self.call(columns, steps=steps, trained=trained, params=params))
 
 
 SCORES: dict[str, Score] = {}
@@ -305,10 +320,12 @@ def score(
     null_where: str = "",
     names: tuple[str, ...] = (),
     per_checkpoint: Callable[..., Array] | None = None,
+    least: int = 0,
+    version: int = 1,
 ) -> Callable[[Callable[..., Any]], Score]:
     """Declare a score. needs, optional: see the module. over="checkpoints": every column comes as (rows, K), in step order, NaN where
     unmeasured (K counts the base model as step 0 where it is given); an argument called `steps` then gets the K steps, one called `rates`
-    the learning rates there (None or NaN where nobody knows them).
+    the learning rates there (None or NaN where nobody knows them), one called `trained` (K,) booleans, False at step 0.
 
     The function takes needs, then optional columns, in that order; keyword-only arguments are parameters.
     """
@@ -323,6 +340,8 @@ def score(
             null_where=null_where,
             names=tuple(names),
             per_checkpoint=per_checkpoint,
+            least=least,
+            version=version,
         )
         return _register(declared, SCORES)
 
@@ -405,7 +424,7 @@ def _described(
     keyword = [p for p in signature.parameters.values() if p.kind == p.KEYWORD_ONLY]
     parameters = {}
     for p in keyword:
-        if p.name in ("steps", "rates"):
+        if p.name in ("steps", "rates", "trained"):
             continue
         known = p.default is not p.empty and p.default is not None
         parameters[p.name] = Parameter(p.name, p.default, hints.get(p.name, type(p.default) if known else None))
@@ -421,6 +440,7 @@ def _described(
         "parameters": types.MappingProxyType(parameters),
         "takes_steps": any(p.name == "steps" for p in keyword),
         "takes_rates": any(p.name == "rates" for p in keyword),
+        "takes_trained": any(p.name == "trained" for p in keyword),
     }
 
 

@@ -4,7 +4,8 @@
     ambiguous   the `share` of the rows with the highest variability
     easy, hard  of the others: the upper half by confidence, the lower half (a tie with the median is easy)
 
-The paper takes the extreme thirds of each, which overlap; here every row is in one region.
+k are the checkpoints of the training: the untrained model, step 0, is none of the paper's epochs. Counted as one, it makes the rows that are
+learned best the most variable, and so "ambiguous". The paper takes the extreme thirds of each, which overlap; here every row is in one region.
 Source: Swayamdipta et al. 2020, arXiv:2009.10795, section 3 (training on the ambiguous third kept most of the accuracy out of distribution).
 """
 
@@ -14,13 +15,14 @@ import numpy as np
 
 from curate.scores import Array, Share, Value, dataset_value, score
 from curate.scores.intervals import mean_value, proportion_value
-from curate.scores.trajectories import SWAYAMDIPTA, confidence, variability
+from curate.scores.trajectories import SWAYAMDIPTA, confidence, of_training, variability
 
 NAMES = ("hard", "ambiguous", "easy")
 
 
-def regions(target_nll: Array, share: float) -> Array:
-    """(rows,) codes into NAMES; NaN where a checkpoint is unmeasured or there are fewer than two."""
+def regions(target_nll: Array, share: float, trained: np.ndarray | None = None) -> Array:
+    """(rows,) codes into NAMES; NaN where a checkpoint of the training is unmeasured or there are fewer than two."""
+    target_nll = of_training(target_nll, trained)
     result = np.full(len(target_nll), np.nan)
     sure, varies = confidence(target_nll), variability(target_nll)
     known = ~np.isnan(sure) & (target_nll.shape[1] > 1)
@@ -43,19 +45,23 @@ def regions(target_nll: Array, share: float) -> Array:
     high_means="a code and no amount: 0 hard, 1 ambiguous, 2 easy",
     source=SWAYAMDIPTA,
     names=NAMES,
+    least=2,
+    version=2,
 )
-def map_region(target_nll: Array, *, share: Share = 1 / 3) -> Array:
+def map_region(target_nll: Array, *, share: Share = 1 / 3, trained: np.ndarray | None = None) -> Array:
     """Where the row lies on the data map, 0 to 2; its name stands beside it, in the column `map_region_name`.
 
     1 ambiguous: among the `share` of the rows with the highest variability. 2 easy, 0 hard: the others, by the median of their
-    confidence. NULL where a checkpoint is unmeasured or there is one only. A row's region depends on the other rows.
+    confidence. NULL where a checkpoint is unmeasured or there are fewer than two after training began (step 0 does not count). A row's region
+    depends on the other rows.
     """
-    return regions(target_nll, share)
+    return regions(target_nll, share, trained)
 
 
 @dataset_value(needs=("target_nll",), kind="sft", over="checkpoints", source=SWAYAMDIPTA, of="map_region")
-def map_values(target_nll: Array, *, share: Share = 1 / 3) -> list[Value]:
+def map_values(target_nll: Array, *, share: Share = 1 / 3, trained: np.ndarray | None = None) -> list[Value]:
     """The map in numbers: map_<region>, its share of the rows (Wilson), and the means of confidence and variability in it (normal)."""
+    target_nll = of_training(target_nll, trained)
     codes = regions(target_nll, share)
     result = []
     for code, name in enumerate(NAMES):

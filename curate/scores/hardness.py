@@ -1,7 +1,7 @@
 """How hard an SFT example is for the model, from one forward pass, or from one at each checkpoint.
 
 el2n = mean_t ‖π − onehot(y_t)‖₂                              Paul et al. 2021, arXiv:2107.07075
-aum  = mean over checkpoints of mean_t (z_y − largest other)  Pleiss et al. 2020, arXiv:2001.10528
+aum  = mean over the training's checkpoints of mean_t (z_y − largest other)  Pleiss et al. 2020, arXiv:2001.10528
 ifd  = mean CE(y | x) / mean CE(y)                            Li et al. 2023, arXiv:2308.12032
 neighbour_excess = ℓ(y | x) − ℓ(y | neighbours, x)            ICA; RHO-LOSS: Mindermann et al. 2022, arXiv:2206.07137
 angle_concentration = intra + inter                           GAIN-RL 2025, arXiv:2506.02281
@@ -13,6 +13,7 @@ import numpy as np
 
 from curate.scores import Array, score
 from curate.scores.arithmetic import ratio
+from curate.scores.trajectories import of_training
 
 
 @score(
@@ -36,10 +37,13 @@ def el2n(target_error: Array) -> Array:
     worst="low",
     high_means="learned with a margin; low values are hard or mislabelled",
     source="Pleiss et al. 2020, arXiv:2001.10528",
+    least=1,
+    version=2,
 )
-def aum(target_gap: Array) -> Array:
-    """Area under the margin: mean over checkpoints, (rows, K) -> (rows,). NULL where a checkpoint is unmeasured."""
-    return np.asarray(target_gap.mean(1)) if target_gap.shape[1] else np.full(len(target_gap), np.nan)
+def aum(target_gap: Array, *, trained: np.ndarray | None = None) -> Array:
+    """Area under the margin: mean over the training's checkpoints, (rows, K) -> (rows,). NULL where one is unmeasured; step 0 does not count."""
+    gap = of_training(target_gap, trained)
+    return np.asarray(gap.mean(1)) if gap.shape[1] else np.full(len(gap), np.nan)
 
 
 @score(

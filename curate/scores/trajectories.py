@@ -1,7 +1,10 @@
 """Training-dynamics scores: what a row's accuracy or target NLL does over the checkpoints of a run.
 
-Every checkpoint of the series counts, the base model too where the recipe gives it as the reference. A row with an unmeasured
-checkpoint is NULL, unless the measured ones decide its value.
+Step 0 is the untrained model (models.reference of an SFT recipe, or a run's own checkpoint-0). Means over epochs (confidence, variability,
+correctness; aum and map_region elsewhere) are over the checkpoints of the training alone, as in the paper, whose epochs are counted from the
+end of the first. What is about change counts from the start: forgetting_events (a row that the untrained model answered and the first
+checkpoint does not was forgotten), first_learned_step (0: known before training), never_learned, loss_drop, learning_impact. A row with an
+unmeasured checkpoint is NULL, unless the measured ones decide its value.
 
     p          = exp(−target_nll)                      per-token geometric mean of the target's probability
     confidence = mean_k p_k,  variability = std_k p_k  Swayamdipta et al. 2020, arXiv:2009.10795
@@ -26,6 +29,11 @@ def correct(accuracy: Array, level: float) -> Array:
     return np.where(np.isnan(accuracy), np.nan, accuracy >= level)
 
 
+def of_training(values: Array, trained: np.ndarray | None) -> Array:
+    """(rows, K) without the untrained model's column. trained: (K,) booleans; None where nobody said: all of them."""
+    return values if trained is None else values[:, trained]
+
+
 @score(
     needs=("target_nll",),
     kind="sft",
@@ -34,10 +42,12 @@ def correct(accuracy: Array, level: float) -> Array:
     worst="low",
     high_means="easy to learn; low values are hard to learn or mislabelled",
     source=SWAYAMDIPTA,
+    least=1,
+    version=2,
 )
-def confidence(target_nll: Array) -> Array:
-    """Mean over checkpoints of exp(−nll), 0..1. NULL where a checkpoint is unmeasured."""
-    return _over_known(np.exp(-target_nll), np.mean)
+def confidence(target_nll: Array, *, trained: np.ndarray | None = None) -> Array:
+    """Mean over the training's checkpoints of exp(−nll), 0..1. NULL where one is unmeasured; step 0, the untrained model, does not count."""
+    return _over_known(np.exp(-of_training(target_nll, trained)), np.mean)
 
 
 @score(
@@ -48,10 +58,16 @@ def confidence(target_nll: Array) -> Array:
     worst="none",
     high_means="ambiguous: the model changed its mind about it",
     source=SWAYAMDIPTA,
+    least=2,
+    version=2,
 )
-def variability(target_nll: Array) -> Array:
-    """Standard deviation (over K, as in the paper) of exp(−nll) over checkpoints, 0..0.5. NULL where a checkpoint is unmeasured."""
-    return _over_known(np.exp(-target_nll), np.std)
+def variability(target_nll: Array, *, trained: np.ndarray | None = None) -> Array:
+    """Standard deviation (over K, as in the paper) of exp(−nll) over the training's checkpoints, 0..0.5.
+
+    NULL where one is unmeasured, and where there are fewer than two; step 0, the untrained model, does not count.
+    """
+    nll = of_training(target_nll, trained)
+    return _over_known(np.exp(-nll), np.std) if nll.shape[1] > 1 else np.full(len(nll), np.nan)
 
 
 @score(
@@ -62,10 +78,12 @@ def variability(target_nll: Array) -> Array:
     worst="none",
     high_means="answered right at most checkpoints",
     source=SWAYAMDIPTA,
+    least=1,
+    version=2,
 )
-def correctness(accuracy: Array, *, level: Share = 0.5) -> Array:
-    """Share of the checkpoints with accuracy ≥ level, 0..1. NULL where a checkpoint is unmeasured."""
-    return _over_known(correct(accuracy, level), np.mean)
+def correctness(accuracy: Array, *, level: Share = 0.5, trained: np.ndarray | None = None) -> Array:
+    """Share of the training's checkpoints with accuracy ≥ level, 0..1. NULL where one is unmeasured; step 0 does not count."""
+    return _over_known(correct(of_training(accuracy, trained), level), np.mean)
 
 
 @score(
@@ -78,7 +96,10 @@ def correctness(accuracy: Array, *, level: Share = 0.5) -> Array:
     source=TONEVA,
 )
 def forgetting_events(accuracy: Array, *, level: Share = 0.5) -> Array:
-    """How often correct is followed by wrong, 0, 1, 2, …; 0 too where it was never correct. NULL where a checkpoint is unmeasured."""
+    """How often correct is followed by wrong, from the untrained model on, 0, 1, 2, …; 0 too where it was never correct.
+
+    NULL where a checkpoint is unmeasured.
+    """
     return _over_known(np.diff(correct(accuracy, level), axis=1) == -1, np.sum, known=accuracy)
 
 
@@ -93,7 +114,7 @@ def forgetting_events(accuracy: Array, *, level: Share = 0.5) -> Array:
     null_where="never_learned",
 )
 def first_learned_step(accuracy: Array, *, level: Share = 0.5, steps: np.ndarray | None = None) -> Array:
-    """The step of the first checkpoint with accuracy ≥ level (its index where nobody knows the steps).
+    """The step of the first checkpoint with accuracy ≥ level (its index where nobody knows the steps); 0: known before training.
 
     NULL where never_learned is 1, which is not unknown; and, unknown, where an earlier checkpoint is unmeasured.
     """

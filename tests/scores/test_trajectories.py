@@ -7,18 +7,25 @@ import math
 import numpy as np
 import pytest
 
-from curate.scores import SCORES
+from curate.scores import DATASET_VALUES, SCORES
 
 NaN = None
 
 # accuracies over checkpoints at steps 0, 10, 20, 30      correctness, forgetting, first learned, never learned
 ACCURACIES = [
-    ([0.0, 0.6, 0.2, 0.8], 0.5, 1, 10, 0),
-    ([0.5, 0.4, 0.5, 0.0], 0.5, 2, 0, 0),  # at the level is right
+    (
+        [0.0, 0.6, 0.2, 0.8],
+        2 / 3,
+        1,
+        10,
+        0,
+    ),  # step 0, the untrained model, is no epoch: correctness is over the other three
+    ([0.5, 0.4, 0.5, 0.0], 1 / 3, 2, 0, 0),  # at the level is right; known before training, and forgotten at once
     ([0.0, 0.0, 0.0, 0.4], 0.0, 0, NaN, 1),  # never learned: not unknown
     ([1.0, 1.0, 1.0, 1.0], 1.0, 0, 0, 0),
     ([0.0, NaN, 0.0, 1.0], NaN, NaN, NaN, 0),  # learned by 30, perhaps by 10
     ([0.0, 1.0, NaN, 1.0], NaN, NaN, 10, 0),
+    ([NaN, 1.0, 0.0, 1.0], 2 / 3, NaN, NaN, 0),  # the untrained model is unmeasured: correctness does not ask it
     ([0.0, NaN, 0.0, 0.0], NaN, NaN, NaN, NaN),
 ]
 
@@ -38,7 +45,7 @@ def test_null_where_never_learned_is_not_unknown():
     assert s.null_where == "never_learned"
     accuracy = np.array([row[0] for row in ACCURACIES], dtype=float)
     unknown = np.isnan(s.compute({"accuracy": accuracy})) & (SCORES[s.null_where].compute({"accuracy": accuracy}) != 1)
-    assert unknown.tolist() == [False, False, False, False, True, False, True]
+    assert unknown.tolist() == [False, False, False, False, True, False, True, True]
 
 
 def test_levels_and_indices():
@@ -53,6 +60,32 @@ def test_cartography():
     columns = {"target_nll": np.array([[math.log(2), math.log(4)], [0.0, np.nan]])}
     np.testing.assert_allclose(SCORES["confidence"].compute(columns), [0.375, np.nan])
     np.testing.assert_allclose(SCORES["variability"].compute(columns), [0.125, np.nan])
+
+
+def test_the_untrained_model_is_no_epoch():
+    """p at step 0 is low for every row: counted, it would make the rows that are learned best the most variable."""
+    nll = -np.log(np.array([[0.01, 0.9, 0.98], [0.01, 0.2, 0.7], [0.01, 0.1, 0.14]]))
+    for steps in ([0, 10, 20], [0, 10, None]):
+        np.testing.assert_allclose(SCORES["confidence"].compute({"target_nll": nll}, steps=steps), [0.94, 0.45, 0.12])
+        np.testing.assert_allclose(SCORES["variability"].compute({"target_nll": nll}, steps=steps), [0.04, 0.25, 0.02])
+        equal(SCORES["map_region"].compute({"target_nll": nll}, steps=steps), [2, 1, 0])
+        np.testing.assert_allclose(SCORES["aum"].compute({"target_gap": nll}, steps=steps), nll[:, 1:].mean(1))
+        shares = {v.name: v.value for v in DATASET_VALUES["map_values"].compute({"target_nll": nll}, steps=steps)}
+        assert shares["map_ambiguous_confidence"] == pytest.approx(0.45)
+    # nobody knows the steps: their order stands for them, and the first is as good as the others
+    np.testing.assert_allclose(
+        SCORES["confidence"].compute({"target_nll": nll}, steps=[0, 1, 2], trained=[True] * 3), np.exp(-nll).mean(1)
+    )
+
+
+@pytest.mark.parametrize(("name", "least"), [("confidence", 1), ("variability", 2), ("map_region", 2), ("aum", 1)])
+def test_too_few_checkpoints_of_the_training_are_unknown(name, least):
+    """The untrained model alone says nothing of a training, and one checkpoint varies by nothing: that is unknown, and not 0."""
+    need, values = SCORES[name].needs[0], np.array([[1.0, 0.5, 0.2], [2.0, 1.0, 1.5]])
+    assert SCORES[name].least == least
+    for k in range(1, 4):
+        found = SCORES[name].compute({need: values[:, :k]}, steps=[0, 10, 20][:k])
+        assert np.isnan(found).all() == (k - 1 < least)
 
 
 def test_loss_drop():

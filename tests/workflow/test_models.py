@@ -71,9 +71,10 @@ def test_a_series_is_measured_in_step_order_from_the_reference_on(tmp_path, mode
     zero = make_llama(tmp_path / "run" / "checkpoint-0", seed=4)
     with pytest.raises(UsageError, match="run/checkpoint-0 is, with other weights"):
         curate.run(tmp_path / "series.yaml", set={"models.checkpoints": str(zero.parent)})
-    alone = curate.run(
-        tmp_path / "series.yaml", set={"models.checkpoints": str(zero.parent), "models.reference": str(zero)}
-    )
+    of_zero = {"models.checkpoints": str(zero.parent), "models.reference": str(zero)}
+    with pytest.raises(UsageError, match="confidence is about a training run and needs 1 .* names no checkpoint"):
+        curate.run(tmp_path / "series.yaml", set=of_zero)  # the untrained model alone
+    alone = curate.run(tmp_path / "series.yaml", set=of_zero | {"scores": ["loss_drop"]})
     assert [s.subject.step for s in alone.plan.steps if s.reads == "forward"] == [0]
 
 

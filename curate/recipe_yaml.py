@@ -1,0 +1,134 @@
+"""A recipe's YAML, read as its writer means it: `no` is text, `1e-6` a number, a name keeps its zeros.
+
+PyYAML reads YAML 1.1, where `no` and `on` are booleans, `012` is ten, `12:30` is 750, `1e-6` is text, and of two keys of one name the last one
+counts without a word. Here, as in YAML 1.2, `true` and `false` alone are booleans, dates and times are text, and every key is text as it is
+written. A value that is a number where the recipe wants text (`split: 1.10`) is taken as written: `read_yaml` tells the words, too.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import yaml
+
+from curate.errors import UsageError
+
+Path = tuple[Any, ...]
+NUMBER = re.compile(
+    r"(?P<int>[-+]?(?:0|[1-9][0-9_]*)|0x[0-9a-fA-F]+|0o[0-7]+)|"
+    r"(?P<float>[-+]?(?:\.[0-9]+|[0-9][0-9_]*(?:\.[0-9_]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))"
+)
+PLAIN = "!plain"
+WORDS = {"null": None, "true": True, "false": False}
+
+
+class Loader(yaml.SafeLoader):
+    """SafeLoader with YAML 1.2's scalars."""
+
+    def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
+        """Scalars without quotes or a tag of their own are told apart in `plain`."""
+        if kind is yaml.ScalarNode and implicit[0]:
+            return PLAIN
+        return super().resolve(kind, value, implicit)
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """`<<: *base` stands for the keys of base. A key that stands twice is an error."""
+        seen: dict[str, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(
+                    None, None, "a key is a word, not a list or a mapping", key.start_mark
+                )
+            if key.value in seen and key.value != "<<":
+                first = seen[key.value]
+                raise yaml.constructor.ConstructorError(
+                    None,
+                    None,
+                    f"the key {key.value!r} stands twice, in lines {first} and {line}; only one of them can count",
+                    key.start_mark,
+                )
+            seen[key.value] = line
+            key.tag = "tag:yaml.org,2002:" + ("merge" if key.value == "<<" and key.tag == PLAIN else "str")
+        super().flatten_mapping(node)
+
+
+Loader.add_constructor(PLAIN, lambda loader, node: plain(node.value))
+
+
+def plain(text: str) -> Any:
+    """What a scalar without quotes means."""
+    if text.lower() in WORDS and text in (text.lower(), text.upper(), text.capitalize()):
+        return WORDS[text.lower()]
+    if text in ("", "~"):
+        return None
+    found = NUMBER.fullmatch(text)
+    if found is None or (found["float"] and re.match(r"[-+]?0[0-9]", text)):  # 012, 00.5: a name
+        return text
+    bare = text.replace("_", "")
+    if found["int"]:
+        return int(bare, 0)
+    return float(bare.lower().replace(".inf", "inf").replace(".nan", "nan"))
+
+
+def read_yaml(text: str) -> tuple[Any, dict[Path, str]]:
+    """(the value, (key, key, …) -> the words of every number, boolean and null in it). Raises yaml.YAMLError."""
+    loader = Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None, {}
+        value = loader.construct_document(node)
+        return value, dict(_written(node, ()))
+    finally:
+        loader.dispose()
+
+
+def _written(node: yaml.Node, path: Path) -> Any:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            yield from _written(value, (*path, key.value))
+    elif isinstance(node, yaml.SequenceNode):
+        for i, value in enumerate(node.value):
+            yield from _written(value, (*path, i))
+    elif node.tag == PLAIN and not isinstance(plain(node.value), str):
+        yield path, node.value
+
+
+def as_written(raw: Any, place: Path, written: dict[Path, str]) -> bool:
+    """Put the words into `raw` for the number or boolean that stands at a place. False where it was not written without quotes.
+
+    place: as pydantic names it, with the names of union members in it, which are no keys.
+    """
+    path: Path = ()
+    here = above = raw
+    for part in place:
+        inside = (
+            part in here
+            if isinstance(here, dict)
+            else isinstance(here, list) and isinstance(part, int) and part < len(here)
+        )
+        if inside:
+            path, above, here = (*path, part), here, here[part]
+    if path not in written:
+        return False
+    above[path[-1]] = written.pop(path)
+    return True
+
+
+def is_text_wanted(error: Any) -> bool:
+    """Whether pydantic wanted text and found a number or a boolean."""
+    return error["type"] == "string_type" and isinstance(error["input"], int | float)
+
+
+def overriding(entry: str) -> tuple[str, Any, dict[Path, str]]:
+    """key, value, and the words of the numbers in it, of a `--set key=value`. A value that is no YAML, or a mapping by accident, is text."""
+    key, sign, value = entry.partition("=")
+    if not sign or not key:
+        raise UsageError(f"--set {entry}: expected key=value, such as --set select.keep.share=0.5.")
+    try:
+        found, written = read_yaml(value)
+    except yaml.YAMLError:
+        raise UsageError(f"--set {entry}: {value!r} is not a YAML value; quote it.") from None
+    return key.strip(), found, written
