@@ -40,8 +40,8 @@ from typing import Any
 
 import numpy as np
 
-from curate.demo import task, training
-from curate.demo.line import one_thread
+from curate.jobs.demo import task, training
+from curate.jobs.demo.line import one_thread
 from curate.show import table
 
 RESULTS = Path(__file__).with_suffix(".jsonl")

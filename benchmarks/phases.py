@@ -28,8 +28,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy as np
 
 import curate
-from curate.demo import task, training
-from curate.demo.line import one_thread
+from curate.jobs.demo import task, training
+from curate.jobs.demo.line import one_thread
 from curate.progress import Progress
 from curate.scores import hmm
 from curate.scores.calibration import r_squared

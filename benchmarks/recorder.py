@@ -27,8 +27,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 
 import curate
-from curate.demo.model import BASE
-from curate.demo.task import splits, write_jsonl
+from curate.jobs.demo.model import BASE
+from curate.jobs.demo.task import splits, write_jsonl
 from curate.progress import Progress
 from curate.show import table
 

@@ -87,7 +87,7 @@ def demo(
     quiet: Quiet = False,
 ) -> None:
     """The whole line on an embedded task and a tiny model trained on the spot: minutes on a laptop, no downloads."""
-    from curate.demo.line import run_demo
+    from curate.jobs.demo.line import run_demo
 
     result = run_demo(to, seed=seed, progress=_progress(quiet))
     out(to_json(result.to_json()) if json else result.text())

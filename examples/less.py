@@ -19,8 +19,8 @@ import numpy as np
 import yaml
 
 import curate
-from curate.demo.model import BASE
-from curate.demo.task import CELLS, problem
+from curate.jobs.demo.model import BASE
+from curate.jobs.demo.task import CELLS, problem
 from curate.show import out, table
 
 SKILLS = sorted(CELLS)

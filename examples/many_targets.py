@@ -92,8 +92,8 @@ def write(path: Path, train: Sequence[Row], targets: Sequence[Row], found) -> No
 
 def built_in() -> tuple[Path, list[Row], list[Row]]:
     """The demo's base, 60 problems, and as targets one more of three kinds."""
-    from curate.demo.model import BASE
-    from curate.demo.task import problem, problems
+    from curate.jobs.demo.model import BASE
+    from curate.jobs.demo.task import problem, problems
 
     rng = random.Random(0)
     taken: set[str] = set()

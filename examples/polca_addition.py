@@ -3,7 +3,8 @@
     python examples/polca_addition.py            three minutes of CPU time
 
 A Llama of 330k parameters learns "123+456=0579" from scratch, ten checkpoints are kept, and the change of the loss of every answer digit that can
-receive a carry is taken apart along the run's own directions (curate/audit/decomposition.py). HDBSCAN clusters the trajectories of each direction;
+receive a carry is taken apart along the run's own directions (curate/jobs/polca/decomposition.py). HDBSCAN clusters the trajectories of each
+direction;
 no label is used. Homogeneity: share of the clustered digits that agree with their cluster's majority, carry or none. Majorities are taken and
 the direction is chosen on one half of the problems; the other half's digits are reported. The control does the same with permuted labels.
 Done twice, since the thousands digit is the carry itself: with it, and on hundreds and tens alone. In the runs tried while this was written, with the
@@ -23,8 +24,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from curate.audit.clusters import breakthrough, homogeneity, labels_of
-from curate.audit.decomposition import Decomposition, Integrator, checkpoint_losses
+from curate.jobs.polca.clusters import breakthrough, homogeneity, labels_of
+from curate.jobs.polca.decomposition import Decomposition, Integrator, checkpoint_losses
 from curate.passes.forward import load_model
 from curate.passes.gradients.segments import Segments
 from curate.passes.weights import quiet

@@ -13,8 +13,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from curate.audit.polca import TOLERANCE, audit
 from curate.errors import CurateError
+from curate.jobs.polca.polca import TOLERANCE, audit
 from curate.progress import Progress
 from curate.show import out, to_json, told
 

@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import curate
-from curate import next_rows, rounds
 from curate.errors import CurateError, UsageError
+from curate.jobs.collect import candidates, rounds
 from curate.progress import Progress
 from curate.recipe import load_recipe
 from curate.show import out, table, told
@@ -93,15 +93,15 @@ def grow(recipe: Path, asked: argparse.Namespace) -> list[dict[str, Any]]:
     script = shlex.join([sys.executable, str(Path(__file__).resolve().with_name("train_sft.py"))])
     command = asked.train or f"{script} {{data}} {{out}} --model {{model}} --seed {{seed}}"
     if asked.pool is not None:
-        collect = next_rows.from_pool(asked.pool, asked.like)
+        collect = candidates.from_pool(asked.pool, asked.like)
         source = {"pool": asked.pool, "like": asked.like}
     else:
-        collect = next_rows.from_model(asked.generate, generator=asked.generator, agree=asked.agree)
+        collect = candidates.from_model(asked.generate, generator=asked.generator, agree=asked.agree)
         source = {"generate": str(asked.generate), "generator": asked.generator, "agree": asked.agree}
     train = rounds.by_command(command, model=asked.model, seed=asked.seed)
     loaded = load_recipe(recipe, set=asked.set)
     if asked.pool is not None and loaded.recipe.source is not None:  # before hours of training, not after
-        next_rows.check_pool(loaded, asked.pool, asked.like)
+        candidates.check_pool(loaded, asked.pool, asked.like)
     return rounds.grow(
         recipe,
         out=rounds_folder(asked),

@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from curate.errors import CurateError, UsageError
+from curate.jobs.run_states.states import DETOUR, MOST_STATES, Run, RunStates, convergence_step, read_run, run_states
+from curate.jobs.run_states.weights import STATISTICS
 from curate.progress import Progress
-from curate.run_states import DETOUR, MOST_STATES, Run, RunStates, convergence_step, read_run, run_states
 from curate.show import out, table, to_json, told
-from curate.weight_statistics import STATISTICS
 
 METRIC = "eval_loss"
 HIGH_IS_GOOD = ("accuracy", "reward", "margin", "f1", "score")  # in a metric's name; anything else is a loss

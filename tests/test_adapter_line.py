@@ -10,9 +10,9 @@ import pytest
 import yaml
 
 import curate
-from curate import rounds
 from curate.errors import ModelError, UsageError
-from curate.next_rows import from_pool
+from curate.jobs.collect import rounds
+from curate.jobs.collect.candidates import from_pool
 from curate.progress import Progress
 from curate.recipe import load_recipe
 from curate.workflow import make_plan

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import curate
-from curate.demo.model import BASE
+from curate.jobs.demo.model import BASE
 from curate.progress import Progress
 from curate.recipe import load_recipe
 from curate.workflow import make_plan

@@ -214,7 +214,7 @@ def test_ctrl_c_is_one_line(sft, monkeypatch, capsys):
     def interrupted(*given, **more):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("curate.rounds.grow", interrupted)
+    monkeypatch.setattr("curate.jobs.collect.rounds.grow", interrupted)
     code, text, error = rounds_of(
         monkeypatch, capsys, sft, "--rounds", 1, "--take", 1, "--pool", sft.with_name("questions.jsonl"), "--model", "m"
     )
@@ -227,8 +227,8 @@ def test_the_default_trainer_leaves_checkpoints_along_the_run(tmp_path):
     from safetensors.torch import load_file
 
     from curate.checkpoints import find_checkpoints
-    from curate.demo import task
-    from curate.demo.model import BASE
+    from curate.jobs.demo import task
+    from curate.jobs.demo.model import BASE
     from pipelines.train_sft import train
 
     rows = task.splits(seed=1, train=8)["train"]

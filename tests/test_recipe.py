@@ -157,7 +157,7 @@ def test_every_recipe_that_ships_is_valid():
     files = [
         *REPOSITORY.glob("configs/*.yaml"),
         *REPOSITORY.glob("curate/starters/*.yaml"),
-        *REPOSITORY.glob("curate/demo/*.yaml"),
+        *REPOSITORY.glob("curate/jobs/demo/*.yaml"),
     ]
     assert len(files) >= 5
     for file in files:

@@ -116,14 +116,14 @@ def test_a_server_without_an_address_is_said_before_anything_runs(tmp_path):
 
 def test_likelihoods_of_vllm_and_torch_agree_on_the_demos_model():
     """prompt_logprobs of the engine against the forward pass, on the demo's own rows: 1e-4 relative."""
-    import curate.demo
-    from curate.demo import task
+    import curate.jobs.demo
+    from curate.jobs.demo import task
     from curate.measurements import MEASUREMENTS
     from curate.passes import forward
     from curate.passes.sampling import open_sampler
     from curate.tokens import Limits, encode, load_tokenizer
 
-    base = Path(curate.demo.__file__).parent / "base"
+    base = Path(curate.jobs.demo.__file__).parent / "base"
     tokenizer = load_tokenizer(base)
     problems = task.splits(seed=3, train=24, test=1, pool=1)["train"]
     encoded = [encode(Example(p.prompt, p.completion, p.answer), tokenizer, Limits(256)) for p in problems]

@@ -2,7 +2,7 @@
 
     h_i = the state after the final norm at position start − 1       (rows, d)
 
-What rows are like is told from these states (curate/collecting.py). They know the demo's eight kinds of problem apart: the base's nearest
+What rows are like is told from these states (curate/jobs/collect/pick.py). They know the demo's eight kinds of problem apart: the base's nearest
 neighbours are of the same kind four times in five.
 """
 

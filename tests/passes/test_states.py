@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from curate.collecting import nearest
-from curate.demo import task
-from curate.demo.model import BASE
+from curate.jobs.collect.pick import nearest
+from curate.jobs.demo import task
+from curate.jobs.demo.model import BASE
 from curate.passes.model import load_model
 from curate.passes.states import prompt_states
 from curate.rows import Example, Pair

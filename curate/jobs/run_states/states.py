@@ -1,6 +1,6 @@
 """Latent states of training runs, from statistics of their weights; and which of them are detours.
 
-    x_k    the fourteen statistics of checkpoint k (curate/weight_statistics.py), z-scored within its run
+    x_k    the fourteen statistics of checkpoint k (curate/jobs/run_states/weights.py), z-scored within its run
     states one Gaussian HMM over all runs, 1 to 8 states, as many as give runs that were left out of the fit the highest likelihood
     graph  which state followed which, counted over the runs' most likely paths
     detour a state whose visit goes with a later convergence: r > 0 between visited and the rank of the convergence time, two-sided
@@ -24,8 +24,8 @@ from pathlib import Path
 import numpy as np
 
 from curate.errors import ModelError, UsageError
+from curate.jobs.run_states.weights import checkpoint_tensors, weight_statistics
 from curate.scores import Array, hmm
-from curate.weight_statistics import checkpoint_tensors, weight_statistics
 
 MOST_STATES = 8
 FOLDS = 5

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 import curate
-from curate.demo import line, task, training
-from curate.demo.report import report
 from curate.errors import UsageError
+from curate.jobs.demo import line, task, training
+from curate.jobs.demo.report import report
 from curate.recipe import load_recipe
 
 
@@ -47,7 +47,7 @@ def test_recipes_and_training_speak_of_the_same_checkpoint(tmp_path):
 
 def test_the_threshold_is_below_what_can_be_learned():
     """A target that is understood and not memorised keeps the entropy of its filler words: τ lies below that for nearly every row."""
-    from curate.demo.model import build_tokenizer
+    from curate.jobs.demo.model import build_tokenizer
 
     tokenizer = build_tokenizer()
     scores = load_recipe(Path(line.__file__).parent / "sft.yaml").recipe.scores

@@ -11,7 +11,7 @@ from collections import Counter
 
 import pytest
 
-from curate.demo import task
+from curate.jobs.demo import task
 
 OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 

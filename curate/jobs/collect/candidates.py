@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from curate.collecting import Candidate, Known, by_function, by_group, fresh, nearest
 from curate.errors import UsageError
+from curate.jobs.collect.pick import Candidate, Known, by_function, by_group, fresh, nearest
+from curate.jobs.collect.rounds import Collect, Round, read_rows
 from curate.objects import load_object
 from curate.recipe import Loaded
-from curate.rounds import Collect, Round, read_rows
 from curate.rows import Example
 
 
@@ -83,11 +83,11 @@ def _column(row: Candidate, name: str, where: str) -> Any:
 
 
 def from_model(template: Path, *, generator: str | None = None, agree: float = 0.6) -> Collect:
-    """Rows that a model writes (curate/generating.py): by the round's last checkpoint, or `generator`, a model's folder or hub id.
+    """Rows that a model writes (curate/jobs/collect/generate.py): by the round's last checkpoint, or `generator`, a model's folder or hub id.
 
     Problems are written at temperature 1 up to a blank line or the end marker, answers are sampled as the recipe samples them.
     """
-    from curate.generating import Template
+    from curate.jobs.collect.generate import Template
 
     try:
         text = template.read_text(encoding="utf-8")
@@ -99,9 +99,9 @@ def from_model(template: Path, *, generator: str | None = None, agree: float = 0
 
     def collect(asked: Round) -> tuple[list[Candidate], dict[str, int]]:
         from curate.checkpoints import find_base, find_model
-        from curate.generating import generate
         from curate.grading import grader
         from curate.identity import few_shot_text
+        from curate.jobs.collect.generate import generate
         from curate.passes.adapter_config import is_adapter, tokenizer_folder
         from curate.passes.sampling import Prompt, Sampling, open_sampler
         from curate.tokens import Limits, encode_prompt, load_tokenizer

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from curate.audit.clusters import breakthrough, central, find_clusters, homogeneity, turns
+from curate.jobs.polca.clusters import breakthrough, central, find_clusters, homogeneity, turns
 
 EARLY = np.array([0.0, -2.0, -2.0, -2.0, -2.0])
 LATE = np.array([0.0, 0.0, 0.0, -2.0, -2.0])

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from curate import next_rows, rounds
 from curate.checkpoints import single_model
-from curate.collecting import Candidate
-from curate.demo import task, training
-from curate.demo.line import one_thread
 from curate.errors import CurateError, UsageError
+from curate.jobs.collect import candidates, rounds
+from curate.jobs.collect.pick import Candidate
+from curate.jobs.demo import task, training
+from curate.jobs.demo.line import one_thread
 from curate.rows import Example, content_id
 
 RECIPE = """
@@ -70,7 +70,7 @@ def grow(made, out, trainer, *, like="states", n=1, take=8, **given):
         rounds=n,
         take=take,
         train=trainer,
-        collect=next_rows.from_pool(str(made / "pool.jsonl"), like),
+        collect=candidates.from_pool(str(made / "pool.jsonl"), like),
         asked={"like": like},
         **given,
     )
@@ -150,7 +150,7 @@ def test_another_question_in_the_same_folder_is_refused(grown, made):
 
 def test_a_second_process_in_the_same_folder_is_refused(made):
     """While the first one trains; it goes on undisturbed, and once it has ended the folder is free again."""
-    script = Path(rounds.__file__).resolve().parent.parent / "pipelines" / "prioritize_sft.py"
+    script = Path(__file__).resolve().parents[2] / "pipelines" / "prioritize_sft.py"
     words = f"{made / 'sft.yaml'} --rounds 1 --take 8 --pool {made / 'pool.jsonl'} --model base --out {made / 'both'}"
     trainer, said = Trainer(made), []
 
@@ -172,7 +172,7 @@ def test_a_trainer_that_a_killed_job_left_behind_keeps_the_folder(made, tmp_path
     (tmp_path / "t.py").write_text(
         f"import os, signal; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); signal.pause()"
     )
-    script = Path(rounds.__file__).resolve().parent.parent / "pipelines" / "prioritize_sft.py"
+    script = Path(__file__).resolve().parents[2] / "pipelines" / "prioritize_sft.py"
     words = f"{made / 'sft.yaml'} --rounds 1 --take 8 --pool {made / 'pool.jsonl'} --out {tmp_path / 'out'}"
     job = subprocess.Popen(
         [sys.executable, script, *words.split(), "--train", f"{sys.executable} {tmp_path / 't.py'} {{data}} {{out}}"]
@@ -219,12 +219,12 @@ def asked_of(made, hard, take=6) -> rounds.Round:
 
 def test_rows_of_the_hard_ones_groups(made):
     hard = [Candidate(Example("a", " b", "1"), {"cell": cell}) for cell in ("times2", "times2", "add3")]
-    rows, _ = next_rows.from_pool(str(made / "pool.jsonl"), "group:cell")(asked_of(made, hard))
+    rows, _ = candidates.from_pool(str(made / "pool.jsonl"), "group:cell")(asked_of(made, hard))
     assert sorted(row.columns["cell"] for row in rows) == ["add3"] * 2 + ["times2"] * 4
     with pytest.raises(UsageError, match="no column 'kind'; its columns besides the texts: cell"):
-        next_rows.from_pool(str(made / "pool.jsonl"), "group:kind")(asked_of(made, hard))
+        candidates.from_pool(str(made / "pool.jsonl"), "group:kind")(asked_of(made, hard))
     with pytest.raises(UsageError, match="found 'stats'"):
-        next_rows.from_pool("pool.jsonl", "stats")
+        candidates.from_pool("pool.jsonl", "stats")
 
 
 def test_a_model_writes_rows_like_the_hard_ones(made, tmp_path):
@@ -234,7 +234,7 @@ def test_a_model_writes_rows_like_the_hard_ones(made, tmp_path):
     ]
     (tmp_path / "template.txt").write_text("{1}</s><s>{2}</s><s>")
     asked = asked_of(made, hard)
-    found = [next_rows.from_model(tmp_path / "template.txt", agree=0.5)(asked) for _ in range(2)]
+    found = [candidates.from_model(tmp_path / "template.txt", agree=0.5)(asked) for _ in range(2)]
     assert found[0] == found[1]
     rows, why = found[0]
     assert why["asked"] <= 8 * 6
@@ -242,7 +242,7 @@ def test_a_model_writes_rows_like_the_hard_ones(made, tmp_path):
     for row in rows:
         assert row.row.prompt.strip() and row.row.answer in row.row.completion
     with pytest.raises(UsageError, match=r"wanted a text with \{1\}"):
-        next_rows.from_model(tmp_path / "none.txt")
+        candidates.from_model(tmp_path / "none.txt")
 
 
 def test_a_command_trains(tmp_path):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from curate.collecting import Candidate, Known
 from curate.errors import UsageError
-from curate.generating import Template, generate, majority, problem_of, with_problem
 from curate.grading import grader
+from curate.jobs.collect.generate import Template, generate, majority, problem_of, with_problem
+from curate.jobs.collect.pick import Candidate, Known
 from curate.passes.sampling import Prompt, Sample, Sampling
 from curate.rows import Example
 

@@ -7,8 +7,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from curate.collecting import Candidate, by_function, by_group, fresh, nearest, normalised
 from curate.errors import UsageError
+from curate.jobs.collect.pick import Candidate, by_function, by_group, fresh, nearest, normalised
 from curate.rows import Example
 
 

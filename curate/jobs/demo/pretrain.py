@@ -1,4 +1,4 @@
-"""Makes the demo's base model: `python -m curate.demo.pretrain OUT`. About a minute on one core; the result ships in `curate/demo/base`.
+"""Makes the demo's base model: `python -m curate.jobs.demo.pretrain OUT`. About a minute on one core; the result ships in `curate/jobs/demo/base`.
 
 The base has read story prompts of all cells, small facts of + and - with values up to 19, stories with equations, and copied equations.
 It has seen no times table, no column addition, and not the format of a solution: those are what fine-tuning teaches. Muon on the
@@ -14,8 +14,8 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
-from curate.demo.model import build_config, build_tokenizer, save_checkpoint
-from curate.demo.task import CELLS, FILLERS, GAINS, LARGEST, LOSSES, NAMES, OBJECTS, problem
+from curate.jobs.demo.model import build_config, build_tokenizer, save_checkpoint
+from curate.jobs.demo.task import CELLS, FILLERS, GAINS, LARGEST, LOSSES, NAMES, OBJECTS, problem
 
 STEPS = 900
 BATCH = 64

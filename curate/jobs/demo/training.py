@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from curate.demo.model import BASE, load_base, save_checkpoint
+from curate.jobs.demo.model import BASE, load_base, save_checkpoint
 
 if TYPE_CHECKING:
     import torch

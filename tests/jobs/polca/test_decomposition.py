@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from curate.audit.decomposition import Decomposition, Integrator, decompose, simpson
+from curate.jobs.polca.decomposition import Decomposition, Integrator, decompose, simpson
 from curate.passes.gradients import projections
 from curate.passes.gradients.segments import Segments
 from curate.passes.model import load_model

@@ -8,8 +8,8 @@ import sys
 import numpy as np
 import pytest
 
-from curate.audit.polca import audit
 from curate.errors import UsageError
+from curate.jobs.polca.polca import audit
 from curate.passes import model as models
 from pipelines import polca
 from tests.tiny_models import make_llama

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from curate.demo import model, pretrain, task, training
+from curate.jobs.demo import model, pretrain, task, training
 
 
 @pytest.fixture(scope="module")

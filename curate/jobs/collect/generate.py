@@ -17,9 +17,9 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from curate.collecting import Candidate, Known
 from curate.errors import UsageError
 from curate.grading import Grader
+from curate.jobs.collect.pick import Candidate, Known
 from curate.passes.sampling import Prompt, Sample, Sampler, Sampling
 from curate.rows import Example, Message, Text
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from curate.demo.task import FILLERS, GAINS, LOSSES, NAMES, OBJECTS
+from curate.jobs.demo.task import FILLERS, GAINS, LOSSES, NAMES, OBJECTS
 from curate.passes.weights import quiet
 
 if TYPE_CHECKING:

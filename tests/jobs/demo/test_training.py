@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from curate.demo import model, task, training
+from curate.jobs.demo import model, task, training
 
 
 @pytest.fixture(scope="module")

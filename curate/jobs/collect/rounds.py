@@ -29,9 +29,9 @@ from pathlib import Path
 from typing import Any
 
 from curate.checkpoints import Subject, find_checkpoints
-from curate.collecting import Candidate
 from curate.errors import CurateError, UsageError
 from curate.fingerprints import FingerprintCache
+from curate.jobs.collect.pick import Candidate
 from curate.locks import locked
 from curate.progress import Progress
 from curate.recipe import Loaded, Source, load_recipe

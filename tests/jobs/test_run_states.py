@@ -15,12 +15,12 @@ import pytest
 import torch
 
 from curate.errors import ModelError, UsageError
-from curate.run_states import Run, convergence_step, held_out, holm, run_states, standardised, visit_test
-from curate.weight_statistics import STATISTICS, checkpoint_tensors, weight_statistics
+from curate.jobs.run_states.states import Run, convergence_step, held_out, holm, run_states, standardised, visit_test
+from curate.jobs.run_states.weights import STATISTICS, checkpoint_tensors, weight_statistics
 from pipelines.run_states import labels, main, report, states_of_sweep
 from tests.sweeps import ROUND, STRAIGHT, write_sweep
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def test_the_fourteen_numbers_of_a_hand_made_model():

@@ -1,0 +1,1 @@
+"""Train, measure, collect, again: the rounds, where new rows come from, picking them, writing them."""

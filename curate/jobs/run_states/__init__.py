@@ -1,0 +1,1 @@
+"""The latent states that training runs pass through, found from their weights."""
