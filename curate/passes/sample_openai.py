@@ -4,16 +4,20 @@ Plain prompts go to /v1/completions as text, conversational ones to /v1/chat/com
 the air; 429, 5xx, timeouts and broken connections are tried again by the client library, with growing pauses. A server that does not know
 `n`, `seed` or `logprobs` is asked without them, and `notes` says so.
 
+A server may be restarted with other weights at any time. Who says which model is expected (server_probe.py) has it checked before the first
+answer and after every call of `sample`: answers of a server that changed meanwhile are not given back.
+
 Source: the `openai` client library (https://github.com/openai/openai-python); it is imported when a server is used.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import re
 import threading
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +25,7 @@ import numpy as np
 
 from curate.errors import EngineError, UsageError
 from curate.passes.sampling import Prompt, Sample, Sampling, engine_seed, room, sampler_identity
+from curate.passes.server_probe import TOKENS, Asked, Noise, Probe, Spoken, difference, key_of, prompt_of
 
 CONTEXT_WORDS = re.compile(
     r"context length|context_length|maximum.{0,20}(tokens|length)|max_model_len|too long", re.IGNORECASE
@@ -31,7 +36,14 @@ WITHOUT = {
     "n": "one request per sample",
 }
 
+ASKED_TWICE = 1  # how often a question about the server is tried again: who waits for a plan wants to know now
+PATIENCE = 60.0  # seconds that such a question may take
+
 NO_URL = "server.url: wanted the address of an OpenAI-compatible server, found none. `--set server.url=http://localhost:8000/v1`"
+
+
+class NoSuchPath(EngineError):
+    """The server does not know the model, or the kind of request: 404."""
 
 
 class OpenAISampler:
@@ -40,11 +52,21 @@ class OpenAISampler:
     server: {url, key_env, concurrency} and, where wanted, {model, timeout (seconds per request), retries}. Without `model` the server must
     serve exactly one. Raises UsageError for a section without url, EngineError for a server that cannot be reached, refuses the key, does
     not know the model, or keeps failing.
+
+    expected: {said, probe, noise} of the model that answers must come from (None: whichever is there), see `confirm`. prefer: names of which one
+    is meant where the server has several models.
     """
 
     name = "openai"
 
-    def __init__(self, server: dict[str, Any], *, max_length: int | None = None):
+    def __init__(
+        self,
+        server: dict[str, Any],
+        *,
+        max_length: int | None = None,
+        expected: Any = None,
+        prefer: Sequence[str] = (),
+    ):
         if not server.get("url"):
             raise UsageError(NO_URL)
         self.url = str(server["url"]).rstrip("/")
@@ -54,14 +76,69 @@ class OpenAISampler:
         self.retries = int(server["retries"]) if server.get("retries") is not None else 4
         self.notes: list[str] = []
         self._lacking: set[str] = set()
+        self.chat_only = False  # whether the server was found to take messages alone
+        self.expected = expected
         self._served = _run(self._list_models())
-        self.model = self._pick(server.get("model"))
-        self.context = min(filter(None, (max_length, self._served.get(self.model))), default=None)
+        alike = [name for name in self._served if {name, Path(name).name} & set(prefer)]
+        named = alike if len(self._served) > 1 else []
+        self.model = self._pick(server.get("model") or (named[0] if len(named) == 1 else None))
+        served = self._served.get(self.model, {}).get("max_model_len")
+        self.context = min(filter(None, (max_length, served)), default=None)
         self.engine, _ = sampler_identity("openai", None, server=server)
+        self.confirm()
 
     def sample(self, prompts: list[Prompt], sampling: Sampling) -> list[list[Sample]]:
-        """n samples per prompt, in the prompts' order; an empty list where the prompt leaves no room in the server's context."""
-        return _run(self._all(prompts, sampling)) if prompts else []
+        """n samples per prompt, in the prompts' order; an empty list where the prompt leaves no room in the server's context.
+
+        Raises EngineError where the server has another model than the expected one by now.
+        """
+        if not prompts:
+            return []
+        answers: list[list[Sample]] = _run(self._all(prompts, sampling))
+        self.confirm()
+        return answers
+
+    def said(self) -> dict[str, Any]:
+        """What the server says of the model, asked now: model, root, max_model_len, version (None where it does not say)."""
+        self._served, version = _run(self._ask_all())
+        about = self._served.get(self.model)
+        if about is None and self._served:
+            raise EngineError(f"{self.url} serves {_listed(self._served)} now, and no longer {self.model}.")
+        about = about or {}
+        return {
+            "model": self.model,
+            "root": about.get("root"),
+            "max_model_len": about.get("max_model_len"),
+            "version": version,
+        }
+
+    def probe(self, prompts: Sequence[Asked], *, at_once: bool = False) -> Probe:
+        """Greedy answers to prompts (text, or messages), one by one or all at once; those that the server has no room for are left out.
+
+        A server that takes messages alone is asked the texts as a user's; they stay under their own key.
+        """
+        return dict(_run(self._probe(prompts, self.concurrency if at_once else 1)))
+
+    def confirm(self) -> None:
+        """EngineError where the server does not serve the expected model (any more): other answers to the probe, even when asked again."""
+        if self.expected is None:
+            return
+        said, noise = self.said(), Noise(*self.expected["noise"])
+        known = {key: Spoken.from_json(spoken) for key, spoken in self.expected["probe"].items()}
+        changed: str | None = ", ".join(
+            f"{key} was {before}, and is {said.get(key)}"
+            for key, before in self.expected["said"].items()
+            if said.get(key) != before
+        )
+        for _ in range(0 if changed else 2):  # other traffic may have disturbed the first
+            changed = difference(known, self.probe([prompt_of(key) for key in known]), noise)
+            if changed is None:
+                return
+        raise EngineError(
+            f"{self.url}: the server has another model now than when this run was planned: {changed}. Answers that it gave since the "
+            "last check are thrown away, those before are kept as the earlier model's. Run the command again: it asks who is there, and "
+            "measures that model."
+        )
 
     def likelihood(self, encoded: list[Any]) -> np.ndarray:
         """Never: a server's token boundaries cannot be checked against ours."""
@@ -90,7 +167,8 @@ class OpenAISampler:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _client(self) -> Any:
+    def _client(self, *, questions: bool = False) -> Any:
+        """questions: about the server, which are answered at once or not at all; else requests that are a run's work."""
         try:
             from openai import AsyncOpenAI
         except ImportError as error:
@@ -98,20 +176,71 @@ class OpenAISampler:
                 "engine.sampler is openai, which needs its client library: `pip install openai`."
             ) from error
         key = os.environ.get(self.key_env) or "none"  # servers of one's own often want no key
-        return AsyncOpenAI(base_url=self.url, api_key=key, timeout=self.timeout, max_retries=self.retries)
+        if questions:
+            self.attempts, self.waited = min(self.retries, ASKED_TWICE) + 1, min(self.timeout, PATIENCE)
+        else:
+            self.attempts, self.waited = self.retries + 1, self.timeout
+        return AsyncOpenAI(base_url=self.url, api_key=key, timeout=self.waited, max_retries=self.attempts - 1)
 
-    async def _list_models(self) -> dict[str, int | None]:
-        """{name: context length, None where the server does not say}; empty when it has no list."""
+    async def _list_models(self) -> dict[str, dict[str, Any]]:
+        """name -> what the server says of each model; empty when it has no list. EngineError where it cannot be asked."""
+        import httpx
         import openai
 
-        async with self._client() as client:
+        async with self._client(questions=True) as client:
             try:
-                listed = [model async for model in client.models.list()]
-            except (openai.NotFoundError, openai.APIResponseValidationError):
+                answer = await client.get("/models", cast_to=httpx.Response)
+            except openai.NotFoundError:
                 return {}
             except openai.OpenAIError as error:
                 raise self._explained(error) from error
-        return {model.id: getattr(model, "max_model_len", None) for model in listed}
+        try:
+            listed = answer.json()["data"]
+            return {str(model["id"]): model for model in listed}
+        except (ValueError, KeyError, TypeError):
+            told = " ".join(answer.text.split())[:80]
+            raise EngineError(
+                f"{self.url}/models: wanted a list of models as an OpenAI-compatible server gives it, found "
+                f"{answer.headers.get('content-type', 'no type')}: {told!r}. Is this the server's address? The url usually ends in /v1."
+            ) from None
+
+    async def _ask_all(self) -> tuple[dict[str, dict[str, Any]], str | None]:
+        return await self._list_models(), await self._version()
+
+    async def _version(self) -> str | None:
+        """vLLM's version, which it gives outside of /v1; None where there is none to be had."""
+        import httpx
+        import openai
+
+        place = self.url.removesuffix("/v1") + "/version"
+        async with self._client(questions=True) as client:
+            try:
+                answer = await client.get(place, cast_to=httpx.Response)
+                found = answer.json()["version"]
+            except (openai.OpenAIError, ValueError, KeyError, TypeError):
+                return None
+        return str(found)
+
+    async def _probe(self, prompts: Sequence[Asked], most: int) -> list[tuple[str, Spoken]]:
+        gate = asyncio.Semaphore(most)
+        greedy = Sampling(n=1, temperature=0, max_new_tokens=TOKENS)
+
+        async def one(client: Any, prompt: Asked) -> list[tuple[str, Spoken]]:
+            text = isinstance(prompt, str) and not self.chat_only
+            messages = ({"role": "user", "content": prompt},) if isinstance(prompt, str) else prompt
+            asked = Prompt([], str(prompt) if text else "", None if text else messages, 0)
+            try:
+                answer = await self._answer(client, gate, asked, greedy, 1, 0, TOKENS)
+            except NoSuchPath:
+                if not text:
+                    raise
+                self.chat_only = True
+                return await one(client, prompt)
+            return [] if answer is None else [(key_of(prompt), _spoken(answer.choices[0], chat=not text))]
+
+        async with self._client(questions=True) as client, asyncio.TaskGroup() as group:
+            tasks = [group.create_task(one(client, prompt)) for prompt in prompts]
+        return [found for task in tasks for found in task.result()]
 
     def _pick(self, wanted: str | None) -> str:
         if wanted and (not self._served or wanted in self._served):
@@ -151,10 +280,6 @@ class OpenAISampler:
                 return []
             if len(answer) < n:
                 self._lack("n")
-            if not answer:
-                raise EngineError(
-                    f"{self.url} answered a request without any choice. Is it an OpenAI-compatible server?"
-                )
             samples += answer
         return samples[:wanted] * (sampling.n if sampling.temperature == 0 else 1)
 
@@ -162,6 +287,13 @@ class OpenAISampler:
         self, client: Any, gate: asyncio.Semaphore, prompt: Prompt, sampling: Sampling, n: int, seed: int, most: int
     ) -> list[Sample] | None:
         """The answer's samples; None when the prompt does not fit the server's context."""
+        answer = await self._answer(client, gate, prompt, sampling, n, seed, most)
+        return None if answer is None else self._samples(answer, chat=bool(prompt.messages))
+
+    async def _answer(
+        self, client: Any, gate: asyncio.Semaphore, prompt: Prompt, sampling: Sampling, n: int, seed: int, most: int
+    ) -> Any:
+        """The server's answer, with choices; None when the prompt does not fit the server's context."""
         import openai
 
         while True:
@@ -193,9 +325,9 @@ class OpenAISampler:
                     if n > 1 and "n" in self._lacking:
                         n = 1
                     continue  # another row learned it meanwhile
-                if CONTEXT_WORDS.search(str(error)):
+                if CONTEXT_WORDS.search(_told(error)):
                     return None
-                lacking = _named(str(error), arguments)
+                lacking = _named(_told(error), arguments)
                 if lacking is None:
                     raise self._explained(error) from error
                 self._lack(lacking)
@@ -203,7 +335,12 @@ class OpenAISampler:
             except openai.OpenAIError as error:
                 raise self._explained(error) from error
             else:
-                return self._samples(answer, chat=bool(prompt.messages))
+                if not getattr(answer, "choices", None):
+                    raise EngineError(
+                        f"{self.url} answered a request without any choice ({' '.join(str(answer).split())[:80]!r}). "
+                        "Is it an OpenAI-compatible server? The url usually ends in /v1."
+                    )
+                return answer
 
     def _samples(self, answer: Any, *, chat: bool) -> list[Sample]:
         choices = sorted(answer.choices, key=lambda choice: choice.index)
@@ -234,11 +371,11 @@ class OpenAISampler:
         """What the user can do about a client library's error."""
         import openai
 
-        tried = f"after {self.retries + 1} attempts" if self.retries else "at the first attempt"
-        text = " ".join(str(error).split())[:400]
+        tried = f"after {self.attempts} attempts" if self.attempts > 1 else "at the first attempt"
+        text = _told(error)[:400]
         if isinstance(error, openai.APITimeoutError):
             return EngineError(
-                f"{self.url}: no answer within {self.timeout:g} s {tried}. Raise `--set server.timeout=…`, or lower "
+                f"{self.url}: no answer within {self.waited:g} s {tried}. Raise `--set server.timeout=…`, or lower "
                 f"`--set server.concurrency=…` (now {self.concurrency})."
             )
         if isinstance(error, openai.APIConnectionError):
@@ -252,7 +389,7 @@ class OpenAISampler:
                 f"{self.url}: wanted a valid key, and the environment variable {self.key_env} {state} ({text}). Set it, or `--set server.key_env=…`."
             )
         if isinstance(error, openai.NotFoundError):
-            return EngineError(
+            return NoSuchPath(
                 f"{self.url}: the server does not know the model {getattr(self, 'model', '?')!r} or this path ({text}). "
                 "Name one with `--set server.model=…`; the url usually ends in /v1."
             )
@@ -261,6 +398,15 @@ class OpenAISampler:
                 f"{self.url}: too many requests {tried} ({text}). Lower `--set server.concurrency=…` (now {self.concurrency})."
             )
         return EngineError(f"{self.url}: failed {tried} ({text}). Look at the server's log; what is measured is kept.")
+
+
+def _told(error: Exception) -> str:
+    """What an error says, with the server's own words where the client library leaves them out."""
+    body = getattr(error, "body", None)
+    words = str(error)
+    if body and not isinstance(body, dict) and str(body) not in words:
+        words += f": {body}"
+    return " ".join(words.split())
 
 
 def _token_logps(choice: Any, *, chat: bool) -> list[float] | None:
@@ -274,6 +420,17 @@ def _token_logps(choice: Any, *, chat: bool) -> list[float] | None:
         if logprobs.token_logprobs is not None
         else None
     )
+
+
+def _spoken(choice: Any, *, chat: bool) -> Spoken:
+    """A choice's tokens with their log-probabilities; its text where there are none, or none that are numbers."""
+    text = (choice.message.content or "") if chat else (choice.text or "")
+    logprobs = getattr(choice, "logprobs", None)
+    logps = _token_logps(choice, chat=chat)
+    if logprobs is None or not logps or not all(math.isfinite(value) for value in logps):
+        return Spoken((text,))
+    tokens = [token.token for token in logprobs.content] if chat else list(logprobs.tokens or [])
+    return Spoken(tuple(tokens), tuple(logps)) if len(tokens) == len(logps) else Spoken((text,))
 
 
 def _named(message: str, arguments: dict[str, Any]) -> str | None:

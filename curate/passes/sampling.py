@@ -129,8 +129,11 @@ def open_sampler(
     max_length: int | None = None,
     seed: int = 0,
     server: dict[str, Any] | None = None,
+    expected: Any = None,
 ) -> Sampler:
     """The engine, started. `max_length` caps prompt + response tokens (None: the model's context); `server` is the recipe's section.
+
+    expected: of a server, which model answers must come from (sample_openai.py).
 
     base: where `model_path` is a LoRA adapter's folder, the model it sits on. adapters: those that are to come.
     Raises EngineError when the engine cannot start or cannot serve this model, ModelError when the model cannot be read.
@@ -139,7 +142,7 @@ def open_sampler(
     if name == "openai":
         from curate.passes.sample_openai import OpenAISampler
 
-        return OpenAISampler(server or {}, max_length=max_length)
+        return OpenAISampler(server or {}, max_length=max_length, expected=expected)
     assert model_path is not None
     if name == "vllm":
         from curate.passes.sample_vllm import VllmSampler

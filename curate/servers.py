@@ -1,0 +1,255 @@
+"""Which model is behind `server.url`, asked whenever it matters, and whether this store has met it before.
+
+A URL is no identity: a training loop serves each new policy at the same one. A server's model is known by what the server says of it and by its
+answers to a few prompts (passes/server_probe.py). Models that were met are kept in the store's `servers.json`; one that says the same and answers
+alike, within the noise of the server, is the same, whatever its URL. Any other is measured under an identity of its own.
+
+`curate plan`, `run` and `measure` ask the server. The other commands, which need no server, mean the model that was measured last at this URL.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from curate.checkpoints import Subject, single_model
+from curate.errors import CurateError, EngineError, UsageError
+from curate.fingerprints import FingerprintCache
+from curate.passes.server_probe import FIXED, Noise, Probe, Spoken, difference, key_of, measured_noise
+from curate.rows import Row, content_id
+
+if TYPE_CHECKING:
+    from curate.recipe import Loaded
+    from curate.store import Store
+
+Ask = Literal[
+    "no", "look", "keep"
+]  # the server is not asked; asked; asked, and its model remembered, since it will be measured
+OWN_ROWS = 4  # rows of the recipe whose prompts are part of the probe: training moves a model most where it is trained
+LONGEST = 4000  # characters of such a prompt
+FILE = "servers.json"
+
+
+@dataclass(frozen=True)
+class Served:
+    """A server's model. id: what stands for its weights in fingerprints. said: by the server. notes: for the user, what the id was told from."""
+
+    id: str
+    said: dict[str, Any]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def model(self) -> str:
+        return str(self.said["model"])
+
+    @property
+    def engine(self) -> str:
+        """As it stands in fingerprints: "openai policy 3f2a91c0d4e5f607"."""
+        return f"openai {self.model} {self.id}"
+
+
+class Servers:
+    """The server of a recipe and the models that a store has met. folder: the store's. rows: a few of the recipe's, whose prompts are asked too."""
+
+    def __init__(self, loaded: Loaded, folder: Path, *, ask: Ask = "no", rows: Sequence[Row] = ()):
+        self.loaded, self.server, self.folder, self.ask = loaded, loaded.recipe.server, folder, ask
+        self.prompts = [*FIXED, *(row.prompt for row in rows[:OWN_ROWS] if len(str(row.prompt)) < LONGEST)]
+        self._known: dict[str, Served] = {}
+
+    def of(self, subject: Subject | None = None) -> Served:
+        """The model that stands for a subject (None: the recipe names no other model). Asked once an instance.
+
+        UsageError without a URL, and for a server whose model has another name, or other weights, than the subject; EngineError where no server
+        answers.
+        """
+        if not self.server.url:
+            from curate.passes.sample_openai import NO_URL
+
+            raise UsageError(NO_URL)
+        key = subject.path if subject else ""
+        if key not in self._known:
+            self._known[key] = self._remembered() if self.ask == "no" else self._asked(subject)
+        return self._known[key]
+
+    @property
+    def notes(self) -> list[str]:
+        """What is said of the models that were asked for."""
+        return list(dict.fromkeys(note for served in self._known.values() for note in served.notes))
+
+    # ---- asking ---------------------------------------------------------------------------------------------------------------------------
+
+    def _asked(self, subject: Subject | None) -> Served:
+        from curate.passes.sample_openai import OpenAISampler
+
+        names = _names(subject, self.loaded) if subject else ()
+        with OpenAISampler(self.server.model_dump(), prefer=names) as sampler:
+            said = sampler.said()
+            proof = self._check_name(said, subject, names) if subject else ()
+            now = sampler.probe(self.prompts)
+            kept = _read(self.folder)
+            found, why = _known(kept["models"], said, now)
+            known = _probe(kept["models"][found]["probe"]) if found else {}
+            new = {key: spoken for key, spoken in now.items() if key not in known}
+            again = sampler.probe([p for p in self.prompts if key_of(p) in new], at_once=True) if new else {}
+        sure, noise = measured_noise(new, again)
+        key = found or content_id("served", said, {prompt: spoken.to_json() for prompt, spoken in sure.items()})[:16]
+        met = _met(kept, found, self._place, said, why)
+        if self.ask == "keep":
+            model = kept["models"].get(key) or {"said": said, "noise": [noise.mean, noise.most], "probe": {}}
+            model["probe"] |= {prompt: spoken.to_json() for prompt, spoken in sure.items()}
+            kept["models"][key], kept["last"][self._place] = model, key
+            self._write(kept)
+        return Served(key, said, (self._note(said, met), *proof, *(() if known or sure else (UNREPEATABLE,))))
+
+    def _check_name(self, said: dict[str, Any], subject: Subject, names: Sequence[str]) -> tuple[str, ...]:
+        """That the server's model can be the subject: () or a line on what that rests on. UsageError showing both where it cannot."""
+        model, root = str(said["model"]), said.get("root")
+        shown = model if not root or root == model else f"{model} (from {root})"
+        if root and Path(str(root)).is_dir():  # the server is on this machine: its weights can be read
+            try:
+                cache = FingerprintCache(self.folder / "weights.json")
+                same = single_model(str(root), self.loaded.folder, cache).fingerprint == subject.fingerprint
+            except CurateError:
+                same = None
+            if same:
+                return ()
+            if same is False:
+                raise UsageError(
+                    f"{self.server.url} serves {shown}, whose weights are others than those of {subject.label} in the recipe "
+                    f"({subject.path}). Serve that model, or name in models.reference the one that is served."
+                )
+        theirs = {part for name in (model, root) if name for part in (str(name), Path(str(name)).name)}
+        if theirs & set(names):
+            return (
+                f"That {shown} has the weights of {subject.label} is taken from its name; only its answers are the server's own.",
+            )
+        if self.server.model:
+            return (f"{shown} is taken for {subject.label} because server.model says so: the names differ.",)
+        raise UsageError(
+            f"The recipe's model is {subject.label} ({subject.path}), and {self.server.url} serves {shown}. Serve that model, or name in "
+            f"models.reference the one that is served; where both are the same under two names, say so: `--set server.model={model}`."
+        )
+
+    def _note(self, said: dict[str, Any], met: str) -> str:
+        about = [f"from {said['root']}"] if said["root"] not in (None, said["model"]) else []
+        about += [f"version {said['version']}"] if said["version"] else []
+        told = f" ({', '.join(about)})" if about else ""
+        return f"{self.server.url} serves {said['model']}{told}: {met}."
+
+    # ---- memory ---------------------------------------------------------------------------------------------------------------------------
+
+    @property
+    def _place(self) -> str:
+        return " ".join(filter(None, [str(self.server.url).rstrip("/"), self.server.model]))
+
+    def _remembered(self) -> Served:
+        kept = _read(self.folder)
+        last = kept["last"].get(self._place)
+        if last not in kept["models"]:
+            raise EngineError(
+                f"{self.server.url}: nothing in {self.folder} was measured on this server's model yet, or only when a server was known by its "
+                f"address alone. `curate run {self.loaded.path or 'RECIPE'}` asks the server, and measures."
+            )
+        return Served(last, kept["models"][last]["said"])
+
+    def _write(self, kept: dict[str, Any]) -> None:
+        file = self.folder / FILE
+        new = file.with_name(f".{FILE}.{os.getpid()}")
+        try:
+            new.write_text(json.dumps(kept, ensure_ascii=False, indent=1), encoding="utf-8")
+            new.replace(file)
+        except OSError as error:
+            new.unlink(missing_ok=True)
+            raise EngineError(f"{file}: cannot be written ({error.strerror}).") from None
+
+
+UNREPEATABLE = (
+    "The server answers the same prompt differently each time, even greedily: its model is known by its name alone. Give each new model a "
+    "name of its own."
+)
+
+
+def expected(loaded: Loaded, engine: str) -> dict[str, Any]:
+    """{said, probe, noise} of the model with this name of an engine, for a sampler to compare with."""
+    model: dict[str, Any] = _read(loaded.store)["models"][engine.rpartition(" ")[2]]
+    return {**model, "probe": dict(list(model["probe"].items())[: len(FIXED) + OWN_ROWS])}
+
+
+def of_addresses(store: Store, loaded: Loaded) -> list[str]:
+    """A line where the store holds values of this server from when a server was known by its address alone."""
+    url = str(loaded.recipe.server.url).rstrip("/")
+    old = [m for m in store.measured(reads="sample") if m.engine.startswith(f"openai {url}")]
+    if loaded.recipe.engine.sampler != "openai" or not old:
+        return []
+    return [
+        f"{len(old)} measurements of {url} were made when a server was known by its address alone: which model they are of is unknown, so they "
+        "are not used, and measured again."
+    ]
+
+
+def first_rows(store: Store, loaded: Loaded, sources: Sequence[str]) -> list[Row]:
+    """The recipe's first rows, whose prompts a server is asked too; none where it uses no server."""
+    if loaded.recipe.engine.sampler != "openai":
+        return []
+    row_ids = store.row_ids_of(sources or None, kind=loaded.recipe.kind)[:OWN_ROWS]
+    return [row for row in store.iter_rows(row_ids) if row is not None]
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    try:
+        found = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        return {"models": dict(found["models"]), "last": dict(found["last"])}
+    except FileNotFoundError:
+        return {"models": {}, "last": {}}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise EngineError(
+            f"{folder / FILE}: cannot be read ({error}). It says which servers' models were measured; without it they are measured "
+            "again: move it away to do that."
+        ) from None
+
+
+def _known(models: dict[str, Any], said: dict[str, Any], now: Probe) -> tuple[str | None, str]:
+    """The model that says the same and answers alike, and, where there is none, how the answers of the last one that says the same differ."""
+    why = ""
+    for key, model in reversed(models.items()):
+        known = _probe(model["probe"])
+        if model["said"] != said or (known and not known.keys() & now.keys()):
+            continue
+        differs = difference(known, now, Noise(*model["noise"]))
+        if differs is None:
+            return key, ""
+        why = why or differs
+    return None, why
+
+
+def _met(kept: dict[str, Any], found: str | None, place: str, said: dict[str, Any], why: str) -> str:
+    """In words, whether this store has met the model."""
+    if found:
+        return "the model that was measured here before"
+    before = kept["models"].get(kept["last"].get(place))
+    if before and before["said"] != said:
+        why = "; ".join(
+            f"{name} was {before['said'].get(name)}" for name in said if before["said"].get(name) != said[name]
+        )
+    return (
+        f"another model than was measured here before, so its values are measured anew ({why})"
+        if why
+        else "new to this store"
+    )
+
+
+def _probe(kept: dict[str, Any]) -> Probe:
+    return {key: Spoken.from_json(spoken) for key, spoken in kept.items()}
+
+
+def _names(subject: Subject, loaded: Loaded) -> tuple[str, ...]:
+    """What a server may call a subject."""
+    given = [
+        name for name in (loaded.recipe.models.reference, loaded.recipe.models.checkpoints) if isinstance(name, str)
+    ]
+    mine = given if len(given) == 1 else []
+    return tuple(dict.fromkeys([subject.path, Path(subject.path).name, subject.checkpoint, subject.label, *mine]))
