@@ -127,6 +127,22 @@ def test_a_model_that_is_not_served_is_named_with_those_that_are(server, tmp_pat
         sampler.likelihood([])
 
 
+@pytest.mark.slow
+def test_probes_of_one_served_model_agree(server):
+    """One by one, all at once, and again."""
+    from curate.passes.server_probe import FIXED, difference, measured_noise
+
+    prompts = [prompt[:60] for prompt in FIXED]
+    with opened(server[0]) as sampler:
+        said = sampler.said()
+        assert said["model"] == "tiny" and said["root"] == str(server[1]) and said["max_model_len"] == CONTEXT
+        assert said == sampler.said()
+        first = sampler.probe(prompts)
+        kept, noise = measured_noise(first, sampler.probe(prompts, at_once=True))
+        assert kept == first and len(first) == len(prompts) and all(spoken.logps for spoken in first.values())
+        assert difference(first, sampler.probe(prompts), noise) is None and noise.most < 1e-3
+
+
 class Scripted(ThreadingHTTPServer):
     """Answers each POST by the next entry of `script` (its last one for ever): an HTTP status, "ok", "hang", or a function of the request."""
 
