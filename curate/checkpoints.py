@@ -16,6 +16,7 @@ from pathlib import Path
 from curate.errors import BrokenCheckpoint, ModelError, OtherLayout
 from curate.fingerprints import FingerprintCache, weights_fingerprint
 from curate.layouts import check_folder, training_state
+from curate.naming import natural, step_in_name
 from curate.passes.adapter_config import is_adapter, read_adapter_config, tokenizer_folder
 
 HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
@@ -218,7 +219,7 @@ def _of_folder(spec: str, folder: Path) -> list[Path]:
             "revisions of a hub repository: {repo: owner/name, revisions: [...]}."
         )
     configs = ("config.json", "adapter_config.json")
-    inside = [p for p in sorted(root.iterdir()) if p.is_dir()]
+    inside = [p for p in sorted(root.iterdir(), key=lambda p: natural(p.name)) if p.is_dir()]
     found = [
         p for p in inside if re.fullmatch(r"checkpoint-\d+", p.name) or any((p / name).exists() for name in configs)
     ]
@@ -259,11 +260,10 @@ def _of_hub(path: Path) -> bool:
 
 
 def _step(path: Path, name: str) -> int | None:
-    """The step in a checkpoint's name (checkpoint-400, step1000, stage1-step1000-tokens4B, 400), or in its trainer's state."""
-    numbered = re.search(r"(?:^|[-_])(?:checkpoint|(?:global[-_]?)?step)[-_]?(\d+)(?=$|[-_])", name)
-    numbered = numbered or re.fullmatch(r"(\d{1,9})", name)
-    if numbered:
-        return int(numbered[1])
+    """The step in a checkpoint's name, or in its trainer's state."""
+    named = step_in_name(name)
+    if named is not None:
+        return named
     try:
         return int(json.loads((path / "trainer_state.json").read_text())["global_step"])
     except (OSError, ValueError, KeyError, TypeError):

@@ -234,23 +234,67 @@ def import_(
         typer.Option(
             "--map",
             metavar="OURS=THEIRS",
-            help="row (a number into --source, our row id, or an id of your own), run, checkpoint; correct and samples, perplexity, nll, logp, "
-            "trained; any other name is a column of that name. E.g. row=idx run=run checkpoint=step samples=n correct=k",
+            help="row (a number into --source, our row id, source:index), run, checkpoint; correct and samples, perplexity, nll, logp, trained; any "
+            "other name is a column of that name. E.g. row=idx run=run checkpoint=step samples=n correct=k",
         ),
     ],
     more: Annotated[list[str] | None, typer.Argument(metavar="OURS=THEIRS…", help="further pairs of --map")] = None,
     source: Annotated[
         str | None, typer.Option(help="the source, as the recipe names it, whose rows are numbered (from 0)")
     ] = None,
+    on: Annotated[
+        str | None,
+        typer.Option(metavar="COLUMN|OURS=THEIRS", help="instead of a row: a column that your rows have too, e.g. prompt_id"),
+    ] = None,
+    new_rows: Annotated[
+        bool, typer.Option("--new-rows", help="ids that no row has are rows of their own, without text")
+    ] = False,
+    worst: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=low|high", help="which end of an imported column is bad, for drop_worst"),
+    ] = None,
+    text: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="an imported column is text, though it looks like numbers")
+    ] = None,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Take measurements or scores from elsewhere. Without a `row` they are dataset-level values."""
+    """Take measurements or scores from elsewhere. Without a `row` or --on they are dataset-level values. See docs/importing.md."""
     from curate.importing import import_file
+    from curate.store import Store
 
-    pairs = dict(_split(entry, "--map") for given in [*mapping, *(more or [])] for entry in given.split())
-    result = import_file(store, file, pairs, source=source)
-    out(to_json(result) if json else str(result))
+    pairs = _pairs([*mapping, *(more or [])], "--map")
+    into: Any = Store(store, on_wait=_progress(quiet).say) if (store / "curate.duckdb").exists() else store
+    ends: Any = _pairs(worst or [], "--worst")
+    result = import_file(into, file, pairs, source=source, on=on, new_rows=new_rows, worst=ends, text=text or [])
+    taken_back = f"Import {result.number}: `curate forget {store} --import {result.number}` takes it back."
+    out(to_json(result) if json else f"{result}\n{taken_back}")
+
+
+@app.command()
+def forget(
+    store: StorePath,
+    number: Annotated[int | None, typer.Option("--import", metavar="N", help="the import's number")] = None,
+    listing: Annotated[bool, typer.Option("--list", help="list what was imported, with numbers")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="only say what would be removed")] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Take an import back, whole: its values, rows that only its ids knew, its dataset values."""
+    from curate.describe import imports_text
+    from curate.store import Store
+
+    held = Store(store, on_wait=_progress(quiet).say)
+    if number is None and not listing:
+        raise UsageError(f"say which: `curate forget {store} --import N`; `curate forget {store} --list` shows them.")
+    if number is not None and listing:
+        raise UsageError("--list and --import N are two commands: list first, then forget.")
+    if number is None:
+        imports = held.imports()
+        out(to_json(imports) if json else imports_text(imports))
+        return
+    found = held.forget_import(number, dry_run=dry_run)
+    out(to_json(found) if json else str(found))
 
 
 @app.command()
@@ -389,6 +433,19 @@ def _progress(quiet: bool) -> Any:
     from curate.progress import Progress
 
     return Progress(quiet=quiet)
+
+
+def _pairs(given: list[str], option: str) -> dict[str, str]:
+    """OURS=THEIRS pairs, several in one text where each has its sign (so a column's name may have spaces). UsageError for a name twice."""
+    pairs: dict[str, str] = {}
+    for text in given:
+        pieces = text.split()
+        for entry in pieces if all("=" in piece for piece in pieces) else [text]:
+            ours, theirs = _split(entry, option)
+            if ours in pairs:
+                raise UsageError(f"{option}: {ours}= is given twice, {pairs[ours]} and {theirs}. Give it once.")
+            pairs[ours] = theirs
+    return pairs
 
 
 def _split(entry: str, option: str) -> tuple[str, str]:

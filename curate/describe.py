@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from curate.progress import counted
 from curate.show import table
-from curate.store import Store
+from curate.store import Import, Store
 
 if TYPE_CHECKING:
     from curate.data import Validation
@@ -120,6 +121,8 @@ class Status:
                 table(rows[:60], head=head),
                 *([f"… and {len(rows) - 60} more (--json prints all)"] if len(rows) > 60 else []),
             ]
+        if f["imports"]:
+            lines += ["", imports_text(f["imports"])]
         if f["selections"]:
             lines += [
                 "",
@@ -150,8 +153,26 @@ class Status:
         return self.found
 
 
+def imports_text(imports: Sequence[Import]) -> str:
+    """What was imported, a line each."""
+    if not imports:
+        return "Nothing was imported into this store."
+    lines = [
+        (
+            one.number,
+            one.file,
+            one.how or "dataset values",
+            one.n_rows if one.fingerprints else "-",
+            _time(one.created),
+            ", ".join(one.columns),
+        )
+        for one in imports
+    ]
+    return table(lines, head=("import", "file", "joined by", "rows", "when", "columns"))
+
+
 def store_status(store: Store) -> Status:
-    return Status(store.status())
+    return Status({**store.status(), "imports": store.imports()})
 
 
 def _outcome(run: dict[str, Any]) -> str:

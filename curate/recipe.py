@@ -215,11 +215,20 @@ class Keep(Strict):
         return self
 
 
+class Worst(Strict):
+    """A share from the end of a column that the recipe calls bad."""
+
+    share: float = Field(ge=0, lt=1)
+    worst: Literal["high", "low"] = Field(description="which end of the column is bad")
+
+
 class Select(Strict):
     """Which rows are kept: where, then drop_worst, then order_by, then keep (in every group of `per`)."""
 
     where: str | None = None
-    drop_worst: dict[str, Annotated[float, Field(ge=0, lt=1)]] = {}
+    drop_worst: dict[str, Annotated[float, Field(ge=0, lt=1)] | Worst] = Field(
+        {}, description="score: share; or, for a column whose worst end nobody has said, column: {share: 0.1, worst: low}"
+    )
     order_by: str | None = None
     keep: Keep | None = None
     per: str | dict[str, dict[str, Annotated[float, Field(ge=0, le=1)]]] | None = None

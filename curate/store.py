@@ -13,8 +13,8 @@ import json
 import os
 import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import astuple
+from contextlib import contextmanager, nullcontext
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,7 +23,7 @@ import numpy as np
 from curate.errors import StoreError, UsageError
 from curate.locks import holder, locked
 from curate.rows import Row
-from curate.storage import query, sources, tables, views
+from curate.storage import imports, query, sources, tables, views
 from curate.storage.database import Database, one, process_alive
 from curate.storage.entries import (
     DatasetValue,
@@ -35,6 +35,7 @@ from curate.storage.entries import (
     SourceRecord,
     Trajectories,
 )
+from curate.storage.imports import Forgotten, Import
 from curate.storage.selection import Selection
 from curate.storage.shards import Shards
 
@@ -43,7 +44,19 @@ if TYPE_CHECKING:
 
     from curate.select import Decisions
 
-__all__ = ["DatasetValue", "Ingested", "Measured", "Place", "Role", "SelectedRow", "Selection", "Store", "Trajectories"]
+__all__ = [
+    "DatasetValue",
+    "Forgotten",
+    "Import",
+    "Ingested",
+    "Measured",
+    "Place",
+    "Role",
+    "SelectedRow",
+    "Selection",
+    "Store",
+    "Trajectories",
+]
 
 VALUE_FIELDS = "name, value, low, high, n, run, checkpoint, step"
 
@@ -236,6 +249,56 @@ class Store:
             tables.put(con, measured[0].measurement, values)
             tables.outdate(con, [record.fingerprint for record in measured])
             views.define(con)
+
+    def imports(self) -> list[Import]:
+        """What was imported, one entry a file, by number."""
+        with self.database.read() as con:
+            return imports.listed(con)
+
+    def worst_ends(self) -> dict[str, Literal["high", "low"]]:
+        """imported column -> the end that is bad, where its import said so."""
+        return imports.worst_ends(self.imports())
+
+    def write_import(
+        self,
+        one: Import,
+        measured: Sequence[Measured],
+        values: Any = None,
+        said: Sequence[DatasetValue] = (),
+        *,
+        keys: Sequence[Any] = (),
+        kind: str = "sft",
+    ) -> tuple[Import, tuple[int, ...]]:
+        """Keep an import, all of it or nothing. Returns it with its number, and the numbers of the earlier ones that it replaces whole.
+
+        values: a pyarrow table with fingerprint, row_id and the columns, NULL = unknown, a line a fingerprint and row. said: dataset values.
+        keys: ids of rows that only the file knows, of this kind; they are added first.
+        """
+        staging = sources.foreign_staged(self.folder, one.origin, keys, kind=kind) if keys else nullcontext()
+        with staging as staged, self.database.write() as con:
+            if staged is not None:
+                sources.ingest_foreign(con, staged, one.origin)
+            found = imports.write(con, one, measured, values, said)
+            views.define(con)
+        return found
+
+    def forget_import(self, number: int, *, dry_run: bool = False) -> Forgotten:
+        """Take an import back whole: its values, the rows that nothing else knows, its dataset values. Scores and selections made with it are
+        known to be old then. dry_run: only say what would go. Raises UsageError where there is no import of this number.
+        """
+
+        class Undone(Exception):
+            pass
+
+        try:
+            with self.database.write() as con:
+                found = replace(imports.forget(con, number), dry_run=dry_run)
+                views.define(con)
+                if dry_run:
+                    raise Undone
+        except Undone:
+            pass
+        return found
 
     def measured(self, **wanted: Any) -> list[Measured]:
         """What has been measured, in the order run, step, created. Narrow by field: measured(measurement="accuracy", run="sft")."""

@@ -22,7 +22,7 @@ from curate.rows import content_id
 from curate.sharing import check_name, placed
 from curate.sourcing import read_sources
 from curate.store import DatasetValue, Store
-from curate.wanted import wanted_scores
+from curate.wanted import Wanted, wanted_scores
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -210,7 +210,7 @@ def _check_ahead(loaded: Loaded, result: Result) -> None:
     planned = [column for measurement in given.values() for column in measurement.columns]
     planned += ["token_problem", *(want.name for want in result.plan.wanted)]
     planned += [f"{want.name}_name" for want in result.plan.wanted if want.score.names]
-    worst = {want.name: want.score.worst for want in result.plan.wanted}
+    worst = _worst(result.store, result.plan.wanted)
     columns = check_select(result.store, _spec(loaded), worst=worst, planned=planned, recipe=loaded.name)
     if loaded.recipe.export is not None:
         check_columns(loaded.recipe.export, columns)
@@ -222,7 +222,15 @@ def _spec(loaded: Loaded) -> SelectSpec:
     assert loaded.recipe.select is not None
     given = loaded.recipe.select.model_dump()
     given["keep"] = {key: value for key, value in (given["keep"] or {}).items() if value is not None} or None
+    said = {name: one for name, one in given["drop_worst"].items() if isinstance(one, dict)}
+    given["drop_worst"] |= {name: one["share"] for name, one in said.items()}
+    given["worst"] = {name: one["worst"] for name, one in said.items()}
     return SelectSpec(**given)
+
+
+def _worst(store: Store, wanted: Sequence[Wanted]) -> dict[str, str]:
+    """Which end is bad: as imports said it of their columns, and as the scores declare it."""
+    return {**store.worst_ends(), **{want.name: want.score.worst for want in wanted}}
 
 
 def _measure(loaded: Loaded, result: Result, progress: Progress) -> None:
@@ -281,7 +289,7 @@ def _select(loaded: Loaded, result: Result, sources: dict[str, list[str]]) -> No
         )
     _check_current(loaded, store, "scores", _scores_of(store, result, sources), "score")
     spec = _spec(loaded)
-    worst = {want.name: want.score.worst for want in wanted}
+    worst = _worst(store, wanted)
     known = {w.name: f"{other.name} = 1" for w in wanted for other in wanted if w.score.null_where == other.score.name}
     decisions = select(store, spec, worst=worst, recipe=loaded.name, sources=sources.get("train"), null_is_known=known)
     made_of = _selection_of(loaded, result, sources)

@@ -13,7 +13,8 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -70,31 +71,39 @@ def add(
 
 
 def add_foreign(folder: Path, database: Database, source: str, keys: Sequence[Any], *, kind: str) -> list[str]:
-    """See `Store.add_foreign_rows`. The key is kept as the occurrence's column `key`; the index is the key where it is a whole number."""
-    ids: dict[Any, str] = {}
+    """See `Store.add_foreign_rows`."""
+    with foreign_staged(folder, source, keys, kind=kind) as staged, database.write() as con:
+        ingest_foreign(con, staged, source)
+        from curate.storage import views
+
+        views.define(con)
+    return [foreign_id(source, key) for key in keys]
+
+
+@contextmanager
+def foreign_staged(folder: Path, source: str, keys: Sequence[Any], *, kind: str) -> Iterator[Path]:
+    """Rows known by somebody else's ids, staged. The key is kept as the column `key`; the index is the key where it is a whole number."""
     lines = []
-    for key in keys:
-        if key in ids:
-            continue
-        ids[key] = foreign_id(source, key)
-        index = int(key) if re.fullmatch(r"\d{1,18}", str(key)) else len(ids) - 1
-        lines.append((index, ids[key], kind, None, None, None, None, None, None, None, json.dumps({"key": str(key)})))
+    for i, key in enumerate(dict.fromkeys(keys)):
+        index = int(key) if re.fullmatch(r"\d{1,18}", str(key)) else i
+        columns = json.dumps({"key": str(key)})
+        lines.append((index, foreign_id(source, key), kind, None, None, None, None, None, None, None, columns))
     staging = _staging(folder)
     try:
         _stage(staging, lines)
-        with database.write() as con:
-            _ingest(con, staging, source, "train", replace=False)
-            known = con.execute(
-                "SELECT count(*) FROM data.source_columns WHERE source = ? AND name = 'key'", [source]
-            ).fetchall()
-            if not known[0][0]:
-                con.execute("INSERT INTO data.source_columns VALUES (?, 'train', 0, 'key', 'VARCHAR')", [source])
-            from curate.storage import views
-
-            views.define(con)
+        yield staging
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    return [ids[key] for key in keys]
+
+
+def ingest_foreign(con: Connection, staging: Path, source: str) -> None:
+    """Rows of `foreign_staged` into the store, in the caller's transaction; adding them again changes nothing."""
+    _ingest(con, staging, source, "train", replace=False)
+    known = con.execute(
+        "SELECT count(*) FROM data.source_columns WHERE source = ? AND name = 'key'", [source]
+    ).fetchall()
+    if not known[0][0]:
+        con.execute("INSERT INTO data.source_columns VALUES (?, 'train', 0, 'key', 'VARCHAR')", [source])
 
 
 def row_columns(row: Pair | Example) -> tuple[Any, ...]:

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from curate.errors import StoreError, UsageError
+from curate.naming import natural
 from curate.rows import content_id
 from curate.storage.database import Connection, literal, one, quote
 from curate.storage.entries import Measured, Place, Trajectories
@@ -75,9 +76,21 @@ def measured(con: Connection, wanted: Mapping[str, Any]) -> list[Measured]:
         f"SELECT {', '.join(MEASURED)} FROM data.measured WHERE {where} ORDER BY run, step NULLS FIRST, created, fingerprint",
         list(wanted.values()),
     ).fetchall()
-    return [
+    records = [
         Measured(**{**dict(zip(MEASURED, row, strict=True)), "params": json.loads(row[-1] or "{}")}) for row in found
     ]
+    # Imported together, checkpoints without a step have nothing else to be ordered by than their names.
+    order = {id(record): i for i, record in enumerate(records)}
+    return sorted(
+        records,
+        key=lambda m: (
+            m.run,
+            m.step is not None,
+            m.step or 0,
+            natural(m.checkpoint) if m.reads == "import" and m.step is None else (),
+            order[id(m)],
+        ),
+    )
 
 
 def known_columns(con: Connection, names: Sequence[str] | None) -> dict[str, list[str]]:
@@ -118,7 +131,7 @@ def ingest(con: Connection, paths: Sequence[Path]) -> bool:
             f"CREATE OR REPLACE TEMP TABLE incoming AS SELECT {literal(fingerprint)} AS fingerprint, {picked} FROM {source} "
             "QUALIFY row_number() OVER (PARTITION BY row_id) = 1"
         )
-        changed |= _merge(con, table_of(records[fingerprint].measurement), "incoming")
+        changed |= merge(con, table_of(records[fingerprint].measurement), "incoming")
         if any(name == "samples" for name, _ in schema):
             _ingest_samples(con, fingerprint, source)
         con.execute("DROP TABLE incoming")
@@ -136,11 +149,11 @@ def put(con: Connection, measurement: str, values: pa.Table) -> None:
         "CREATE OR REPLACE TEMP TABLE incoming AS SELECT * FROM values_view QUALIFY row_number() OVER (PARTITION BY fingerprint, row_id) = 1"
     )
     con.unregister("values_view")
-    _merge(con, table_of(measurement), "incoming")
+    merge(con, table_of(measurement), "incoming")
     con.execute("DROP TABLE incoming")
 
 
-def _merge(con: Connection, table: str, incoming: str) -> bool:
+def merge(con: Connection, table: str, incoming: str) -> bool:
     """Update the lines that are there, append the others. True if the table was made or widened."""
     arriving = {
         name: _column_type(kind)
@@ -383,13 +396,17 @@ def places(con: Connection, recipe: str) -> dict[str, list[Place]]:
     return found
 
 
-def outdate(con: Connection, fingerprints: Sequence[str]) -> None:
-    """Values under these fingerprints have changed: what was made of them, scores and selections, is known to be old."""
-    con.execute(
-        "UPDATE data.meta SET value = '' WHERE key IN (SELECT unnest(['scores of ' || name, 'selection of ' || name]) FROM data.recipes "
-        "WHERE list_has_any(uses, ?))",
-        [list(fingerprints)],
-    )
+def outdate(con: Connection, fingerprints: Sequence[str]) -> list[str]:
+    """Values under these fingerprints have changed: what was made of them, scores and selections, is known to be old. Returns it, in words."""
+    names = con.execute("SELECT name FROM data.recipes WHERE list_has_any(uses, ?)", [list(fingerprints)]).fetchall()
+    old = []
+    for what, word in (("scores", "the scores"), ("selection", "the selection")):
+        for (name,) in names:
+            key = f"{what} of {name}"
+            if con.execute("SELECT count(*) FROM data.meta WHERE key = ?", [key]).fetchall()[0][0]:
+                con.execute("UPDATE data.meta SET value = '' WHERE key = ?", [key])
+                old.append(f"{word} {'of ' if what == 'scores' else ''}{name!r}")
+    return old
 
 
 def write_selection(

@@ -13,6 +13,7 @@ import difflib
 from collections.abc import Callable, Iterable, Sequence
 
 from curate.errors import UsageError
+from curate.storage import imports
 from curate.storage.database import Connection, literal, quote
 from curate.storage.tables import columns_of, table_of, trajectories_table
 
@@ -66,7 +67,7 @@ def _bodies(con: Connection, recipe: str | None, sources: Sequence[str] | None) 
             "SELECT fingerprint FROM data.measured WHERE reads = 'import' ORDER BY created"
         ).fetchall()
         uses = [*uses, *(row[0] for row in imported)]
-        plain = [*plain, *_lone_imports(con, plain)]
+    plain = [*plain, *_lone_imports(con, plain)]
     occurs = f"data.occurrences WHERE source IN ({_list(sources)})" if sources is not None else "data.occurrences"
     near = "" if sources is None else f"row_id IN (SELECT row_id FROM {occurs})"
     called = _called(name or "")
@@ -131,9 +132,11 @@ def _check_sources(con: Connection, sources: Sequence[str]) -> None:
 
 
 def _lone_imports(con: Connection, plain: Sequence[str]) -> list[str]:
-    """Imported measurements that were taken once only, so that there is no choice which values a column shows."""
+    """Measurements that a program put in once only, so that there is no choice which values a column shows. (Imported files: `_imported`.)"""
     found = con.execute(
-        "SELECT measurement, any_value(fingerprint) FROM data.measured WHERE reads = 'import' GROUP BY measurement HAVING count(*) = 1 ORDER BY 1"
+        "SELECT measurement, any_value(fingerprint) FROM data.measured WHERE reads = 'import' AND measurement <> ? "
+        "GROUP BY measurement HAVING count(*) = 1 ORDER BY 1",
+        [imports.MEASUREMENT],
     ).fetchall()
     taken = {
         row[0]
@@ -172,8 +175,26 @@ def _scored(con: Connection, occurs: str, narrowed: bool, scores_table: str | No
         joins.append(
             f"LEFT JOIN (SELECT * FROM {table} WHERE fingerprint = {literal(fingerprint)}) p{i} ON p{i}.row_id = r.row_id"
         )
+    more, join = _imported(con, taken)
+    picked += more
+    joins += join
     picked += _user_columns(con, "r.columns", taken)
     return f"SELECT {', '.join(picked)} FROM ({_rows(occurs, narrowed)}) r {' '.join(joins)}"
+
+
+def _imported(con: Connection, taken: set[str]) -> tuple[list[str], list[str]]:
+    """Imported columns, the same whatever the recipe: (what is picked, the join). One whose name a score or a measured column has is called
+    imported_<name>.
+    """
+    columns = imports.shown(imports.listed(con))
+    if not columns:
+        return [], []
+    picked = []
+    for name in columns:
+        (shown,) = _free([name], taken) or _free([f"imported_{name}"], taken) or ("",)
+        if shown:
+            picked.append(f"i.{quote(name)} AS {quote(shown)}")
+    return picked, [f"LEFT JOIN ({imports.shown_table(columns)}) i ON i.row_id = r.row_id"]
 
 
 def _free(names: Iterable[str], taken: set[str]) -> list[str]:

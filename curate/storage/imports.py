@@ -1,0 +1,408 @@
+"""Imports as a store keeps them: what each one brought, so that its columns can be shown, and so that it can be taken back whole.
+
+`data.imports` has a line an import, `data.imported_lines` its values as they came. `data.m_imported`, which everything reads, is these layers
+on top of one another, the latest last. Both tables are made by the first import; what older versions imported is numbered then, too.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+import pyarrow as pa
+
+from curate.errors import UsageError
+from curate.storage.database import Connection, literal, quote
+from curate.storage.entries import DatasetValue, Measured
+from curate.storage.tables import columns_of, merge, outdate, remember, table_of
+
+MEASUREMENT = "imported"
+VALUES = table_of(MEASUREMENT)
+FIELDS = (
+    "number", "file", "path", "origin", "how", "columns", "worst", "per_row", "fingerprints", "values_origin", "n_lines", "n_rows",
+)  # fmt: skip
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS data.imports (number BIGINT, file VARCHAR, path VARCHAR, origin VARCHAR, how VARCHAR, columns VARCHAR[],
+    worst VARCHAR, per_row BOOLEAN, fingerprints VARCHAR[], values_origin VARCHAR, n_lines BIGINT, n_rows BIGINT, created TIMESTAMP);
+CREATE TABLE IF NOT EXISTS data.imported_lines ("import number" BIGINT, fingerprint VARCHAR, row_id VARCHAR);
+"""
+NUMBER = '"import number"'  # with a space, so that no imported column has this name
+
+
+@dataclass(frozen=True)
+class Import:
+    """One file's import.
+
+    file: as it was named. path: where it lay. origin: the source, or the file, whose rows or ids it is about. how: how its lines found their
+    rows, such as "on prompt_id"; "" for dataset values. worst: column -> the end that is bad. per_row: it names no run and no checkpoint,
+    so that a row has one value of each column. values_origin: of its dataset values, "" for none.
+    """
+
+    number: int
+    file: str
+    path: str
+    origin: str
+    how: str
+    columns: tuple[str, ...]
+    worst: Mapping[str, Literal["high", "low"]] = field(default_factory=dict)
+    per_row: bool = False
+    fingerprints: tuple[str, ...] = ()
+    values_origin: str = ""
+    n_lines: int = 0
+    n_rows: int = 0
+    created: Any = None
+
+
+@dataclass(frozen=True)
+class Forgotten:
+    """What forgetting an import removes. values: known ones of rows. rows: those that nothing else knows. outdated: recipes and selections."""
+
+    number: int
+    file: str
+    columns: tuple[str, ...]
+    values: int
+    rows: int
+    dataset_values: int
+    shown_again: tuple[int, ...]
+    outdated: tuple[str, ...]
+    dry_run: bool = False
+
+    def __str__(self) -> str:
+        verb = "would be removed" if self.dry_run else "removed"
+        parts = []
+        if self.values:
+            parts.append(f"{self.values:,} values of {', '.join(self.columns)}")
+        if self.rows:
+            parts.append(f"{self.rows:,} rows that only this file's ids knew")
+        if self.dataset_values:
+            parts.append(f"{self.dataset_values:,} dataset values ({', '.join(self.columns)})")
+        lines = [f"Import {self.number} ({self.file}) {verb}: {', '.join(parts) or 'it had no values left'}."]
+        if self.shown_again:
+            lines.append(
+                f"Where import {' and '.join(map(str, self.shown_again))} had values of the same columns, those count again."
+            )
+        if self.outdated:
+            lines.append(
+                f"Made with its values, and out of date now: {', '.join(self.outdated)}. `curate run RECIPE` makes them anew."
+            )
+        return "\n".join(lines)
+
+
+def listed(con: Connection) -> list[Import]:
+    """Every import by number; those of a store that older versions wrote are found in its tables, and numbered by their age."""
+    found = []
+    if _exists(con, "imports"):
+        lines = con.execute(f"SELECT {', '.join(FIELDS)}, created FROM data.imports ORDER BY number").fetchall()
+        for line in lines:
+            of = dict(zip((*FIELDS, "created"), line, strict=True))
+            of |= {
+                "columns": tuple(of["columns"]),
+                "fingerprints": tuple(of["fingerprints"]),
+                "worst": json.loads(of["worst"]),
+            }
+            found.append(Import(**of))
+    return [*found, *_unnumbered(con, found)]
+
+
+def _unnumbered(con: Connection, known: Sequence[Import]) -> list[Import]:
+    """Imports without a line in data.imports: values of rows by their source, dataset values by their origin."""
+    taken = {print for one in known for print in one.fingerprints}
+    origins: dict[str, list[tuple[str, str, Any]]] = {}
+    for print, checkpoint, step, params, created in con.execute(
+        "SELECT fingerprint, checkpoint, step, params, created FROM data.measured WHERE reads = 'import' AND measurement = ? "
+        "ORDER BY created, fingerprint",
+        [MEASUREMENT],
+    ).fetchall():
+        if print not in taken:
+            place = "" if checkpoint in (None, "") and step is None else "somewhere"
+            origins.setdefault(json.loads(params or "{}").get("source", ""), []).append((print, place, created))
+    old: list[tuple[Any, Import]] = []
+    there = columns_of(con, VALUES) if origins else {}
+    for origin, members in origins.items():
+        prints = [print for print, _, _ in members]
+        counts = ", ".join(f"count({quote(c)})" for c in there) or "0"
+        n_lines, n_rows, *numbers = con.execute(
+            f"SELECT count(*), count(DISTINCT row_id), {counts} FROM data.{quote(VALUES)} WHERE fingerprint IN ({_list(prints)})"
+        ).fetchall()[0]
+        columns = tuple(c for c, n in zip(there, numbers, strict=False) if n)
+        per_row = len(members) == 1 and not members[0][1]
+        one = Import(
+            0, origin, "", origin, "row", columns, {}, per_row, tuple(prints), "", n_lines, n_rows, members[0][2]
+        )
+        old.append((members[0][2], one))
+    ours = {one.values_origin for one in known}
+    for values_origin, names, n in con.execute(
+        "SELECT origin, list(DISTINCT name ORDER BY name), count(*) FROM data.dataset_values WHERE starts_with(origin, 'import:') "
+        "GROUP BY origin ORDER BY origin"
+    ).fetchall():
+        if values_origin not in ours:
+            origin = values_origin.removeprefix("import:")
+            old.append((None, Import(0, origin, "", origin, "", tuple(names), values_origin=values_origin, n_lines=n)))
+    old.sort(key=lambda pair: (pair[0] is None, str(pair[0] or "")))
+    first = max([one.number for one in known], default=0) + 1
+    return [Import(**{**vars(one), "number": first + i}) for i, (_, one) in enumerate(old)]
+
+
+def _ensure(con: Connection) -> list[Import]:
+    """The tables of imports, with everything that was imported so far in them."""
+    found = listed(con)
+    con.execute(SCHEMA)
+    kept = {row[0] for row in con.execute("SELECT number FROM data.imports").fetchall()}
+    for one in found:
+        if one.number not in kept:
+            _insert(con, one)
+            if one.fingerprints:
+                picked = ", ".join(["fingerprint", "row_id", *map(quote, one.columns)])
+                _add_lines(
+                    con,
+                    one,
+                    f"SELECT {picked} FROM data.{quote(VALUES)} WHERE fingerprint IN ({_list(one.fingerprints)})",
+                )
+    return found
+
+
+def write(
+    con: Connection, one: Import, measured: Sequence[Measured], values: pa.Table | None, said: Sequence[DatasetValue]
+) -> tuple[Import, tuple[int, ...]]:
+    """Keep an import. Returns it with its number, and the numbers of earlier ones that it replaces whole: they are gone then."""
+    earlier = _ensure(con)
+    number = max([old.number for old in earlier], default=0) + 1
+    one = replace(one, number=number, values_origin=f"import:{number}:{one.origin}" if said else "")
+    for record in measured:
+        remember(con, record)
+    if values is not None:
+        con.register("import_view", values)
+        con.execute("CREATE OR REPLACE TEMP TABLE incoming AS SELECT * FROM import_view")
+        con.unregister("import_view")
+        _add_lines(con, one, "SELECT * FROM incoming")
+        merge(con, VALUES, "incoming")
+        con.execute("DROP TABLE incoming")
+    _insert(con, one)
+    gone = [old.number for old in earlier if old.fingerprints and values is not None and _covered(con, old, one)]
+    for old in gone:
+        con.execute(f"DELETE FROM data.imported_lines WHERE {NUMBER} = ?", [old])
+    if said:
+        gone += _replace_dataset_values(con, one, said, earlier)
+    for old in gone:
+        con.execute("DELETE FROM data.imports WHERE number = ?", [old])
+    outdate(con, one.fingerprints)
+    _outdate_selections(con, one.columns if values is not None else ())
+    return one, tuple(gone)
+
+
+def _covered(con: Connection, old: Import, new: Import) -> bool:
+    """Whether nothing of an older import is left to be seen below a new one."""
+    if not (set(old.columns) <= set(new.columns) and set(old.fingerprints) <= set(new.fingerprints)):
+        return False
+    left = (
+        f"SELECT count(*) FROM (SELECT fingerprint, row_id FROM data.imported_lines WHERE {NUMBER} = ? "
+        f"EXCEPT SELECT fingerprint, row_id FROM data.imported_lines WHERE {NUMBER} = ?)"
+    )
+    return bool(con.execute(left, [old.number, new.number]).fetchall()[0][0] == 0)
+
+
+def _replace_dataset_values(
+    con: Connection, one: Import, said: Sequence[DatasetValue], earlier: Sequence[Import]
+) -> list[int]:
+    """The values of the same name, run and checkpoint go, and with them the imports that have none left."""
+    rows = [[one.values_origin, *asdict(value).values()] for value in said]
+    names = ", ".join(asdict(said[0]))
+    marks = ", ".join("?" * len(rows[0]))
+    same = "name = ? AND run = ? AND checkpoint = ? AND step IS NOT DISTINCT FROM ?"
+    for value in said:
+        con.execute(
+            f"DELETE FROM data.dataset_values WHERE starts_with(origin, 'import:') AND {same}",
+            [value.name, value.run, value.checkpoint, value.step],
+        )
+    same_file = [
+        old for old in earlier if old.values_origin and old.origin == one.origin and old.path in ("", one.path)
+    ]
+    for old in same_file:  # the file again: what it no longer says is gone
+        con.execute(
+            f"DELETE FROM data.dataset_values WHERE origin = ? AND name IN ({_list(v.name for v in said)})",
+            [old.values_origin],
+        )
+    for row in rows:
+        con.execute(f"INSERT INTO data.dataset_values (origin, {names}) VALUES ({marks})", row)
+    left = {r[0] for r in con.execute("SELECT DISTINCT origin FROM data.dataset_values").fetchall()}
+    return [old.number for old in earlier if old.values_origin and old.values_origin not in left]
+
+
+def forget(con: Connection, number: int) -> Forgotten:
+    """Take an import back. Raises UsageError where there is none of this number."""
+    found = _ensure(con)
+    one = next((i for i in found if i.number == number), None)
+    if one is None:
+        there = ", ".join(f"{i.number} ({i.file})" for i in found)
+        raise UsageError(f"no import {number} in this store. There are: {there or 'none'}.")
+    lines = con.execute(f"SELECT row_id FROM data.imported_lines WHERE {NUMBER} = ?", [number]).fetchall()
+    values = sum(_known(con, one))
+    again = _unmerge(con, one, [other for other in found if other.number != number])
+    con.execute("DELETE FROM data.imports WHERE number = ?", [number])
+    rows = _forget_rows(con, list({row[0] for row in lines}))
+    dataset_values = 0
+    if one.values_origin:
+        dataset_values = con.execute(
+            "SELECT count(*) FROM data.dataset_values WHERE origin = ?", [one.values_origin]
+        ).fetchall()[0][0]
+        con.execute("DELETE FROM data.dataset_values WHERE origin = ?", [one.values_origin])
+    outdated = [*outdate(con, one.fingerprints), *_outdate_selections(con, one.columns if one.fingerprints else ())]
+    return Forgotten(number, one.file, one.columns, values, rows, dataset_values, again, tuple(dict.fromkeys(outdated)))
+
+
+def _known(con: Connection, one: Import) -> list[int]:
+    """How many values of each column it brought."""
+    if not one.fingerprints:
+        return []
+    counts = ", ".join(f"count({quote(c)})" for c in one.columns) or "0"
+    return list(con.execute(f"SELECT {counts} FROM data.imported_lines WHERE {NUMBER} = ?", [one.number]).fetchall()[0])
+
+
+def _unmerge(con: Connection, one: Import, others: Sequence[Import]) -> tuple[int, ...]:
+    """The values without this import's: its lines are laid anew from what the others have of them. Returns those that are seen again."""
+    if not one.fingerprints:
+        return ()
+    con.execute(
+        f"CREATE OR REPLACE TEMP TABLE affected AS SELECT DISTINCT fingerprint, row_id FROM data.imported_lines WHERE {NUMBER} = ?",
+        [one.number],
+    )
+    con.execute(f"DELETE FROM data.imported_lines WHERE {NUMBER} = ?", [one.number])
+    con.execute(
+        f"DELETE FROM data.{quote(VALUES)} WHERE (fingerprint, row_id) IN (SELECT (fingerprint, row_id) FROM affected)"
+    )
+    again = []
+    for other in sorted(others, key=lambda i: i.number):
+        if not set(other.fingerprints) & set(one.fingerprints):
+            continue
+        picked = ", ".join(["fingerprint", "row_id", *map(quote, other.columns)])
+        con.execute(
+            f"CREATE OR REPLACE TEMP TABLE incoming AS SELECT {picked} FROM data.imported_lines JOIN affected USING (fingerprint, row_id) "
+            f"WHERE {NUMBER} = {other.number}"
+        )
+        if con.execute("SELECT count(*) FROM incoming").fetchall()[0][0]:
+            merge(con, VALUES, "incoming")
+            if set(other.columns) & set(one.columns):
+                again.append(other.number)
+        con.execute("DROP TABLE incoming")
+    con.execute("DROP TABLE affected")
+    left = {c for other in others for c in other.columns if other.fingerprints}
+    for table in (VALUES, "imported_lines"):
+        for column in one.columns:
+            if column not in left and column in columns_of(con, table):
+                con.execute(f"ALTER TABLE data.{quote(table)} DROP COLUMN {quote(column)}")
+    gone = [f for f in one.fingerprints if not any(f in other.fingerprints for other in others)]
+    con.execute(f"DELETE FROM data.measured WHERE fingerprint IN ({_list(gone)})")
+    return tuple(again)
+
+
+def _forget_rows(con: Connection, row_ids: Sequence[str]) -> int:
+    """Remove those of these rows that have no text and that nothing measured or imported is about any more. Returns how many."""
+    con.register("forget_view", pa.table({"row_id": pa.array(row_ids, pa.string())}))
+    con.execute(
+        "CREATE OR REPLACE TEMP TABLE lone AS SELECT row_id FROM data.rows JOIN forget_view USING (row_id) WHERE prompt IS NULL"
+    )
+    con.unregister("forget_view")
+    tables = [
+        row[0]
+        for row in con.execute(
+            "SELECT table_name FROM duckdb_columns() WHERE schema_name = 'data' AND column_name = 'row_id' AND database_name = current_database()"
+        ).fetchall()
+    ]
+    for table in tables:
+        if table in ("samples", "imported_lines") or table.startswith("m_"):
+            con.execute(f"DELETE FROM lone WHERE row_id IN (SELECT row_id FROM data.{quote(table)})")
+    n = int(con.execute("SELECT count(*) FROM lone").fetchall()[0][0])
+    if n:
+        for table in tables:
+            con.execute(f"DELETE FROM data.{quote(table)} WHERE row_id IN (SELECT row_id FROM lone)")
+        con.execute(
+            "DELETE FROM data.source_columns WHERE source NOT IN (SELECT source FROM data.occurrences UNION SELECT source FROM data.source_state)"
+        )
+    con.execute("DROP TABLE lone")
+    return n
+
+
+def _outdate_selections(con: Connection, columns: Iterable[str]) -> list[str]:
+    """Selections whose rules name one of these columns are known to be old. Returns them, in words."""
+    words = [re.compile(rf"\b{re.escape(c)}\b", re.IGNORECASE) for c in columns]
+    old = []
+    for name, spec in con.execute("SELECT name, spec FROM data.selections ORDER BY name").fetchall():
+        if any(word.search(spec or "") for word in words):
+            con.execute("UPDATE data.meta SET value = '' WHERE key = ?", [f"selection of {name}"])
+            old.append(f"the selection {name!r}")
+    return old
+
+
+# ---- what the views show -----------------------------------------------------------------------------------------------------------------
+
+
+def shown(found: Sequence[Import]) -> dict[str, list[str]]:
+    """column -> the fingerprints whose values `scored` shows, the latest import's last: those that name no run and no checkpoint, else the only
+    one there is. A column of several checkpoints is in `trajectories` alone.
+    """
+    plain: dict[str, list[str]] = {}
+    placed: dict[str, set[str]] = {}
+    for one in found:
+        for column in one.columns if one.fingerprints else ():
+            if one.per_row:
+                prints = plain.setdefault(column, [])
+                prints[:] = [*(p for p in prints if p not in one.fingerprints), *one.fingerprints]
+            else:
+                placed.setdefault(column, set()).update(one.fingerprints)
+    names = dict.fromkeys(column for one in found for column in one.columns)
+    lone = {column: list(prints) for column, prints in placed.items() if len(prints) == 1}
+    return {column: plain.get(column) or lone[column] for column in names if column in plain or column in lone}
+
+
+def shown_table(columns: Mapping[str, Sequence[str]]) -> str:
+    """SQL: row_id and a column each, of several fingerprints the value of the last that has one."""
+    picked = []
+    for column, prints in columns.items():
+        if len(prints) == 1:
+            picked.append(
+                f"any_value({quote(column)}) FILTER (WHERE fingerprint = {literal(prints[0])}) AS {quote(column)}"
+            )
+        else:
+            place = " ".join(f"WHEN {literal(p)} THEN {i}" for i, p in enumerate(prints))
+            picked.append(f"arg_max({quote(column)}, CASE fingerprint {place} END) AS {quote(column)}")
+    every = _list(dict.fromkeys(print for prints in columns.values() for print in prints))
+    table = f"data.{quote(VALUES)}"
+    return f"SELECT row_id, {', '.join(picked)} FROM {table} WHERE fingerprint IN ({every}) GROUP BY row_id"
+
+
+def worst_ends(found: Sequence[Import]) -> dict[str, Literal["high", "low"]]:
+    """column -> the end that its import called bad, the latest that did."""
+    return {column: end for one in found for column, end in one.worst.items()}
+
+
+def _insert(con: Connection, one: Import) -> None:
+    values = [getattr(one, name) for name in FIELDS]
+    values[FIELDS.index("worst")] = json.dumps(dict(one.worst))
+    for name in ("columns", "fingerprints"):
+        values[FIELDS.index(name)] = list(getattr(one, name))
+    marks = ", ".join("?" * len(values))
+    con.execute(
+        f"INSERT INTO data.imports ({', '.join(FIELDS)}, created) VALUES ({marks}, coalesce(?, now()::TIMESTAMP))",
+        [*values, one.created],
+    )
+
+
+def _add_lines(con: Connection, one: Import, query: str) -> None:
+    """An import's values as they came."""
+    there = columns_of(con, "imported_lines")
+    for name, kind in con.execute(f"SELECT column_name, column_type FROM (DESCRIBE {query})").fetchall():
+        if name not in ("fingerprint", "row_id") and name not in there:
+            con.execute(f"ALTER TABLE data.imported_lines ADD COLUMN {quote(name)} {kind}")
+    con.execute(f"INSERT INTO data.imported_lines BY NAME SELECT {one.number} AS {NUMBER}, * FROM ({query})")
+
+
+def _exists(con: Connection, table: str) -> bool:
+    found = "SELECT count(*) FROM duckdb_tables() WHERE schema_name = 'data' AND table_name = ? AND database_name = current_database()"
+    return bool(con.execute(found, [table]).fetchall()[0][0])
+
+
+def _list(values: Iterable[str]) -> str:
+    return ", ".join(literal(v) for v in values) or "NULL"
