@@ -244,7 +244,9 @@ def import_(
     ] = None,
     on: Annotated[
         str | None,
-        typer.Option(metavar="COLUMN|OURS=THEIRS", help="instead of a row: a column that your rows have too, e.g. prompt_id"),
+        typer.Option(
+            metavar="COLUMN|OURS=THEIRS", help="instead of a row: a column that your rows have too, e.g. prompt_id"
+        ),
     ] = None,
     new_rows: Annotated[
         bool, typer.Option("--new-rows", help="ids that no row has are rows of their own, without text")

@@ -21,6 +21,7 @@ import polars as pl
 
 from curate.errors import UsageError, ValidationError
 from curate.import_table import WHOLE_FLOAT, Table, text_of
+from curate.naming import natural
 from curate.rows import ID_DIGITS, foreign_id
 from curate.store import Store
 
@@ -52,7 +53,6 @@ def find_rows(
 ) -> Found:
     """how: on (with `ours`), row_id, index or row. Raises UsageError or ValidationError where lines cannot be told to be about rows."""
     keys = text_of(table.frame[column])
-    table.refuse(keys.is_null().to_numpy(), column, "which row the line is about, not an empty cell")
     unique = keys.unique(maintain_order=True)
     if how == "on":
         return _on(store, table, column, keys, ours, source)
@@ -73,6 +73,23 @@ def find_rows(
         [of[key] for key in keys.to_list()],
         {"row_id": "our row ids", "place": "source:index"}.get(how, "row numbers"),
     )
+
+
+def check_lines(table: Table, column: str, places: pl.DataFrame) -> None:
+    """ValidationError for a line that names no row, and for two that are about the same row, run and checkpoint."""
+    keys = text_of(table.frame[column])
+    table.refuse(keys.is_null().to_numpy(), column, "which row the line is about, not an empty cell")
+    lines = places.with_columns(keys.alias("key"))
+    twice = lines.is_duplicated()
+    if twice.any():
+        first = int(twice.arg_max() or 0)
+        same = lines.with_row_index().filter(
+            pl.all_horizontal(pl.col(n).eq_missing(lines[n][first]) for n in lines.columns)
+        )
+        raise ValidationError(
+            f"{table.at(first)} and {table.at(same['index'][1]).removeprefix(table.shown + ', ')} are about the same row, run and checkpoint "
+            f"({column} {keys[first]!r}). Map what tells them apart with run= or checkpoint=, or remove one."
+        )
 
 
 def _kind(
@@ -242,7 +259,7 @@ def _nothing_joined(store: Store, table: Table, column: str, keys: pl.Series, ou
         hint = f"Name columns that hold the same ids: `--on OURS=THEIRS` (the rows' columns are: {', '.join(own_columns(store)) or 'none'})."
     return (
         f"{table.shown}: no line is about a row of {store.folder}: the file's {column!r} is {_some(unique.to_list())}, the rows' {ours!r} is "
-        f"{_some(list(of)) or 'always empty'}. {hint}"
+        f"{_some(sorted(of, key=natural)) or 'always empty'}. {hint}"
     )
 
 

@@ -77,7 +77,7 @@ def read_table(path: Path, wanted: Mapping[str, str]) -> Table:
     for ours, theirs in wanted.items():
         if theirs not in names:
             raise UsageError(_no_column(shown, ours, theirs, names))
-    if not len(frame):
+    if wanted and not len(frame):
         raise ValidationError(f"{shown}: no rows in this file.")
     return Table(path, shown, names, frame)
 

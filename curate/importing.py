@@ -28,7 +28,7 @@ import polars as pl
 
 from curate.errors import UsageError, ValidationError
 from curate.import_notes import check_columns, notes_of
-from curate.import_rows import Found, find_rows
+from curate.import_rows import Found, check_lines, find_rows
 from curate.import_table import GROUPED, Table, numbers, read_table, step_of, steps_of, text_of, values_of
 from curate.naming import natural
 from curate.progress import counted
@@ -118,6 +118,11 @@ def import_file(
             "--map: no column to import, only which row and run it is. Add one, such as correct=n_correct samples=n_samples."
         )
     ends = check_worst(worst or {}, columns)
+    ours, theirs = joins or ("", mapping.get(how, ""))
+    if how:
+        check_lines(table, theirs, places)
+    else:
+        check_places(table, places)
     origin = source or "/".join(path.resolve().parts[-2:])
     needs_rows = bool(joins) or how in ("index", "row_id")
     made = not isinstance(store, Store) and not (Path(store) / "curate.duckdb").exists()
@@ -127,7 +132,6 @@ def import_file(
     )  # fmt: skip
     if not how:
         return _import_values(store, table, one, places, columns, made)
-    ours, theirs = joins or ("", mapping.get(how, ""))
     found = find_rows(store, table, how, theirs, ours=ours, source=source, origin=origin, new_rows=new_rows)
     return _import_rows(store, table, one, places, columns, found, kind, made)
 
@@ -180,14 +184,6 @@ def _import_rows(
 def _import_values(
     store: Store, table: Table, one: Import, places: pl.DataFrame, columns: dict[str, np.ndarray], made: bool
 ) -> Imported:
-    twice = places.is_duplicated()
-    if twice.any():
-        first = int(twice.arg_max() or 0)
-        same = places.with_row_index().filter(pl.all_horizontal(pl.col(n).eq_missing(places[n][first]) for n in PLACES))
-        raise ValidationError(
-            f"{table.at(first)} and {table.at(same['index'][1]).removeprefix(table.shown + ', ')} are about the same run and checkpoint. "
-            "If a line is about a row of data, say which with row= or --on; else map what tells them apart with run= or checkpoint=."
-        )
     said = dataset_values(places, columns)
     kept, replaced = store.write_import(one, [], said=said)
     runs, checkpoints = places["run"].n_unique(), places.n_unique()
@@ -202,6 +198,18 @@ def _said(store: Store, kept: Import, replaced: Sequence[int], made: bool) -> li
         [f"It replaces import {' and '.join(map(str, replaced))}."] if any(n != kept.number for n in replaced) else []
     )
     return [*lines, *([f"There was no store at {store.folder}: it was made."] if made else [])]
+
+
+def check_places(table: Table, places: pl.DataFrame) -> None:
+    """ValidationError where two lines about datasets are about the same run and checkpoint."""
+    twice = places.is_duplicated()
+    if twice.any():
+        first = int(twice.arg_max() or 0)
+        same = places.with_row_index().filter(pl.all_horizontal(pl.col(n).eq_missing(places[n][first]) for n in PLACES))
+        raise ValidationError(
+            f"{table.at(first)} and {table.at(same['index'][1]).removeprefix(table.shown + ', ')} are about the same run and checkpoint. "
+            "If a line is about a row of data, say which with row= or --on; else map what tells them apart with run= or checkpoint=."
+        )
 
 
 def check_names(mapping: Mapping[str, str], on: str | None = None) -> None:
@@ -390,11 +398,10 @@ def _once(table: Table, keys: pl.DataFrame, columns: Mapping[str, np.ndarray], f
             kept.append(i)
             continue
         a, b = int(found.lines[first]), int(found.lines[i])
-        same_id = not found.how or found.foreign or "=" not in found.how
-        if same_id or not all(_alike(values[a], values[b]) for values in columns.values()):
+        if not all(_alike(values[a], values[b]) for values in columns.values()):
             raise ValidationError(
-                f"{table.at(a)} and {table.at(b).removeprefix(table.shown + ', ')} are about the same row, run and checkpoint"
-                f"{f' (row {key[1]})' if found.how else ''}. Map what tells them apart with run= or checkpoint=, or remove one."
+                f"{table.at(a)} and {table.at(b).removeprefix(table.shown + ', ')} are about one row of the store ({key[1]}: two of the ids are "
+                "the same text) and have other values. Leave one of them out."
             )
     return np.array(kept)
 

@@ -227,7 +227,8 @@ class Select(Strict):
 
     where: str | None = None
     drop_worst: dict[str, Annotated[float, Field(ge=0, lt=1)] | Worst] = Field(
-        {}, description="score: share; or, for a column whose worst end nobody has said, column: {share: 0.1, worst: low}"
+        {},
+        description="score: share; or, for a column whose worst end nobody has said, column: {share: 0.1, worst: low}",
     )
     order_by: str | None = None
     keep: Keep | None = None

@@ -38,7 +38,9 @@ TOKENS = ("prompt_tokens", "chosen_tokens", "rejected_tokens", "completion_token
 
 @dataclass(frozen=True)
 class SelectSpec:
-    """A recipe's `select`. keep: {"share": .8} | {"rows": n} | {"tokens": n}. per: a column, or {column: {group: share}}."""
+    """A recipe's `select`. keep: {"share": .8} | {"rows": n} | {"tokens": n}. per: a column, or {column: {group: share}}. worst: column of
+    drop_worst -> the end that the recipe itself calls bad.
+    """
 
     where: str | None = None
     drop_worst: Mapping[str, float] = field(default_factory=dict)
@@ -47,6 +49,7 @@ class SelectSpec:
     per: str | Mapping[str, Mapping[str, float]] | None = None
     duplicates: Literal["once", "as_found"] = "once"
     unknown: Literal["error", "keep", "drop"] = "error"
+    worst: Mapping[str, str] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -107,7 +110,10 @@ def select(
             known_as[column] = condition
         except UsageError:
             continue
-    available = store.sql("SELECT * FROM scored LIMIT 0", recipe=recipe, source=sources).columns
+    worst = {**worst, **spec.worst}
+    schema = store.sql("SELECT * FROM scored LIMIT 0", recipe=recipe, source=sources).schema
+    available = list(schema)
+    check_numbers(spec, {name: str(kind) for name, kind in schema.items()})
     if spec.where is not None:
         check_expression(spec.where, "select.where")
     keys = order_keys(spec.order_by) if spec.order_by else []
@@ -186,7 +192,10 @@ def check_select(
 
     Returns every column that `scored` will have. Raises UsageError as `select` does.
     """
-    have = store.sql("SELECT * FROM scored LIMIT 0", recipe=recipe).columns
+    worst = {**worst, **spec.worst}
+    schema = store.sql("SELECT * FROM scored LIMIT 0", recipe=recipe).schema
+    have = list(schema)
+    check_numbers(spec, {name: str(kind) for name, kind in schema.items()})
     known = {name.lower() for name in have}
     coming = [name for name in dict.fromkeys(planned) if name.lower() not in known]
     for name in spec.drop_worst:
@@ -321,18 +330,30 @@ def whole(x: float) -> int:
 
 
 def check_worst(name: str, worst: Mapping[str, str], available: Sequence[str]) -> None:
-    """drop_worst takes a score that says which end is bad and that has been computed."""
+    """drop_worst takes a score that says which end is bad, or a column of which the recipe or its import says so, and that is there."""
+    say = f"`drop_worst: {{{name}: {{share: 0.1, worst: low}}}}` (or high)"
     if name not in worst:
-        near = difflib.get_close_matches(name, worst, 1, 0.5)
+        if name in available:
+            raise UsageError(f"select.drop_worst: which end of {name!r} is bad? It is no score, so say it: {say}.")
+        near = difflib.get_close_matches(name, [*worst, *available], 1, 0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"this recipe has {', '.join(worst) or 'none'}."
         raise UsageError(f"select.drop_worst: {name!r} is not a score of this recipe; {hint}")
     if worst[name] not in ("high", "low"):
         raise UsageError(
             f"select.drop_worst: neither end of {name!r} is bad in itself. "
-            "Use `where` with a bound of your own, or `order_by` and `keep`."
+            f"Use `where` with a bound of your own, or `order_by` and `keep`, or say which is bad for you: {say}."
         )
     if name not in available:
         raise UsageError(f"select.drop_worst: {name!r} has not been computed yet. Run `curate score RECIPE` first.")
+
+
+def check_numbers(spec: SelectSpec, kinds: Mapping[str, str]) -> None:
+    """UsageError where drop_worst names text, which has no bad end."""
+    for name in spec.drop_worst:
+        if kinds.get(name) == "String":
+            raise UsageError(
+                f"select.drop_worst: {name!r} is text, which has no high and no low end. Use `where`, such as `where: {name} <> '…'`."
+            )
 
 
 def _check_groups(shares: Mapping[str, float], found: set[str | None], column: str, spec: SelectSpec) -> None:
