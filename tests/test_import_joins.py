@@ -74,10 +74,9 @@ def test_ids_of_the_user_s_own_are_no_new_rows(store, tmp_path):
         UsageError, match=r"none of the 4 values of 'prompt_id' \('p2', .*say `--on prompt_id`.*`--new-rows`"
     ):
         import_file(store, judged(tmp_path), {"row": "prompt_id", **MAP})
-    with pytest.raises(
-        UsageError, match=r"the file's 'verdict' is 'bad', 'good', 'poor', the rows' 'group' is 'g', 'h'"
-    ):
-        import_file(store, judged(tmp_path), {"judge": "score"}, on="group=verdict")
+    both = r"the file's 'prompt_id' is 'p2', 'p0', 'p9', …, the rows' 'group' is 'g', 'h'.*`--on prompt_id`"
+    with pytest.raises(UsageError, match=both):
+        import_file(store, judged(tmp_path), {"judge": "score"}, on="group=prompt_id")
     with pytest.raises(UsageError, match=r"have no column 'promptid'. Did you mean --on prompt_id"):
         import_file(store, judged(tmp_path), {"judge": "score"}, on="promptid=prompt_id")
     assert store.status()["rows"] == 4 and store.imports() == []
