@@ -321,9 +321,10 @@ class SampleRunner(Runner):
         self.few_shot = few_shot_text(loaded)
         self.kept = KeptAnswers(store) if store is not None else None
         self.said = Counter[str]()
+        self.label = "the model"
 
     def use(self, step: Step) -> None:
-        self.step = step
+        self.step, self.label = step, step.subject.label
 
     def _start(self) -> None:
         """The engine with the weights of the step's subject: nothing is started, and no tokenizer read, for answers that are kept."""
@@ -440,11 +441,31 @@ class SampleRunner(Runner):
 
     def _correct(self, text: str, row: Row) -> bool | None:
         answer = row.answer if isinstance(row, Example) else None
-        return None if answer is None else self.grader.grade(text, answer, row)
+        if answer is None or not self.grader.readable(answer, row):
+            return None
+        return self.grader.grade(text, answer, row)
 
     def notes(self) -> list[str]:
         notes: list[str] = [] if self.sampler is None else self.sampler.notes
-        return list(dict.fromkeys(notes))
+        said, most = self.said, self.recipe.sampling.max_new_tokens
+        self.said = Counter()
+        found = list(dict.fromkeys(notes))
+        if 2 * said["empty"] > said["answers"]:
+            found.append(
+                f"Warning: {said['empty']:,} of {said['answers']:,} answers of {self.label} are empty. An instruct model wants its chat template: "
+                "give the rows as messages; a base model wants to see what an answer looks like: `sampling.few_shot`."
+            )
+        if 10 * said["unfinished"] >= 9 * said["answers"] > 0:
+            found.append(
+                f"Warning: {said['unfinished']:,} of {said['answers']:,} answers of {self.label} did not end within max_new_tokens {most}. Raise it "
+                "with `--set sampling.max_new_tokens=…`, or say where an answer ends: `sampling.stop`."
+            )
+        elif said["unfinished"]:
+            found.append(
+                f"{said['unfinished']:,} of {said['answers']:,} answers of {self.label} were cut at max_new_tokens {most}, and are graded as they "
+                "stand (n_unfinished)."
+            )
+        return found
 
     def close(self) -> None:
         if self.sampler is not None:

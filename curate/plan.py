@@ -78,7 +78,7 @@ class Plan:
 
     places: of every fingerprint the (run, checkpoint, step) of the models that it is of: several where their weights are the same, in the order of
     `uses`. recorded: the recorded training run that they are read from, if any. pool: the rows that neighbours are taken from. of_lengths:
-    what is said of rows that are too long. lengths: of the recipe's rows, None where no model is run.
+    what is said of rows that are too long, of_references: of those that cannot be graded. lengths: of the recipe's rows, None where no model is run.
     """
 
     wanted: list[Wanted]
@@ -92,6 +92,7 @@ class Plan:
     of_lengths: list[str] = field(default_factory=list)
     lengths: RowLengths | None = None
     of_server: list[str] = field(default_factory=list)
+    of_references: list[str] = field(default_factory=list)
 
     @property
     def missing(self) -> int:
@@ -144,7 +145,7 @@ class Plan:
                 f"{len(idle)} of {len(run)} checkpoints are not measured ({names}): no score of this recipe is over checkpoints; "
                 f"{of}. `curate scores` says which are (needs … over checkpoints)."
             )
-        return [*self.of_server, *found, *self.of_answers(), *self.of_lengths]
+        return [*self.of_server, *found, *self.of_answers(), *self.of_references, *self.of_lengths]
 
     def of_answers(self) -> list[str]:
         """A line where answers that were sampled before are taken again."""

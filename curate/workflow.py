@@ -18,6 +18,7 @@ from curate.positions import beyond_positions, unmeasurable_rows
 from curate.progress import Progress, counted
 from curate.recipe import Loaded, load_recipe
 from curate.recordings import recorded_runs
+from curate.references import check_references
 from curate.rows import content_id
 from curate.sharing import check_name, placed
 from curate.sourcing import read_sources
@@ -130,6 +131,7 @@ def run_steps(loaded: Loaded, steps: Sequence[str], *, progress: Progress, comma
             result.plan = _make_plan(loaded, store, sources, ask="keep" if "measure" in steps else "no")
             _register(loaded, store, result.plan, sources)
             if "measure" in steps:
+                result.plan.of_references = check_references(loaded, store, result.plan)
                 for note in result.plan.notes():
                     progress.say(note)
                 result.said = not progress.quiet
@@ -174,6 +176,7 @@ def make_plan(loaded: Loaded, *, progress: Progress) -> Plan:
     check_name(loaded, store)
     sources = read_sources(loaded, store, progress)
     plan = _make_plan(loaded, store, sources, ask="look")
+    plan.of_references = check_references(loaded, store, plan)
     plan.of_lengths = [*unmeasurable_rows(loaded, plan), *beyond_positions(loaded, store, plan)]
     return plan
 
