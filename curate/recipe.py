@@ -16,30 +16,12 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from curate.errors import UsageError
 from curate.recipe_errors import explained, found, lines_of
+from curate.recipe_sources import Source, Target, inherit
 from curate.recipe_yaml import as_written, is_text_wanted, overriding, read_yaml
 
 
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Source(Strict):
-    """Where rows come from."""
-
-    path: str | list[str] = Field(
-        description="a file, a folder written by save_to_disk, a glob, a hub id, or a list of them"
-    )
-    split: str = "train"
-    revision: str | None = Field(None, description="a hub dataset's revision")
-    format: str = Field("auto", description="auto, or a format that `curate validate` names")
-    columns: dict[str, str] = Field({}, description="ours: theirs")
-    on_bad_row: Literal["error", "drop"] = "error"
-    limit: int | None = Field(None, ge=1, description="only the first so many rows, for trying out")
-
-    @model_validator(mode="before")
-    @classmethod
-    def path_alone(cls, value: Any) -> Any:
-        return {"path": value} if isinstance(value, str | list) else value
 
 
 class Revisions(Strict):
@@ -137,18 +119,6 @@ class Sampling(Strict):
     perturb: str | None = Field(
         None,
         description="package.module:function of (prompt, answer) or (prompt, answer, row) that gives changed prompts, for limem",
-    )
-
-
-class Target(Source):
-    """Rows that a score's influence is taken on: what must survive, or what must get better."""
-
-    of: Literal["chosen", "rejected", "margin", "completion"] = Field(
-        description="whose log-probability: of a pair's chosen or rejected response, of chosen minus rejected, or an SFT row's completion"
-    )
-    per: str | None = Field(
-        None,
-        description="a column of theirs, such as task: a gradient for each of its values, and the best of them counts",
     )
 
 
@@ -287,7 +257,10 @@ class Recipe(Strict):
     kind: Literal["preference", "sft"]
     store: str | None = Field(None, description="the store's folder; default: `store` beside the recipe")
     source: Source | None = None
-    heldout: Source | None = Field(None, description="rows to calibrate and test on, never selected")
+    heldout: Source | None = Field(
+        None,
+        description="rows to calibrate and test on, never selected; read as `source` is where it does not say otherwise",
+    )
     models: Models = Models()
     tokens: Tokens = Tokens()
     engine: Engine = Engine()
@@ -302,6 +275,15 @@ class Recipe(Strict):
     select: Select | None = None
     export: Export | None = None
     report: Report | None = None
+
+    @model_validator(mode="after")
+    def rows_are_read_alike(self) -> Recipe:
+        """What `heldout` and `targets` do not say of their rows is as `source` says it."""
+        if self.heldout is not None:
+            object.__setattr__(self, "heldout", inherit(self.heldout, self.source))
+        targets = {n: inherit(t, self.source, same_kind=t.kind == self.kind) for n, t in self.targets.items()}
+        object.__setattr__(self, "targets", targets)
+        return self
 
     @model_validator(mode="after")
     def names_differ(self) -> Recipe:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from curate.errors import UsageError, ValidationError
 from curate.progress import Progress
 from curate.recipe import Loaded, Source, load_recipe
+from curate.recipe_rows import in_both_roles, open_rows, said_otherwise
 from curate.recordings import recorded_runs
 from curate.rows import content_id
 from curate.sharing import check_sources
@@ -20,23 +22,27 @@ from curate.store import Store
 from curate.wanted import wanted_scores
 
 if TYPE_CHECKING:
-    from curate.data import Validation
+    from curate.data import Reading, Validation
+    from curate.data.notes import Notes
 
 
 def read_sources(loaded: Loaded, store: Store, progress: Progress) -> dict[str, list[str]]:
     """Read the recipe's sources into the store where they changed. role -> the names of its sources."""
     recipe = loaded.recipe
     names: dict[str, list[str]] = {}
+    formats: dict[str, dict[str, str]] = {}
     for role, source in (("train", recipe.source), ("heldout", recipe.heldout)):
         if source is not None:
-            names[role] = _read_source(loaded, source, role, store, progress)
+            reading = open_rows(loaded, source, "source" if role == "train" else "heldout")
+            formats[role] = reading.formats()
+            names[role] = _read_source(loaded, source, role, reading, store, progress)
+    for line in said_otherwise(loaded, formats):
+        progress.say(line)
     if names.get("train") and names.get("heldout"):
         held = store.row_ids_of(names["heldout"], kind=recipe.kind, role="heldout")
         both = len(set(held).intersection(store.row_ids_of(names["train"], kind=recipe.kind, role="train")))
         if both:
-            progress.say(
-                f"{both:,} of {len(held):,} held-out rows are training rows too: what is said about held-out rows is partly about those."
-            )
+            progress.say(in_both_roles(both, len(held)))
     if recipe.source is None and not store.measured(reads="import") and not recorded_runs(store):
         raise UsageError(
             f"{loaded.path or 'recipe'}: there is no `source`, and nothing was imported into {store.folder}. Name your data: `source: {{path: …}}`."
@@ -44,20 +50,13 @@ def read_sources(loaded: Loaded, store: Store, progress: Progress) -> dict[str, 
     return names
 
 
-def _read_source(loaded: Loaded, source: Source, role: str, store: Store, progress: Progress) -> list[str]:
-    from curate.data import read
+def _read_source(
+    loaded: Loaded, source: Source, role: str, reading: Reading, store: Store, progress: Progress
+) -> list[str]:
+    from curate.data.notes import Notes
+    from curate.data.reading import VERSION
 
     setting = "source" if role == "train" else "heldout"
-    reading = read(
-        source.path,
-        kind=loaded.recipe.kind,
-        split=source.split,
-        revision=source.revision,
-        format=source.format,
-        columns=source.columns,
-        base=loaded.folder,
-        setting=setting,
-    )
     settings = [
         loaded.recipe.kind,
         source.on_bad_row,
@@ -66,6 +65,7 @@ def _read_source(loaded: Loaded, source: Source, role: str, store: Store, progre
         source.format,
         source.columns,
         source.limit,
+        VERSION,
     ]
     prints = {info.name: content_id(info.fingerprint, *settings) for info in reading.sources}
     check_sources(loaded, store, prints)
@@ -73,15 +73,17 @@ def _read_source(loaded: Loaded, source: Source, role: str, store: Store, progre
         return list(prints)
     target = str(loaded.path or source.path)
     records = iter(reading) if source.on_bad_row == "drop" else reading.good("error", setting=setting, target=target)
-    seen, good = set(), 0
+    seen, good, notes = set(), 0, Notes()
     with progress.bar(f"reading {role}" if role != "train" else "reading", 0) as count:
         for name, group in itertools.groupby(itertools.islice(records, source.limit), key=lambda record: record.source):
             seen.add(name)
-            found = store.add_source(name, prints[name], _counted(group, count), role=role)  # type: ignore[arg-type]
+            found = store.add_source(name, prints[name], _counted(group, count, notes), role=role)  # type: ignore[arg-type]
             good += found.records
             again = f", {found.duplicates:,} of them occur more than once (measured once)" if found.duplicates else ""
             bad = f", {found.bad:,} bad rows left out (`curate validate` names them)" if found.bad else ""
             progress.say(f"{name}: {found.records:,} rows, {found.new_rows:,} new to the store{again}{bad}")
+    for line in (*reading.notes(), *notes.left_out(reading.prompt_column)):
+        progress.say(f"{setting}: {line}")
     if not good:
         list(
             reading.good("drop", setting=setting, target=target)
@@ -93,9 +95,10 @@ def _read_source(loaded: Loaded, source: Source, role: str, store: Store, progre
     return [name for name in prints if name in seen or store.source_is_current(name, prints[name], role=role)]  # type: ignore[arg-type]
 
 
-def _counted(records: Iterator[Any], count: Any) -> Iterator[Any]:
+def _counted(records: Iterator[Any], count: Any, notes: Notes) -> Iterator[Any]:
     for record in records:
         count(1)
+        notes.add(record)
         yield record
 
 
@@ -109,7 +112,7 @@ def validate_source(
     set: list[str] | None = None,
     store: str | Path | None = None,
 ) -> dict[str, Validation]:
-    """Every bad row of some data, or of a recipe's rows. "source", and "heldout" where a recipe has held-out rows, -> what was found.
+    """Every bad row of some data, or of a recipe's rows: "source", and of a recipe "heldout" and "targets.NAME" where it has them.
 
     Raises UsageError where data is given with what only a recipe takes (set, store), or a recipe with what it says itself.
     """
@@ -133,17 +136,26 @@ def validate_source(
     wanted_scores(loaded)
     if loaded.recipe.source is None:
         raise UsageError(f"{source}: there is no `source` to validate.")
-    given = {"source": loaded.recipe.source, "heldout": loaded.recipe.heldout}
-    return {
-        name: validate(
-            rows.path,
-            kind=loaded.recipe.kind,
-            split=rows.split,
-            revision=rows.revision,
-            format=rows.format,
-            columns=rows.columns,
-            base=loaded.folder,
-        )
-        for name, rows in given.items()
-        if rows is not None
-    }
+    return validate_rows(loaded)
+
+
+def validate_rows(loaded: Loaded) -> dict[str, Validation]:
+    """The recipe's rows by their section: source, heldout, targets.NAME."""
+    from curate.data import validate_reading
+
+    recipe, found = loaded.recipe, {}
+    ids: dict[str, set[bytes]] = {"source": set(), "heldout": set()}
+    formats: dict[str, dict[str, str]] = {}
+    for role, name, rows in (("train", "source", recipe.source), ("heldout", "heldout", recipe.heldout)):
+        if rows is not None:
+            reading = open_rows(loaded, rows, name)
+            formats[role] = reading.formats()
+            found[name] = validate_reading(reading, ids=ids[name])
+    for name, target in recipe.targets.items():
+        found[f"targets.{name}"] = validate_reading(open_rows(loaded, target, f"targets.{name}", kind=target.kind))
+    lines = said_otherwise(loaded, formats)
+    if both := len(ids["source"] & ids["heldout"]):
+        lines.append(in_both_roles(both, len(ids["heldout"])))
+    last = list(found)[-1]
+    found[last] = replace(found[last], notes=(*found[last].notes, *lines))
+    return found

@@ -13,6 +13,7 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from curate.errors import UsageError
+from curate.recipe_rows import open_rows
 from curate.rows import Row, content_id
 from curate.show import cell
 
@@ -56,7 +57,10 @@ class Targets:
         """Of its rows and of what is taken of them, `per` apart."""
         if name not in self._identities:
             sources = [info.fingerprint for info in self._reading(name).sources]
-            settings = self.named(name).model_dump(exclude={"path", "per"})
+            target = self.named(name)
+            settings = target.model_dump(exclude={"path", "per"})
+            if "on_bad_row" in target.inherited:  # values of rows that are good do not depend on it
+                settings["on_bad_row"] = "error"
             self._identities[name] = content_id(sources, settings)
         return self._identities[name]
 
@@ -124,23 +128,14 @@ class Targets:
         return replace(want, score=replace(want.score, needs=needs, names=named))
 
     def _reading(self, name: str) -> Reading:
-        from curate.data import read
-
         target = self.named(name)
-        return read(
-            target.path,
-            kind="sft" if target.of == "completion" else "preference",
-            split=target.split,
-            revision=target.revision,
-            format=target.format,
-            columns=target.columns,
-            base=self.loaded.folder,
-            setting=f"targets.{name}",
-        )
+        return open_rows(self.loaded, target, f"targets.{name}", kind=target.kind)
 
 
 def _value(record: Record, per: str, where: str) -> str:
     """The group of a target's row. UsageError where it has none."""
+    from curate.data.records import row_in_file
+
     value = record.columns.get(per)
     if value is None or not re.search(r"\w", str(value)):
         near = difflib.get_close_matches(per, record.columns, 1) if per not in record.columns else []
@@ -150,6 +145,6 @@ def _value(record: Record, per: str, where: str) -> str:
             else f"found none{f'; did you mean {near[0]!r}?' if near else ''}"
         )
         raise UsageError(
-            f"{record.source}, row {record.index}: {where}.per: wanted a group's name in the column {per!r}, {found}"
+            f"{record.source}, {row_in_file(record.index, record.line)}: {where}.per: wanted a group's name in the column {per!r}, {found}"
         )
     return str(value)

@@ -314,7 +314,7 @@ def test_the_nearest_column_is_one_of_the_store_not_of_duckdbs_own(curate, done)
         ("empty.jsonl", b"", "no rows at all"),
         ("cut.jsonl.gz", b"\x1f\x8b\x08\x00\x00", "damaged"),
         ("cut.parquet", b"PAR1 and no more", "not a parquet file"),
-        ("bad.jsonl", b'{"prompt": "a", "chosen": true, "rejected": "b"}\n', "row 0: 'chosen' is true (bool)"),
+        ("bad.jsonl", b'{"prompt": "a", "chosen": true, "rejected": "b"}\n', "row 1: 'chosen' is true (bool)"),
     ],
 )
 def test_data_that_cannot_be_read(curate, tmp_path, model, name, content, says):
@@ -329,7 +329,7 @@ def test_validate_reads_the_held_out_rows_too(curate, tmp_path, model):
     write_rows(tmp_path / "held.jsonl", [*pairs(2, start=9), {"prompt": "a", "chosen": "b", "rejected": ""}])
     recipe = write_recipe(tmp_path / "recipe.yaml", model, heldout="held.jsonl")
     said = curate("validate", recipe)
-    assert said.code == 1 and "held.jsonl, row 2: 'rejected' is blank" in said.out
+    assert said.code == 1 and "held.jsonl, row 3: 'rejected' is blank" in said.out
     assert curate("validate", recipe, "--json").json["heldout"]["n_bad"] == 1
 
 

@@ -270,10 +270,10 @@ def test_what_a_user_can_get_wrong(line):
 
     refused(
         TASKS,
-        r"tasks\.jsonl, row 0: targets\.bbh\.per: wanted .* column 'tasks', found none; did you mean 'task'",
+        r"tasks\.jsonl, row 1: targets\.bbh\.per: wanted .* column 'tasks', found none; did you mean 'task'",
         per="tasks",
     )
-    refused([*TASKS, {**TASKS[0], "task": None}], r"row 5: targets\.bbh\.per: .* 'task', found -")
+    refused([*TASKS, {**TASKS[0], "task": None}], r"row 6: targets\.bbh\.per: .* 'task', found -")
     refused(
         [*TASKS, {**TASKS[0], "task": "spell_it"}], r"'Spell it' and 'spell_it' would both be the column …__spell_it"
     )

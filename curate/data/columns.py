@@ -35,6 +35,9 @@ class Columns:
             else:
                 self.plain[theirs] = ours
         self.ours = frozenset(mapping or ())
+        self.spent = frozenset(
+            field for _, fields in self.templates.values() for field in fields
+        )  # part of a text already
         self.theirs = {ours: theirs for theirs, ours in self.plain.items()}
 
     def check(self, names: Iterable[str], source: str) -> None:
@@ -72,6 +75,10 @@ class Columns:
                     v for v in values.values() if not isinstance(v, (str, int, float)) or isinstance(v, bool)
                 )
         return mapped
+
+    def renamed(self, names: Iterable[str]) -> set[str]:
+        """Columns of theirs that have one of our names and are not meant by it."""
+        return {name for name in names if name not in self.plain and name in {*self.theirs, *self.templates}}
 
     def named(self, ours: str) -> str:
         """What the file calls one of our columns."""

@@ -20,8 +20,8 @@ from typing import Literal, get_args
 
 from curate.data.card import Card, write_card
 from curate.data.exported import TAKEN, ExportRow, Plan, Weights, both_responses, own_columns, resampled
+from curate.data.hub import first_line
 from curate.data.replace import MARK, carry_over, check_target, replace_folder
-from curate.data.sources import first_line
 from curate.data.spool import Spool, write_parquet
 from curate.data.trainer import FILE, TrainedAs, write_trainer_args
 from curate.errors import UsageError, ValidationError

@@ -1,9 +1,10 @@
 """Rows of one file, one after another: jsonl, json, csv, tsv (each also .gz) and parquet. Memory is bounded whatever the file's size.
 
-Each reader yields (index, row) with a dict of the columns, or (index, Problem) where this row alone is broken (a line that is not JSON, a
-CSV row with too many cells). What breaks the file as a whole (truncated gzip, damaged parquet, an array that stops being JSON) raises
-ValidationError after the rows before it. Two bounds to know: a .json array is read in pieces of 1 MiB, so one row has to fit in memory
-(a string that never ends is read to the end of the file); parquet is decoded in batches of 512 rows.
+Each reader yields (line, row) with a dict of the columns, or (line, Problem) where this row alone is broken (a line that is not JSON, a
+CSV row with too many cells); the line counts from 1 and is None where a row is not a line of the file. What breaks the file as a whole
+(truncated gzip, damaged parquet, an array that stops being JSON) raises ValidationError after the rows before it. Three bounds to know: a
+.json array is read in pieces of 1 MiB, so one row has to fit in memory (a string that never ends is read to the end of the file); parquet is
+decoded in batches of 512 rows; a .json file of one object that is a table by columns (see `by_column`) is held in memory whole.
 """
 
 from __future__ import annotations
@@ -18,10 +19,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from curate.data.by_column import TEXTS, is_wrapped, turned
+from curate.data.labels import class_names, with_names
 from curate.data.records import Problem
 from curate.errors import ValidationError
 
 RawRow = dict[str, Any] | Problem
+Line = tuple[int | None, RawRow]
 PIECE = 1 << 20  # characters of a .json array at a time
 PARQUET_BATCH = 512
 FILE_TYPES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
@@ -37,11 +41,12 @@ def file_type(path: Path | str) -> str:
     return suffixes[-1].lower() if suffixes and suffixes[-1].lower() in FILE_TYPES else ""
 
 
-def rows_of_file(path: Path, name: str) -> Iterator[tuple[int, RawRow]]:
-    """(index from 0, row) of every row. `name` is what errors call the file."""
-    reader: Callable[[Path, str], Iterator[RawRow]] = READERS[file_type(path)]
+def rows_of_file(path: Path, name: str) -> Iterator[tuple[int, int | None, RawRow]]:
+    """(index from 0, line from 1 or None, row) of every row. `name` is what errors call the file."""
+    reader: Callable[[Path, str], Iterator[Line]] = READERS[file_type(path)]
     with explained(name):
-        yield from enumerate(reader(path, name))
+        for index, (line, row) in enumerate(reader(path, name)):
+            yield index, line, row
 
 
 @contextmanager
@@ -69,36 +74,41 @@ def open_bytes(path: Path) -> BinaryIO:
     return open(path, "rb")
 
 
-def json_lines(path: Path, name: str) -> Iterator[RawRow]:
-    """One JSON object a line; blank lines are skipped and not counted."""
+def json_lines(path: Path, name: str) -> Iterator[Line]:
+    """One JSON object a line; blank lines are skipped and are no rows."""
     with open_bytes(path) as file:
         for number, line in enumerate(file, start=1):
             if number == 1 and line.startswith(b"\xef\xbb\xbf"):
                 line = line[3:]
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.decode("utf-8"))
-            except json.JSONDecodeError as error:
-                yield (
-                    "",
-                    f"line {number} is not JSON ({error.msg.removesuffix(' at')} at character {error.colno})",
-                    "one JSON object a line",
-                )
-            except UnicodeDecodeError:
-                yield "", f"line {number} is not UTF-8", "one JSON object a line"
-            except RecursionError:
-                yield "", f"line {number} is nested too deeply", "one JSON object a line"
-            else:
-                yield row if isinstance(row, dict) else not_an_object(row)
+            if line.strip():
+                yield number, json_line(line, number)
+
+
+def json_line(line: bytes, number: int) -> RawRow:
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except json.JSONDecodeError as error:
+        found = f"line {number} is not JSON ({error.msg.removesuffix(' at')} at character {error.colno})"
+    except UnicodeDecodeError:
+        found = f"line {number} is not UTF-8"
+    except RecursionError:
+        found = f"line {number} is nested too deeply"
+    else:
+        if not isinstance(row, dict):
+            return not_an_object(row)
+        by_column = turned(row)
+        if by_column is None:
+            return row
+        found = f"a table by columns ({len(by_column)} rows under {', '.join(list(by_column[0])[:4]) if by_column else 'no names'})"
+    return "", found, "one JSON object a line"
 
 
 def not_an_object(value: Any) -> Problem:
     return "", f"a {type(value).__name__} where a row belongs", "a JSON object"
 
 
-def json_file(path: Path, name: str) -> Iterator[RawRow]:
-    """An array of objects, or (as many hubs name it) objects line by line."""
+def json_file(path: Path, name: str) -> Iterator[Line]:
+    """An array of objects, a table by columns, or (as many hubs name it) objects line by line."""
     with open_bytes(path) as file:
         start = b""
         while not start.strip(b"\xef\xbb\xbf \t\r\n"):
@@ -108,15 +118,41 @@ def json_file(path: Path, name: str) -> Iterator[RawRow]:
             start = piece
         opening = start.lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
     if opening == b"[":
-        yield from json_array(path, name)
+        for row in json_array(path, name):
+            yield None, row
         return
-    for count, row in enumerate(json_lines(path, name)):
-        if count == 0 and not isinstance(row, dict):
-            raise ValidationError(
-                f"{name}: neither a JSON array of rows nor one JSON object a line ({row[1]}). If the rows are inside an object, "
-                f"take them out: `jq -c '.data[]' {name} > rows.jsonl`."
-            )
-        yield row
+    lines = json_lines(path, name)
+    first = next(lines)
+    if isinstance(first[1], dict) and not is_wrapped(first[1]):
+        yield first
+        yield from lines
+        return
+    for row in one_object(path, name, "" if isinstance(first[1], dict) else first[1][1]):
+        yield None, row
+
+
+def one_object(path: Path, name: str, found: str) -> list[dict[str, Any]]:
+    """The rows of a file that is one JSON object: a table by columns, or a single row that is written over several lines."""
+    try:
+        with open_bytes(path) as file:
+            value = json.loads(file.read().decode("utf-8-sig"))
+    except ValueError:
+        value = None
+    if isinstance(value, dict):
+        rows = turned(value)
+        if rows is not None:
+            return rows
+        lists = [key for key, inside in value.items() if isinstance(inside, list)]
+        if not lists or TEXTS & set(value):
+            return [value]
+        found = f"one object with the keys {', '.join(value)}"
+    else:
+        lists = []
+    raise ValidationError(
+        f"{name}: neither a JSON array of rows, nor one JSON object a line, nor a table by columns ({found}). If the rows are inside an object, "
+        f"take them out: `jq -c '.{lists[0] if lists else 'data'}[]' {name} > rows.jsonl`. A table by columns is turned round by "
+        "pandas' to_json(orient='records', lines=True)."
+    )
 
 
 def json_array(path: Path, name: str) -> Iterator[RawRow]:
@@ -126,7 +162,7 @@ def json_array(path: Path, name: str) -> Iterator[RawRow]:
         text, at, count, ended = file.read(PIECE), 0, 0, False
 
         def damaged(what: str) -> ValidationError:
-            where = f"after row {count - 1}" if count else "at its first row"
+            where = f"after row {count}" if count else "at its first row"
             return ValidationError(
                 f"{name}: not JSON {where} ({what}). Nothing behind it can be read; mend or cut the file there."
             )
@@ -156,10 +192,10 @@ def json_array(path: Path, name: str) -> Iterator[RawRow]:
             text, at = text[at:] + piece, 0
 
 
-def separated(delimiter: str) -> Callable[[Path, str], Iterator[RawRow]]:
+def separated(delimiter: str) -> Callable[[Path, str], Iterator[Line]]:
     """CSV with a header line. Cells are text; which columns are numbers is decided by the reading, for the user's other columns only."""
 
-    def read(path: Path, name: str) -> Iterator[RawRow]:
+    def read(path: Path, name: str) -> Iterator[Line]:
         csv.field_size_limit(1 << 30)
         with open_bytes(path) as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file, delimiter=delimiter)
@@ -170,27 +206,31 @@ def separated(delimiter: str) -> Callable[[Path, str], Iterator[RawRow]]:
                     raise ValidationError(
                         f"{name}: the header names '{twice}' twice. Give every column a name of its own."
                     )
+                before = reader.line_num
                 for cells in reader:
+                    line, before = before + 1, reader.line_num
                     if not cells:
                         continue
                     if len(cells) != len(header):
-                        yield "", f"{len(cells)} cells (line {reader.line_num})", f"{len(header)}, as in the header"
+                        yield line, ("", f"{len(cells)} cells (line {before})", f"{len(header)}, as in the header")
                     else:
-                        yield dict(zip(header, cells, strict=True))
+                        yield line, dict(zip(header, cells, strict=True))
             except csv.Error as error:
                 raise ValidationError(f"{name}, line {reader.line_num}: not CSV ({error}).") from error
 
     return read
 
 
-def parquet(path: Path, name: str) -> Iterator[RawRow]:
+def parquet(path: Path, name: str) -> Iterator[Line]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         with pq.ParquetFile(path, pre_buffer=False) as file:
+            labels = class_names(file.schema_arrow.metadata)
             for batch in file.iter_batches(batch_size=PARQUET_BATCH):
-                yield from batch.to_pylist()
+                for row in batch.to_pylist():
+                    yield None, with_names(row, labels)
     except (pa.ArrowException, OSError) as error:
         if isinstance(error, PermissionError):
             raise
@@ -200,7 +240,7 @@ def parquet(path: Path, name: str) -> Iterator[RawRow]:
         ) from error
 
 
-READERS: dict[str, Callable[[Path, str], Iterator[RawRow]]] = {
+READERS: dict[str, Callable[[Path, str], Iterator[Line]]] = {
     ".jsonl": json_lines,
     ".ndjson": json_lines,
     ".json": json_file,

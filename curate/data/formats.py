@@ -7,6 +7,7 @@ them, HH-RLHF's dialogues, GSM8K's question/answer with "#### final answer".
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -19,9 +20,10 @@ from curate.data.dialogues import (
     split_messages,
     split_text_pair,
 )
+from curate.data.prompts import as_messages, beside_prompt, prompt_of, with_system
 from curate.data.records import Problem
 from curate.data.texts import MISSING, answer_text, describe, messages, plain_text, text_or_messages
-from curate.rows import Example, Message, Pair, Row, Text
+from curate.rows import Example, Pair, Row, Text
 
 FORMATS = {
     "preference": "prompt (or question), chosen, rejected: text or messages (TRL)",
@@ -35,8 +37,9 @@ FORMATS = {
     "kto": "messages, or prompt and completion, with a label: unpaired preferences (TRL)",
     "alpaca": "instruction, input, output (or response)",
     "question_answer": "question (or prompt), answer; a final answer stands after '####' or in final_answer",
-}
+}  # beside each prompt: system, and history where it is text
 PREFERENCE = ("preference", "implicit", "hh", "alpaca_preference", "sharegpt_preference")
+THOUSANDS = re.compile(r"[^\d\s,(\[{]*\d{1,3}(?:,\d{3})+(?!\d)[^,]*")
 KNOWN_COLUMNS = (
     "prompt", "chosen", "rejected", "completion", "answer", "final_answer", "label", "messages", "conversations", "question",
     "instruction", "input", "context", "output", "response", "system", "history",
@@ -57,22 +60,28 @@ class Layout:
     def kind(self) -> str:
         return "preference" if self.format in PREFERENCE else "sft"
 
+    @property
+    def reads(self) -> frozenset[str]:
+        """Columns that make a difference to its rows: what they use up, and what is looked at and stays a column."""
+        return self.uses | ({"final_answer"} if self.kind == "sft" and self.format != "kto" else set())
 
-def layouts(names: Iterable[str], head: list[dict[str, Any]], named: Iterable[str] = ()) -> list[Layout]:
-    """Every layout these columns (and the types in the first rows) allow, the likeliest first: of columns the user `named`, if any."""
+
+def layouts(
+    names: Iterable[str], head: list[dict[str, Any]], named: Iterable[str] = (), spent: Iterable[str] = ()
+) -> list[Layout]:
+    """Every layout these columns (and the types in the first rows) allow, the likeliest first: of columns the user `named`, if any.
+
+    spent: columns that a template has put into a text already; they are not put there again.
+    """
     columns = set(names)
+    spare = columns - (set(spent) - set(named))
     found: list[Layout] = []
 
     def first(*candidates: str) -> str:
         return next((name for name in candidates if name in columns), "")
 
     def add(name: str, convert: Any, prompt: str = "", reply: str = "", *more: str) -> None:
-        beside = {
-            "instruction": ("input", "context", "system", "history"),
-            "conversations": ("system",),
-            "messages": ("system",),
-        }
-        used = {prompt, reply, *more, *beside.get(prompt, ())} & columns
+        used = {prompt, reply, *more} & columns | beside_prompt(name, prompt, head, named) & spare
         found.append(Layout(name, convert, prompt, reply, frozenset(used)))
 
     def majority(column: str, is_so: Callable[[Any], bool]) -> bool:
@@ -115,49 +124,6 @@ def layouts(names: Iterable[str], head: list[dict[str, Any]], named: Iterable[st
             if prompt in columns:
                 add("question_answer", question_answer, prompt, "answer")
     return sorted(found, key=lambda layout: -len(layout.uses & set(named)))
-
-
-def prompt_of(raw: dict[str, Any], layout: Layout, problems: list[Problem]) -> Text | None:
-    """The prompt: text, or messages. Alpaca's input follows its instruction on a new line; its system and history make it messages."""
-    value = raw.get(layout.prompt, MISSING)
-    if layout.prompt in ("conversations", "messages"):
-        conversation = messages(value, layout.prompt, problems)
-        return with_system(raw, conversation) if conversation else None
-    if layout.prompt != "instruction":
-        return text_or_messages(value, layout.prompt, problems)
-    parts = [plain_text(value, "instruction", problems)]
-    for column in ("input", "context"):
-        extra = raw.get(column)
-        if extra is None or (isinstance(extra, str) and not extra.strip()):
-            continue
-        parts.append(plain_text(extra, column, problems))
-    if problems:
-        return None
-    text = "\n".join(part for part in parts if part)
-    if "history" not in layout.uses and "system" not in layout.uses:
-        return text
-    turns: list[Message] = []
-    for exchange in raw.get("history") or ():
-        if not (
-            isinstance(exchange, (list, tuple))
-            and len(exchange) == 2
-            and all(isinstance(part, str) for part in exchange)
-        ):
-            problems.append(("history", describe(exchange), "pairs of instruction and response"))
-            return None
-        turns += [Message(role="user", content=exchange[0]), Message(role="assistant", content=exchange[1])]
-    return with_system(raw, (*turns, Message(role="user", content=text)))
-
-
-def with_system(raw: dict[str, Any], turns: tuple[Message, ...]) -> tuple[Message, ...]:
-    system = raw.get("system")
-    if isinstance(system, str) and system.strip() and turns[0]["role"] != "system":
-        return (Message(role="system", content=system), *turns)
-    return turns
-
-
-def as_messages(text: Text, role: str) -> tuple[Message, ...]:
-    return (Message(role=role, content=text),) if isinstance(text, str) else text
 
 
 def same_style(prompt: Text, *replies: Text) -> tuple[Text, ...]:
@@ -216,7 +182,10 @@ def implicit(raw: dict[str, Any], layout: Layout, problems: list[Problem]) -> Ro
     if chosen is None or rejected is None:
         return None
     split = split_message_pair(chosen, rejected, problems)
-    return pair(*split, problems, prompt_column="chosen") if split else None
+    if split is None:
+        return None
+    prompt = with_system(raw, split[0], layout.uses, problems)
+    return pair(prompt, *split[1:], problems, prompt_column="chosen")
 
 
 def hh(raw: dict[str, Any], layout: Layout, problems: list[Problem]) -> Row | None:
@@ -246,12 +215,17 @@ def example(
 
 
 def final_answer(raw: dict[str, Any], completion: Text) -> str | None:
-    """What a grader compares with: after '####' (commas stripped) in answer or completion, else final_answer, else answer."""
+    """What a grader compares with: after '####' in answer or completion, else final_answer, else answer. A number is without its commas."""
     text = completion if isinstance(completion, str) else completion[-1]["content"]
     for candidate in (raw.get("answer"), text):
         if isinstance(candidate, str) and "####" in candidate:
-            return candidate.rsplit("####", 1)[1].strip().replace(",", "") or None
+            return without_commas(candidate.rsplit("####", 1)[1].strip()) or None
     return answer_text(raw.get("final_answer")) or answer_text(raw.get("answer"))
+
+
+def without_commas(answer: str) -> str:
+    """1,200 -> 1200, $1,234.50 -> $1234.50, 1,200 apples -> 1200 apples; (1,2), 3,5 and Paris, France as they are."""
+    return answer.replace(",", "") if THOUSANDS.fullmatch(answer) else answer
 
 
 def conversation(raw: dict[str, Any], layout: Layout, problems: list[Problem]) -> Row | None:

@@ -5,23 +5,26 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
+from curate.data.cells import number, number_columns
 from curate.data.columns import Columns
-from curate.data.formats import FORMATS, PREFERENCE, Layout, layouts
+from curate.data.formats import FORMATS, KNOWN_COLUMNS, PREFERENCE, Layout, layouts
 from curate.data.records import Defect, Problem, Record, SourceInfo, bad_rows_error
 from curate.data.sources import Source, find_sources
-from curate.data.texts import jsonable
+from curate.data.texts import has_binary, holds, jsonable, unpacked, unread_keys
 from curate.errors import CurateError, UsageError, ValidationError
 from curate.rows import Row
 
 Kind = Literal["preference", "sft"]
 Paths = str | Path | Sequence[str | Path | dict[str, Any]]
 HEAD = 200  # rows that a format is told from
+VERSION = 2  # of what becomes of a source's rows: sources that an earlier version read are read again
 
 
 class Reading:
@@ -38,6 +41,7 @@ class Reading:
         self._sources = sources
         self._columns = Columns(columns)
         self._asked = format
+        self._renamed: set[str] = set()
         self._told: dict[str, tuple[Layout, frozenset[str]]] = {}
         first = next((layout for source in sources if (layout := self._layout(source, kind))), None)
         if first is None:
@@ -45,25 +49,48 @@ class Reading:
             raise ValidationError(f"{names}: no rows at all. Is it the right file, and was it written to its end?")
         self.kind: Kind = "preference" if first.kind == "preference" else "sft"
         self.format = first.format
-        self.prompt_column = first.prompt
+        self.prompt_column = self._columns.named(first.prompt)
         self.sources = [SourceInfo(source.name, source.fingerprint(), source.path) for source in sources]
 
     def _layout(self, source: Source, kind: str | None) -> Layout | None:
         """How this source's rows are laid out; None where it has none."""
         if source.name not in self._told:
-            head = [row for _, row in islice(source.rows(), HEAD)]
+            head = list(islice(source.rows(), HEAD))
             if not head:
                 return None
-            raw_rows = [row for row in head if isinstance(row, dict)]
+            raw_rows = [row for *_, row in head if isinstance(row, dict)]
             if not raw_rows:
-                broken = next(row for row in head if not isinstance(row, dict))
-                what = problem_defect(broken, source.name, 0)
+                index, line, broken = head[0]
+                assert not isinstance(broken, dict)
+                what = problem_defect(broken, source.name, index, line)
                 raise ValidationError(f"{what}\n  None of the first {len(head)} rows can be read.")
+            self._renamed |= self._columns.renamed(name for row in raw_rows for name in row)
             self._columns.check(dict.fromkeys(name for row in raw_rows for name in row), source.name)
-            mapped = [self._columns.apply(row) for row in raw_rows]
-            layout = choose_layout(source.name, mapped, kind=kind, format=self._asked, named=self._columns.ours)
+            mapped = [self._mapped(row) for row in raw_rows]
+            layout = choose_layout(source.name, mapped, kind=kind, format=self._asked, columns=self._columns)
             self._told[source.name] = layout, number_columns(raw_rows) if source.is_text_table else frozenset()
         return self._told[source.name][0]
+
+    def _mapped(self, raw: dict[str, Any]) -> dict[str, Any]:
+        """A raw row under our names, its messages as lists however they are stored."""
+        mapped = self._columns.apply(raw)
+        changed = {name: unpacked(mapped[name]) for name in MESSAGES if isinstance(mapped.get(name), (str, dict))}
+        if isinstance(mapped.get("history"), str):
+            changed["history"] = json_list(mapped["history"])
+        return {**mapped, **changed} if changed else mapped
+
+    def notes(self) -> list[str]:
+        """What is said of the sources as a whole: what is read from the hub, and which columns go by another name."""
+        on_hub = [source.name for source in self._sources if source.on_hub]
+        found = [f"{name}: no such file or folder here; read as a dataset of the Hugging Face hub." for name in on_hub]
+        return found + [
+            f"Column `{name}` is called `source_{name}` here, since `columns` calls another one {name}."
+            for name in sorted(self._renamed)
+        ]
+
+    def formats(self) -> dict[str, str]:
+        """source -> its format, of those that have rows."""
+        return {name: layout.format for name, (layout, _) in self._told.items()}
 
     def __iter__(self) -> Iterator[Record]:
         for source in self._sources:
@@ -71,15 +98,21 @@ class Reading:
             if layout is None:
                 continue
             numbers = self._told[source.name][1]
-            for index, raw in source.rows():
-                yield self._record(source.name, index, raw, layout, numbers)
+            for index, line, raw in source.rows():
+                yield self._record(source.name, index, line, raw, layout, numbers)
 
     def _record(
-        self, name: str, index: int, raw: dict[str, Any] | Problem, layout: Layout, numbers: frozenset[str]
+        self,
+        name: str,
+        index: int,
+        line: int | None,
+        raw: dict[str, Any] | Problem,
+        layout: Layout,
+        numbers: frozenset[str],
     ) -> Record:
         if not isinstance(raw, dict):
-            return Record(name, index, None, {}, (problem_defect(raw, name, index),))
-        mapped = self._columns.apply(raw)
+            return Record(name, index, None, {}, (problem_defect(raw, name, index, line),), line)
+        mapped = self._mapped(raw)
         problems: list[Problem] = []
         row = layout.convert(mapped, layout, problems)
         columns = {key: jsonable(value) for key, value in mapped.items() if key not in layout.uses}
@@ -87,14 +120,9 @@ class Reading:
             columns[column] = number(columns[column])
         if problems:
             named = ((self._columns.named(column), found, expected) for column, found, expected in problems)
-            return Record(
-                name,
-                index,
-                None,
-                columns,
-                tuple(problem_defect(problem, name, index) for problem in dict.fromkeys(named)),
-            )
-        return Record(name, index, row, columns)
+            defects = tuple(problem_defect(problem, name, index, line) for problem in dict.fromkeys(named))
+            return Record(name, index, None, columns, defects, line)
+        return Record(name, index, row, columns, (), line, tuple(traits(mapped, layout)))
 
     def good(
         self,
@@ -157,7 +185,9 @@ def read(
     except CurateError as error:
         if setting == "source":
             raise
-        text = re.sub(r"(?<![\w./])source\.(?=(?:columns|format|path)\b)", f"{setting}.", str(error))
+        text = re.sub(
+            r"(?<![\w./])source\.(?=(?:columns|format|path|split|revision|limit)\b)", f"{setting}.", str(error)
+        )
         raise type(error)(text if text.startswith(setting) else f"{setting}: {text}") from None
 
 
@@ -176,16 +206,53 @@ def load(
     return [record.row for record in reading.good(on_bad_row) if record.row is not None]
 
 
-def problem_defect(problem: Problem, name: str, index: int) -> Defect:
-    return Defect(name, index, *problem)
+MESSAGES = tuple(name for name in KNOWN_COLUMNS if name not in ("label", "system", "history", "final_answer"))
+
+
+def json_list(text: str) -> Any:
+    """A list that a table's cell holds as JSON text; anything else as it is."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return text
+    return found if isinstance(found, list) else text
+
+
+def traits(mapped: dict[str, Any], layout: Layout) -> list[str]:
+    """What `Notes` counts of a row's values before they are texts."""
+    found = [f"key:{key}" for column in layout.uses for key in unread_keys(mapped.get(column))]
+    found += [f"binary:{name}" for name, value in mapped.items() if not isinstance(value, str) and has_binary(value)]
+    if "system" in layout.uses and layout.prompt in ("prompt", "question") and holds(mapped.get("system")):
+        found.append("system turn")
+    return found
+
+
+def problem_defect(problem: Problem, name: str, index: int, line: int | None = None) -> Defect:
+    column, found, expected = problem
+    return Defect(name, index + 1, column, found, expected, index, line)
 
 
 def choose_layout(
-    source: str, head: list[dict[str, Any]], *, kind: str | None, format: str, named: frozenset[str] = frozenset()
+    source: str, head: list[dict[str, Any]], *, kind: str | None, format: str, columns: Columns
 ) -> Layout:
-    """The layout of a source's rows, of the kind and format that were asked for. ValidationError says what is missing."""
+    """The layout of a source's rows, of the kind and format that were asked for. ValidationError says what is missing, UsageError which of the
+    named columns it does not read.
+    """
+    layout = find_layout(source, head, kind=kind, format=format, columns=columns)
+    idle = next(iter(sorted(columns.ours - layout.reads)), None)
+    if idle is not None:
+        ours = layout.prompt or "prompt"
+        template = f"{{{columns.named(idle)}}}\\n{{{columns.named(ours)}}}"
+        raise UsageError(
+            f"source.columns.{idle}: {source} is read as {layout.format} ({FORMATS[layout.format]}), which does not read {idle}. Leave it out, name "
+            f'another format, or put that column into a text: `columns: {{{ours}: "{template}"}}`.'
+        )
+    return layout
+
+
+def find_layout(source: str, head: list[dict[str, Any]], *, kind: str | None, format: str, columns: Columns) -> Layout:
     names = list(dict.fromkeys(name for row in head for name in row))
-    possible = layouts(names, head, named)
+    possible = layouts(names, head, columns.ours, columns.spent)
     fitting = [layout for layout in possible if kind in (None, layout.kind)]
     if format != "auto":
         same = (format, f"{format}_preference")
@@ -224,28 +291,3 @@ def choose_layout(
         f"{source}: no known format has the columns {', '.join(names)}.{hint} Name them with `--set source.columns.<ours>=<theirs>`. "
         f"Formats:\n{listing}"
     )
-
-
-def number_columns(head: list[dict[str, Any]]) -> frozenset[str]:
-    """Columns of a text table whose filled cells are all numbers (written as Python writes them, so that 007 stays text)."""
-    filled = {name: [row[name] for row in head if row.get(name)] for name in head[0]}
-    return frozenset(
-        name for name, cells in filled.items() if cells and not any(isinstance(number(cell), str) for cell in cells)
-    )
-
-
-def number(cell: Any) -> Any:
-    """A text cell as the number it spells, None where it is empty, else as it is."""
-    if not isinstance(cell, str):
-        return cell
-    if not cell:
-        return None
-    try:
-        whole = int(cell)
-        return whole if str(whole) == cell else cell
-    except ValueError:
-        pass
-    try:
-        return float(cell) if cell.strip()[-1:].isdigit() and not cell.startswith("0" * 2) and "_" not in cell else cell
-    except ValueError:
-        return cell

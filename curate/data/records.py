@@ -15,19 +15,29 @@ from curate.rows import Row
 Problem = tuple[str, str, str]  # column, found, expected: a defect before it is known where the row stands
 
 
+def row_in_file(index: int, line: int | None = None) -> str:
+    """How messages name a row: from 1, and its line where that is another number (blank lines, a header, cells over several lines)."""
+    return f"row {index + 1}" + (f", line {line}" if line not in (None, index + 1) else "")
+
+
 @dataclass(frozen=True, slots=True)
 class Defect:
-    """What is wrong with one column of one row. `row` counts from 0; `column` is the file's own name, "" for a row as a whole."""
+    """What is wrong with one column of one row. `row` counts from 1, as an editor does; `column` is the file's own name, "" for a row as a whole.
+
+    index: the row as the store numbers it, from 0. line: of the file, from 1; None where rows are no lines.
+    """
 
     file: str
     row: int
     column: str
     found: str
     expected: str
+    index: int
+    line: int | None = None
 
     def __str__(self) -> str:
         subject = f"'{self.column}' is {self.found}" if self.column else self.found
-        return f"{self.file}, row {self.row}: {subject}, expected {self.expected}."
+        return f"{self.file}, {row_in_file(self.index, self.line)}: {subject}, expected {self.expected}."
 
     @property
     def likeness(self) -> tuple[str, str, str]:
@@ -38,10 +48,10 @@ class Defect:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One row as it stands in its source: `index` counts from 0 within `source`.
+    """One row as it stands in its source: `index` counts from 0 within `source`, `line` from 1 within its file (None where rows are no lines).
 
     `columns` holds the user's other columns (JSON-able, None for what is unknown, NaN included), which are no part of the row's id.
-    `row` is None exactly where there are defects.
+    `row` is None exactly where there are defects. `traits`: what `Notes` counts.
     """
 
     source: str
@@ -49,6 +59,8 @@ class Record:
     row: Row | None
     columns: dict[str, Any] = field(default_factory=dict)
     defects: tuple[Defect, ...] = ()
+    line: int | None = None
+    traits: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

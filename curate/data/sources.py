@@ -1,64 +1,77 @@
 """What a source's path names: files, globs, folders, hub datasets; what errors call them; and their fingerprints.
 
-    data/pairs.jsonl          a file (jsonl, json, csv, tsv, also .gz, or parquet); `split` does not matter
-    data/*.parquet            a glob: each file is a source of its own
+    data/pairs.jsonl          a file (jsonl, json, csv, tsv, also .gz, or parquet); it has no splits and no revisions
+    data/*.parquet            a glob: each file is a source of its own, part-9 before part-10
     data/saved                a folder written by save_to_disk: a Dataset, or a DatasetDict of which `split` is read
     data/clone                a folder of data files, as datasets.load_dataset reads it
     owner/name                a dataset of the Hugging Face hub, streamed; owner/name:config, owner/name/folder for a part of it
 
-A path is looked for beside `base` (the recipe's folder) where it is relative. The only file that reads with `datasets`.
+A path is looked for beside `base` (the recipe's folder) where it is relative.
 """
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import glob
 import hashlib
+import itertools
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from curate.data.by_column import turned_lists
 from curate.data.files import FILE_TYPES, RawRow, file_type, rows_of_file
+from curate.data.hub import HUB, find_on_hub, first_line, hub_parts, hub_rows, streamed
+from curate.data.labels import class_names, with_names
 from curate.errors import UsageError, ValidationError
 
 WHOLE = 64 << 20  # files up to this size are hashed whole; larger ones by size, time and both ends
 END = 1 << 20
 BATCH = 512
-HUB = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)*(:[\w.-]+)?")
+
+
+Numbered = tuple[int, int | None, RawRow]  # index from 0, line from 1 where rows are lines, row
 
 
 @dataclass(frozen=True)
 class Source:
-    """One file, folder or hub dataset. `path` is None on the hub."""
+    """One file, folder or hub dataset. `path` is None on the hub, `commit` what its revision stands at."""
 
     name: str
     path: Path | None
     split: str = "train"
     revision: str | None = None
+    commit: str | None = None
+
+    @property
+    def on_hub(self) -> bool:
+        return self.path is None
 
     @property
     def is_text_table(self) -> bool:
         """Whether every cell is text (csv, tsv), so that numbers among the user's columns have to be told."""
         return self.path is not None and file_type(self.path) in (".csv", ".tsv")
 
-    def rows(self) -> Iterator[tuple[int, RawRow]]:
-        """(index from 0, row) of every row, streamed from the start each time."""
+    def rows(self) -> Iterator[Numbered]:
+        """Every row, streamed from the start each time."""
         if self.path is None:
-            yield from enumerate(hub_rows(self))
+            yield from without_lines(hub_rows(self.name, self.split, self.revision))
         elif not self.path.is_dir():
             yield from rows_of_file(self.path, self.name)
         elif is_saved(self.path):
-            yield from enumerate(saved_rows(self))
+            yield from without_lines(saved_rows(self))
         else:
-            yield from enumerate(folder_rows(self))
+            yield from without_lines(folder_rows(self))
 
     def fingerprint(self) -> str:
         """Changes when the content does: hash of a file (or folder), commit of a hub dataset."""
         if self.path is None:
-            return hub_fingerprint(self)
+            _, config, folder = hub_parts(self.name)
+            return f"hub:{self.commit or self.revision or 'unknown'}:{config or ''}:{folder or ''}:{self.split}"
         digest = hashlib.sha256()
         if self.path.is_dir():
             digest.update(self.split.encode())
@@ -75,14 +88,24 @@ class InMemory(Source):
 
     given: Sequence[RawRow] = ()
 
-    def rows(self) -> Iterator[tuple[int, RawRow]]:
-        yield from enumerate(self.given)
+    @property
+    def on_hub(self) -> bool:
+        return False
+
+    def rows(self) -> Iterator[Numbered]:
+        labels = class_names(getattr(self.given, "features", None))
+        yield from without_lines(with_names(row, labels) if isinstance(row, dict) else row for row in self.given)
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256()
         for row in self.given:
             digest.update(repr(row).encode())
         return digest.hexdigest()[:20]
+
+
+def without_lines(rows: Iterable[RawRow]) -> Iterator[Numbered]:
+    for index, row in enumerate(rows):
+        yield index, None, row
 
 
 def file_digest(path: Path) -> bytes:
@@ -104,13 +127,15 @@ def find_sources(
     revision: str | None = None,
     base: Path | None = None,
 ) -> list[Source]:
-    """The sources a path (or list of paths) names, in its order, a glob's files sorted by name; a file named twice counts once.
+    """The sources a path (or list of paths) names, in its order, a glob's files in natural order; a file named twice counts once.
 
     Rows in memory are one source. ValidationError: nothing there (with the nearest name that is), or a type of file that is not read.
+    UsageError: a split or a revision of what has none.
     """
     if not isinstance(path, (str, Path)):
         path = listed(path)
         if len(path) and isinstance(path[0], dict):
+            check_settings("rows in memory", split, revision, (str(getattr(path, "split", None)),))
             return [InMemory(f"{len(path):,} rows in memory", None, given=path)]  # type: ignore[arg-type]
     paths: list[Any] = [path] if isinstance(path, (str, Path)) else list(path)
     if not paths:
@@ -125,8 +150,11 @@ def find_sources(
 
 def listed(rows: Any) -> Sequence[Any]:
     """What a program gave instead of a path, as a sequence: data frames, streams, lists, datasets. UsageError for no such thing."""
-    if isinstance(rows, dict):  # a DatasetDict is one, too
-        raise UsageError(
+    if isinstance(rows, dict):
+        by_column = turned_lists(rows)
+        if by_column is not None:
+            return by_column
+        raise UsageError(  # a DatasetDict is one, too
             f"expected rows or a path, found {type(rows).__name__} of {', '.join(map(str, rows))}: take one of them."
         )
     if hasattr(rows, "to_dicts"):
@@ -142,22 +170,64 @@ def expand(text: str, *, split: str, revision: str | None, base: Path) -> Iterat
     expanded = os.path.expanduser(text)
     here = base / expanded
     if here.exists():
-        yield check_type(Source(Path(text).as_posix(), here, split, revision))
+        yield checked(Source(Path(text).as_posix(), here, split, revision))
     elif glob.has_magic(text):
-        names = sorted(glob.glob(expanded, root_dir=base, recursive=True))
+        names = sorted(glob.glob(expanded, root_dir=base, recursive=True), key=natural)
         files = [name for name in names if (base / name).is_dir() or file_type(name)]
         if not files:
             raise ValidationError(
                 f"{text}: no file with one of {', '.join(FILE_TYPES)} matches this glob{looked_in(base)}."
             )
         for name in files:
-            yield Source(Path(name).as_posix(), base / name, split, revision)
+            yield checked(Source(Path(name).as_posix(), base / name, split, revision))
     elif HUB.fullmatch(text) and not file_type(text) and not nearest(here) and not (base / text.split("/")[0]).is_dir():
-        yield Source(text, None, split, revision)
+        close = nearest_below(base, Path(text).name)
+        hint = (
+            f" Did you mean {close}?"
+            if close
+            else f" A path of your own is looked for{looked_in(base) or ' here'}: check its spelling."
+        )
+        yield Source(text, None, split, revision, find_on_hub(text, revision, hint))
     else:
         close = nearest(here)
         meant = f" Did you mean '{(Path(text).parent / close).as_posix()}'?" if close else ""
         raise ValidationError(f"{text}: there is no such file or folder{looked_in(base)}.{meant}")
+
+
+def natural(name: str) -> list[tuple[int, int, str]]:
+    """Orders names as people do: the numbers in them by their size, part-9 before part-10."""
+    parts = re.split(r"(\d+)", name)
+    return [(0, int(part), part) if part.isdecimal() else (1, 0, part) for part in parts if part]
+
+
+def checked(source: Source) -> Source:
+    """The source, of a type that is read and with settings that it has."""
+    assert source.path is not None
+    if source.path.is_dir():
+        if source.revision is not None:
+            raise no_revision(source.name)
+        return source
+    check_type(source)
+    check_settings(source.name, source.split, source.revision)
+    return source
+
+
+def check_settings(name: str, split: str, revision: str | None, splits: Sequence[str] = ()) -> None:
+    """UsageError for a split or a revision of something that has none; `train`, the default, is no claim."""
+    if split not in ("train", *splits):
+        what = "a file has no splits" if file_type(name) else "there are no splits"
+        raise UsageError(
+            f"source.split: {name}: {what}, found {split!r}. Leave `split` out and name the file of the rows that you mean; `limit: 100` takes the "
+            "first hundred."
+        )
+    if revision is not None:
+        raise no_revision(name)
+
+
+def no_revision(name: str) -> UsageError:
+    return UsageError(
+        f"source.revision: {name} is no dataset of the hub, so it has no revisions. Leave `revision` out: what is there is read."
+    )
 
 
 def looked_in(base: Path) -> str:
@@ -172,6 +242,17 @@ def nearest(path: Path) -> str | None:
         return None
     without_suffix = [name for name in names if name.split(".")[0] == path.name.split(".")[0]]
     return next(iter([*difflib.get_close_matches(path.name, names, n=1, cutoff=0.7), *without_suffix]), None)
+
+
+def nearest_below(base: Path, name: str) -> str | None:
+    """A data file or folder of about this name, in `base` or the folders in it."""
+    found = {}
+    with contextlib.suppress(OSError):
+        for entry in itertools.islice(itertools.chain(base.glob("*"), base.glob("*/*")), 2000):
+            if file_type(entry) or entry.is_dir():
+                found[entry.name.split(".")[0]] = "./" + entry.relative_to(base).as_posix()
+    close = difflib.get_close_matches(name.split(".")[0], found, n=1, cutoff=0.75)
+    return found[close[0]] if close else None
 
 
 def check_type(source: Source) -> Source:
@@ -201,8 +282,12 @@ def saved_rows(source: Source) -> Iterator[dict[str, Any]]:
         if source.split not in loaded:
             raise ValidationError(no_split(source, list(loaded)))
         loaded = loaded[source.split]
+    else:
+        check_settings(source.name, source.split, None, (str(loaded.split),))
+    labels = class_names(loaded.features)
     for table in loaded.with_format("arrow").iter(batch_size=BATCH):
-        yield from table.to_pylist()
+        for row in table.to_pylist():
+            yield with_names(row, labels)
 
 
 def no_split(source: Source, splits: list[str]) -> str:
@@ -213,8 +298,7 @@ def folder_rows(source: Source) -> Iterator[dict[str, Any]]:
     import datasets
 
     try:
-        rows = datasets.load_dataset(str(source.path), split=source.split, streaming=True)
-        yield from (dict(row) for row in rows)
+        yield from streamed(datasets.load_dataset(str(source.path), split=source.split, streaming=True))
     except ValueError as error:
         if splits := re.search(r"Available splits: \[(.*?)\]|Should be one of \[(.*?)\]", str(error)):
             raise ValidationError(
@@ -230,45 +314,3 @@ def unreadable_folder(source: Source, error: Exception) -> ValidationError:
         f"{source.name}: neither a save_to_disk folder nor a folder of data files ({first_line(error)}). Name the files, e.g. "
         f"`{source.name}/*.parquet`."
     )
-
-
-def hub_parts(name: str) -> tuple[str, str | None, str | None]:
-    """(repository, config, folder) of owner/name:config or owner/name/folder."""
-    name, _, config = name.partition(":")
-    parts = name.split("/")
-    return "/".join(parts[:2]), config or None, "/".join(parts[2:]) or None
-
-
-def hub_rows(source: Source) -> Iterator[dict[str, Any]]:
-    import datasets
-
-    repository, config, folder = hub_parts(source.name)
-    try:
-        rows = datasets.load_dataset(
-            repository, config, data_dir=folder, split=source.split, revision=source.revision, streaming=True
-        )
-        yield from (dict(row) for row in rows)
-    except (
-        Exception
-    ) as error:  # connection, missing, gated, no such split or config: `datasets` has a class for each and says it well
-        raise ValidationError(
-            f"{source.name}: no such file or folder here, and the Hugging Face hub did not give a dataset of this name "
-            f"({type(error).__name__}: {first_line(error)}). Check the spelling, the split ({source.split}), the network and "
-            "HF_HUB_OFFLINE; a configuration is named as owner/name:config."
-        ) from error
-
-
-def hub_fingerprint(source: Source) -> str:
-    """The commit a revision (or the default branch) stands at; the revision's name where the hub cannot be asked."""
-    import huggingface_hub
-
-    repository, config, folder = hub_parts(source.name)
-    try:
-        commit = huggingface_hub.HfApi().dataset_info(repository, revision=source.revision).sha
-    except Exception:  # reading it will say what is wrong
-        commit = source.revision
-    return f"hub:{commit or 'unknown'}:{config or ''}:{folder or ''}:{source.split}"
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

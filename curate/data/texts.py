@@ -5,13 +5,16 @@ Roles are mapped to those of chat templates (human -> user, gpt -> assistant); a
 
 from __future__ import annotations
 
+import ast
 import json
 import math
+import re
 from contextlib import suppress
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
 from typing import Any
 
+from curate.data.by_column import is_message, turned_messages
 from curate.data.records import Problem
 from curate.rows import Message, Text
 
@@ -28,6 +31,15 @@ ROLES = {
     "observation": "tool",
 }
 LONGEST_SHOWN = 40
+PRINTED = re.compile(r"\[?\s*\{\s*'")  # a list of dicts as Python prints it
+READ_KEYS = frozenset(("role", "from", "content", "value"))
+SAID_KEYS = (
+    "tool_calls",
+    "function_call",
+    "reasoning_content",
+    "reasoning",
+    "thinking",
+)  # what the model said besides its content
 
 
 def describe(value: Any) -> str:
@@ -80,14 +92,55 @@ def answer_text(value: Any) -> str | None:
     return str(value).strip() or None
 
 
-def messages(value: Any, column: str, problems: list[Problem]) -> tuple[Message, ...] | None:
-    """Messages of a list (or of a single message, or of either as JSON text), in role/content or from/value keys; else None, noted.
-
-    A content of several text parts is joined; keys other than role and content are not kept. Blank turns pass: replies are checked later.
+def unpacked(value: Any) -> Any:
+    """Messages as a list of dicts, however they are stored: as JSON text (or as Python prints them, which is what pandas writes to a CSV), or by
+    columns, {role: […], content: […]}. Everything else as it is, text that happens to be JSON of something else too.
     """
-    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
-        with suppress(ValueError):
-            value = json.loads(value)
+    if isinstance(value, str):
+        text = value.strip()
+        if text[:1] + text[-1:] not in ("[]", "{}") or not ("role" in text or "from" in text):
+            return value
+        found: Any = None
+        with suppress(ValueError, RecursionError):
+            found = json.loads(text)
+        if found is None and PRINTED.match(text):
+            with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+                found = ast.literal_eval(text)
+        found = unpacked(found) if isinstance(found, dict) else found
+        whole = isinstance(found, list) and bool(found) and all(map(is_message, found))
+        return found if whole or is_message(found) else value
+    turns = turned_messages(value)
+    return value if turns is None else turns
+
+
+def unread_keys(value: Any) -> list[str]:
+    """Keys of messages that hold something and that nobody reads, as often as they occur."""
+    found = []
+    for message in value if isinstance(value, (list, tuple)) else [value]:
+        if isinstance(message, dict) and is_message(message):
+            found += [key for key, held in message.items() if key not in READ_KEYS and holds(held)]
+            parts = message.get("content")
+            for part in parts if isinstance(parts, list) else ():
+                if isinstance(part, dict):
+                    found += [
+                        f"content.{key}" for key, held in part.items() if key not in ("type", "text") and holds(held)
+                    ]
+    return found
+
+
+def holds(value: Any) -> bool:
+    """Whether a value says anything: no None, no blank text, nothing empty."""
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return False
+    return not (isinstance(value, (list, tuple, dict)) and not value)
+
+
+def messages(value: Any, column: str, problems: list[Problem]) -> tuple[Message, ...] | None:
+    """Messages of a list (or of a single message), in role/content or from/value keys; else None, noted.
+
+    A content of several text parts is joined. What the model said besides its content (SAID_KEYS) is a problem: it would be measured as if it had
+    not been said. Other keys are not kept (`unread_keys` counts them). Blank turns pass: replies are checked later.
+    """
     if isinstance(value, dict):
         value = [value]
     if not isinstance(value, (list, tuple)):
@@ -97,45 +150,50 @@ def messages(value: Any, column: str, problems: list[Problem]) -> tuple[Message,
         problems.append((column, "an empty list", "messages"))
         return None
     found: list[Message] = []
-    for position, item in enumerate(value):
-        if not isinstance(item, dict):
-            problems.append(
-                (column, f"not a message at turn {position}: {describe(item)}", "messages with role and content")
-            )
+    for position, item in enumerate(value, start=1):
+        wrong = _wrong_message(item, position)
+        if wrong:
+            problems.append((column, *wrong))
             return None
-        role = item.get("role")
-        if role is None:
-            role = item.get("from", MISSING)
-        content = item.get("content")
-        if content is None:
-            content = item.get("value", MISSING)
-        if (
-            isinstance(content, list)
-            and content
-            and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content)
-        ):
-            content = "".join(part["text"] for part in content)
-        if not isinstance(role, str) or not role.strip():
-            problems.append(
-                (column, f"without a role at turn {position}: {describe(role)}", "messages with role and content")
-            )
-            return None
-        if not isinstance(content, str):
-            problems.append(
-                (
-                    column,
-                    f"without text content at turn {position}: {describe(content)}",
-                    "messages with role and content",
-                )
-            )
-            return None
-        if not valid_unicode(content):
-            problems.append(
-                (column, f"not valid Unicode at turn {position} (a lone surrogate)", "messages with role and content")
-            )
-            return None
-        found.append({"role": ROLES.get(role, role), "content": content})
+        found.append({"role": ROLES.get(_role(item), _role(item)), "content": _content(item)})
     return tuple(found)
+
+
+def _wrong_message(item: Any, position: int) -> tuple[str, str] | None:
+    """What was found instead of a message, and what was expected."""
+    expected = "messages with role and content"
+    if not isinstance(item, dict):
+        return f"not a message at turn {position}: {describe(item)}", expected
+    role, content = _role(item), _content(item)
+    if not isinstance(role, str) or not role.strip():
+        return f"without a role at turn {position}: {describe(role)}", expected
+    said = next((key for key in SAID_KEYS if holds(item.get(key))), None)
+    if said:
+        return f"with {said} at turn {position}, which nothing reads", "messages whose whole text is in content"
+    if not isinstance(content, str):
+        return f"without text content at turn {position}: {describe(content)}", expected
+    if not valid_unicode(content):
+        return f"not valid Unicode at turn {position} (a lone surrogate)", expected
+    return None
+
+
+def _role(item: dict[str, Any]) -> Any:
+    role = item.get("role")
+    return item.get("from", MISSING) if role is None else role
+
+
+def _content(item: dict[str, Any]) -> Any:
+    """The text, joined where it comes in text parts; else the value as it is."""
+    content = item.get("content")
+    if content is None:
+        content = item.get("value", MISSING)
+    if (
+        isinstance(content, list)
+        and content
+        and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content)
+    ):
+        return "".join(part["text"] for part in content)
+    return content
 
 
 def text_or_messages(value: Any, column: str, problems: list[Problem]) -> Text | None:
@@ -143,6 +201,22 @@ def text_or_messages(value: Any, column: str, problems: list[Problem]) -> Text |
     if isinstance(value, (list, tuple, dict)):
         return messages(value, column, problems)
     return plain_text(value, column, problems, expected="text or messages")
+
+
+def exact(value: Decimal) -> int | float | str:
+    """A decimal as the number that it is, as text where no number of ours is that."""
+    if value == value.to_integral_value():
+        return int(value)
+    return float(value) if Decimal(repr(float(value))) == value else str(value)
+
+
+def has_binary(value: Any) -> bool:
+    """Whether bytes are in it: images and audio, which `jsonable` does not keep."""
+    if isinstance(value, (bytes, bytearray)):
+        return True
+    if isinstance(value, dict):
+        return any(map(has_binary, value.values()))
+    return isinstance(value, (list, tuple)) and any(map(has_binary, value))
 
 
 def jsonable(value: Any) -> Any:
@@ -162,7 +236,7 @@ def jsonable(value: Any) -> Any:
     if isinstance(value, timedelta):
         return value.total_seconds()
     if isinstance(value, Decimal):
-        return float(value) if value.is_finite() else None
+        return exact(value) if value.is_finite() else None
     if isinstance(value, (bytes, bytearray)):
         return f"<{len(value)} bytes>"
     if hasattr(value, "tolist"):

@@ -255,11 +255,11 @@ DEFECTS = [
     ({"prompt": "p", "chosen": [], "rejected": "a"}, [("chosen", "an empty list", "messages")]),
     (
         {"prompt": "p", "chosen": [{"content": "a"}], "rejected": "b"},
-        [("chosen", "without a role at turn 0: missing", "messages with role and content")],
+        [("chosen", "without a role at turn 1: missing", "messages with role and content")],
     ),
     (
         {"prompt": "p", "chosen": [{"role": "assistant", "content": None}], "rejected": "b"},
-        [("chosen", "without text content at turn 0: missing", "messages with role and content")],
+        [("chosen", "without text content at turn 1: missing", "messages with role and content")],
     ),
     ({"prompt": "p", "chosen": [assistant(" ")], "rejected": [assistant("b")]}, [("chosen", "blank", "a reply")]),
     (
@@ -275,7 +275,7 @@ def test_defects_of_a_pair(records, raw, defects):
     _, found = records([good, raw, good])
     assert [record.row is None for record in found] == [False, True, False]
     assert [(d.column, d.found, d.expected) for d in found[1].defects] == defects
-    assert {(d.file, d.row) for d in found[1].defects} == {(found[1].source, 1)}
+    assert {(d.file, d.row) for d in found[1].defects} == {(found[1].source, 2)}
 
 
 def test_defects_of_whole_conversations(records):
@@ -336,7 +336,7 @@ def test_a_defect_names_the_files_own_column(records):
         [{"q": "p", "a": "x", "b": "y"}, {"q": "p", "a": True, "b": "y"}],
         columns={"prompt": "q", "chosen": "a", "rejected": "b"},
     )
-    assert str(bad.defects[0]) == f"{bad.source}, row 1: 'a' is true (bool), expected text or messages."
+    assert str(bad.defects[0]) == f"{bad.source}, row 2: 'a' is true (bool), expected text or messages."
 
 
 WRONG = [

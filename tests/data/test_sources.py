@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import csv
 import gzip
+import http.server
 import json
 import os
 import subprocess
 import sys
+import threading
+import time
 import tracemalloc
 
 import pytest
@@ -81,7 +84,7 @@ def test_a_json_array_is_read_in_pieces(tmp_path, monkeypatch):
     write(tmp_path / "a.json")
     for piece in (1, 7, 64):
         monkeypatch.setattr(files_module, "PIECE", piece)
-        rows = [row for _, row in files_module.rows_of_file(tmp_path / "a.json", "a.json")]
+        rows = [row for *_, row in files_module.rows_of_file(tmp_path / "a.json", "a.json")]
         assert rows == ROWS
 
 
@@ -207,8 +210,8 @@ BROKEN_FILES = [
     ),
     ("a.jsonl.gz", b"no gzip at all", "ends too early or is damaged"),
     ("a.parquet", b"PAR1 and nothing else", "not a parquet file that can be read"),
-    ("a.json", f"[{LINE}, {LINE[:30]}".encode(), "not JSON after row 0"),
-    ("a.json", f"[{LINE}, ?]".encode(), "not JSON after row 0"),
+    ("a.json", f"[{LINE}, {LINE[:30]}".encode(), "not JSON after row 1"),
+    ("a.json", f"[{LINE}, ?]".encode(), "not JSON after row 1"),
     ("a.json", b'{\n "data": [1]\n}', "jq -c"),
     ("a.csv", b"prompt,prompt\n1,2\n", "names 'prompt' twice"),
     ("a.csv", b"prompt,chosen,rejected\n\xff,b,c\n", "not UTF-8"),
@@ -247,24 +250,77 @@ def test_a_missing_split(tmp_path):
         read(write(tmp_path / "splits"))
 
 
-def test_a_hub_dataset_without_a_hub(monkeypatch):
-    import datasets
+class Hub(http.server.BaseHTTPRequestHandler):
+    """A hub with one dataset, owner/pairs; everything else is missing, owner/slow is never answered."""
 
-    def unreachable(*arguments, **options):
-        raise ConnectionError("Couldn't reach the Hub")
+    def do_GET(self):
+        if "/slow" in self.path:
+            self.server.over.wait(10)
+        known = self.path.startswith("/api/datasets/owner/pairs")
+        wrong = None if known and "/revision/" not in self.path else "RevisionNotFound" if known else "RepoNotFound"
+        if self.path.endswith("/revision/v1"):
+            wrong = None
+        body = json.dumps({"id": "owner/pairs", "sha": "abc"}).encode()
+        self.send_response(404 if wrong else 200)
+        if wrong:
+            self.send_header("x-error-code", wrong)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
 
-    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    import huggingface_hub
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.daemon_threads = True
+    server.over = threading.Event()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    yield server
+    server.over.set()
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_hub_dataset_that_is_not_there_is_said_at_once(hub, tmp_path, monkeypatch):
+    """A misspelt path looks like a hub id: one question, no retries, and what was meant."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "pairs.jsonl").write_text(LINE)
+    start = time.monotonic()
     with pytest.raises(
-        ValidationError,
-        match=r"owner/pairs: no such file .* hub did not give .*ConnectionError: Couldn't reach the Hub",
+        ValidationError, match=r"nobody/nothing: no such file or folder here, and .* hub has no dataset"
     ):
+        read("nobody/nothing", base=tmp_path)
+    with pytest.raises(ValidationError, match=r"dat/pairs: no such file .* Did you mean \./data/pairs\.jsonl\?"):
+        read("dat/pairs", base=tmp_path)
+    with pytest.raises(ValidationError, match="no revision 'v9'"):
+        read("owner/pairs", revision="v9")
+    monkeypatch.setattr("curate.data.hub.SECONDS", 0.2)
+    with pytest.raises(ValidationError, match=r"did not answer within 0\.2 s \(HF_HUB_ETAG_TIMEOUT=30 waits longer\)"):
+        read("owner/slow")
+    assert time.monotonic() - start < 3
+
+
+def test_no_hub_is_asked_offline(tmp_path, monkeypatch):
+    """HF_HUB_OFFLINE: what is not in the cache is not there, said without loading `datasets`."""
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("datasets.load_dataset", lambda *arguments, **options: pytest.fail("asked"))
+    with pytest.raises(ValidationError, match="owner/pairs: no such file .* HF_HUB_OFFLINE is set"):
         read("owner/pairs")
 
 
-def test_a_hub_dataset(monkeypatch):
-    """What is asked of the hub, and that its rows are streamed."""
+def test_a_hub_dataset(hub, monkeypatch):
+    """What is asked of the hub, that its rows are streamed, and that it is said where they are from."""
     import datasets
-    import huggingface_hub
 
     asked = []
 
@@ -273,9 +329,6 @@ def test_a_hub_dataset(monkeypatch):
         return datasets.IterableDataset.from_generator(lambda: iter(ROWS))
 
     monkeypatch.setattr(datasets, "load_dataset", answer)
-    monkeypatch.setattr(
-        huggingface_hub.HfApi, "dataset_info", lambda self, name, revision: type("Info", (), {"sha": "abc"})
-    )
     reading = read("owner/pairs/folder:main", split="test", revision="v1")
     assert [record.row for record in reading] == PAIRS
     assert asked[0] == (
@@ -283,6 +336,7 @@ def test_a_hub_dataset(monkeypatch):
         {"data_dir": "folder", "split": "test", "revision": "v1", "streaming": True},
     )
     assert reading.sources[0].fingerprint == "hub:abc:main:folder:test"
+    assert "no such file or folder here; read as a dataset of the Hugging Face hub" in reading.notes()[0]
 
 
 def test_rows_that_a_program_holds_are_read_as_a_file_s_are(tmp_path):
@@ -311,7 +365,7 @@ def test_rows_that_a_program_holds_are_read_as_a_file_s_are(tmp_path):
         == read(dataset).sources[0].fingerprint
         != read(rows[:2]).sources[0].fingerprint
     )
-    with pytest.raises(ValidationError, match="3 rows in memory, row 1: 'chosen' is blank"):
+    with pytest.raises(ValidationError, match="3 rows in memory, row 2: 'chosen' is blank"):
         load([rows[0], rows[1] | {"chosen": ""}, rows[2]])
     with pytest.raises(UsageError, match="DatasetDict of train: take one of them"):
         load(datasets.DatasetDict({"train": dataset}))

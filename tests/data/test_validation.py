@@ -31,7 +31,7 @@ def test_the_error_of_bad_rows(source):
     with pytest.raises(ValidationError) as caught:
         load(path)
     assert str(caught.value) == (
-        "data/pairs.jsonl, row 5: 'rejected' is true (bool), expected text or messages.\n"
+        "data/pairs.jsonl, row 6: 'rejected' is true (bool), expected text or messages.\n"
         "  2 of 8 rows are like this. Drop them with `--set source.on_bad_row=drop`, or list them with `curate validate data/pairs.jsonl`."
     )
     with pytest.raises(
@@ -68,7 +68,7 @@ def test_every_row_bad(source, policy):
 def test_validation_counts(source):
     found = validate(source([*GOOD, BOOL, GOOD[0], BLANK, GOOD[0] | {"rejected": " c"}]))
     assert (found.n_rows, found.n_bad, found.duplicates, found.n_distinct) == (9, 2, 1, 6)
-    assert [(d.row, d.column) for d in found.defects] == [(5, "rejected"), (7, "chosen")]
+    assert [(d.row, d.column) for d in found.defects] == [(6, "rejected"), (8, "chosen")]
     assert found.notes == ("1 prompts occur in more than one row: 2 of 6 distinct rows, the commonest in 2 of them.",)
 
 

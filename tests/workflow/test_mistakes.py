@@ -40,7 +40,7 @@ def test_a_mistake_is_one_clear_error(recipe, over, error, says):
         ([{"prompt": "a", "chosen": True, "rejected": "b"}] * 2, "none of the 2 rows can be used"),
         (
             [*pairs(3), {"prompt": "a", "chosen": True, "rejected": "b"}],
-            "row 3: 'chosen' is true (bool), expected text or messages.",
+            "row 4: 'chosen' is true (bool), expected text or messages.",
         ),
     ],
 )

@@ -11,6 +11,7 @@ from curate.jobs.collect.pick import Candidate, Known, by_function, by_group, fr
 from curate.jobs.collect.rounds import Collect, Round, read_rows
 from curate.objects import load_object
 from curate.recipe import Loaded
+from curate.recipe_sources import Source, inherit
 from curate.rows import Example
 
 
@@ -26,8 +27,7 @@ def from_pool(pool: str, like: str) -> Collect:
     def collect(asked: Round) -> tuple[list[Candidate], dict[str, int]]:
         source = asked.loaded.recipe.source
         assert source is not None
-        found = source.model_copy(update={"path": pool, "limit": None})
-        rows, left_out = fresh(read_rows(asked.loaded, found, "pool", base=Path()), asked.known)
+        rows, left_out = fresh(read_rows(asked.loaded, pool_rows(pool, source), "pool", base=Path()), asked.known)
         if like == "states":
             picked = _by_states(asked, rows)
         elif kind == "group":
@@ -45,11 +45,16 @@ def from_pool(pool: str, like: str) -> Collect:
     return collect
 
 
+def pool_rows(pool: str, source: Source) -> Source:
+    """The pool as a section of the recipe that says nothing but its path."""
+    return inherit(Source(path=pool), source)
+
+
 def check_pool(loaded: Loaded, pool: str, like: str) -> None:
     """What `from_pool` would refuse after a training, said before it: the pool, its rows, a column, a function. Raises as reading does."""
     source = loaded.recipe.source
     assert source is not None
-    rows = read_rows(loaded, source.model_copy(update={"path": pool, "limit": None}), "pool", base=Path())
+    rows = read_rows(loaded, pool_rows(pool, source), "pool", base=Path())
     kind, _, name = like.partition(":")
     if kind == "group" and name:
         for found, where in ((rows, pool), (read_rows(loaded, source, "source"), "the recipe's source")):

@@ -35,6 +35,7 @@ from curate.jobs.collect.pick import Candidate
 from curate.locks import locked
 from curate.progress import Progress
 from curate.recipe import Loaded, Source, load_recipe
+from curate.recipe_rows import open_rows
 from curate.rows import Example
 
 LAST_VALUES = """
@@ -168,9 +169,13 @@ def _measure(
     """The recipe over this round's rows and checkpoints; its numbers and hard rows into the round's folder."""
     from curate import workflow
 
-    data = folder / "data.jsonl"
+    data, asked = folder / "data.jsonl", load_recipe(recipe, set=overrides).recipe
     source = {"path": str(data.resolve()), "format": "prompt_completion"}
-    given = [f"source={json.dumps(source)}", f"models.checkpoints={json.dumps(str(run.resolve()))}"]
+    sections = {"heldout": asked.heldout, **{f"targets.{name}": target for name, target in asked.targets.items()}}
+    kept = [
+        f"{key}={rows.model_dump_json()}" for key, rows in sections.items() if rows
+    ]  # as the recipe's own source says
+    given = [f"source={json.dumps(source)}", *kept, f"models.checkpoints={json.dumps(str(run.resolve()))}"]
     result = workflow.run(
         recipe, set=[*(overrides or []), *given, "export=null", "report=null"], store=store, progress=progress
     )
@@ -251,18 +256,8 @@ def by_command(command: str, **values: Any) -> Train:
 
 
 def read_rows(loaded: Loaded, source: Source | None, setting: str, *, base: Path | None = None) -> list[Candidate]:
-    from curate.data import read
-
     assert source is not None
-    reading = read(
-        source.path,
-        kind="sft",
-        split=source.split,
-        revision=source.revision,
-        format=source.format,
-        columns=source.columns,
-        base=base or loaded.folder,
-    )
+    reading = open_rows(loaded, source, setting, kind="sft", base=base)
     good = reading.good(source.on_bad_row, setting=setting, target=str(loaded.path or source.path))
     rows = [Candidate(r.row, r.columns) for r in good if isinstance(r.row, Example)]
     return rows[: source.limit]
