@@ -26,6 +26,7 @@ def open_rows(
     """
     from curate.data import read
 
+    section = "source" if setting == "pool" else setting  # a pool has no section of its own
     try:
         return read(
             source.path,
@@ -35,10 +36,14 @@ def open_rows(
             format=source.format,
             columns=source.columns,
             base=base or loaded.folder,
-            setting=setting,
+            setting=section,
         )
     except CurateError as error:
-        key = next((key for key in sorted(source.inherited) if f"{setting}.{key}" in str(error)), None)
+        key = next((key for key in sorted(source.inherited) if f"{section}.{key}" in str(error)), None)
+        if setting == "pool":
+            raise type(error)(
+                f"pool: {error}\n  A pool is read as `source` is: give it the source's columns and format."
+            ) from None
         if key is None:
             raise
         own = "{}" if key == "columns" else type(source).model_fields[key].default

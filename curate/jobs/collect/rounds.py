@@ -258,7 +258,9 @@ def by_command(command: str, **values: Any) -> Train:
 def read_rows(loaded: Loaded, source: Source | None, setting: str, *, base: Path | None = None) -> list[Candidate]:
     assert source is not None
     reading = open_rows(loaded, source, setting, kind="sft", base=base)
-    good = reading.good(source.on_bad_row, setting=setting, target=str(loaded.path or source.path))
+    good = reading.good(
+        source.on_bad_row, setting="source" if setting == "pool" else setting, target=str(loaded.path or source.path)
+    )
     rows = [Candidate(r.row, r.columns) for r in good if isinstance(r.row, Example)]
     return rows[: source.limit]
 
