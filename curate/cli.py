@@ -305,8 +305,8 @@ def scores(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Every score: what it means when high, which end is worst, unit, needs, cost, source."""
-    from curate.describe import describe_score, score_json
+    """Every score, in plain words: what a high value means, which end is bad, unit, cost. Of one: also needs, settings, source."""
+    from curate.describe import describe_score, score_json, score_list
     from curate.scores import SCORES, resolve
 
     chosen = [resolve(name)] if name else [SCORES[key] for key in sorted(SCORES, key=lambda k: (SCORES[k].kind, k))]
@@ -315,8 +315,7 @@ def scores(
     elif name:
         out(describe_score(chosen[0]))
     else:
-        head = ("kind", "score", "worst", "unit", "cost", "high means")
-        out(table([(s.kind, s.name, s.worst, s.unit, s.cost, s.high_means) for s in chosen], head=head))
+        out(score_list(chosen))
 
 
 @app.command()
@@ -345,6 +344,7 @@ def summary(
     data_map: Annotated[
         Path | None, typer.Option(metavar="FILE", help="draw the data map, confidence over variability, as SVG")
     ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="list the idealised ranking accuracies one by one")] = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -360,7 +360,7 @@ def summary(
 
         write_maps(data_maps(_store(store), recipe=recipe), data_map)
         _progress(quiet).say(f"The data map is in {data_map}.")
-    out(to_json(result.to_json()) if json else result.text())
+    out(to_json(result.to_json()) if json else result.text(everything=everything))
 
 
 @app.command()
@@ -394,7 +394,7 @@ def sql(
     elif csv:
         out(frame.write_csv().rstrip("\n"))
     else:
-        out(table(frame.rows(), head=frame.columns, longest=60) if frame.columns else "")
+        out(table(frame.rows(), head=frame.columns, longest=60, whole=True) if frame.columns else "")
 
 
 @app.command()

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from curate.progress import counted
-from curate.show import table
+from curate.scores.words import FAMILIES
+from curate.show import table, wrapped
 from curate.store import Import, Store
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ def describe_score(score: Score) -> str:
     """A score in full: formula's docstring, what it needs, its parameters."""
     import inspect
 
-    lines = [f"{score.name}  ({score.kind}, {score.unit or 'no unit'}, cost: {score.cost})", ""]
+    lines = [f"{score.name}  ({score.kind}, {score.unit or 'no unit'}, cost: {score.cost})", "", score.plain, ""]
     lines += (inspect.getdoc(score.function) or "").splitlines()
     lines += [
         "",
@@ -39,7 +40,40 @@ def describe_score(score: Score) -> str:
         lines.append(f"parameters: {shown}")
     if score.source:
         lines.append(f"source:     {score.source}")
-    return "\n".join(lines)
+    told = len(lines) - next(i for i, line in enumerate(lines) if line.startswith("high means:"))
+    return wrapped("\n".join(lines[:-told])) + "\n" + wrapped("\n".join(lines[-told:]), " " * 12)
+
+
+KINDS = {
+    "any": "Pairs, and rows of a prompt and its answer",
+    "preference": "Pairs of a chosen and a rejected response",
+    "sft": "Rows of a prompt and its answer",
+}
+
+
+def score_list(scores: Sequence[Score]) -> str:
+    """Every score in two or three lines, under the kind of row and the question that it answers."""
+    lines: list[str] = []
+    for kind in dict.fromkeys(s.kind for s in scores):
+        lines += ["", KINDS[kind], "=" * len(KINDS[kind])]
+        of_kind = [s for s in scores if s.kind == kind]
+        questions = {s.name: FAMILIES.get(s.path.partition(":")[0].rpartition(".")[2], "") for s in of_kind}
+        for question in sorted(set(questions.values()), key=list(FAMILIES.values()).index):
+            lines += ["", question]
+            for s in (s for s in of_kind if questions[s.name] == question):
+                end = f"{s.worst} is bad, " if s.worst != "none" else ""
+                lines += [f"  {s.name}  ({end}{s.unit}, {COSTS[s.cost]})", f"      {s.plain}"]
+    lines += ["", "`curate scores NAME` tells what a score needs, its settings, and the paper that it is from."]
+    return wrapped("\n".join(lines[1:]), "")
+
+
+COSTS = {
+    "free": "no model run",
+    "forward": "a forward pass",
+    "sampling": "sampled answers",
+    "backward": "a backward pass",
+    "direction": "gradients of the whole set",
+}
 
 
 def score_json(score: Score) -> dict[str, Any]:
@@ -58,6 +92,8 @@ def score_json(score: Score) -> dict[str, Any]:
         "description",
         "defaults",
         "names",
+        "plain",
+        "least",
     )
     return {name: getattr(score, name) for name in names}
 
@@ -113,8 +149,14 @@ class Status:
         if f["measured"]:
             head = ("measurement", "run", "checkpoint", "rows", "engine")
             rows = [
-                (m["measurement"], m["run"] or "-", m["checkpoint"] or m["model"] or "-", m["n_rows"], m["engine"])
-                for m in f["measured"]
+                (
+                    m["measurement"] + told,
+                    m["run"] or "-",
+                    m["checkpoint"] or m["model"] or "-",
+                    m["n_rows"],
+                    m["engine"],
+                )
+                for m, told in zip(f["measured"], differences(f["measured"]), strict=True)
             ]
             lines += [
                 "",
@@ -147,7 +189,7 @@ class Status:
                 "",
                 f"The last command, `curate {r['command']}` ({r['recipe']}, {_time(r['started'])}), was {_outcome(r)}",
             ]
-        return "\n".join(lines)
+        return wrapped("\n".join(lines))
 
     def to_json(self) -> dict[str, Any]:
         return self.found
@@ -173,6 +215,35 @@ def imports_text(imports: Sequence[Import]) -> str:
 
 def store_status(store: Store) -> Status:
     return Status({**store.status(), "imports": store.imports()})
+
+
+def differences(measured: Sequence[dict[str, Any]]) -> list[str]:
+    """What tells each entry from others of the same measurement, run and checkpoint: " (samples 8)"; "" where there are no others."""
+    flat = [_flat(m.get("params") or {}) | {"weights": (m["model_fingerprint"] or "")[:8]} for m in measured]
+    alike: dict[tuple[Any, ...], list[int]] = {}
+    for i, m in enumerate(measured):
+        alike.setdefault((m["measurement"], m["run"], m["checkpoint"] or m["model"]), []).append(i)
+    told = [""] * len(measured)
+    for places in alike.values():
+        keys = dict.fromkeys(key for i in places for key in flat[i])
+        differing = [key for key in keys if len({str(flat[i].get(key)) for i in places}) > 1]
+        for i in places if differing else ():
+            told[i] = f" ({', '.join(f'{key} {_setting(flat[i].get(key))}' for key in differing)})"
+    return told
+
+
+def _setting(value: Any) -> str:
+    text = "unset" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+    return text if len(text) <= 40 else text[:37] + "…"
+
+
+def _flat(params: dict[str, Any], before: str = "") -> dict[str, Any]:
+    """{"sampling": {"samples": 8}} as {"samples": 8}; a key that stands in two places keeps its path."""
+    found: dict[str, Any] = {}
+    for key, value in params.items():
+        inner = _flat(value, f"{before}{key}.") if isinstance(value, dict) else {key: value}
+        found |= {(f"{before}{key}.{k}" if k in found else k): v for k, v in inner.items()}
+    return found
 
 
 def _outcome(run: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ from curate.errors import UsageError
 from curate.recipe_yaml import read_yaml
 from curate.scores import SCORES
 from curate.scores.flags import ADVICE, REASONS, reasons
-from curate.show import cell, table
+from curate.show import cell, wrapped
 from curate.storage.views import BASE
 from curate.store import Store
 
@@ -27,7 +27,8 @@ class Explanation:
     flags: list[str] = field(default_factory=list)
 
     def text(self) -> str:
-        lines = [f"row {self.row_id}  ({self.row['kind']}, {self.row['source']}:{self.row['index']})"]
+        at = "" if self.row["index"] is None else f", row {self.row['index'] + 1}"
+        lines = [f"row {self.row_id}  ({self.row['kind']}, {self.row['source']}{at})"]
         for name in ("prompt", "chosen", "rejected", "completion", "answer"):
             if self.row.get(name):
                 lines.append(f"{name:>10}  {_excerpt(str(self.row[name]))}")
@@ -36,24 +37,11 @@ class Explanation:
                 f"{'kept' if self.decision['kept'] else 'dropped'} by selection {self.selection!r}: {self.decision['reason'].removeprefix('kept: ')}"
             )
         if self.scores:
-            head = ("score", "value", "unit", "percentile", "worst", "high means")
-            lines += [
-                "",
-                table(
-                    [
-                        (
-                            _with_settings(s),
-                            s["value_name"] or s["value"],
-                            s["unit"],
-                            s["percentile"],
-                            s["worst"],
-                            s["high_means"],
-                        )
-                        for s in self.scores
-                    ],
-                    head=head,
-                ),
-            ]
+            lines.append("")
+            for s in self.scores:
+                value = s["value_name"] or f"{cell(s['value'])} {s['unit'] if s['value'] is not None else ''}".strip()
+                lines.append(f"{_with_settings(s)}: {value}{_standing(s)}")
+                lines.append(f"    {s['plain']}")
         if self.flags:
             lines += [
                 "",
@@ -66,7 +54,7 @@ class Explanation:
             ]
         if self.measured:
             lines += ["", "measured: " + ", ".join(f"{k} {cell(v)}" for k, v in self.measured.items())]
-        return "\n".join(lines)
+        return wrapped("\n".join(lines))
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -125,6 +113,7 @@ def explain_row(store: Store, row: str, selection: str | None = None) -> Explana
                 "unit": declared.unit if declared else "",
                 "percentile": None if share is None or code else round(100 * share, 1),
                 "worst": declared.worst if declared else "none",
+                "plain": declared.plain if declared else f"A score of your own: {request.score}.",
                 "high_means": declared.high_means if declared else f"a score of your own: {request.score}",
                 "params": params,
             }
@@ -174,6 +163,14 @@ def _with_settings(score: dict[str, Any]) -> str:
     """The score's name, with the settings that it was computed with."""
     shown = ", ".join(f"{k} {cell(v)}" for k, v in score["params"].items())
     return f"{score['name']} ({shown})" if shown else str(score["name"])
+
+
+def _standing(score: dict[str, Any]) -> str:
+    """Where the row stands among the others, and whether that is the bad end."""
+    share = score["percentile"]
+    if share is None:
+        return ""
+    return f" (percentile {share:g}{'' if score['worst'] == 'none' else '; ' + score['worst'] + ' is bad'})"
 
 
 def _excerpt(text: str, width: int = 110) -> str:

@@ -18,35 +18,74 @@ from curate.progress import counted
 STOPPED = 128 + signal.SIGINT
 
 
-def table(
-    rows: Iterable[Sequence[Any]], *, head: Sequence[str], width: int | None = None, longest: int | None = None
-) -> str:
-    """An aligned table as text: numbers to the right, text to the left, the last column folded to the terminal's width.
+def columns() -> int:
+    """How wide the terminal is, or what COLUMNS says; 80 where nobody knows, as in a pipe."""
+    return max(shutil.get_terminal_size((80, 24)).columns, 20)
 
-    longest: characters after which a value is cut short.
+
+def table(
+    rows: Iterable[Sequence[Any]],
+    *,
+    head: Sequence[str],
+    width: int | None = None,
+    longest: int | None = None,
+    whole: bool = False,
+) -> str:
+    """An aligned table as text, folded to the terminal's width: numbers to the right, text to the left.
+
+    longest: characters after which a value is cut short. whole: only the last column is folded, so that a line is a row for other tools.
     """
     cells = [[_short(cell(v), longest) for v in row] for row in rows]
-    numeric = [all(_is_number(v) for v in column) and bool(column) for column in zip(*cells, strict=True)] or [
-        False
-    ] * len(head)
-    widths = [max([len(str(head[i])), *(len(row[i]) for row in cells)]) for i in range(len(head))]
-    total = width or shutil.get_terminal_size((140, 24)).columns
-    before = sum(widths[:-1]) + 2 * (len(widths) - 1)
-    last = max(24, total - before)
+    heads = [str(h) for h in head]
+    numeric = [bool(cells) and all(_is_number(row[i]) for row in cells) for i in range(len(heads))]
+    natural = [max([len(heads[i]), *(len(row[i]) for row in cells)]) for i in range(len(heads))]
+    total = (width or columns()) - 2 * (len(heads) - 1)
+    if whole:
+        widths = [*natural[:-1], min(natural[-1], max(24, total - sum(natural[:-1])))]
+    else:
+        least = [max([1, *(len(row[i]) for row in cells)]) if numeric[i] else 1 for i in range(len(heads))]
+        widths = _fitted(natural, least, total)
     lines = []
+    for values in (heads, ["-" * w for w in widths], *cells):
+        parts = [_fold(v, widths[i]) for i, v in enumerate(values)]
+        for k in range(max(map(len, parts), default=0)):
+            shown = [part[k] if k < len(part) else "" for part in parts]
+            lines.append(
+                "  ".join(
+                    v.rjust(w) if n else v.ljust(w) for v, w, n in zip(shown, widths, numeric, strict=True)
+                ).rstrip()
+            )
+    return "\n".join(lines)
 
-    def line(values: Sequence[str], *, is_head: bool = False) -> None:
-        folded = _fold(values[-1], last) if len(values[-1]) > last else [values[-1]]
-        shown = [v.rjust(widths[i]) if numeric[i] else v.ljust(widths[i]) for i, v in enumerate(values[:-1])]
-        end = folded[0].rjust(min(widths[-1], last)) if numeric[-1] else folded[0]
-        lines.append("  ".join([*shown, end]).rstrip())
-        lines.extend(" " * before + part for part in folded[1:])
-        if is_head:
-            lines.append("  ".join("-" * w for w in [*widths[:-1], min(widths[-1], last)]))
 
-    line([str(h) for h in head], is_head=True)
-    for row in cells:
-        line(row)
+def _fitted(natural: list[int], least: list[int], total: int) -> list[int]:
+    """Widths that fit: as wide as needed, the widest columns narrowed to one cap, but none below its least (numbers are not folded)."""
+    cap = max(natural, default=0)
+    widths = natural
+    while sum(widths) > total and cap > 1:
+        cap -= 1
+        widths = [max(min(n, cap), least) for n, least in zip(natural, least, strict=True)]
+    spare = total - sum(widths)
+    for i in sorted(range(len(widths)), key=lambda i: -natural[i]):  # what the cap left over
+        more = min(max(spare, 0), natural[i] - widths[i])
+        widths[i], spare = widths[i] + more, spare - more
+    return widths
+
+
+def wrapped(text: str, indent: str = "", *, width: int | None = None) -> str:
+    """Every line of a text folded to the terminal's width. indent: of the lines that follow a folded one, beside its own."""
+    total = width or columns()
+    lines: list[str] = []
+    for line in text.split("\n"):
+        if len(line) <= total:
+            lines.append(line)
+            continue
+        text = line.strip()
+        own = line[: len(line) - len(line.lstrip())]
+        first, *rest = _fold(text, max(total - len(own), 8))
+        lines.append(own + first)
+        if rest:
+            lines += [own + indent + part for part in _fold(" ".join(rest), max(total - len(own + indent), 8))]
     return "\n".join(lines)
 
 
@@ -114,6 +153,9 @@ def _is_number(text: str) -> bool:
 
 
 def _fold(text: str, width: int) -> list[str]:
+    """Lines of at most `width`: folded at spaces, a longer word after a sign such as / or _ where it has one."""
+    if len(text) <= width:
+        return [text]
     lines, here = [], ""
     for word in text.split(" "):
         if here and len(here) + 1 + len(word) > width:
@@ -121,4 +163,9 @@ def _fold(text: str, width: int) -> list[str]:
             here = word
         else:
             here = f"{here} {word}" if here else word
+        while len(here) > width:
+            at = max((here.rfind(sign, 0, width) for sign in "/_-,.:"), default=-1) + 1
+            at = at if at > width // 3 else width
+            lines.append(here[:at])
+            here = here[at:]
     return [*lines, here]

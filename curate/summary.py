@@ -8,7 +8,7 @@ responses are known at two of its checkpoints or more.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,8 +16,9 @@ import numpy as np
 from curate.errors import UsageError
 from curate.progress import counted
 from curate.recipe_yaml import read_yaml
+from curate.scores.words import heading
 from curate.series import StoredRun, stored_runs
-from curate.show import table
+from curate.show import table, wrapped
 from curate.store import Store
 
 if TYPE_CHECKING:
@@ -53,43 +54,65 @@ class Flips:
 
 @dataclass(frozen=True)
 class Summary:
-    """values: the lines of the view dataset_values. calibration: None where held-out accuracies are not known. flips: one a run of DPO."""
+    """values: the lines of the view dataset_values. calibration: None where held-out accuracies are not known. flips: one a run of DPO.
+
+    scores: a dict for each score of the recipe: name, known (rows that have a value), rows. scored: whether the recipe has been.
+    """
 
     recipe: str | None
     values: list[dict[str, Any]]
     calibration: Calibration | None
     threshold: float | None
     flips: list[Flips]
+    scores: list[dict[str, Any]] = field(default_factory=list)
+    scored: bool = False
 
-    def text(self) -> str:
-        lines = []
+    def text(self, *, everything: bool = False) -> str:
+        """For people: values under plain headings. everything: the idealised ranking accuracies one by one, too."""
         shown = {f.run for f in self.flips}
         phases = [v for v in self.values if v["name"].startswith(OF_PHASES)]
         values = [v for v in self.values if not (v["run"] in shown and _in_flips(v["name"])) and v not in phases]
-        if values:
-            head = ("value", "run", "checkpoint", "", "95% interval", "n")
-            lines.append(
-                table(
-                    [
-                        (v["name"], v["run"] or "-", v["checkpoint"] or "-", v["value"], _interval(v), v["n"])
-                        for v in values
-                    ],
-                    head=head,
-                )
-            )
-        elif not self.flips and not phases:
-            lines.append("No dataset values yet: `curate score RECIPE` computes them.")
-        for flips in self.flips:
-            lines += [*([""] if lines else []), *_flip_lines(flips)]
+        parts = self._scores()
+        for name in dict.fromkeys(heading(v["name"]) for v in values):
+            parts.append([name + ":", *_value_lines([v for v in values if heading(v["name"]) == name], everything)])
+        parts += [_flip_lines(flips) for flips in self.flips]
         for run in dict.fromkeys(v["run"] for v in phases):
-            lines += [*([""] if lines else []), *_phase_lines(run, [v for v in phases if v["run"] == run])]
+            parts.append(_phase_lines(run, [v for v in phases if v["run"] == run]))
         if self.calibration is not None:
-            lines += ["", *_calibration_lines(self.calibration, self.threshold)]
-        return "\n".join(lines)
+            parts.append(_calibration_lines(self.calibration, self.threshold))
+        return wrapped("\n\n".join("\n".join(part) for part in parts))
+
+    def _scores(self) -> list[list[str]]:
+        """What is scored, what of it is unknown, and why there are no values about the whole set where there are none."""
+        if not self.scored:
+            if self.values or self.flips:
+                return []
+            why = (
+                f"recipe {self.recipe!r} is not scored yet"
+                if self.recipe
+                else "no recipe has been scored into this store yet"
+            )
+            return [[f"No values: {why}. `curate score RECIPE` does that, `curate run RECIPE` measures first."]]
+        known = ", ".join(f"{s['name']} ({s['known']:,} of {s['rows']:,} rows)" for s in self.scores)
+        lines = [f"Scored by recipe {self.recipe!r}: {known or 'nothing, it names no scores'}."]
+        nothing = [s["name"] for s in self.scores if s["rows"] and not s["known"]]
+        if nothing:
+            lines.append(
+                f"Unknown in every row: {', '.join(nothing)}. What they need is not measured, or not known of any row: `curate score RECIPE` says "
+                "which, `curate measure RECIPE` measures what is missing."
+            )
+        if not (self.values or self.flips):
+            lines.append(
+                "There are no values about the whole set: they come with log-probabilities of both responses (ranking accuracy), with answers or "
+                "likelihoods over checkpoints (accuracy, pre-memorization accuracy), and with scores that need them."
+            )
+        return [lines]
 
     def to_json(self) -> dict[str, Any]:
         return {
             "recipe": self.recipe,
+            "scored": self.scored,
+            "scores": self.scores,
             "values": self.values,
             "calibration": None if self.calibration is None else _plain(asdict(self.calibration)),
             "flips": [_plain({**asdict(f), "cells": [c._asdict() for c in f.cells]}) for f in self.flips],
@@ -112,12 +135,52 @@ def summarise(store: Store, *, recipe: str | None = None, between: tuple[int, in
     beta = setting(mine, "beta") or 0.1
     runs = stored_runs(store, ("chosen_logp", "rejected_logp"), kind="preference", recipe=mine)
     flips = [_flips(run, beta, between or (run.steps[0], run.steps[-1])) for run in _comparable(runs, between)]
-    return Summary(mine["name"] if mine else None, values, _calibrate(store, mine, values, threshold), threshold, flips)
+    name = mine["name"] if mine else None
+    calibration = _calibrate(store, mine, values, threshold)
+    scored = name is not None and store.made_of("scores", name) is not None
+    of_scores = _known(store, mine) if mine and scored else []
+    return Summary(name, values, calibration, threshold, flips, of_scores, scored)
+
+
+def _known(store: Store, recipe: dict[str, Any]) -> list[dict[str, Any]]:
+    """name, known, rows of every score that a recipe has in the view `scored`."""
+    from curate.recipe import ScoreRequest
+
+    requests = [ScoreRequest.read(entry) for entry in (read_yaml(recipe["text"])[0] or {}).get("scores") or []]
+    there = store.sql("SELECT * FROM scored LIMIT 0", recipe=recipe["name"]).columns
+    names = [request.name for request in requests if request.name in there]
+    picked = ", ".join(["count(*)", *(f'count("{name}")' for name in names)])
+    rows, *known = store.sql(
+        f"SELECT {picked} FROM scored WHERE role = 'train' OR role IS NULL", recipe=recipe["name"]
+    ).row(0)
+    return [{"name": name, "known": n, "rows": rows} for name, n in zip(names, known, strict=True)]
+
+
+def _value_lines(values: list[dict[str, Any]], everything: bool) -> list[str]:
+    """One heading's values as a table; columns that say nothing are left out, idealised accuracies shown by their range."""
+    idealised = [v for v in values if "idealised" in v["name"]]
+    lines = []
+    if idealised and not everything:
+        for name in dict.fromkeys(v["name"].rpartition("_")[0] for v in idealised):
+            of = [v for v in idealised if v["name"].rpartition("_")[0] == name and v["value"] is not None]
+            ends = {v["name"].rpartition("_")[2]: v["value"] for v in of}
+            if {"min", "max"} <= ends.keys():
+                lines.append(
+                    f"{name}: {ends['min']:.4g} to {ends['max']:.4g} over β from 0.01 to 10 ({of[0]['n']:,} rows)"
+                )
+        lines.append(f"(`--all` lists the {len(idealised)} of them)")
+        values = [v for v in values if v not in idealised]
+    if not values:
+        return lines
+    rows = [(v["name"], v["run"] or None, v["checkpoint"] or None, v["value"], _interval(v), v["n"]) for v in values]
+    head = ("value", "run", "checkpoint", "", "95% interval", "rows")
+    used = [i for i in range(len(head)) if i in (0, 3) or any(row[i] not in (None, "-") for row in rows)]
+    return [*lines, table([[row[i] for i in used] for row in rows], head=[head[i] for i in used])]
 
 
 def setting(recipe: dict[str, Any] | None, key: str, *, of: str | None = None) -> float | None:
     """A number that the recipe sets for a score (of any, if None), the first one."""
-    for entry in (read_yaml(recipe["text"])[0] or {}).get("scores", []) if recipe else []:
+    for entry in (read_yaml(recipe["text"])[0] or {}).get("scores") or [] if recipe else []:
         for score, params in entry.items() if isinstance(entry, dict) else ():
             value = params.get(key) if isinstance(params, dict) and of in (None, score) else None
             if isinstance(value, int | float):

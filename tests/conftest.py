@@ -9,6 +9,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 
+os.environ.setdefault("COLUMNS", "200")  # sentences are looked for whole; tests of the width set it themselves
+
 import signal
 from pathlib import Path
 

@@ -206,7 +206,7 @@ def test_a_refused_command_is_no_run(curate, model, tmp_path):
     assert [(r["id"], r["command"], r["outcome"]) for r in told["runs"]] == [(1, "measure", "done")]
     assert told["refused"]["command"] == "select" and "curate score" in told["refused"]["message"]
     text = curate("status", store).out
-    assert text.splitlines()[-1].startswith("The last command, `curate select` (recipe, ")
+    assert "\nThe last command, `curate select` (recipe, " in text
     assert "was refused: Not every score of 'recipe' is computed yet: `curate score" in text
     assert curate("run", path, "--set", "models.reference=nowhere").code == 1
     told = curate("status", store, "--json").json

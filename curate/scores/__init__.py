@@ -28,6 +28,7 @@ import numpy as np
 from curate.errors import UsageError
 from curate.objects import load_object
 from curate.scores.parameters import Parameter, Positive, Range, Share, checked
+from curate.scores.words import PLAIN
 
 __all__ = [
     "DATASET_VALUES",
@@ -219,6 +220,7 @@ class Score(Columns):
     the view `scored` then shows them too, in a text column `<score>_name`. per_checkpoint: a function of the same arguments that gives the
     value at every checkpoint, (rows, K), the last of which is the score; the view `trajectories` shows these. least: how many checkpoints of
     the training it needs, where step 0, the untrained model, is none. version: rises when the formula changes, so that it is computed anew.
+    plain: what a high value means, in a sentence that needs no paper (ours: words.py; a user's own without one: high_means).
     """
 
     unit: str
@@ -229,6 +231,7 @@ class Score(Columns):
     per_checkpoint: Callable[..., Array] | None = None
     least: int = 0
     version: int = 1
+    plain: str = ""
 
     what = "score"
 
@@ -322,6 +325,7 @@ def score(
     per_checkpoint: Callable[..., Array] | None = None,
     least: int = 0,
     version: int = 1,
+    plain: str = "",
 ) -> Callable[[Callable[..., Any]], Score]:
     """Declare a score. needs, optional: see the module. over="checkpoints": every column comes as (rows, K), in step order, NaN where
     unmeasured (K counts the base model as step 0 where it is given); an argument called `steps` then gets the K steps, one called `rates`
@@ -342,6 +346,7 @@ def score(
             per_checkpoint=per_checkpoint,
             least=least,
             version=version,
+            plain=plain or PLAIN.get(common["name"], "") or high_means,
         )
         return _register(declared, SCORES)
 

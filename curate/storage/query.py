@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -215,7 +216,9 @@ def find_row(con: Connection, text: str, folder: str) -> str:
 
 def status(con: Connection) -> dict[str, Any]:
     """See `Store.status`."""
-    measured = dicts(con, "SELECT * EXCLUDE (params) FROM data.measured ORDER BY run, step, created")
+    measured = dicts(con, "SELECT * FROM data.measured ORDER BY run, step, created")
+    for m in measured:
+        m["params"] = json.loads(m["params"] or "{}")
     counts: dict[str, int] = {}
     for table in sorted({table_of(m["measurement"]) for m in measured}):
         counts.update(
