@@ -323,13 +323,16 @@ def explain(
     store: StorePath,
     row: Annotated[str, typer.Argument(metavar="ROW", help="a row's id, or its first digits")],
     selection: Annotated[str | None, typer.Option(help="the selection that is asked about (default: the last)")] = None,
+    every: Annotated[
+        bool, typer.Option("--all", help="all of the row's sampled answers, in full; else a few of the last checkpoint")
+    ] = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Why this row scored and was kept or dropped as it was."""
     from curate.explain import explain_row
 
-    result = explain_row(_store(store), row, selection)
+    result = explain_row(_store(store), row, selection, every_answer=every)
     out(to_json(result.to_json()) if json else result.text())
 
 

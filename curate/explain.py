@@ -7,6 +7,7 @@ from typing import Any
 
 from curate.errors import UsageError
 from curate.recipe_yaml import read_yaml
+from curate.row_answers import answers_of, answers_text
 from curate.scores import SCORES
 from curate.scores.flags import ADVICE, REASONS, reasons
 from curate.show import cell, wrapped
@@ -25,6 +26,8 @@ class Explanation:
     decision: dict[str, Any] | None
     selection: str | None
     flags: list[str] = field(default_factory=list)
+    answers: list[dict[str, Any]] = field(default_factory=list)
+    every_answer: bool = False
 
     def text(self) -> str:
         at = "" if self.row["index"] is None else f", row {self.row['index'] + 1}"
@@ -52,16 +55,19 @@ class Explanation:
                 "what retraining has shown to help, in this order:",
                 *(f"  {i}. {text}" for i, text in enumerate(ADVICE, 1)),
             ]
+        lines += answers_text(self.answers, every=self.every_answer)
         if self.measured:
             lines += ["", "measured: " + ", ".join(f"{k} {cell(v)}" for k, v in self.measured.items())]
         return wrapped("\n".join(lines))
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return {key: value for key, value in asdict(self).items() if key != "every_answer"}
 
 
-def explain_row(store: Store, row: str, selection: str | None = None) -> Explanation:
-    """Why a row scored and was kept or dropped as it was. row: an id, its first digits, or source:index."""
+def explain_row(store: Store, row: str, selection: str | None = None, *, every_answer: bool = False) -> Explanation:
+    """Why a row scored and was kept or dropped as it was. row: an id, its first digits, or source:index. every_answer: its text shows all of the
+    row's sampled answers, not a few.
+    """
     from curate.recipe import ScoreRequest
 
     row_id = store.find_row(row)
@@ -130,7 +136,17 @@ def explain_row(store: Store, row: str, selection: str | None = None) -> Explana
         and v is not None
     }
     flags = _flags(store, row_id, recipe, line, requests)
-    return Explanation(row_id, {k: line.get(k) for k in base}, scores, measured, decision, name, flags)
+    return Explanation(
+        row_id,
+        {k: line.get(k) for k in base},
+        scores,
+        measured,
+        decision,
+        name,
+        flags,
+        answers_of(store, row_id, recipe),
+        every_answer,
+    )
 
 
 def _shares(store: Store, recipe: str | None, scores: dict[str, Any]) -> dict[str, float | None]:

@@ -166,3 +166,16 @@ def test_every_engine_seeds_a_sample_by_its_number():
     sampler._call = lambda name, **given: calls.append(given) or [[("b", 1, -1.0, True)] * 2]
     sampler.sample([later], Sampling(2))
     assert calls[0]["seeds"] == [engine_seed(7) + 4]  # vLLM gives sample k of a request its seed + k
+
+
+def test_explain_shows_a_few_answers_with_their_grades(line):
+    from curate.explain import explain_row
+
+    store = curate.run(line, set=["sampling.samples=6"]).store
+    row_id = store.sql("SELECT row_id FROM scored WHERE prompt = 'ada says'").item()
+    right = store.sql("SELECT count(*) FILTER (correct) FROM samples WHERE row_id = ?", [row_id]).item()
+    text = explain_row(store, row_id).text()
+    assert f"answers of model: {right} of 6 right" in text and "2 more answers: --all" in text
+    every = explain_row(store, row_id, every_answer=True)
+    assert every.text().count("\n  right") + every.text().count("\n  wrong") == 6 and "--all" not in every.text()
+    assert len(every.to_json()["answers"]) == 6

@@ -1,0 +1,52 @@
+"""A row's sampled answers with their grades, as `curate explain` shows them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from curate.store import Store
+
+FEW = 4  # answers
+WIDTH = 68  # characters of each
+
+
+def answers_of(store: Store, row_id: str, recipe: str | None) -> list[dict[str, Any]]:
+    """The row's answers by the recipe's grader, those of the last checkpoint first: run, checkpoint, sample, text, correct, finished."""
+    return store.sql(
+        "SELECT run, checkpoint, step, sample, text, correct, n_tokens, finished FROM samples WHERE row_id = ? "
+        "ORDER BY step DESC NULLS LAST, run, checkpoint, sample",
+        [row_id],
+        recipe=recipe,
+    ).to_dicts()
+
+
+def answers_text(answers: Sequence[dict[str, Any]], *, every: bool) -> list[str]:
+    """Lines of text: a few answers of the last checkpoint in one line each, or all of them in full."""
+    if not answers:
+        return []
+    first = answers[0]["checkpoint"]
+    shown = list(answers) if every else [a for a in answers if a["checkpoint"] == first][:FEW]
+    right = sum(bool(a["correct"]) for a in answers if a["checkpoint"] == first)
+    of = sum(a["checkpoint"] == first for a in answers)
+    graded = f"{right} of {of} right" if answers[0]["correct"] is not None else f"{of}, not graded"
+    lines = ["", f"answers of {first or 'the model'}: {graded}"]
+    checkpoint = first
+    for answer in shown:
+        if answer["checkpoint"] != checkpoint:
+            checkpoint = answer["checkpoint"]
+            lines.append(f"answers of {checkpoint}:")
+        grade = {True: "right", False: "wrong", None: "-"}[answer["correct"]]
+        cut = "" if answer["finished"] else " (cut)"
+        text = str(answer["text"] or "").strip()
+        lines.append(f"  {grade:5}  {text if every else _short(text)}{cut}")
+    if len(shown) < len(answers):
+        lines.append(f"  {len(answers) - len(shown):,} more answers: --all")
+    return lines
+
+
+def _short(text: str) -> str:
+    """The beginning and the end, where the answer stands, in one line."""
+    text = text.replace("\n", "\\n") or "(empty)"
+    half = (WIDTH - 3) // 2
+    return text if len(text) <= WIDTH else f"{text[:half]} … {text[-half:]}"
