@@ -247,12 +247,11 @@ def _math_answer(text: str) -> str | None:
     inside = boxed(text)
     if inside is not None:
         return inside or None
-    for mark in (ANSWER_MARK, HASHES):
-        found = list(mark.finditer(text))
-        if found:
-            said = text[found[-1].end() :].strip().partition("\n")[0].strip().rstrip(".")
-            end = SENTENCE_END.search(said)
-            return (said[: end.start()] if end else said).strip() or None
+    found = sorted((m for mark in (ANSWER_MARK, HASHES) for m in mark.finditer(text)), key=lambda m: m.start())
+    for last in found[-1:]:
+        said = text[last.end() :].strip().partition("\n")[0].strip().rstrip(".")
+        end = SENTENCE_END.search(said)
+        return (said[: end.start()] if end else said).strip() or None
     lines = [line for line in text.splitlines() if line.strip()]
     return lines[-1].strip().rstrip(".") if lines else None
 

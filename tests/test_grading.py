@@ -192,6 +192,8 @@ def math_grader():
         (r"\boxed{\text{Saturday}}", r"\text{Saturday}", True),
         (r"I get $\sqrt{8}$.", r"2\sqrt{2}", True),
         ("final answer: 1/3", r"\frac13", True),
+        ("Half the answer is: 33\n#### 66", "66", True),  # the last mark
+        ("Answer: 4, because 5 is odd", "4", True),
         (r"\boxed{1,000}", "1000", True),
         (r"\boxed{3}", r"We find that \boxed{3}.", True),
         (r"\boxed{3}", "4", False),
