@@ -40,7 +40,7 @@ StoreOption = Annotated[
     Path | None, typer.Option("--store", metavar="DIR", help="the store's folder, over the recipe's")
 ]
 Json = Annotated[bool, typer.Option("--json", help="print JSON, for machines")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress, no notes: only the result")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress, no notes: only the result and warnings")]
 Kind = Literal["preference", "sft"]
 OfRecipe = Annotated[
     str | None,
@@ -86,7 +86,10 @@ def demo(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """The whole line on an embedded task and a tiny model trained on the spot: minutes on a laptop, no downloads."""
+    """The whole line on a tiny model, in minutes, without downloads.
+
+    An embedded task, and a model that is trained on the spot.
+    """
     from curate.jobs.demo.line import run_demo
 
     result = run_demo(to, seed=seed, progress=_progress(quiet))
@@ -192,7 +195,10 @@ def validate(
 def plan(
     recipe: RecipePath, overrides: Set = None, store: StoreOption = None, json: Json = False, quiet: Quiet = False
 ) -> None:
-    """What would run: passes × checkpoints × rows still missing, tokens, estimated time. Runs nothing."""
+    """What a run would measure, and about how long that takes.
+
+    Passes × checkpoints × rows still missing, tokens, estimated time. No model is run.
+    """
     from curate.workflow import make_plan
 
     result = make_plan(_recipe(recipe, overrides, store), progress=_progress(quiet))
@@ -219,7 +225,7 @@ _step(
     ("measure", "score", "select", "export"),
     "All of it: measure, score, select, export. Safe to stop and start again.",
 )
-_step("measure", ("measure",), "Run the passes that the recipe's scores need, for the rows that still miss something.")
+_step("measure", ("measure",), "Run the passes that the scores need, for what is missing.")
 _step("score", ("score",), "Compute the recipe's scores from what is measured. No model is run.")
 _step("select", ("select",), "Decide which rows are kept, with a reason for every dropped one.")
 _step("export", ("export",), "Write the kept rows as a dataset that trainers take as it is.")
@@ -261,7 +267,10 @@ def import_(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Take measurements or scores from elsewhere. Without a `row` or --on they are dataset-level values. See docs/importing.md."""
+    """Take measurements or scores from elsewhere.
+
+    Without a `row` or --on they are dataset-level values. See docs/importing.md.
+    """
     from curate.importing import import_file
     from curate.store import Store
 
@@ -282,7 +291,10 @@ def forget(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Take an import back, whole: its values, rows that only its ids knew, its dataset values."""
+    """Take an import back.
+
+    Whole: its values, the rows that only its ids knew, its dataset values.
+    """
     from curate.describe import imports_text
     from curate.store import Store
 
@@ -305,7 +317,10 @@ def scores(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Every score, in plain words: what a high value means, which end is bad, unit, cost. Of one: also needs, settings, source."""
+    """Every score, in plain words.
+
+    What a high value means, which end is bad, unit, cost. Of one: also what it needs, its settings, the paper it is from.
+    """
     from curate.describe import describe_score, score_json, score_list
     from curate.scores import SCORES, resolve
 
@@ -351,7 +366,10 @@ def summary(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Dataset-level values with intervals: ranking accuracies, pre-memorization accuracy per run and checkpoint, calibration, R², flips."""
+    """What holds of the whole set: rankings, accuracies, flips.
+
+    With 95% intervals: ranking accuracies, pre-memorization accuracy per run and checkpoint, its calibration against held-out accuracy, flips.
+    """
     from curate.summary import summarise
 
     steps = between.split(",") if between else []
@@ -387,7 +405,9 @@ def sql(
     csv: Annotated[bool, typer.Option("--csv", help="print CSV")] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Ask the store: views rows, scored, trajectories, samples, occurrences, dataset_values, runs, selections.
+    """Ask the store, in SQL.
+
+    Views: rows, scored, trajectories, samples, occurrences, dataset_values, runs, selections.
 
     The table for people cuts long texts short; --json and --csv give them whole.
     """
@@ -410,7 +430,10 @@ def schedule(
     json: Annotated[bool, typer.Option("--json", help="print a JSON object a line: next times, outcomes")] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Run a recipe by the clock, unattended: only what is new is measured, never two runs of it at once."""
+    """Run a recipe by the clock, unattended.
+
+    Only what is new is measured, and never are two runs of it at once.
+    """
     from curate.schedule import schedule as start
     from curate.wanted import wanted_scores
 

@@ -309,7 +309,7 @@ def _export(loaded: Loaded, result: Result, sources: dict[str, list[str]], progr
         _check_current(loaded, result.store, "selection", _selection_of(loaded, result, sources), "select")
     result.exported = export_selection(loaded, result.store, result.selection, sources.get("train", []))
     for note in result.exported.notes:
-        progress.say(note)
+        (progress.warn if note in result.exported.warnings else progress.say)(note)
 
 
 def _scores_of(store: Store, result: Result, sources: dict[str, list[str]]) -> str:

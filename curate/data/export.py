@@ -31,7 +31,10 @@ ExportFormat = Literal["trl", "prompt_completion", "messages", "extend"]
 
 @dataclass(frozen=True)
 class ExportResult:
-    """What was written. `layout`: e.g. "trl preference, standard". `renamed`: columns whose names a trainer would take for its own."""
+    """What was written. `layout`: e.g. "trl preference, standard". `renamed`: columns whose names a trainer would take for its own.
+
+    warnings: those of the notes without which the result would be taken for another.
+    """
 
     path: Path
     n_rows: int
@@ -40,6 +43,7 @@ class ExportResult:
     columns: tuple[str, ...]
     renamed: dict[str, str]
     notes: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
 
 
 def export(
@@ -135,6 +139,12 @@ def write_export(
     renamed = renamed_dropped | renamed
     notes = [_renamed(old, new) for old, new in sorted(renamed.items())]
     notes += [f"Column `{name}` holds values of several types and is kept as text." for name in sorted(kept.as_text)]
+    warnings = [
+        f"Column `{name}` held bytes (images, audio), which the store does not keep: here it says only how many they were. Join them again by "
+        "a column of yours before you train."
+        for name in sorted(kept.without_bytes)
+    ]
+    notes += warnings
     if resample is not None:
         drawn = f"{n_rows:,} rows were drawn from {kept.n_rows:,} in proportion to `weight` (seed {seed})"
         notes.append(f"{drawn}; do not weight them again.")
@@ -154,7 +164,9 @@ def write_export(
         notes=notes,
     )
     carry_over(target, staging)
-    return ExportResult(target, n_rows, left.n_rows, plan.layout, tuple(schema.names), renamed, tuple(notes))
+    return ExportResult(
+        target, n_rows, left.n_rows, plan.layout, tuple(schema.names), renamed, tuple(notes), tuple(warnings)
+    )
 
 
 def _renamed(old: str, new: str) -> str:

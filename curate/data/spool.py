@@ -6,6 +6,7 @@ A column's type is what Arrow makes of all its values together; values that fit 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -15,10 +16,13 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 BATCH = 1000
+BYTES = re.compile(r"<\d+ bytes>")
 
 
 class Spool:
-    """Dicts in, tables of one schema out. `n_rows` counts, `as_text` names the columns that had to become text."""
+    """Dicts in, tables of one schema out. `n_rows` counts, `as_text` names the columns that had to become text, `without_bytes` those with the
+    store's words for bytes in them.
+    """
 
     def __init__(self, path: Path, fixed: dict[str, pa.DataType]) -> None:
         """`fixed`: columns whose type is settled; they come first."""
@@ -27,11 +31,13 @@ class Spool:
         self._types: dict[str, pa.DataType] = {}
         self._waiting: list[dict[str, Any]] = []
         self.as_text: set[str] = set()
+        self.without_bytes: set[str] = set()
         self.n_rows = 0
 
     def add(self, row: dict[str, Any]) -> None:
         self._file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
         self.n_rows += 1
+        self.without_bytes |= {name for name, value in row.items() if name not in self._fixed and said_bytes(value)}
         self._waiting.append(row)
         if len(self._waiting) == BATCH:
             self._learn()
@@ -78,6 +84,15 @@ class Spool:
 
     def __exit__(self, *error: object) -> None:
         self._file.close()
+
+
+def said_bytes(value: Any) -> bool:
+    """Whether it holds what `jsonable` makes of bytes: "<79 bytes>"."""
+    if isinstance(value, str):
+        return value.endswith(" bytes>") and BYTES.fullmatch(value) is not None
+    if isinstance(value, dict):
+        return any(map(said_bytes, value.values()))
+    return isinstance(value, list) and any(map(said_bytes, value))
 
 
 def write_parquet(rows: Iterator[dict[str, Any]], schema: pa.Schema, path: Path) -> int:

@@ -89,3 +89,31 @@ def test_users_columns_keep_their_names_unless_ours_are_asked_for(recipe, tmp_pa
     assert kept["source_edit_distance"].to_list() == [-1.0] * 2 and kept["source_weight"].to_list() == ["heavy"] * 2
     assert (kept["edit_distance"] > 0).all() and kept["weight"].to_list() == kept["edit_distance"].to_list()
     assert any("`edit_distance` is called `source_edit_distance`" in note for note in result.exported.notes)
+
+
+def test_bytes_that_are_not_kept_are_said_even_quietly(recipe, tmp_path, capsys):
+    """An image's column says only how many bytes there were: in the card, and on stderr whatever --quiet says."""
+    rows = [r | {"picture": {"bytes": b"0123", "path": None}, "id": "007"} for r in pairs(4)]
+    pl.DataFrame(rows).write_parquet(tmp_path / "pairs.parquet")
+    path = recipe(source="pairs.parquet", scores=["edit_distance"], select={}, export={"to": "out"})
+    result = curate.run(path)
+    assert (
+        "`picture` held bytes" in capsys.readouterr().err
+        and "`picture` held bytes" in (tmp_path / "out/README.md").read_text()
+    )
+    assert (
+        len(result.exported.warnings) == 1
+        and pl.read_parquet(tmp_path / "out/data/*.parquet")["id"].to_list() == ["007"] * 4
+    )
+
+
+def test_a_card_of_a_persons_own_stays_over_a_second_export(recipe, tmp_path):
+    """The case of huggingface_hub#797: `no` and `1.10` are text to whoever wrote them."""
+    path = recipe(scores=["edit_distance"], select={}, export={"to": "out"})
+    curate.run(path)
+    card = tmp_path / "out" / "README.md"
+    mine = "language:\n- no\n- nn\nversion: 1.10  # mine\nannotations_creators: [on]\n"
+    card.write_text(card.read_text().replace("---\n", f"---\n{mine}", 1))
+    before = card.read_text()
+    curate.run(path)
+    assert card.read_text() == before
