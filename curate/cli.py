@@ -163,7 +163,7 @@ def validate(
     source: Annotated[str, typer.Argument(metavar="SOURCE|RECIPE", help="data, or a recipe (.yaml)")],
     kind: Annotated[Kind | None, typer.Option(help="the kind of rows (default: what they look like)")] = None,
     format: Annotated[str, typer.Option(help="the rows' format")] = "auto",
-    split: Annotated[str, typer.Option(help="of a hub dataset or a saved folder")] = "train",
+    split: Annotated[str, typer.Option(help="of a hub dataset or a folder; a file has none")] = "train",
     column: Annotated[list[str] | None, typer.Option(metavar="OURS=THEIRS", help="e.g. prompt=question")] = None,
     limit: Annotated[int, typer.Option(help="how many bad rows to print (0: all)")] = 50,
     overrides: Set = None,
@@ -336,7 +336,9 @@ def scores(
 @app.command()
 def explain(
     store: StorePath,
-    row: Annotated[str, typer.Argument(metavar="ROW", help="a row's id, or its first digits")],
+    row: Annotated[
+        str, typer.Argument(metavar="ROW", help="a row's id or its first digits, or source#row (from 1: pairs.jsonl#3)")
+    ],
     selection: Annotated[str | None, typer.Option(help="the selection that is asked about (default: the last)")] = None,
     every: Annotated[
         bool, typer.Option("--all", help="all of the row's sampled answers, in full; else a few of the last checkpoint")

@@ -30,8 +30,10 @@ class Explanation:
     every_answer: bool = False
 
     def text(self) -> str:
-        at = "" if self.row["index"] is None else f", row {self.row['index'] + 1}"
-        lines = [f"row {self.row_id}  ({self.row['kind']}, {self.row['source']}{at})"]
+        source, index = self.row["source"], self.row["index"]
+        foreign = self.row.get("prompt") is None  # its index may be somebody else's id
+        at = "" if index is None else f":{index}" if foreign else f", row {index + 1}"
+        lines = [f"row {self.row_id}  ({self.row['kind']}, {source}{at})"]
         for name in ("prompt", "chosen", "rejected", "completion", "answer"):
             if self.row.get(name):
                 lines.append(f"{name:>10}  {_excerpt(str(self.row[name]))}")
@@ -65,7 +67,7 @@ class Explanation:
 
 
 def explain_row(store: Store, row: str, selection: str | None = None, *, every_answer: bool = False) -> Explanation:
-    """Why a row scored and was kept or dropped as it was. row: an id, its first digits, or source:index. every_answer: its text shows all of the
+    """Why a row scored and was kept or dropped as it was. row: an id, its first digits, source#row (from 1), or source:index (from 0). every_answer: its text shows all of the
     row's sampled answers, not a few.
     """
     from curate.recipe import ScoreRequest

@@ -148,7 +148,9 @@ def _serve() -> None:
         import resource
 
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    equal("(x+1)^2", "x^2+2x+1", timeout=START)  # imports, sympy's later ones too: no comparison's own time is spent on them
+    equal(
+        "(x+1)^2", "x^2+2x+1", timeout=START
+    )  # imports, sympy's later ones too: no comparison's own time is spent on them
     answers.write(b"true\n")
     for line in sys.stdin.buffer:
         try:

@@ -18,6 +18,7 @@ import numpy as np
 import polars as pl
 
 from curate.data.files import FILE_TYPES, file_type, line_of, rows_of_file
+from curate.data.records import row_in_file
 from curate.errors import UsageError, ValidationError
 from curate.naming import step_in_name
 
@@ -124,10 +125,10 @@ def _text(path: Path, wanted: Collection[str]) -> tuple[list[str], pl.DataFrame]
     names: dict[str, None] = {}
     columns: dict[str, list[Any]] = {name: [] for name in wanted}
     n = 0
-    for index, row in rows_of_file(path, shown):
+    for index, line_number, row in rows_of_file(path, shown):
         if not isinstance(row, dict):
             _, found, expected = row
-            line = "" if "line " in found else f", row {index + 1}"
+            line = "" if "line " in found else f", {row_in_file(index, line_number)}"
             raise ValidationError(f"{shown}{line}: {found}, expected {expected}.")
         names.update(dict.fromkeys(row))
         for name, values in columns.items():

@@ -515,7 +515,9 @@ class Store:
         return self.sql("SELECT * FROM scored ORDER BY position", recipe=recipe, source=source)
 
     def find_row(self, text: str) -> str:
-        """The row that `text` means: a row id, the unique beginning of one (6 digits or more), or source:index."""
+        """The row that `text` means: a row id, the unique beginning of one (6 digits or more), source#row (rows from 1, as messages number them), or
+        source:index (from 0, as the views number them).
+        """
         with self.database.read() as con:
             return query.find_row(con, text, str(self.folder))
 

@@ -192,6 +192,7 @@ def test_questions_to_a_store(curate, done):
     explained = curate("explain", store, rows[0]["row_id"][:8], "--json").json
     assert explained["decision"]["kept"] and explained["row"]["index"] is not None
     text = curate("explain", store, "pairs.jsonl:0").out
+    assert text == curate("explain", store, "pairs.jsonl#1").out and "(preference, pairs.jsonl, row 1)" in text
     assert "selection 'recipe': " in text and "kept: kept" not in text and "ranking_gap" in text
 
 

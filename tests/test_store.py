@@ -345,8 +345,14 @@ def test_sql_only_reads_and_names_the_nearest(store):
 
 
 def test_find_row(store):
-    assert store.find_row(A.row_id) == store.find_row(A.row_id[:8]) == store.find_row("a.jsonl:3") == A.row_id
-    for text in ("a.jsonl:2", A.row_id[:3], "zzzzzzzz"):
+    assert (
+        store.find_row(A.row_id)
+        == store.find_row(A.row_id[:8])
+        == store.find_row("a.jsonl:3")
+        == store.find_row("a.jsonl#4")
+        == A.row_id
+    )
+    for text in ("a.jsonl:2", "a.jsonl#3", "a.jsonl#0", A.row_id[:3], "zzzzzzzz"):
         with pytest.raises(UsageError, match="no row"):
             store.find_row(text)
 

@@ -195,10 +195,12 @@ def explain(con: Connection, error: duckdb.Error) -> UsageError | None:
 
 def find_row(con: Connection, text: str, folder: str) -> str:
     """See `Store.find_row`."""
-    source, colon, index = text.rpartition(":")
-    if colon and index.isdigit():
+    place = re.fullmatch(r"(.+)([:#])(\d{1,18})", text, re.DOTALL)
+    if place:
+        source, sign, at = place.groups()
+        index = int(at) - (sign == "#")
         found = con.execute(
-            "SELECT DISTINCT row_id FROM data.occurrences WHERE source = ? AND index = ?", [source, int(index)]
+            "SELECT DISTINCT row_id FROM data.occurrences WHERE source = ? AND index = ?", [source, index]
         ).fetchall()
         known = [row[0] for row in con.execute("SELECT DISTINCT source FROM data.occurrences").fetchall()]
         hint = f"Sources are: {', '.join(known)}."
@@ -208,7 +210,7 @@ def find_row(con: Connection, text: str, folder: str) -> str:
             if len(text) >= 6
             else []
         )
-        hint = "Give a row id, 6 or more of its first digits, or source:index."
+        hint = "Give a row id, 6 or more of its first digits, source#row (from 1) or source:index (from 0)."
     if len(found) == 1:
         return str(found[0][0])
     raise UsageError(f"{folder}: {text!r} means {'several rows' if found else 'no row'} of this store. {hint}")
