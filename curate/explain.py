@@ -67,8 +67,8 @@ class Explanation:
 
 
 def explain_row(store: Store, row: str, selection: str | None = None, *, every_answer: bool = False) -> Explanation:
-    """Why a row scored and was kept or dropped as it was. row: an id, its first digits, source#row (from 1), or source:index (from 0). every_answer: its text shows all of the
-    row's sampled answers, not a few.
+    """Why a row scored and was kept or dropped as it was. row: an id, its first digits, source#row (from 1), or source:index (from 0).
+    every_answer: its text shows all of the row's sampled answers, not a few.
     """
     from curate.recipe import ScoreRequest
 
