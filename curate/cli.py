@@ -296,6 +296,7 @@ def forget(
     Whole: its values, the rows that only its ids knew, its dataset values.
     """
     from curate.describe import imports_text
+    from curate.progress import counted
     from curate.store import Store
 
     held = Store(store, on_wait=_progress(quiet).say)
@@ -308,7 +309,7 @@ def forget(
         out(to_json(imports) if json else imports_text(imports))
         return
     found = held.forget_import(number, dry_run=dry_run)
-    out(to_json(found) if json else str(found))
+    out(to_json(found) if json else counted(str(found)))
 
 
 @app.command()

@@ -12,6 +12,17 @@ if TYPE_CHECKING:
     from curate.wanted import Wanted
 
 
+def check_imported_names(store: Store, wanted: Iterable[Wanted]) -> None:
+    """UsageError for a score that would take the name of an imported column: `where` would mean another thing than before."""
+    of = {column: one for one in store.imports() for column in one.columns if one.fingerprints}
+    for want in wanted:
+        if want.name in of and want.name not in {*want.score.needs, want.score.name}:
+            raise UsageError(
+                f"scores: {want.name!r} is an imported column of this store (import {of[want.name].number}, {of[want.name].file}). "
+                "Give the score another name with `as:`."
+            )
+
+
 def imported_uses(
     store: Store, wanted: Iterable[Wanted], kind: str, sources: list[str]
 ) -> dict[tuple[str, str, str | None], list[str]]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from curate.errors import CurateError, UsageError
+from curate.imported import check_imported_names
 from curate.plan import Plan
 from curate.plan import make_plan as _make_plan
 from curate.positions import beyond_positions, unmeasurable_rows
@@ -123,6 +124,7 @@ def run_steps(loaded: Loaded, steps: Sequence[str], *, progress: Progress, comma
     wanted_scores(loaded)  # a misspelt score is said before anything is read
     store = _open_store(loaded, progress)
     check_name(loaded, store)
+    check_imported_names(store, wanted_scores(loaded))
     number = store.begin_run(loaded.name, command, curate.__version__)
     result = Result(store, loaded.name)
     try:
@@ -174,6 +176,7 @@ def make_plan(loaded: Loaded, *, progress: Progress) -> Plan:
     wanted_scores(loaded)
     store = _open_store(loaded, progress)
     check_name(loaded, store)
+    check_imported_names(store, wanted_scores(loaded))
     sources = read_sources(loaded, store, progress)
     plan = _make_plan(loaded, store, sources, ask="look")
     plan.of_references = check_references(loaded, store, plan)

@@ -180,6 +180,13 @@ def test_imported_columns_are_columns_in_a_recipe(store, tmp_path):
         run_steps(loaded, ["export"], progress=Progress(quiet=True))
 
 
+def test_a_score_does_not_take_an_imported_column_s_name(store, tmp_path):
+    import_file(store, judged(tmp_path), {"judge": "score"}, on="prompt_id")
+    loaded = load_recipe({"kind": "sft", "scores": [{"accuracy": {"as": "judge"}}]}, store=store.folder)
+    with pytest.raises(UsageError, match=r"'judge' is an imported column of this store \(import 1"):
+        run_steps(loaded, ["score"], progress=Progress(quiet=True))
+
+
 @pytest.mark.parametrize("ours, says", [
     ("source", "every row has a column 'source' of ours"),
     ("Group", "your data has a column 'group' already"),
