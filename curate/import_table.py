@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from curate.data.files import FILE_TYPES, file_type, line_of, rows_of_file
+from curate.data.files import FILE_TYPES, file_type, rows_of_file
 from curate.data.records import row_in_file
 from curate.errors import UsageError, ValidationError
 from curate.naming import step_in_name
@@ -30,17 +30,19 @@ GROUPED = r"^\d{1,3}(?:[,._' ]\d{3})+$"
 
 @dataclass(frozen=True)
 class Table:
-    """A file and its columns. shown: what errors call it. names: of all its columns; frame: those that were asked for."""
+    """A file and its columns. shown: what errors call it. names: of all its columns; frame: those that were asked for. lines: of the file,
+    from 1, on which its rows begin; none where rows are no lines.
+    """
 
     path: Path
     shown: str
     names: list[str]
     frame: pl.DataFrame
+    lines: Sequence[int | None] = ()
 
     def at(self, index: int) -> str:
         """Where a row stands, for people: its line in a text file, else its number from 1."""
-        line = line_of(self.path, index)
-        return f"{self.shown}, {f'row {index + 1}' if line is None else f'line {line}'}"
+        return f"{self.shown}, {row_in_file(index, self.lines[index] if self.lines else None)}"
 
     def refuse(self, bad: np.ndarray, column: str, expected: str) -> None:
         """ValidationError about the first cell that is wrong, if one is."""
@@ -74,13 +76,14 @@ def read_table(path: Path, wanted: Mapping[str, str]) -> Table:
     if not kind:
         raise UsageError(f"{shown}: expected {', '.join(FILE_TYPES)} (all but parquet also .gz).")
     picked = set(wanted.values())
-    names, frame = _parquet(path, picked) if kind == ".parquet" else _text(path, picked)
+    lines: list[int | None] = []
+    names, frame = _parquet(path, picked) if kind == ".parquet" else _text(path, picked, lines)
     for ours, theirs in wanted.items():
         if theirs not in names:
             raise UsageError(_no_column(shown, ours, theirs, names))
     if wanted and not len(frame):
         raise ValidationError(f"{shown}: no rows in this file.")
-    return Table(path, shown, names, frame)
+    return Table(path, shown, names, frame, lines)
 
 
 def _no_column(shown: str, ours: str, theirs: str, names: list[str]) -> str:
@@ -119,17 +122,17 @@ def _parquet(path: Path, wanted: Collection[str]) -> tuple[list[str], pl.DataFra
     return names, pl.DataFrame(plain)
 
 
-def _text(path: Path, wanted: Collection[str]) -> tuple[list[str], pl.DataFrame]:
-    """The rows of a text file: of csv every cell is text, of json each has the type it was written with."""
+def _text(path: Path, wanted: Collection[str], lines: list[int | None]) -> tuple[list[str], pl.DataFrame]:
+    """The rows of a text file: of csv every cell is text, of json each has the type it was written with. lines: is filled."""
     shown = path.as_posix()
     names: dict[str, None] = {}
     columns: dict[str, list[Any]] = {name: [] for name in wanted}
     n = 0
-    for index, line_number, row in rows_of_file(path, shown):
+    for index, line, row in rows_of_file(path, shown):
+        lines.append(line)
         if not isinstance(row, dict):
             _, found, expected = row
-            line = "" if "line " in found else f", {row_in_file(index, line_number)}"
-            raise ValidationError(f"{shown}{line}: {found}, expected {expected}.")
+            raise ValidationError(f"{shown}, {row_in_file(index, line)}: {found}, expected {expected}.")
         names.update(dict.fromkeys(row))
         for name, values in columns.items():
             values.append(row.get(name))

@@ -48,15 +48,15 @@ def test_one_meaning_whatever_the_file(tmp_path, name, content):
 
 
 @pytest.mark.parametrize("name, content, says", [
-    ("x.csv", csv(("a", '"1,000"', "1")), "x.csv, line 2: 'step' is 1,000, expected a step"),
-    ("x.csv", csv(("a", "9", "1"), ("b", "-9", "1")), "x.csv, line 3: 'step' is -9, expected a step"),
+    ("x.csv", csv(("a", '"1,000"', "1")), "x.csv, row 1, line 2: 'step' is 1,000, expected a step"),
+    ("x.csv", csv(("a", "9", "1"), ("b", "-9", "1")), "x.csv, row 2, line 3: 'step' is -9, expected a step"),
     ("x.csv", csv(("a", "9.5", "1")), "'step' is 9.5, expected a step"),
     ("x.csv", csv(("a", "1.000", "1")), "'step' is 1.000, expected a step"),
     ("x.csv", csv(("a", "last", "1")), "'step' is last, expected a step"),
     ("x.csv", csv(("a", "", "1")), "'step' is empty"),
     ("x.csv", csv(("a", "9", '"1,000"')), "line 2: 'acc' is 1,000, expected a number as programs write it"),
     ("x.csv", csv(("a", "9", "85%")), "'acc' is 85%, expected a number"),
-    ("x.csv", csv(("a", "9", "1"), ("a", "9", "1")), "line 2 and line 3 are about the same row, run and checkpoint"),
+    ("x.csv", csv(("a", "9", "1"), ("a", "9", "1")), "row 1, line 2 and row 2, line 3 are about the same row, run and checkpoint"),
     ("x.csv", csv(("a", "9", "1"), ("a", "checkpoint-9", "1")), "'9' and 'checkpoint-9' of run 'x' are both of step 9"),
     ("x.csv", csv(("a", "9", "1")).replace("acc", "step"), "the header names 'step' twice"),
     ("x.csv", csv(("a", "9", "1", "2")), "line 2"),

@@ -63,7 +63,11 @@ def test_rows_are_joined_by_a_column_of_the_user_s(store, tmp_path, on, header):
     path.write_text(path.read_text().replace("prompt_id", header))
     found = import_file(store, path, MAP, on=on)
     assert (found.rows, found.new_rows, found.lines) == (3, 0, 4)
-    assert "1 of 4 lines are about no row" in str(found) and "'p9'" in str(found) and "judge.csv, line 4" in str(found)
+    assert (
+        "1 of 4 lines are about no row" in str(found)
+        and "'p9'" in str(found)
+        and "judge.csv, row 3, line 4" in str(found)
+    )
     assert "1 of the rows that have a 'prompt_id' are not in the file" in str(found)
     assert "judge in 1 of 4 lines, ok in 1 of 4 lines" in str(found)
     assert store.sql(SHOWN).rows() == JUDGED and store.status()["rows"] == 4

@@ -155,7 +155,7 @@ def test_rows_by_number_and_by_our_id(store, tmp_path):
     ({"row": "id", "correct": "k"}, LOGS, UsageError, "correct= and samples= go together"),
     ({"row": "id", "run": "run"}, LOGS, UsageError, "no column to import"),
     ({"row": "id", "index": "id", "a": "k"}, LOGS, UsageError, "named twice"),
-    ({"row": "id", "a": "k"}, LOGS, ValidationError, "line 2 and line 3 are about the same row, run and checkpoint"),
+    ({"row": "id", "a": "k"}, LOGS, ValidationError, "row 1, line 2 and row 2, line 3 are about the same row, run and checkpoint"),
     ({"row": "id", "a": "x"}, {"id": [1, 2], "x": ["0.5", "abc"]}, ValidationError, "line 3: 'x' is abc, expected a number.* say `--text a`"),
     ({"row": "id", "a": "x"}, {"id": [1, None], "x": [1, 2]}, ValidationError, "line 3: 'id' is empty"),
     ({"row": "id", "correct": "k", "samples": "n"}, {"id": [1], "k": [5], "n": [4]}, ValidationError, "line 2: 'k' is 5, expected a count"),

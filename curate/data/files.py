@@ -248,24 +248,3 @@ READERS: dict[str, Callable[[Path, str], Iterator[Line]]] = {
     ".tsv": separated("\t"),
     ".parquet": parquet,
 }
-
-
-def line_of(path: Path, index: int) -> int | None:
-    """The line, from 1 as an editor counts, on which the row of this index (from 0) begins; None where rows are no lines of text."""
-    kind = file_type(path)
-    with open_bytes(path) as raw:
-        if kind in (".jsonl", ".ndjson"):
-            filled = (number for number, line in enumerate(raw, start=1) if line.strip(b"\xef\xbb\xbf \t\r\n"))
-            return next((number for i, number in enumerate(filled) if i == index), None)
-        if kind not in (".csv", ".tsv"):
-            return None
-        with io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, delimiter="\t" if kind == ".tsv" else ",")
-            next(reader, None)
-            count, before = -1, reader.line_num
-            for cells in reader:
-                count += bool(cells)
-                if count == index and cells:
-                    return before + 1
-                before = reader.line_num
-    return None
