@@ -2,7 +2,7 @@
 
     on        a column of the user's own rows that holds the same ids as a column of the file (also one of ours: prompt, answer, …)
     row_id    our row id
-    index     a number into a source, from 0; in the column `row` also source:index
+    index     a number into a source, from 0; in the column `row` also source:index, or source#number from 1
     row       whichever of these it is; in a store without rows of its own, somebody else's id, which then makes a row without text
 
 A line that finds no row through `on` is left out, counted and said; nothing found at all is an error that shows both sides.
@@ -110,8 +110,8 @@ def _kind(
         return "row_id"
     if (
         read
-        and bool(unique.str.contains(r":\d+$").all())
-        and {k.rpartition(":")[0] for k in unique.to_list()} & set(read)
+        and bool(unique.str.contains(r"[:#]\d+$").all())
+        and {re.split(r"[:#]\d+$", k)[0] for k in unique.to_list()} & set(read)
     ):
         return "place"
     if source in read:
@@ -289,13 +289,12 @@ def _by_index(
 
 
 def _by_place(store: Store, table: Table, column: str, keys: pl.Series, read: list[str]) -> dict[str, str]:
-    of = {
-        f"{source}:{index}": row_id
-        for source in dict.fromkeys(read)
-        for index, row_id in _places(store, source).items()
-    }
+    of = {}
+    for source in dict.fromkeys(read):
+        for index, row_id in _places(store, source).items():
+            of[f"{source}:{index}"] = of[f"{source}#{int(index) + 1}"] = row_id
     bad = np.array([key not in of for key in keys.to_list()])
-    table.refuse(bad, column, f"source:index of a good row (counted from 0) of {', '.join(read)}")
+    table.refuse(bad, column, f"source:index (from 0) or source#number (from 1) of a good row of {', '.join(read)}")
     return of
 
 

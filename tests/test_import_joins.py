@@ -105,7 +105,8 @@ def test_one_id_of_several_rows_gives_each_the_value(store, tmp_path):
 
 def test_source_and_index_name_a_row(store, tmp_path):
     import_file(store, lines(tmp_path / "p.csv", "at,judge", "rows.jsonl:3,0.5"), {"row": "at", "judge": "judge"})
-    assert store.sql("SELECT prompt FROM scored WHERE judge = 0.5").rows() == [("q3",)]
+    import_file(store, lines(tmp_path / "p.csv", "at,judge", "rows.jsonl#3,0.25"), {"row": "at", "judge": "judge"})
+    assert store.sql("SELECT prompt FROM scored WHERE judge > 0 ORDER BY 1").rows() == [("q2",), ("q3",)]
     with pytest.raises(ValidationError, match=r"line 2: 'at' is rows\.jsonl:9, expected source:index"):
         import_file(store, lines(tmp_path / "p.csv", "at,judge", "rows.jsonl:9,0.5"), {"row": "at", "judge": "judge"})
 
