@@ -7,9 +7,11 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from curate.chat import as_chat
 from curate.errors import UsageError, ValidationError
 from curate.fingerprints import FingerprintCache
 from curate.recipe import Export, Loaded
+from curate.rendering import card_notes, measured_as, styles_of
 from curate.scores import resolve
 from curate.scores.flags import ADVICE
 from curate.subjects import find_subjects
@@ -28,11 +30,12 @@ def export_selection(loaded: Loaded, store: Store, selection: Selection, sources
     columns = _columns(loaded, store)
     if asked.weight:
         _check_weights(asked.weight, loaded, store, selection)
+    chat = bool(measured_as(store, loaded.name).get("chat"))  # it trains as it was measured
     beside = Beside(loaded, store, [*columns, *([asked.weight] if asked.weight else [])])
     return export(
         loaded.resolve(asked.to),
-        _rows(selection.kept(), asked.weight, columns, beside),
-        _rows(selection.dropped(), None, columns, beside),
+        _rows(selection.kept(), asked.weight, columns, beside, chat=chat),
+        _rows(selection.dropped(), None, columns, beside, chat=chat),
         format=asked.format,
         split=loaded.recipe.source.split if loaded.recipe.source else "train",
         card=_card(loaded, store, selection, sources, columns),
@@ -120,7 +123,10 @@ class Beside:
         return {name: None if at is None else self.frame[name][at] for name in self.names}
 
 
-def _rows(selected: Iterator[Any], weight: str | None, columns: list[str], beside: Beside) -> Iterator[ExportRow]:
+def _rows(
+    selected: Iterator[Any], weight: str | None, columns: list[str], beside: Beside, *, chat: bool = False
+) -> Iterator[ExportRow]:
+    """chat: rows of plain text become messages, as they were measured."""
     from curate.data import ExportRow
 
     for row in selected:
@@ -129,8 +135,9 @@ def _rows(selected: Iterator[Any], weight: str | None, columns: list[str], besid
         if weight:
             value = (row.columns if weight in beside.own else found).get(weight)
         asked = {name: found[name] for name in columns if name in found}
+        shown = as_chat(row.row) if chat and row.row is not None else row.row
         yield ExportRow(
-            row.row, row.row_id, row.columns, None if value is None else float(value), row.reason, asked=asked
+            shown, row.row_id, row.columns, None if value is None else float(value), row.reason, asked=asked
         )
 
 
@@ -198,6 +205,11 @@ def _card(loaded: Loaded, store: Store, selection: Selection, sources: list[str]
         scores={name: distribution(frame[name].to_list()) for name in names if name in frame.columns},
         notes=[
             f"Made by curate {__version__}; `curate explain {store.folder.name} <row_id>` says why a row was kept or dropped.",
+            *card_notes(
+                measured_as(store, loaded.name),
+                loaded.recipe.tokens.chat,
+                styles_of(store, sources, loaded.recipe.kind),
+            ),
             *_advice(loaded, store, selection),
         ],
     )

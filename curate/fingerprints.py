@@ -11,11 +11,15 @@ import os
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from curate.errors import BrokenCheckpoint
 from curate.layouts import WEIGHTS, check_folder, weight_files
 from curate.passes.adapter_config import read_adapter_config
 from curate.rows import content_id
+
+if TYPE_CHECKING:
+    from curate.chat import Template
 
 
 class FingerprintCache:
@@ -43,16 +47,47 @@ class FingerprintCache:
 
     def tokenizer(self, folder: Path) -> str:
         """`tokenizer_fingerprint` of a model folder, which is loaded only where a file of it has changed (weights aside)."""
-        found = (*folder.iterdir(), *folder.glob("*/*.jinja"))
-        files = sorted(p for p in found if p.is_file() and not any(p.match(w) for w in WEIGHTS))
-        state = content_id(version("transformers"), [(p.relative_to(folder).as_posix(), file_state(p)) for p in files])
 
         def loaded() -> str:
             from curate.tokens import load_tokenizer, tokenizer_fingerprint
 
             return tokenizer_fingerprint(load_tokenizer(folder))
 
-        return self.kept(f"tokenizer|{folder.resolve()}|{state}", loaded)
+        return self.kept(f"tokenizer|{folder.resolve()}|{self._tokenizer_state(folder)}", loaded)
+
+    def _tokenizer_state(self, folder: Path) -> str:
+        found = (*folder.iterdir(), *folder.glob("*/*.jinja"))
+        files = sorted(p for p in found if p.is_file() and not any(p.match(w) for w in WEIGHTS))
+        return content_id(version("transformers"), [(p.relative_to(folder).as_posix(), file_state(p)) for p in files])
+
+    def template(self, folder: Path, model: Path) -> Template | None:
+        """`template_of` a folder's tokenizer, which is loaded only where a file of it has changed. model: the folder with the generation settings."""
+        from curate.rendering import from_json, to_json
+
+        settings = [model / name for name in ("generation_config.json", "config.json")]
+        about = content_id(self._tokenizer_state(folder), [file_state(f) if f.is_file() else "" for f in settings], 1)
+
+        def looked() -> str:
+            from curate.chat import template_of
+            from curate.tokens import load_tokenizer
+
+            return to_json(template_of(load_tokenizer(folder), stop_ids(model)))
+
+        return from_json(self.kept(f"template|{folder.resolve()}|{about}", looked))
+
+    def beyond(self, folder: Path, n: int) -> dict[str, int]:
+        """The tokens of a folder's tokenizer whose id is n or more, by id."""
+
+        def looked() -> str:
+            from curate.tokens import load_tokenizer
+
+            found = {token: i for token, i in load_tokenizer(folder).get_vocab().items() if i >= n}
+            return json.dumps(dict(sorted(found.items(), key=lambda entry: entry[1])))
+
+        found: dict[str, int] = json.loads(
+            self.kept(f"beyond {n}|{folder.resolve()}|{self._tokenizer_state(folder)}", looked)
+        )
+        return found
 
     def positions(self, folder: Path) -> int | None:
         """`context_length` of a model folder, its config read by transformers only where it has changed."""
@@ -78,6 +113,18 @@ class FingerprintCache:
             new.replace(self.file)
         except OSError:
             new.unlink(missing_ok=True)
+
+
+def stop_ids(folder: Path) -> list[int]:
+    """The ids that end an answer by a model folder's generation_config.json, or its config.json where that says none."""
+    for name in ("generation_config.json", "config.json"):
+        try:
+            ids = json.loads((folder / name).read_text("utf-8")).get("eos_token_id")
+        except (OSError, ValueError, AttributeError):
+            continue
+        if ids is not None:
+            return [ids] if isinstance(ids, int) else [i for i in ids if isinstance(i, int)]
+    return []
 
 
 def file_state(path: Path) -> str:

@@ -7,7 +7,7 @@ Values of different fingerprints are never mixed, and a value under a known fing
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +17,7 @@ from curate.checkpoints import Subject
 from curate.engines import engine_name
 from curate.fingerprints import FingerprintCache
 from curate.perturbing import perturbation
+from curate.rendering import Renderings
 from curate.rows import content_id
 from curate.servers import Servers
 from curate.store import Measured
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from curate.directions import Directions
     from curate.passes.contract import Measurement
     from curate.recipe import Loaded
+    from curate.store import Store
 
 
 @dataclass(frozen=True)
@@ -48,16 +50,22 @@ class Identity:
         cache: FingerprintCache,
         directions: Directions | None = None,
         servers: Servers | None = None,
+        *,
+        styles: Collection[str] | None = None,
+        store: Store | None = None,
     ):
+        """styles: of the recipe's rows, as `rows.style` has them (None: not known)."""
         self.servers = servers or Servers(loaded, loaded.store)
         self.loaded, self.recipe, self.cache, self.directions = loaded, loaded.recipe, cache, directions
         self.pool: Sequence[str] = ()  # the rows that a row's neighbours are taken from
+        self.renderings = Renderings(loaded, cache, styles, store)
         self._tokenizers: dict[str, str] = {}
         self._engines: dict[tuple[str, str], str] = {}
 
     def task(self, measurement: Measurement, subject: Subject) -> Task:
         engine = "" if measurement.reads == "tokens" else self.engine(measurement.reads, subject)
         params = params_of(self.loaded, measurement, self.tokenizer(subject))
+        params |= self.renderings.of(subject).params(measurement)
         if measurement.direction is not None:
             assert self.directions is not None
             params |= self.directions.identity(measurement.direction, subject)

@@ -17,12 +17,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from curate.answers import KeptAnswers, by_prompt, padded
+from curate.embeddings import check_ids, embedding_rows
 from curate.errors import ModelError
 from curate.identity import few_shot_text
 from curate.perturbing import perturbation
 from curate.plan import Plan, Step
 from curate.progress import Progress
-from curate.rows import Example, Message, Row
+from curate.rendering import LOOKED_AT, lost_text
+from curate.rows import Example, Row
 from curate.servers import expected
 
 if TYPE_CHECKING:
@@ -109,6 +111,8 @@ class Runner:
     extra_columns: tuple[str, ...] = ()
     subjects: Sequence[Subject] = ()  # all that are to come
     tasks: Sequence[Task] = ()  # what the rows of the next run() miss
+    chat = False  # whether rows of plain text are rendered as messages
+    embeddings: int | None = None  # rows of the embedding table
 
     def __init__(self, loaded: Loaded, progress: Progress):
         self.loaded, self.recipe, self.progress = loaded, loaded.recipe, progress
@@ -117,6 +121,8 @@ class Runner:
     def use(self, step: Step) -> None:
         """Get ready for a step's subject."""
         self.tokenizer = self._tokenizer(step)
+        self.chat = bool(step.tasks[0].measured.params.get("chat"))  # as its values are known
+        self.embeddings = None if self.tokenizer is None else embedding_rows(step.subject)
 
     def run(
         self, rows: list[Row], row_ids: Sequence[str], measurements: list[Any]
@@ -142,12 +148,15 @@ class Runner:
     def _limits(self) -> Any:
         from curate.tokens import Limits
 
-        return Limits(self.recipe.tokens.max_length, self.recipe.tokens.truncation)
+        return Limits(self.recipe.tokens.max_length, self.recipe.tokens.truncation, self.chat)
 
     def _encode(self, rows: list[Row]) -> list[Any]:
         from curate.tokens import encode
 
-        return [encode(row, self.tokenizer, self._limits()) for row in rows]
+        found = [encode(row, self.tokenizer, self._limits()) for row in rows]
+        if self.embeddings is not None:
+            check_ids(found, self.embeddings, self.tokenizer)
+        return found
 
 
 class TokensRunner(Runner):
@@ -158,7 +167,13 @@ class TokensRunner(Runner):
 
     def __init__(self, loaded: Loaded, progress: Progress):
         super().__init__(loaded, progress)
-        self.truncated = self.problems = self.seen = 0
+        self.left_out: Counter[str] = Counter()
+        self.name = ""
+        self.truncated = self.problems = self.seen = self.alike = 0
+
+    def use(self, step: Step) -> None:
+        super().use(step)
+        self.name = step.subject.label
 
     def run(
         self, rows: list[Row], row_ids: Sequence[str], measurements: list[Any]
@@ -171,6 +186,8 @@ class TokensRunner(Runner):
         self.seen += len(encoded)
         self.truncated += sum(e.truncated for e in encoded)
         self.problems += sum(e.problem is not None for e in encoded)
+        self.alike += sum(getattr(e, "cut_alike", False) for e in encoded)
+        self.left_out.update(who for e in encoded for who in e.left_out)
         return columns, None, int(np.nansum([np.nansum(v) for k, v in columns.items() if k.endswith("_tokens")]))
 
     def notes(self) -> list[str]:
@@ -186,7 +203,15 @@ class TokensRunner(Runner):
                 f"{self.problems:,} rows cannot be measured; the column token_problem of `scored` says why. A rule of `select` that uses their "
                 "scores treats them by select.unknown; `where: token_problem IS NULL` leaves them out whatever the rules use."
             )
-        self.truncated = self.problems = self.seen = 0
+        if self.alike:
+            found.append(
+                f"{self.alike:,} pairs are cut where their responses are still the same: their gap of 0 says nothing. Raise tokens.max_length, or "
+                "leave them out."
+            )
+        if self.seen > LOOKED_AT:  # else the plan has said it
+            found += lost_text(self.left_out, self.seen, self.seen, self.name)
+        self.truncated = self.problems = self.seen = self.alike = 0
+        self.left_out.clear()
         return found
 
 
@@ -259,10 +284,12 @@ class NeighboursRunner(ForwardRunner):
 
     def _after(self, row: Row, row_id: str) -> Any:
         """The row encoded after its neighbours, the nearest last; None where not even one fits, or there is none."""
-        from curate.tokens import Limits, after_examples, encode
+        from curate.tokens import Limits, after_examples, as_chat, encode
 
         near = self.neighbours.nearest(row_id, row) if isinstance(row, Example) and row.completion else []
         limits = Limits(self.recipe.tokens.max_length, "drop")
+        if self.chat:
+            row, near = as_chat(row), [as_chat(other) for other in near]  # type: ignore[misc]
         for count in range(len(near), 0, -1):
             encoded = encode(after_examples(row, near[:count][::-1]), self.tokenizer, limits)  # type: ignore[arg-type]
             if encoded.problem is None:
@@ -322,6 +349,7 @@ class SampleRunner(Runner):
         self.kept = KeptAnswers(store) if store is not None else None
         self.said = Counter[str]()
         self.label = "the model"
+        self.lost = Counter[str]()  # rows that were not asked, by why; or whose prompt lost a turn's text
 
     def use(self, step: Step) -> None:
         self.step, self.label = step, step.subject.label
@@ -430,13 +458,16 @@ class SampleRunner(Runner):
     def _prompt(self, row: Row, row_id: str) -> Any:
         """The row's prompt, or None where it leaves nothing to sample from. The seed is the row's own, so a row's answers stay its own."""
         from curate.passes.sampling import Prompt
-        from curate.tokens import encode_prompt
+        from curate.tokens import as_chat, encode_prompt
 
         seed = (int(row_id, 16) ^ self.recipe.engine.seed * 0x9E3779B97F4A7C15) % 2**63
         system = self.recipe.sampling.system
         if self.tokenizer is None:
-            return _plain_prompt(row, seed, system, self.few_shot)
+            return _plain_prompt(as_chat(row) if self.chat else row, seed, system, self.few_shot)
         tokens = encode_prompt(row, self.tokenizer, system=system, few_shot=self.few_shot, limits=self._limits())
+        if self.embeddings is not None:
+            check_ids([tokens], self.embeddings, self.tokenizer)
+        self.lost.update([tokens.problem] if tokens.problem else tokens.left_out)
         return None if tokens.problem else Prompt(tokens.ids, tokens.text, tokens.messages, seed)
 
     def _correct(self, text: str, row: Row) -> bool | None:
@@ -450,10 +481,14 @@ class SampleRunner(Runner):
         said, most = self.said, self.recipe.sampling.max_new_tokens
         self.said = Counter()
         found = list(dict.fromkeys(notes))
+        for what, n in sorted(self.lost.items()):
+            left = "the chat template leaves out the text of their"
+            found.append(f"{n:,} rows: {what if ' ' in what else f'{left} {what} turn'}.")
+        self.lost.clear()
         if 2 * said["empty"] > said["answers"]:
             found.append(
                 f"Warning: {said['empty']:,} of {said['answers']:,} answers of {self.label} are empty. An instruct model wants its chat template: "
-                "give the rows as messages; a base model wants to see what an answer looks like: `sampling.few_shot`."
+                "`--set tokens.chat=always`, or give the rows as messages; a base model wants to see what an answer looks like: `sampling.few_shot`."
             )
         if 10 * said["unfinished"] >= 9 * said["answers"] > 0:
             found.append(
@@ -476,12 +511,12 @@ class SampleRunner(Runner):
 def _plain_prompt(row: Row, seed: int, system: str | None, few_shot: str | None) -> Any:
     """A prompt for a server whose tokenizer is its own."""
     from curate.passes.sampling import Prompt
+    from curate.tokens import with_context
 
     if isinstance(row.prompt, str):
         parts = [f"{system}\n\n" if system else "", few_shot or "", row.prompt]
         return Prompt([], "".join(parts), None, seed)
-    first: tuple[Message, ...] = ({"role": "system", "content": system},) if system else ()
-    messages = (*first, *row.prompt)
+    messages = with_context(row.prompt, system, few_shot)
     return Prompt([], "\n".join(m["content"] for m in messages), messages, seed)
 
 

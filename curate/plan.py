@@ -22,8 +22,10 @@ from curate.identity import Identity, Task
 from curate.imported import imported_uses
 from curate.lengths import RowLengths
 from curate.missing import Block, Rows
+from curate.model_checks import check_models
 from curate.progress import span
 from curate.recordings import PREFIX, recorded_runs, recorded_uses, run_meant
+from curate.rendering import styles_of
 from curate.servers import Ask, Servers, first_rows, of_addresses
 from curate.show import table
 from curate.subjects import Subjects, find_subjects
@@ -78,7 +80,8 @@ class Plan:
 
     places: of every fingerprint the (run, checkpoint, step) of the models that it is of: several where their weights are the same, in the order of
     `uses`. recorded: the recorded training run that they are read from, if any. pool: the rows that neighbours are taken from. of_lengths:
-    what is said of rows that are too long, of_references: of those that cannot be graded. lengths: of the recipe's rows, None where no model is run.
+    what is said of rows that are too long, of_references: of those that cannot be graded, of_models: of the models, their chat templates above all.
+    lengths: of the recipe's rows, None where no model is run.
     """
 
     wanted: list[Wanted]
@@ -89,6 +92,7 @@ class Plan:
     recorded: str | None = None
     directions: Directions | None = None
     pool: list[str] = field(default_factory=list)
+    of_models: list[str] = field(default_factory=list)
     of_lengths: list[str] = field(default_factory=list)
     lengths: RowLengths | None = None
     of_server: list[str] = field(default_factory=list)
@@ -145,7 +149,7 @@ class Plan:
                 f"{len(idle)} of {len(run)} checkpoints are not measured ({names}): no score of this recipe is over checkpoints; "
                 f"{of}. `curate scores` says which are (needs … over checkpoints)."
             )
-        return [*self.of_server, *found, *self.of_answers(), *self.of_references, *self.of_lengths]
+        return [*self.of_server, *found, *self.of_models, *self.of_answers(), *self.of_references, *self.of_lengths]
 
     def of_answers(self) -> list[str]:
         """A line where answers that were sampled before are taken again."""
@@ -204,7 +208,8 @@ def make_plan(loaded: Loaded, store: Store, sources: dict[str, list[str]], *, as
 
     check_checkpoints(wanted, sum(s.step != 0 for s in subjects.series))
     plan.pool = store.row_ids_of(train or None, kind=recipe.kind, role="train" if train else None)
-    identity = Identity(loaded, cache, servers=servers)
+    names = [name for group in sources.values() for name in group]
+    identity = Identity(loaded, cache, servers=servers, styles=styles_of(store, names, recipe.kind), store=store)
     identity.pool = plan.pool
     directions = identity.directions = Directions(loaded, store, subjects, identity, train)
     wanted = plan.wanted = [directions.targets.over_groups(want) for want in wanted]
@@ -310,7 +315,6 @@ def make_plan(loaded: Loaded, store: Store, sources: dict[str, list[str]], *, as
                 role, _, column = text.rpartition(".")
                 need(column, role, value.over, optional=True)
 
-    names = [name for group in sources.values() for name in group]
     order: dict[str, int] = {}
     for subject in (*subjects.series, *(s for s in (subjects.reference, subjects.policy, subjects.warmup) if s)):
         order.setdefault(subject.path, len(order))
@@ -340,6 +344,7 @@ def make_plan(loaded: Loaded, store: Store, sources: dict[str, list[str]], *, as
             step = with_cost(step, loaded, store.throughput(step.key), lengths)
         plan.steps.append(step)
     plan.of_server = [*servers.notes, *of_addresses(store, loaded)]
+    plan.of_models = check_models(plan, identity.renderings, store, names)
     return plan
 
 

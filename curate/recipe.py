@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -82,6 +83,10 @@ class Tokens(Strict):
 
     max_length: int | None = Field(1024, ge=2)
     truncation: Literal["keep_start", "keep_end", "drop", "error"] = "keep_start"
+    chat: Literal["auto", "always", "never"] = Field(
+        "auto",
+        description="rows of plain text as messages, through the model's chat template: auto (question/answer rows, where it has one), always, never",
+    )
 
 
 class Engine(Strict):
@@ -295,7 +300,7 @@ class Recipe(Strict):
 
 
 class Loaded:
-    """A recipe with where it came from.
+    """A recipe with where it came from, and the formats of its rows, where a command has opened them.
 
     recipe: the checked model. text: the YAML after `--set`, as it is kept in the store. name: the file's stem. folder: what relative
     paths are relative to. store: the store's folder.
@@ -308,6 +313,7 @@ class Loaded:
         self.path = path
         self.text = yaml.safe_dump(raw, sort_keys=False, allow_unicode=True)
         self.store = Path(store) if store else self.folder / (recipe.store or "store")
+        self.formats: Callable[[], set[str]] | None = None  # of the rows to select from, once they are opened
 
     def resolve(self, path: str) -> Path:
         """A path of the recipe, from where the recipe stands."""

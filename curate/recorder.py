@@ -149,8 +149,11 @@ class Recorder(TrainerCallback):
     def _prepare(self, args: Any, state: Any, model: Any, tokenizer: Any) -> None:
         """Rows into the store, tokens, the model's head and layout. Everything that can be wrong is wrong here."""
         import curate
+        from curate.chat import template_of
+        from curate.fingerprints import FingerprintCache
         from curate.passes.forward import Model
         from curate.passes.live import untouched
+        from curate.rendering import Renderings
         from curate.tokens import Limits, encode, tokenizer_fingerprint
 
         if tokenizer is None:
@@ -168,7 +171,6 @@ class Recorder(TrainerCallback):
             name = next(f"{name}-{i}" for i in range(2, len(runs) + 3) if f"{name}-{i}" not in runs)
         self.run_name = name
         self.tokenizer_print = tokenizer_fingerprint(self.tokenizer)
-        self._check_settings(runs.get(name, []))
         recipe = self.loaded.recipe
         if self._rows is None:
             sources: list[str] | None = [
@@ -179,7 +181,11 @@ class Recorder(TrainerCallback):
         self.row_ids = [row_id for _, row_id in self.store.missing("", sources, kind=recipe.kind)]  # those with text
         found = list(self.store.iter_rows(self.row_ids))
         self.rows: list[Row] = [row for row in found if row is not None]
-        limits = Limits(recipe.tokens.max_length, recipe.tokens.truncation)
+        self.rendering = Renderings(
+            self.loaded, FingerprintCache(None), {row.style for row in self.rows}, self.store
+        ).with_template(template_of(self.tokenizer), self.run_name)
+        self._check_settings(runs.get(name, []))
+        limits = Limits(recipe.tokens.max_length, recipe.tokens.truncation, self.rendering.chat)
         self.encoded = [encode(row, self.tokenizer, limits) for row in self.rows]
         self._write_tokens()
         self.number = self.store.begin_run(self.loaded.name, "record", curate.__version__)
@@ -221,7 +227,8 @@ class Recorder(TrainerCallback):
         for m in [
             m for m in MEASUREMENTS.values() if m.reads == "tokens" and m.kind in (self.loaded.recipe.kind, "any")
         ]:
-            task = task_of(m, lone, "", params_of(self.loaded, m, self.tokenizer_print))
+            own = params_of(self.loaded, m, self.tokenizer_print) | self.rendering.params(m)
+            task = task_of(m, lone, "", own)
             columns: dict[str, Any] = dict(measure_tokens(self.encoded, [m]))
             columns["token_problem"] = np.array([e.problem for e in self.encoded], TEXT)
             self.store.write_shard(task.measured, 0, self.row_ids, columns)
@@ -267,14 +274,15 @@ class Recorder(TrainerCallback):
         return task_of(measurement, subject, f"recorder {self.model.engine}", self._params(measurement))
 
     def _params(self, measurement: Any) -> dict[str, Any]:
-        return params_of(self.loaded, measurement, self.tokenizer_print) | {"recorder": VERSION}
+        own = params_of(self.loaded, measurement, self.tokenizer_print) | self.rendering.params(measurement)
+        return own | {"recorder": VERSION}
 
     def _sample(self, measurements: list[Any]) -> tuple[dict[str, Any], Any]:
         from curate.measuring import SampleRunner
         from curate.passes.sample_hf import HfSampler
 
         runner = SampleRunner(self.loaded, self.progress)
-        runner.tokenizer = self.tokenizer
+        runner.tokenizer, runner.chat = self.tokenizer, self.rendering.chat
         runner.sampler = HfSampler.of(self.model, self.tokenizer, max_length=self.loaded.recipe.tokens.max_length)
         columns, samples, _ = runner.run(self.rows, self.row_ids, measurements)
         return dict(columns), samples

@@ -57,6 +57,8 @@ def _read_source(
     from curate.data.reading import VERSION
 
     setting = "source" if role == "train" else "heldout"
+    if role == "train":
+        loaded.formats = reading.formats_of_all
     settings = [
         loaded.recipe.kind,
         source.on_bad_row,

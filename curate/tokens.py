@@ -1,6 +1,7 @@
 """Rows as token ids: chat template or plain text, BOS and EOS, where the response starts, shared prefix, truncation.
 
-    conversational   prompt with the generation prompt; response = what the full rendering adds
+    conversational   prompt with the generation prompt; response = what the full rendering adds, and no EOS of ours: a template that does not end
+                     a reply trains no end, and none is measured
     standard         tokenizer(prompt) and tokenizer(prompt + response + EOS), as TRL does; one BOS at most
     start            longest common token prefix of the prompt alone and the prompt with its response (of a pair: the
                      shorter of the two). A merge across the boundary makes it shorter than the prompt: the response
@@ -19,10 +20,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from curate.chat import Refused, ids_of, left_out, render, turns
+from curate.chat import as_chat as as_chat
 from curate.errors import ModelError, ValidationError
 from curate.rows import Example, Message, Pair, Row, Text
 
@@ -34,14 +37,15 @@ Truncation = Literal["keep_start", "keep_end", "drop", "error"]
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How long prompt + response may be, in tokens, and what happens to a longer one. None: no limit.
+    """How rows become tokens: how long prompt + response may be, and what happens to a longer one. None: no limit.
 
     keep_start keeps the first `max_length` tokens (TRL's default; EOS goes first), keep_end the last, drop measures
-    nothing on the row, error stops with the row's id.
+    nothing on the row, error stops with the row's id. chat: rows of plain text are asked and measured through the chat template, as messages.
     """
 
     max_length: int | None = None
     truncation: Truncation = "keep_start"
+    chat: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +55,8 @@ class Encoded:
     `start` is at least 1: a first token with nothing before it cannot be predicted and counts as context.
     `problem` says why nothing can be measured (None: all is well); `truncated` whether max_length took tokens away.
     `question`, of SFT rows: first and last + 1 index of the last user message's text in the prompt (plain text: all but BOS).
-    A row without a completion keeps its prompt's ids, with start = len(ids) and a problem.
+    A row without a completion keeps its prompt's ids, with start = len(ids) and a problem. `left_out`: roles of the turns whose text the chat
+    template does not render, those of the response as "reply".
     """
 
     ids: np.ndarray  # (length,) int32
@@ -59,6 +64,7 @@ class Encoded:
     truncated: bool = False
     problem: str | None = None
     question: tuple[int, int] | None = None
+    left_out: tuple[str, ...] = ()
 
     @property
     def n_response(self) -> int:
@@ -84,6 +90,15 @@ class EncodedPair:
     def truncated(self) -> bool:
         return self.chosen.truncated or self.rejected.truncated
 
+    @property
+    def cut_alike(self) -> bool:
+        """Whether truncation took away all that tells the responses apart: nothing can be learnt from the pair, its gap of 0 says nothing."""
+        return self.truncated and self.problem is None and np.array_equal(self.chosen.ids, self.rejected.ids)
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys((*self.chosen.left_out, *self.rejected.left_out)))
+
 
 @dataclass(frozen=True, slots=True)
 class PromptTokens:
@@ -94,6 +109,7 @@ class PromptTokens:
     messages: tuple[Message, ...] | None = None
     truncated: bool = False
     problem: str | None = None
+    left_out: tuple[str, ...] = ()
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
@@ -180,25 +196,35 @@ def encode(row: Row, tokenizer: PreTrainedTokenizerBase, limits: Limits = Limits
     """Token ids of one row: an EncodedPair for a pair, an Encoded for an SFT example.
 
     Rows on which nothing can be measured come back with `problem` set: no completion, a prompt that fills max_length,
-    a row longer than max_length under `drop`, messages that the chat template refuses. ValidationError, naming the
-    row, under truncation `error`; ModelError when a conversational row meets a tokenizer without a chat template.
+    a row longer than max_length under `drop`, messages that the chat template refuses, two responses that become the
+    same tokens. ValidationError, naming the row, under truncation `error`; ModelError when a conversational row meets a
+    tokenizer without a chat template.
     """
+    name, row = row.row_id, as_chat(row) if limits.chat else row
     responses = (row.chosen, row.rejected) if isinstance(row, Pair) else (row.completion,)
     try:
-        prompt = _ids(tokenizer, row.prompt)
+        prompt, _ = _ids(tokenizer, row.prompt)
         if isinstance(row, Example) and row.completion is None:
             return _prompt_only(row, prompt, tokenizer, limits)
         full = [_ids(tokenizer, row.prompt, response) for response in responses]
-    except _Refused as refused:
+    except Refused as refused:
         nothing = Encoded(np.zeros(0, np.int32), 0, problem=str(refused))
         return EncodedPair(nothing, nothing, 0) if isinstance(row, Pair) else nothing
-    start = min(common_prefix(prompt, ids) for ids in full)
-    sides = [_limited(ids, start, limits, row) for ids in full]
+    start = min(common_prefix(prompt, ids) for ids, _ in full)
+    sides = [replace(_limited(ids, start, limits, name), left_out=lost) for ids, lost in full]
     if isinstance(row, Example):
-        return _with_question(sides[0], row, prompt, tokenizer, cut=len(full[0]) - len(sides[0].ids), limits=limits)
+        return _with_question(sides[0], row, prompt, tokenizer, cut=len(full[0][0]) - len(sides[0].ids), limits=limits)
     if limits.truncation == "drop":  # one side too long: the pair is not measured, and both sides say so
         longer = next((side.problem for side in sides if side.problem), None)
         sides = [replace(side, problem=side.problem or longer) for side in sides]
+    if full[0][0] == full[1][0]:  # no gap of 0: what tells them apart is not measured
+        why = (
+            "the chat template leaves out the text that"
+            if "reply" in sides[0].left_out
+            else "the tokenizer leaves out what"
+        )
+        alike = f"the same tokens as the other response's: {why} tells them apart"
+        sides = [replace(side, problem=side.problem or alike) for side in sides]
     return EncodedPair(sides[0], sides[1], common_prefix(sides[0].ids, sides[1].ids))
 
 
@@ -206,7 +232,7 @@ def after_examples(row: Example, examples: Sequence[Example]) -> Example:
     """The row with solved examples before its prompt, as a few-shot prompt has them."""
     if isinstance(row.prompt, str):
         return replace(row, prompt=_shots(examples) + row.prompt)
-    return replace(row, prompt=_with_context(row.prompt, None, examples))
+    return replace(row, prompt=with_context(row.prompt, None, examples))
 
 
 def _shots(examples: Sequence[Example]) -> str:
@@ -229,39 +255,36 @@ def encode_prompt(
     `problem` (error raises): a prompt cut at its end is another question.
     """
     messages: tuple[Message, ...] | None = None
+    name, row = row.row_id, as_chat(row) if limits.chat else row
     if isinstance(row.prompt, str):
         shots = few_shot if isinstance(few_shot, str) else _shots(few_shot or ())
         text = (f"{system}\n\n" if system else "") + shots + row.prompt
         source: Text = text
     else:
-        messages = _with_context(row.prompt, system, few_shot)
+        messages = with_context(row.prompt, system, few_shot)
         source = messages
         text = ""
     try:
-        ids = _ids(tokenizer, source)
+        ids, lost = _ids(tokenizer, source)
         if messages is not None:
-            text = _render(tokenizer, messages, tokenize=False)
-    except _Refused as refused:
+            text = render(tokenizer, messages)
+    except Refused as refused:
         return PromptTokens("", [], messages, problem=str(refused))
     limit = limits.max_length
     if limit is None or len(ids) < limit:
-        return PromptTokens(text, ids, messages)
+        return PromptTokens(text, ids, messages, left_out=lost)
     found = f"the prompt has {len(ids)} tokens, max_length is {limit}: no room for an answer"
     if limits.truncation == "keep_end":
         ids = ids[len(ids) - limit + 1 :]
-        return PromptTokens(tokenizer.decode(ids), ids, messages, truncated=True)
+        return PromptTokens(tokenizer.decode(ids), ids, messages, truncated=True, left_out=lost)
     if limits.truncation == "error":
-        raise ValidationError(f"row {row.row_id}: {found}.\n  {_NEXT_LENGTH}")
+        raise ValidationError(f"row {name}: {found}.\n  {_NEXT_LENGTH}")
     return PromptTokens(text, ids, messages, truncated=True, problem=found)
 
 
 _NEXT_LENGTH = (
     "Raise it with `--set tokens.max_length=…`, or choose `--set tokens.truncation=keep_start` (or keep_end, drop)."
 )
-
-
-class _Refused(Exception):
-    """The chat template refuses these messages; a row's problem, not the run's."""
 
 
 def _prompt_only(row: Example, prompt: list[int], tokenizer: PreTrainedTokenizerBase, limits: Limits) -> Encoded:
@@ -295,23 +318,23 @@ def _question_span(prompt: Text, ids: list[int], tokenizer: PreTrainedTokenizerB
         return None
     emptied = tuple({**m, "content": ""} if i == last else m for i, m in enumerate(prompt))
     try:
-        without = _ids(tokenizer, emptied)  # type: ignore[arg-type]
-    except _Refused:
+        without, _ = _ids(tokenizer, emptied)  # type: ignore[arg-type]
+    except Refused:
         return None
     low = common_prefix(ids, without)
     after = min(common_prefix(ids[::-1], without[::-1]), len(without) - low, len(ids) - low)
     return (low, len(ids) - after) if len(ids) - after > low else None
 
 
-def _limited(ids: list[int], start: int, limits: Limits, row: Row) -> Encoded:
-    """Truncation of one sequence. start: index of its first response token in `ids`."""
+def _limited(ids: list[int], start: int, limits: Limits, name: str) -> Encoded:
+    """Truncation of one sequence. start: index of its first response token in `ids`. name: the row's id."""
     limit, length = limits.max_length, len(ids)
     truncated = limit is not None and length > limit
     problem = None
     if limit is not None and truncated:
         if limits.truncation == "error":
             raise ValidationError(
-                f"row {row.row_id}: prompt and response have {length} tokens, max_length is {limit}.\n  {_NEXT_LENGTH}"
+                f"row {name}: prompt and response have {length} tokens, max_length is {limit}.\n  {_NEXT_LENGTH}"
             )
         if limits.truncation == "drop":
             problem = f"{length} tokens, max_length is {limit}"
@@ -327,91 +350,59 @@ def _limited(ids: list[int], start: int, limits: Limits, row: Row) -> Encoded:
     return Encoded(np.asarray(ids, np.int32), start, truncated, problem)
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, prompt: Text, response: Text | None = None) -> list[int]:
-    """Ids of a prompt (generation prompt included), or of a prompt with its response (EOS included)."""
-    eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
+def _ids(
+    tokenizer: PreTrainedTokenizerBase, prompt: Text, response: Text | None = None
+) -> tuple[list[int], tuple[str, ...]]:
+    """Ids of a prompt (generation prompt included), or of a prompt with its response, and what the template leaves out of them.
+
+    Plain text ends with EOS, as TRL appends it; of messages the template says how they end.
+    """
+    bos = tokenizer.bos_token_id
+    lost: tuple[str, ...] = ()
     if isinstance(prompt, str):
-        text = prompt
-        if response is not None:
-            text += str(response)
-            if tokenizer.eos_token and not str(response).endswith(tokenizer.eos_token):
-                text += tokenizer.eos_token
-        ids = list(tokenizer(text=text, verbose=False)["input_ids"])
-        while len(ids) > 1 and eos is not None and ids[-1] == ids[-2] == eos:  # a tokenizer that appends EOS by itself
-            ids.pop()
-        ended = response is None or eos is None or (bool(ids) and ids[-1] == eos)
+        ids = _plain_ids(tokenizer, prompt, None if response is None else str(response))
+    elif response is None:
+        text = render(tokenizer, prompt) if prompt else ""
+        ids, lost = ids_of(tokenizer, text) if prompt else [], tuple(left_out(prompt, text))
     else:
-        messages = prompt if response is None else (*prompt, *_messages(response))
-        ids = list(_render(tokenizer, messages, generation_prompt=response is None)) if messages else []
-        ended = response is None or eos is None or _ends_in_special(tokenizer, ids)
-    if not ended:
-        ids.append(eos)
+        reply = turns(response)
+        text = render(tokenizer, (*prompt, *reply), generation_prompt=False)
+        ids = ids_of(tokenizer, text)
+        lost = (*left_out(prompt, text), *("reply",) * bool(left_out(reply, text)))
     while len(ids) > 1 and bos is not None and ids[0] == ids[1] == bos:
         ids.pop(0)
+    return ids, tuple(dict.fromkeys(lost))
+
+
+def _plain_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str | None) -> list[int]:
+    eos, text = tokenizer.eos_token_id, prompt
+    if response is not None:
+        text += response
+        if tokenizer.eos_token and not response.endswith(tokenizer.eos_token):
+            text += tokenizer.eos_token
+    ids = list(tokenizer(text=text, verbose=False)["input_ids"])
+    while len(ids) > 1 and eos is not None and ids[-1] == ids[-2] == eos:  # a tokenizer that appends EOS by itself
+        ids.pop()
+    if response is not None and eos is not None and not (ids and ids[-1] == eos):
+        ids.append(eos)
     return ids
 
 
-def _messages(text: Text) -> tuple[Message, ...]:
-    return ({"role": "assistant", "content": text},) if isinstance(text, str) else text
-
-
-def _ends_in_special(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> bool:
-    """Whether the template closed the last turn itself: its last token that is not white space is EOS or another
-    special token.
-    """
-    special = set(tokenizer.all_special_ids) | {
-        i for i, t in getattr(tokenizer, "added_tokens_decoder", {}).items() if t.special
-    }
-    for token in reversed(ids):
-        if token in special:
-            return True
-        if tokenizer.decode([token]).strip():
-            return False
-    return False
-
-
-def _render(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: Sequence[Message],
-    *,
-    generation_prompt: bool = True,
-    tokenize: bool = True,
-) -> Any:
-    if not getattr(tokenizer, "chat_template", None):
-        raise ModelError(
-            f"{tokenizer.name_or_path or 'this tokenizer'}: wanted a chat template, because rows are conversational "
-            "(lists of messages); the tokenizer has none.\n"
-            "  Use a model whose tokenizer has one, save one beside the weights (chat_template.jinja), or give the "
-            "rows as plain text."
-        )
-    plain = [dict(message) for message in messages]
-    try:
-        if not tokenize:
-            return tokenizer.apply_chat_template(plain, add_generation_prompt=generation_prompt, tokenize=False)
-        return tokenizer.apply_chat_template(
-            plain, add_generation_prompt=generation_prompt, tokenize=True, return_dict=True
-        )["input_ids"]
-    except Exception as problem:  # templates raise jinja2's errors, and Python's own on unexpected roles or contents
-        raise _Refused(
-            f"the chat template refuses these messages ({type(problem).__name__}: {first_line(problem)})"
-        ) from problem
-
-
-def _with_context(
+def with_context(
     prompt: tuple[Message, ...], system: str | None, few_shot: str | Sequence[Example] | None
 ) -> tuple[Message, ...]:
     own = [m for m in prompt if m["role"] == "system"]
-    turns = [m for m in prompt if m["role"] != "system"]
+    rest = [m for m in prompt if m["role"] != "system"]
     head: list[Message] = own or ([{"role": "system", "content": system}] if system else [])
     if isinstance(few_shot, str):
-        last = max((i for i, m in enumerate(turns) if m["role"] == "user"), default=None)
+        last = max((i for i, m in enumerate(rest) if m["role"] == "user"), default=None)
         if last is not None:
-            turns[last] = {**turns[last], "content": few_shot + turns[last]["content"]}
+            rest[last] = {**rest[last], "content": few_shot + rest[last]["content"]}
     else:
         shots: list[Message] = []
         for example in few_shot or ():
             question = example.prompt
             shots += [{"role": "user", "content": question}] if isinstance(question, str) else list(question)
-            shots += _messages(example.completion or "")
-        turns = shots + turns
-    return (*head, *turns)
+            shots += turns(example.completion or "")
+        rest = shots + rest
+    return (*head, *rest)

@@ -35,12 +35,13 @@ HEAVY = [
 
 # What a file may import besides the standard library: (files, the house's modules, other packages). The first line that fits a file rules it.
 WITH_TRANSFORMERS = ["safetensors", "huggingface_hub", "tokenizers"]  # it cannot be installed without them
-PASSES = ["tokens", "rows", "errors", "passes", "measurements"]
+PASSES = ["tokens", "chat", "rows", "errors", "passes", "measurements"]
 MAY_IMPORT = [
     (["errors", "rows"], [], []),
     (["objects"], ["errors"], []),
     (["scores", "scores.*"], ["scores", "errors", "objects"], ["numpy", "polars"]),
-    (["tokens"], ["rows", "errors"], ["numpy", "transformers"]),
+    (["chat"], ["rows", "errors"], ["transformers"]),
+    (["tokens"], ["chat", "rows", "errors"], ["numpy", "transformers"]),
     (
         ["grading", "grading_*"],
         ["rows", "errors", "objects", "grading_math", "grading_values", "grading_choice"],
@@ -244,7 +245,7 @@ NOT_ON_A_BARE_BOX = [
 def test_passes_measurements_and_scores_run_where_only_torch_and_transformers_are():
     parts = ("passes", "measurements", "scores")
     wanted = [f"curate.{name}" for name in modules() if name.partition(".")[0] in parts]
-    wanted += ["curate.tokens", "curate.rows", "curate.errors"]
+    wanted += ["curate.tokens", "curate.chat", "curate.rows", "curate.errors"]
     command = [sys.executable, "-c", BARE_BOX, json.dumps(NOT_ON_A_BARE_BOX), json.dumps(wanted)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
     assert done.returncode == 0, done.stderr

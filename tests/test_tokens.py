@@ -39,7 +39,7 @@ TEMPLATE = (  # <s> once, each turn closed by <end>, as most templates do
     "{{ bos_token }}{% for m in messages %}{{ '<' + m['role'] + '> ' + m['content'] + ' <end>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<assistant> ' }}{% endif %}"
 )
-OPEN_TEMPLATE = TEMPLATE.replace(" + ' <end>'", "")  # closes nothing: EOS must come from us
+OPEN_TEMPLATE = TEMPLATE.replace(" + ' <end>'", "")  # closes nothing
 
 
 def make_tokenizer(template: str | None = TEMPLATE):
@@ -120,11 +120,12 @@ def test_template_that_closes_its_turns():
     assert words(pair.rejected.ids[5:]) == "bad you <end>"
 
 
-def test_template_that_closes_nothing_gets_eos():
+def test_template_that_closes_nothing_gets_no_eos_of_ours():
+    """TRL trains none there, so none is measured (it was, until 2026-11)."""
     row = Example(messages("user: hi", "assistant: you", "user: there"), messages("assistant: good"))
     encoded = encode(row, make_tokenizer(OPEN_TEMPLATE))
-    assert words(encoded.ids) == "<s> <user> hi <assistant> you <user> there <assistant> good </s>"
-    assert words(encoded.ids[encoded.start :]) == "good </s>"
+    assert words(encoded.ids) == "<s> <user> hi <assistant> you <user> there <assistant> good"
+    assert words(encoded.ids[encoded.start :]) == "good"
 
 
 def test_system_turn_stays_in_the_prompt():

@@ -92,6 +92,10 @@ class Reading:
         """source -> its format, of those that have rows."""
         return {name: layout.format for name, (layout, _) in self._told.items()}
 
+    def formats_of_all(self) -> set[str]:
+        """The formats of all sources, each told from its first rows; those without rows have none."""
+        return {layout.format for source in self._sources if (layout := self._layout(source, self.kind))}
+
     def __iter__(self) -> Iterator[Record]:
         for source in self._sources:
             layout = self._layout(source, self.kind)

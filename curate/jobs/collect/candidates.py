@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,11 +68,12 @@ def check_pool(loaded: Loaded, pool: str, like: str) -> None:
 def _by_states(asked: Round, pool: Sequence[Candidate]) -> list[int]:
     from curate.passes.model import load_model
     from curate.passes.states import prompt_states
-    from curate.tokens import Limits
+    from curate.rendering import limits_for
+    from curate.store import Store
 
     recipe = asked.loaded.recipe
-    limits = Limits(recipe.tokens.max_length, recipe.tokens.truncation)
     last, engine = asked.checkpoint, recipe.engine
+    limits = limits_for(asked.loaded, [row.row for row in asked.hard], last, Store(asked.loaded.store))
     with load_model(last.path, base=last.base, dtype=engine.dtype, device=engine.device) as model:
         hard, free = (
             prompt_states(model, [c.row for c in rows], limits=limits, token_budget=recipe.engine.token_budget)
@@ -103,12 +105,14 @@ def from_model(template: Path, *, generator: str | None = None, agree: float = 0
     shots = Template.of(text, file=str(template))
 
     def collect(asked: Round) -> tuple[list[Candidate], dict[str, int]]:
-        from curate.checkpoints import find_base, find_model
+        from curate.checkpoints import Subject, find_base, find_model
         from curate.grading import grader
         from curate.identity import few_shot_text
         from curate.jobs.collect.generate import generate
         from curate.passes.adapter_config import is_adapter, tokenizer_folder
         from curate.passes.sampling import Prompt, Sampling, open_sampler
+        from curate.rendering import limits_for
+        from curate.store import Store
         from curate.tokens import Limits, encode_prompt, load_tokenizer
 
         recipe, loaded = asked.loaded.recipe, asked.loaded
@@ -117,9 +121,11 @@ def from_model(template: Path, *, generator: str | None = None, agree: float = 0
             found = find_model(generator, loaded.folder)
             model, base = str(found), str(find_base(found, loaded.folder)) if is_adapter(found) else None
         tokenizer = load_tokenizer(tokenizer_folder(model, base))
-        limits = Limits(recipe.tokens.max_length, recipe.tokens.truncation)
+        asking = Subject(model, "", base=base)
+        answered = limits_for(loaded, [row.row for row in asked.hard], asking, Store(loaded.store))
+        written = replace(answered, chat=False)  # a text to be gone on with
 
-        def prompt(text: Any, seed: int, **context: Any) -> Prompt | None:
+        def prompt(text: Any, seed: int, limits: Limits = written, **context: Any) -> Prompt | None:
             tokens = encode_prompt(Example(text), tokenizer, limits=limits, **context)
             return None if tokens.problem else Prompt(tokens.ids, tokens.text, tokens.messages, seed)
 
@@ -141,7 +147,7 @@ def from_model(template: Path, *, generator: str | None = None, agree: float = 0
                 template=shots,
                 known=Known(asked.known),
                 sampler=sampler,
-                encode=lambda text, seed: prompt(text, seed, **context),
+                encode=lambda text, seed: prompt(text, seed, answered, **context),
                 encode_plain=prompt,
                 grader=grader(s.grader, folder=loaded.folder),
                 writing=Sampling(1, 1.0, s.top_p, s.max_new_tokens, ("\n\n",)),

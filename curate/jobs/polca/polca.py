@@ -226,9 +226,13 @@ def _measured(
     progress: Progress,
 ) -> tuple[Decomposition, str, list[str], Path]:
     """The decomposition, from the store's files where they are there; how it was taken; notes; its folder."""
+    from curate.measurements import MEASUREMENTS
     from curate.passes.model import engine_identity
+    from curate.rendering import Renderings
 
     engine, limits = loaded.recipe.engine, loaded.recipe.tokens
+    rendering = Renderings(loaded, cache, {row.style for row in rows if row is not None}, store).of(subjects[-1])
+    rendered = rendering.params(MEASUREMENTS["likelihood"])
     dtype = "float32" if engine.dtype == "auto" else engine.dtype
     key = content_id(
         "polca",
@@ -236,7 +240,7 @@ def _measured(
         row_ids,
         [s.fingerprint for s in subjects],
         cache.tokenizer(Path(subjects[-1].tokenizer)),
-        limits.model_dump(),
+        limits.model_dump(exclude={"chat"}) | rendered,
         engine_identity(dtype=dtype, device=engine.device),
         tolerance,
     )
@@ -245,7 +249,7 @@ def _measured(
     about = folder / "about.json"
     if not all(file.is_file() for file in (about, folder / "losses.npz", *files)):
         folder.mkdir(parents=True, exist_ok=True)
-        _measure(loaded, row_ids, rows, subjects, folder, files, dtype, tolerance, progress)
+        _measure(loaded, rendering.chat, row_ids, rows, subjects, folder, files, dtype, tolerance, progress)
     known = json.loads(about.read_text())
     parts = np.stack([np.load(file)["parts"] for file in files], axis=1)
     notes = list(known["notes"])
@@ -259,6 +263,7 @@ def _measured(
 
 def _measure(
     loaded: Loaded,
+    chat: bool,
     row_ids: list[str],
     rows: list[Row | None],
     subjects: list[Subject],
@@ -276,7 +281,7 @@ def _measure(
 
     engine = loaded.recipe.engine
     tokenizer = load_tokenizer(subjects[-1].tokenizer)
-    limits = Limits(loaded.recipe.tokens.max_length, loaded.recipe.tokens.truncation)
+    limits = Limits(loaded.recipe.tokens.max_length, loaded.recipe.tokens.truncation, chat)
     nothing = Encoded(np.zeros(0, np.int32), 0, problem="no text")
     encoded: list[Any] = [nothing if row is None else encode(row, tokenizer, limits) for row in rows]
     with load_model(subjects[0].path, base=subjects[0].base, dtype=dtype, device=engine.device) as model:

@@ -1,0 +1,130 @@
+"""A chat template: what it makes of messages, and what it leaves out, adds or does not end.
+
+Source: transformers' `apply_chat_template`, as TRL 1.16 calls it; nothing is appended to what the template gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import date
+from typing import TYPE_CHECKING, Any
+
+from curate.errors import ModelError
+from curate.rows import Example, Message, Pair, Row, Text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# The day that templates are told where they ask for today's: a value does not depend on the day that it was measured on. It is the one that
+# Llama 3's templates fall back to by themselves.
+DATE = date(2024, 7, 26)
+THOUGHT = "<think>\nfirst seven\n</think>\nlast eight"
+
+
+class Refused(Exception):
+    """The chat template refuses these messages; a row's problem, not the run's."""
+
+
+@dataclass(frozen=True)
+class Template:
+    """What is known of a tokenizer's chat template, from a few messages of our own.
+
+    end: the special token that closes a reply, None where the template gives none. dated: whether it asks for today's date.
+    keeps_reasoning: whether the text between <think> and </think> of a reply is in what it renders. eos: the tokenizer's own end token. stops: the
+    tokens that end an answer when it is sampled: eos, and those of the model's generation settings.
+    """
+
+    end: str | None
+    dated: bool = False
+    keeps_reasoning: bool = True
+    eos: str | None = None
+    stops: tuple[str, ...] = ()
+
+
+def as_chat(row: Row) -> Row:
+    """The row as messages: its prompt a user's turn, its responses an assistant's. A row of messages is as it was."""
+    if isinstance(row, Pair):
+        return Pair(turns(row.prompt, "user"), turns(row.chosen), turns(row.rejected))
+    completion = None if row.completion is None else turns(row.completion)
+    return Example(turns(row.prompt, "user"), completion, row.answer, row.label)
+
+
+def turns(text: Text, role: str = "assistant") -> tuple[Message, ...]:
+    return (Message(role=role, content=text),) if isinstance(text, str) else text
+
+
+def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, generation_prompt: bool = True) -> str:
+    """The template's text of these messages. Refused where the template raises; ModelError where the tokenizer has no template."""
+    template = getattr(tokenizer, "chat_template", None)
+    if not template:
+        raise ModelError(
+            f"{tokenizer.name_or_path or 'this tokenizer'}: wanted a chat template, because rows are conversational "
+            "(lists of messages); the tokenizer has none.\n"
+            "  Use a model whose tokenizer has one, save one beside the weights (chat_template.jinja), or give the "
+            "rows as plain text."
+        )
+    day: dict[str, Any] = {"strftime_now": DATE.strftime} if "strftime_now" in str(template) else {}
+    try:
+        return str(
+            tokenizer.apply_chat_template(
+                [dict(message) for message in messages], add_generation_prompt=generation_prompt, tokenize=False, **day
+            )
+        )
+    except Exception as problem:  # templates raise jinja2's errors, and Python's own on unexpected roles or contents
+        words = (str(problem).strip().splitlines() or [""])[0][:300]
+        raise Refused(f"the chat template refuses these messages ({type(problem).__name__}: {words})") from problem
+
+
+def left_out(messages: Sequence[Message], rendered: str) -> list[str]:
+    """The roles of the turns whose text is not in what was rendered of them, white space around it aside."""
+    found = []
+    for message in messages:
+        content = message.get("content")
+        if isinstance(content, str) and content.strip() not in rendered:
+            found.append(str(message["role"]))
+    return found
+
+
+def closing_token(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> int | None:
+    """The special token that ends these ids, white space after it aside; None where they end in text."""
+    special = set(tokenizer.all_special_ids) | {
+        i for i, t in getattr(tokenizer, "added_tokens_decoder", {}).items() if t.special
+    }
+    for token in reversed(ids):
+        if token in special:
+            return token
+        if tokenizer.decode([token]).strip():
+            return None
+    return None
+
+
+def template_of(tokenizer: PreTrainedTokenizerBase, stops: Sequence[int] = ()) -> Template | None:
+    """What the tokenizer's template does with a question and a reply; None where there is no template. stops: see `Template`, beside EOS."""
+    template = getattr(tokenizer, "chat_template", None)
+    if not template:
+        return None
+    ask = Message(role="user", content="first six")
+
+    def shown(*messages: Message) -> str | None:
+        try:
+            return render(tokenizer, messages, generation_prompt=False)
+        except Refused:
+            return None
+
+    plain = shown(ask, Message(role="assistant", content="last eight"))
+    end = None if plain is None else closing_token(tokenizer, ids_of(tokenizer, plain))
+    thought = shown(ask, Message(role="assistant", content=THOUGHT))
+    ends = dict.fromkeys((*([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []), *stops))
+    return Template(
+        end=None if end is None else str(tokenizer.convert_ids_to_tokens(end)),
+        dated="strftime_now" in str(template),
+        keeps_reasoning=thought is None or "first seven" in thought,
+        eos=tokenizer.eos_token,
+        stops=tuple(str(tokenizer.convert_ids_to_tokens(i)) for i in ends if 0 <= i < len(tokenizer)),
+    )
+
+
+def ids_of(tokenizer: PreTrainedTokenizerBase, rendered: str) -> list[int]:
+    """Token ids of a rendered text, as `apply_chat_template` makes them: nothing is put before or after it."""
+    return list(tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"])

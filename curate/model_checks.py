@@ -1,0 +1,90 @@
+"""What is known of a plan's models before any of them runs: tokens without embeddings, quantised weights, what their chat templates leave out."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from curate.embeddings import check_tokenizer
+from curate.errors import BrokenCheckpoint, ModelError
+from curate.layouts import read_config
+from curate.rendering import LOOKED_AT, Renderings, look, lost_text
+
+if TYPE_CHECKING:
+    from curate.checkpoints import Subject
+    from curate.plan import Plan, Step
+    from curate.store import Store
+
+NEEDS = {
+    "bitsandbytes": "bitsandbytes",
+    "gptq": "gptqmodel",
+    "awq": "gptqmodel",
+    "compressed-tensors": "compressed_tensors",
+}
+
+
+def check_models(plan: Plan, renderings: Renderings, store: Store, sources: Sequence[str]) -> list[str]:
+    """What a user should know of the models that a plan measures, a line each. ModelError for what a pass would fail on."""
+    subjects: dict[str, Subject] = {}
+    for step in plan.steps:
+        subjects.setdefault(step.subject.path, step.subject)
+    notes = renderings.notes(subjects.values())
+    seen: set[tuple[str, str]] = set()
+    for step in plan.steps:
+        if not step.missing or not Path(step.subject.home).is_dir():
+            continue
+        _check_quantised(step)
+        of = (step.subject.tokenizer, step.subject.base or step.subject.home)
+        if of not in seen:
+            seen.add(of)
+            notes += check_tokenizer(step.subject, renderings.cache, store, sources)
+    missing = {
+        step.subject.tokenizer: step.subject for step in plan.steps if step.missing and Path(step.subject.home).is_dir()
+    }
+    for subject in missing.values():
+        notes += _left_out(subject, renderings, store, sources)
+    return list(dict.fromkeys(notes))
+
+
+def _left_out(subject: Subject, renderings: Renderings, store: Store, sources: Sequence[str]) -> list[str]:
+    """What the subject's template leaves out of up to LOOKED_AT rows, evenly from all."""
+    from curate.tokens import load_tokenizer
+
+    rendering = renderings.of(subject)
+    if rendering.template is None or not (rendering.chat or rendering.messages):
+        return []
+    rows = store.sql(
+        "SELECT row_id, style FROM rows WHERE prompt IS NOT NULL AND kind = ? ORDER BY position",
+        [renderings.loaded.recipe.kind],
+        source=list(sources) or None,
+    )
+    ids = [r for r, style in rows.iter_rows() if rendering.chat or style == "conversational"]
+    shown = ids[:: max(1, -(-len(ids) // LOOKED_AT))]
+    found = [row for row in store.iter_rows(shown) if row is not None]
+    counts = look(found, load_tokenizer(subject.tokenizer), chat=rendering.chat)
+    return lost_text(counts, len(found), len(ids), Path(subject.tokenizer).name)
+
+
+def _check_quantised(step: Step) -> None:
+    """ModelError for a gradient of quantised weights, and for a kind of them that nothing here can load. Sampling engines know their own."""
+    home = Path(step.subject.base or step.subject.home)
+    try:
+        config = read_config(home / "config.json").get("quantization_config")
+    except (OSError, BrokenCheckpoint):
+        return
+    if not isinstance(config, dict) or step.reads in ("tokens", "sample"):
+        return
+    method = str(config.get("quant_method") or "quantised")
+    if step.reads in ("backward", "direction"):
+        raise ModelError(
+            f"{step.subject.label}: its weights are quantised ({method}), and gradients over them are not those of the model. Name the model that "
+            "it was quantised from (of a QLoRA adapter: models.base)."
+        )
+    package = NEEDS.get(method)
+    if package and importlib.util.find_spec(package) is None:
+        raise ModelError(
+            f"{step.subject.label}: its weights are quantised ({method}), and {package}, which loads them, is not installed here. Name the model that it "
+            f"was quantised from, or install {package}."
+        )

@@ -1,0 +1,262 @@
+"""How a recipe's rows become text for a model: plain, or as messages through its chat template; and what is said of that.
+
+    tokens.chat    auto      question/answer rows as messages where the model has a template; prompt/completion text plain, as TRL trains it
+                   always    every row as messages          never    rows of plain text stay plain
+
+Rows of messages always go through the template. What was measured as messages is exported as messages: it trains as it was measured.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from curate.chat import DATE, Refused, Template, as_chat, left_out, render, turns
+from curate.errors import ModelError, UsageError
+from curate.rows import Pair, Row
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from curate.checkpoints import Subject
+    from curate.fingerprints import FingerprintCache
+    from curate.measurements import Measurement
+    from curate.recipe import Loaded
+    from curate.store import Store
+    from curate.tokens import Limits
+
+QUESTIONS = "question_answer"  # the format that auto asks as a chat
+OF_MESSAGES = {"messages", "sharegpt", "implicit", "sharegpt_preference"}  # formats without plain text
+LOOKED_AT = 1000  # rows that a plan renders to see what the template leaves out
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """How rows become text for one tokenizer. chat: rows of plain text go through the template. messages: there are rows of messages too.
+
+    plain: there are rows of plain text. template: what is known of the tokenizer's, None where it has none (or where a server has it).
+    """
+
+    chat: bool
+    plain: bool
+    messages: bool
+    template: Template | None = None
+    pairs: bool = False
+
+    def params(self, measurement: Measurement) -> dict[str, Any]:
+        """What a measurement's values depend on here, beyond the tokenizer. Empty where rows are rendered as they were before 2026-11."""
+        found: dict[str, Any] = {"chat": True} if self.chat else {}
+        if self.template is None or not (self.chat or self.messages):
+            return found
+        if self.template.dated:
+            found["template_date"] = f"{DATE:%Y-%m-%d}"
+        of_prompts = measurement.reads == "sample" or measurement.prompt_only
+        if self.template.end is None and self.template.eos and not of_prompts:
+            found["template_end"] = "none"
+        if self.pairs and not self.template.keeps_reasoning:
+            found["same_tokens"] = "unknown"
+        return found
+
+    def notes(self, model: str, rule: str) -> list[str]:
+        """What a user should know before anything is measured. rule: tokens.chat."""
+        found = []
+        template = self.template
+        if self.chat:
+            found.append(
+                f"Rows are asked and measured as messages, through the chat template of {model} (tokens.chat: {rule}), and exported as messages. "
+                "`--set tokens.chat=never` keeps them plain text."
+            )
+        elif self.plain and template is not None and rule == "auto":
+            found.append(
+                f"{model} has a chat template, and these rows are plain text (no question/answer rows): they are measured as plain text, as TRL "
+                "trains them. If the model is to answer as a chat, `--set tokens.chat=always` (they are exported as messages then); if plain is "
+                "meant, `--set tokens.chat=never` says so."
+            )
+        if template is None or not (self.chat or self.messages):
+            return found
+        if template.end is None:
+            found.append(
+                f"The chat template of {model} ends a reply with no special token: TRL trains none, so none is measured, and a model trained on such "
+                "rows does not learn to stop: its answers run to max_new_tokens. A template that writes the end token after the reply mends that."
+            )
+        elif template.eos and template.end not in template.stops:
+            found.append(
+                f"The chat template of {model} ends a reply with {template.end}, which does not end an answer when it is sampled (that is "
+                f"{', '.join(template.stops)}): set eos_token_id in generation_config.json, or `sampling.stop: ['{template.end}']`."
+            )
+        if template.dated:
+            found.append(
+                f"The chat template of {model} writes today's date into the prompt; {DATE:%d %B %Y} stands there in every measurement, so that "
+                "values do not depend on the day. TRL and servers write the day's own."
+            )
+        return found
+
+
+class Renderings:
+    """The rendering for every model of a recipe. styles: of its rows, as the store has them (None: not known, both may occur)."""
+
+    def __init__(
+        self, loaded: Loaded, cache: FingerprintCache, styles: Collection[str] | None, store: Store | None = None
+    ):
+        self.loaded, self.cache, self.store = loaded, cache, store
+        self.styles = {"standard", "conversational"} if styles is None else set(styles)
+        self._known: dict[str, Rendering] = {}
+
+    def of(self, subject: Subject) -> Rendering:
+        """ModelError where tokens.chat is always and the model has no template; UsageError where auto cannot tell."""
+        if not Path(subject.home).is_dir():  # a server's model: its template is its own
+            return self._rendering(self.loaded.recipe.tokens.chat == "always", None)
+        folder = subject.tokenizer
+        if folder not in self._known:
+            found = self.cache.template(Path(folder), Path(subject.base or subject.home))
+            self._known[folder] = self.with_template(found, subject.label)
+        return self._known[folder]
+
+    def with_template(self, template: Template | None, model: str) -> Rendering:
+        rule, plain = self.loaded.recipe.tokens.chat, "standard" in self.styles
+        if rule == "always" and plain and template is None:
+            raise ModelError(
+                f"tokens.chat is always, but the tokenizer of {model} has no chat template. Save one beside it (chat_template.jinja), or measure "
+                "plain text: `--set tokens.chat=auto`."
+            )
+        chat = plain and (rule == "always" or (rule == "auto" and template is not None and self._questions()))
+        return self._rendering(chat, template)
+
+    def _rendering(self, chat: bool, template: Template | None) -> Rendering:
+        plain, messages = "standard" in self.styles, "conversational" in self.styles
+        messages = messages or bool(self.loaded.recipe.targets)
+        return Rendering(chat and plain, plain, messages, template, self.loaded.recipe.kind == "preference")
+
+    def _questions(self) -> bool:
+        """Whether the recipe's rows are questions with answers, by the format that they were read in."""
+        if self.loaded.recipe.kind != "sft":
+            return False
+        if self.loaded.formats is None:  # nothing was read now: as it was measured
+            return self.store is not None and any(m.params.get("chat") for m in self.store.measured())
+        formats = set(self.loaded.formats()) - OF_MESSAGES
+        if QUESTIONS in formats and len(formats) > 1:
+            raise UsageError(
+                f"tokens.chat: the sources are of several formats ({', '.join(sorted(formats))}): questions with answers would be asked as a chat, "
+                "the others as plain text, and an export holds one sort of rows. Say which: `--set tokens.chat=always` or `--set tokens.chat=never`."
+            )
+        return formats == {QUESTIONS}
+
+    def notes(self, subjects: Iterable[Subject]) -> list[str]:
+        """A line for each thing to know of the models' templates, each once."""
+        rule = self.loaded.recipe.tokens.chat
+        found: list[str] = []
+        for subject in subjects:
+            if Path(subject.home).is_dir():
+                found += self.of(subject).notes(Path(subject.tokenizer).name, rule)
+            elif rule == "auto" and "standard" in self.styles and self._questions():
+                found.append(
+                    "Question/answer rows are asked as plain text: whether the server's model has a chat template is not known here. "
+                    "`--set tokens.chat=always` asks it as a chat."
+                )
+        return list(dict.fromkeys(found))
+
+
+def limits_for(loaded: Loaded, rows: Iterable[Row], subject: Subject, store: Store) -> Limits:
+    """How rows become tokens outside a plan: as the recipe's own are measured."""
+    from curate.fingerprints import FingerprintCache
+    from curate.tokens import Limits
+
+    found = Renderings(loaded, FingerprintCache(store.folder / "weights.json"), {row.style for row in rows}, store)
+    tokens = loaded.recipe.tokens
+    return Limits(tokens.max_length, tokens.truncation, found.of(subject).chat)
+
+
+def measured_as(store: Store, recipe: str) -> dict[str, Any]:
+    """How the rows of a recipe were rendered when its values were measured: `Rendering.params` of any of them."""
+    uses = {use for kept in store.recipes() if kept["name"] == recipe for use in kept["uses"] or ()}
+    found: dict[str, Any] = {}
+    for measured in store.measured():
+        if measured.fingerprint in uses:
+            found |= {
+                key: value for key, value in measured.params.items() if key in ("chat", "template_end", "template_date")
+            }
+    return found
+
+
+def card_notes(measured: dict[str, Any], rule: str, styles: Collection[str]) -> list[str]:
+    """What a card says of the rendering. measured: of `measured_as`. rule: tokens.chat."""
+    found = []
+    if measured.get("chat"):
+        found.append(
+            f"Rows were asked and measured as messages, through the model's chat template (tokens.chat: {rule}), and are exported as messages."
+        )
+    elif "standard" in styles:
+        found.append(f"Rows of plain text were measured as plain text, without a chat template (tokens.chat: {rule}).")
+    if measured.get("template_end"):
+        found.append(
+            "The model's chat template ends a reply with no special token: none was measured, and a training on these rows teaches none, so answers "
+            "run to their longest length."
+        )
+    if day := measured.get("template_date"):
+        found.append(
+            f"The model's chat template writes a date into prompts: {day} in every measurement, the day's own in a training."
+        )
+    return found
+
+
+def styles_of(store: Store, sources: list[str], kind: str) -> set[str]:
+    """The styles of the rows of some sources: standard (plain text), conversational (messages)."""
+    found = store.sql(
+        "SELECT DISTINCT style FROM rows WHERE prompt IS NOT NULL AND kind = ?", [kind], source=sources or None
+    )
+    return set(found["style"].to_list())
+
+
+def look(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, *, chat: bool) -> Counter[str]:
+    """How many rows the template leaves text out of (by whose turn it is: reply, system, user, …), or refuses (by what it says)."""
+    counts: Counter[str] = Counter()
+    for row in rows:
+        if chat:
+            row = as_chat(row)
+        if isinstance(row.prompt, str):
+            continue
+        replies = (row.chosen, row.rejected) if isinstance(row, Pair) else (row.completion,)
+        lost: set[str] = set()
+        try:
+            for reply in replies:
+                said = () if reply is None else turns(reply)
+                text = render(tokenizer, (*row.prompt, *said), generation_prompt=reply is None)
+                lost |= {*left_out(row.prompt, text), *("reply",) * bool(left_out(said, text))}
+        except Refused as refused:
+            lost = {str(refused)}
+        counts.update(lost)
+    return counts
+
+
+def lost_text(counts: Counter[str], n: int, rows: int, model: str) -> list[str]:
+    """What `look` found, in sentences. n: rows looked at, of so many rows."""
+    of = f"of {n:,} rows" if n == rows else f"of {n:,} rows looked at (of {rows:,})"
+    found = []
+    for what, count in sorted(counts.items()):
+        if what == "reply":
+            found.append(
+                f"The chat template of {model} leaves out text of the reply in {count:,} {of}: the rest alone is measured, and a training on these "
+                "rows would see no more. Take a template that keeps it (chat_template.jinja beside the tokenizer); pairs that differ in nothing "
+                "else get NULL and a token_problem."
+            )
+        elif what.startswith("the chat template refuses"):
+            found.append(f"{count:,} {of} cannot be measured: {what}.")
+        else:
+            found.append(
+                f"The chat template of {model} leaves out text of {'an' if what[0] in 'aeiou' else 'a'} {what} turn in {count:,} {of}: neither the "
+                "model that is measured nor one trained on them sees it."
+            )
+    return found
+
+
+def to_json(template: Template | None) -> str:
+    return json.dumps(None if template is None else {**template.__dict__, "stops": list(template.stops)})
+
+
+def from_json(text: str) -> Template | None:
+    found = json.loads(text)
+    return None if found is None else Template(**{**found, "stops": tuple(found["stops"])})
