@@ -85,6 +85,6 @@ def _check_quantised(step: Step) -> None:
     package = NEEDS.get(method)
     if package and importlib.util.find_spec(package) is None:
         raise ModelError(
-            f"{step.subject.label}: its weights are quantised ({method}), and {package}, which loads them, is not installed here. Name the model that it "
-            f"was quantised from, or install {package}."
+            f"{step.subject.label}: its weights are quantised ({method}), and {package}, which loads them, is not installed here. Name the model "
+            f"that it was quantised from, or install {package}."
         )
