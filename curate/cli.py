@@ -172,13 +172,15 @@ def validate(
     quiet: Quiet = False,
 ) -> None:
     """Name every bad row, with file, row, column and what was found. Exit 1 if there is any. Of a recipe: its held-out rows too."""
-    from curate.describe import validation_text
     from curate.sourcing import validate_source
 
     columns = dict(_split(entry, "--column") for entry in column or [])
     found = validate_source(source, kind=kind, format=format, split=split, columns=columns, set=overrides, store=store)
+    from curate.describe import validation_text  # after the rows: a path that is not there is said at once
+
     if json:
-        out(to_json(found["source"] if len(found) == 1 else {**asdict(found["source"]), "heldout": found["heldout"]}))
+        others = {name: result for name, result in found.items() if name != "source"}
+        out(to_json({**asdict(found["source"]), **others}))
     else:
         for result in found.values():
             shown = result.defects if limit == 0 else result.defects[:limit]

@@ -332,6 +332,8 @@ def test_validate_reads_the_held_out_rows_too(curate, tmp_path, model):
     said = curate("validate", recipe)
     assert said.code == 1 and "held.jsonl, row 3: 'rejected' is blank" in said.out
     assert curate("validate", recipe, "--json").json["heldout"]["n_bad"] == 1
+    target = write_recipe(tmp_path / "target.yaml", model, targets={"safe": {"path": "held.jsonl", "of": "margin"}})
+    assert curate("validate", target, "--json").json["targets.safe"]["defects"][0]["row"] == 3
 
 
 def test_validate_says_which_options_do_nothing_here(curate, tmp_path, done):

@@ -80,12 +80,12 @@ def test_replies_that_begin_alike_are_not_cut(shared):
 
 def test_pandalm_names_its_defects(shared):
     found = validate(shared / "data" / "pandalm_human_pairs" / "testset_v1.jsonl.gz", columns=PANDALM)
-    wrong_type = [(d.row, d.column, d.found) for d in found.defects if d.found != "blank"]
+    wrong_type = [(d.index, d.column, d.found) for d in found.defects if d.found != "blank"]
     assert wrong_type == [
         (row, f"response{response}", "true (bool)")
         for row, response in ((157, 1), (158, 1), (159, 1), (161, 2), (162, 2), (164, 1))
     ]
-    assert [d.row for d in found.defects if d.column == "instruction"] == [466]
+    assert [d.index for d in found.defects if d.column == "instruction"] == [466]
 
 
 def test_real_unpaired_rows(shared):
