@@ -416,13 +416,34 @@ def sql(
 
     The table for people cuts long texts short; --json and --csv give them whole.
     """
-    frame = _store(store).sql(query, recipe=recipe, source=source)
+    from curate.storage.query import csv_text
+
+    opened = _store(store)
+    frame = opened.sql(query, recipe=recipe, source=source)
+    for note in opened.unclear_names(query, recipe=recipe):
+        _progress(quiet).say(f"Note: {note}")
     if json:
         out(to_json(frame.to_dicts()))
     elif csv:
-        out(frame.write_csv().rstrip("\n"))
+        out(csv_text(frame).rstrip("\n"))
     else:
         out(table(frame.rows(), head=frame.columns, longest=60, whole=True) if frame.columns else "")
+
+
+@app.command()
+def diff(
+    store: StorePath,
+    a: Annotated[str, typer.Argument(metavar="A", help="a selection (a recipe's name)")],
+    b: Annotated[str, typer.Argument(metavar="B", help="another")],
+    rows: Annotated[int, typer.Option(min=0, help="how many rows of each side to show")] = 5,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Compare two selections: rows that both keep, that one keeps only, and which rule of the other dropped those."""
+    from curate.diff import compare
+
+    result = compare(_store(store), a, b, rows=rows)
+    out(to_json(result.to_json()) if json else result.text())
 
 
 @app.command()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from curate.decide import Reason
 from curate.errors import UsageError
 from curate.recipe_yaml import read_yaml
 from curate.row_answers import answers_of, answers_text
@@ -38,9 +39,7 @@ class Explanation:
             if self.row.get(name):
                 lines.append(f"{name:>10}  {_excerpt(str(self.row[name]))}")
         if self.decision is not None:
-            lines.append(
-                f"{'kept' if self.decision['kept'] else 'dropped'} by selection {self.selection!r}: {self.decision['reason'].removeprefix('kept: ')}"
-            )
+            lines.append(_decided(self.decision, self.selection or ""))
         if self.scores:
             lines.append("")
             for s in self.scores:
@@ -78,7 +77,8 @@ def explain_row(store: Store, row: str, selection: str | None = None, *, every_a
         chosen = store.selection(selection)
         name, recipe = chosen.name, chosen.recipe
         found = store.sql(
-            "SELECT kept, rank, reason FROM data.decisions WHERE selection = ? AND row_id = ?", [name, row_id]
+            "SELECT kept, rank, reason, rule, value, cut FROM selections WHERE selection = ? AND row_id = ?",
+            [name, row_id],
         ).to_dicts()
         decision = found[0] if found else None
     except UsageError:
@@ -175,6 +175,15 @@ def _flags(store: Store, row_id: str, recipe: str | None, line: dict[str, Any], 
     )
     found = reasons(columns, SCORES["squeezing_prone"].check(params)["share"])
     return [reason.says(values, at) for reason, values, holds in found.values() if holds[at] == 1]
+
+
+def _decided(decision: dict[str, Any], selection: str) -> str:
+    """What a selection decided about the row, with its numbers."""
+    reason = Reason(
+        decision["rule"] or "", decision["reason"].removeprefix("kept: "), decision["value"], decision["cut"]
+    )
+    rank = f", rank {decision['rank']:,}" if decision["rank"] and decision["rule"] else ""
+    return f"{'kept' if decision['kept'] else 'dropped'} by selection {selection!r}: {reason}{rank}"
 
 
 def _with_settings(score: dict[str, Any]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from curate.chat import as_chat
@@ -22,11 +23,26 @@ if TYPE_CHECKING:
 
 
 def export_selection(loaded: Loaded, store: Store, selection: Selection, sources: list[str]) -> ExportResult:
-    """Write the kept rows where the recipe says, the dropped ones beside them. Raises ValidationError where nothing is kept."""
-    from curate.data import TrainedAs, export
+    """Write the kept rows where the recipe says, the dropped ones beside them; the control to <to>_control, where the recipe exports it.
 
+    Raises ValidationError where nothing is kept.
+    """
     asked = loaded.recipe.export
     assert asked is not None
+    result = _export(loaded, store, selection, sources, asked)
+    if not asked.control:
+        return result
+    control = selection.control
+    assert control is not None
+    beside = asked.model_copy(update={"to": f"{asked.to.rstrip('/')}_control", "push_to_hub": None})
+    drawn = _export(loaded, store, control, sources, beside)
+    said = f"The control, {drawn.n_rows:,} rows, is in {drawn.path}."
+    return replace(result, notes=(*result.notes, said))
+
+
+def _export(loaded: Loaded, store: Store, selection: Selection, sources: list[str], asked: Export) -> ExportResult:
+    from curate.data import TrainedAs, export
+
     columns = _columns(loaded, store)
     if asked.weight:
         _check_weights(asked.weight, loaded, store, selection)
@@ -107,11 +123,9 @@ class Beside:
     """Columns of `scored` that stand beside the rows of an export: ours as the view has them, the user's own as each row came with them."""
 
     def __init__(self, loaded: Loaded, store: Store, names: Sequence[str]):
-        known = set(store.sql("SELECT * FROM scored LIMIT 0", recipe=loaded.name).columns)
-        own = set(store.sql("SELECT DISTINCT name FROM data.source_columns")["name"])
-        self.own = {
-            name for name in names if name in own and f"user_{name}" not in known
-        }  # else that name is ours there
+        own = store.frame(recipe=loaded.name).own["scored"]
+        kept = {column.name for column in own if not column.taken_by and not column.imported}
+        self.own = {name for name in names if name in kept}  # else that name is ours there
         self.names = [name for name in dict.fromkeys(names) if name not in self.own | {"row_id"}]
         picked = ", ".join(["row_id", *map(quoted, self.names)])
         frame = store.sql(f"SELECT {picked} FROM scored", recipe=loaded.name)
@@ -197,7 +211,7 @@ def _card(loaded: Loaded, store: Store, selection: Selection, sources: list[str]
     counts = {"rows": selection.counts["rows"], "kept": selection.counts["kept"]}
     counts |= {f"dropped: {step}": n for step, n in selection.counts["dropped_by"].items()}
     return Card(
-        title=f"{loaded.name}, curated",
+        title=f"{selection.name}, curated",
         sources={name: about or f"fingerprint {known.get(name, 'unknown')}" for name in sources},
         models={role: f"{subject.label} (weights {subject.fingerprint})" for role, subject in models.items()},
         recipe=loaded.text,

@@ -279,9 +279,12 @@ class Columns:
             have = self.store.sql("SELECT * FROM occurrences LIMIT 0").columns
             if column not in have and not needed:
                 return None
-            name = column.replace('"', '""')  # a column that is needed and not there: the store names the nearest
+            shown = self.store.own_names().get(
+                column, column
+            )  # where curate has a column of this name, the user's is meant
+            name = shown.replace('"', '""')  # a column that is needed and not there: the store names the nearest
             frame = self.store.sql(
-                f'SELECT row_id, first("{name}" ORDER BY source, index) AS value FROM occurrences GROUP BY row_id',
+                f'SELECT o.row_id, first("{name}" ORDER BY o.source, o.index) AS value FROM occurrences o GROUP BY o.row_id',
                 source=self.sources or None,
             )
             found = dict(zip(frame["row_id"], frame["value"], strict=True))

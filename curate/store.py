@@ -23,7 +23,7 @@ import numpy as np
 from curate.errors import StoreError, UsageError
 from curate.locks import holder, locked
 from curate.rows import Row
-from curate.storage import imports, query, sources, tables, views
+from curate.storage import conjuncts, imports, misread, query, sources, syntax, tables, views
 from curate.storage.database import Database, one, process_alive
 from curate.storage.entries import (
     DatasetValue,
@@ -42,7 +42,7 @@ from curate.storage.shards import Shards
 if TYPE_CHECKING:
     import polars as pl
 
-    from curate.select import Decisions
+    from curate.decide import Decisions
 
 __all__ = [
     "DatasetValue",
@@ -377,16 +377,21 @@ class Store:
         uses: Sequence[str] = (),
         plain: Sequence[str] = (),
         places: Mapping[str, Sequence[Place]] | None = None,
+        roles: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         """Say what a recipe is about, before its scores are written; the views follow the recipe registered or scored last.
 
         sources: the names of its sources, held-out ones too. uses: the fingerprints that its views may show. plain: those of them whose columns
         stand in `scored` (the tokens, the reference's, the last checkpoint's): at most one a measurement. places: fingerprint -> what the recipe
-        calls the models that it is of; of others what they were called last.
+        calls the models that it is of; of others what they were called last. roles: "train" and "heldout" -> the sources that the recipe takes
+        such rows from; its views show no others.
         """
         with self.database.write() as con:
             tables.register_recipe(con, name, text, sources, uses, plain)
             tables.note_places(con, name, places or {})
+            tables.note(
+                con, f"roles of {name}", json.dumps({role: list(n) for role, n in roles.items()}) if roles else None
+            )
             views.define(con)
 
     def places(self, recipe: str) -> dict[str, list[Place]]:
@@ -442,17 +447,31 @@ class Store:
         recipe: str | None = None,
         spec: Mapping[str, Any] | None = None,
         made_of: str | None = None,
+        control: Decisions | None = None,
     ) -> Selection:
-        """Keep what was decided, in place of an earlier selection of this name. made_of: what it was decided from, as `made_of` gives it back."""
+        """Keep what was decided, in place of an earlier selection of this name. made_of: what it was decided from, as `made_of` gives it back.
+
+        control: a second selection drawn beside it, kept as <name>_control in the same transaction; an earlier one goes.
+        """
         with self.database.write() as con:
-            tables.write_selection(con, name, decisions, recipe, spec)
+            tables.drop_control(con, name)
+            widened = tables.write_selection(con, name, decisions, recipe, spec)
+            if control is not None:
+                beside = tables.control_name(name)
+                if one(con, "SELECT 1 FROM data.selections WHERE name = ?", [beside]):
+                    raise UsageError(
+                        f"select.control: it would be called {beside!r}, and this store has a selection of that name. Rename one of the recipes."
+                    )
+                tables.write_selection(con, beside, control, recipe, {**(spec or {}), "control_of": name})
             tables.note(con, f"selection of {name}", made_of)
+            if widened:
+                views.define(con)
         return self.selection(name)
 
     def selection(self, name: str | None = None) -> Selection:
         """A selection by name; the latest if None. Raises UsageError naming those that exist."""
         with self.database.read() as con:
-            found = query.dicts(con, "SELECT * FROM data.selections ORDER BY created DESC, name")
+            found = query.dicts(con, "SELECT * FROM data.selections ORDER BY created DESC, length(name), name")
         chosen = [s for s in found if name is None or s["name"] == name]
         if not chosen:
             names = ", ".join(s["name"] for s in found)
@@ -506,9 +525,42 @@ class Store:
         """
         names = (source,) if isinstance(source, str) else source
         with self.database.read() as con:
-            if recipe is not None or names is not None:
+            if recipe is not None or names is not None or views.outdated(con):
                 views.narrow(con, text, recipe=recipe, sources=names)
             return query.run(con, text, params)
+
+    def own_names(self) -> dict[str, str]:
+        """The user's columns -> what `occurrences` calls them."""
+        with self.database.read() as con:
+            return {column.name: column.shown for column in views.own_names(con, None)["occurrences"]}
+
+    def frame(self, *, recipe: str | None = None, planned: Sequence[str] = ()) -> misread.Frame:
+        """What a recipe's SQL sees as `scored`, with the columns that are still to come (`planned`) as NULL."""
+        with self.database.read() as con:
+            views.narrow(con, "scored", recipe=recipe, sources=None)
+            return misread.frame(con, recipe, planned)
+
+    def check_sql(
+        self, text: str, key: str, *, recipe: str | None = None, planned: Sequence[str] = (), is_order: bool = False
+    ) -> str:
+        """A recipe's SQL expression over `scored`, as it is to be asked. is_order: rows are ordered by its value.
+
+        Raises UsageError naming `key` for a name that two columns have, and where numbers would be ordered as text.
+        """
+        with self.database.read() as con:
+            views.narrow(con, f"scored occurrences {text}", recipe=recipe, sources=None)
+            return misread.checked(con, text, key, misread.frame(con, recipe, planned), is_order=is_order)
+
+    def conjuncts(self, where: str) -> list[conjuncts.Conjunct]:
+        """The parts of a condition that AND joins, with what they compare."""
+        with self.database.read() as con:
+            return conjuncts.conjuncts(con, where)
+
+    def unclear_names(self, text: str, *, recipe: str | None = None) -> list[str]:
+        """A sentence for every name in a query that curate and the user have a column of; what it means is curate's."""
+        with self.database.read() as con:
+            tree = syntax.parse(con, text)
+            return list(misread.ambiguous(con, tree, views.own_names(con, recipe))) if tree else []
 
     def scored(self, *, recipe: str | None = None, source: str | Sequence[str] | None = None) -> pl.DataFrame:
         """The view `scored`, one line a row, by position."""

@@ -17,7 +17,7 @@ from curate.plan import Plan
 from curate.plan import make_plan as _make_plan
 from curate.positions import beyond_positions, unmeasurable_rows
 from curate.progress import Progress, counted
-from curate.recipe import Loaded, load_recipe
+from curate.recipe import Loaded, Worst, load_recipe
 from curate.recordings import recorded_runs
 from curate.references import check_references
 from curate.rows import content_id
@@ -146,6 +146,8 @@ def run_steps(loaded: Loaded, steps: Sequence[str], *, progress: Progress, comma
                 _score(loaded, result, sources, progress)
             if "select" in steps and loaded.recipe.select is not None:
                 _select(loaded, result, sources)
+                for note in result.selection.counts.get("notes", []) if result.selection else []:
+                    progress.say(f"Selection {loaded.name!r}: {note}")
         if "export" in steps and loaded.recipe.export is not None:
             _export(loaded, result, sources, progress)
     except CurateError as error:
@@ -166,9 +168,17 @@ def selection_text(selection: Selection) -> str:
     """One line: how many rows are kept, and which step dropped the others."""
     counts = selection.counts
     why = ", ".join(f"{n:,} {step}" for step, n in counts["dropped_by"].items())
-    return f"Selection {selection.name!r}: {counts['kept']:,} of {counts['rows']:,} rows kept" + (
+    tokens = f" ({counts['tokens_kept']:,} tokens)" if "tokens_kept" in counts else ""
+    line = f"Selection {selection.name!r}: {counts['kept']:,} of {counts['rows']:,} rows kept{tokens}" + (
         f"; dropped: {why}." if why else "."
     )
+    per_group = counts.get("tokens_per_group", {})
+    if per_group:
+        shown = ", ".join(f"{group} {n:,}" for group, n in list(per_group.items())[:8])
+        more = f" and {len(per_group) - 8} more groups" if len(per_group) > 8 else ""
+        line += f" A budget of tokens is for each group of `per`; tokens kept: {shown}{more}."
+    control = selection.control
+    return line + (f" Its control {control.name!r}: {control.counts['kept']:,} rows." if control else "")
 
 
 def make_plan(loaded: Loaded, *, progress: Progress) -> Plan:
@@ -202,6 +212,7 @@ def _register(loaded: Loaded, store: Store, plan: Plan, sources: dict[str, list[
         uses=uses,
         plain=plain if plan.steps or plan.recorded else [],
         places=plan.places,
+        roles=sources,
     )
 
 
@@ -217,21 +228,35 @@ def _check_ahead(loaded: Loaded, result: Result) -> None:
     planned += ["token_problem", *(want.name for want in result.plan.wanted)]
     planned += [f"{want.name}_name" for want in result.plan.wanted if want.score.names]
     worst = _worst(result.store, result.plan.wanted)
-    columns = check_select(result.store, _spec(loaded), worst=worst, planned=planned, recipe=loaded.name)
+    frame = check_select(result.store, _spec(loaded), worst=worst, planned=planned, recipe=loaded.name)
     if loaded.recipe.export is not None:
-        check_columns(loaded.recipe.export, columns)
+        check_columns(loaded.recipe.export, frame.columns)
 
 
 def _spec(loaded: Loaded) -> SelectSpec:
     from curate.select import SelectSpec
 
-    assert loaded.recipe.select is not None
-    given = loaded.recipe.select.model_dump()
-    given["keep"] = {key: value for key, value in (given["keep"] or {}).items() if value is not None} or None
-    said = {name: one for name, one in given["drop_worst"].items() if isinstance(one, dict)}
-    given["drop_worst"] |= {name: one["share"] for name, one in said.items()}
-    given["worst"] = {name: one["worst"] for name, one in said.items()}
-    return SelectSpec(**given)
+    asked = loaded.recipe.select
+    assert asked is not None
+    return SelectSpec(
+        where=asked.where,
+        drop_worst={name: one.share if isinstance(one, Worst) else one for name, one in asked.drop_worst.items()},
+        order_by=asked.order_by,
+        keep=asked.keep.given if asked.keep else None,
+        per=asked.budgets,
+        duplicates=asked.duplicates,
+        unknown=asked.unknown,
+        exclude=asked.exclude,
+        control=asked.control,
+        seed=_seed(loaded),
+        worst={name: one.worst for name, one in asked.drop_worst.items() if isinstance(one, Worst)},
+    )
+
+
+def _seed(loaded: Loaded) -> int:
+    """The seed of what is random in the selection."""
+    asked = loaded.recipe.select
+    return asked.seed if asked is not None and asked.seed is not None else loaded.recipe.engine.seed
 
 
 def _worst(store: Store, wanted: Sequence[Wanted]) -> dict[str, str]:
@@ -285,7 +310,7 @@ def _score(loaded: Loaded, result: Result, sources: dict[str, list[str]], progre
 
 
 def _select(loaded: Loaded, result: Result, sources: dict[str, list[str]]) -> None:
-    from curate.select import select
+    from curate.select import select_with_control
 
     store = result.store
     wanted = wanted_scores(loaded)
@@ -297,10 +322,12 @@ def _select(loaded: Loaded, result: Result, sources: dict[str, list[str]]) -> No
     spec = _spec(loaded)
     worst = _worst(store, wanted)
     known = {w.name: f"{other.name} = 1" for w in wanted for other in wanted if w.score.null_where == other.score.name}
-    decisions = select(store, spec, worst=worst, recipe=loaded.name, sources=sources.get("train"), null_is_known=known)
+    decisions, control = select_with_control(
+        store, spec, worst=worst, recipe=loaded.name, sources=sources.get("train"), null_is_known=known
+    )
     made_of = _selection_of(loaded, result, sources)
     result.selection = store.write_selection(
-        loaded.name, decisions, recipe=loaded.name, spec=spec.as_dict(), made_of=made_of
+        loaded.name, decisions, recipe=loaded.name, spec=spec.as_dict(), made_of=made_of, control=control
     )
 
 
@@ -335,8 +362,10 @@ def _scores_of(store: Store, result: Result, sources: dict[str, list[str]]) -> s
 
 
 def _selection_of(loaded: Loaded, result: Result, sources: dict[str, list[str]]) -> str:
-    assert loaded.recipe.select is not None
-    return content_id(_scores_of(result.store, result, sources), loaded.recipe.select.model_dump())
+    asked = loaded.recipe.select
+    assert asked is not None
+    random = [_seed(loaded)] if asked.is_random else []
+    return content_id(_scores_of(result.store, result, sources), asked.settings(), *random)
 
 
 def _check_current(loaded: Loaded, store: Store, what: Literal["scores", "selection"], made_of: str, step: str) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from curate.errors import UsageError, ValidationError
 from curate.rows import Pair
-from curate.select import Candidates, SelectSpec, decide, select, whole
+from curate.select import Candidates, Reason, SelectSpec, decide, select, whole
 from curate.storage.expressions import check_expression, order_keys, split_top
 from curate.store import Measured, Store
 
@@ -113,18 +113,19 @@ def test_reasons():
     )
     found = decide(arrays, spec, {"loss": "high"})
     assert found.reasons == [
-        "where: a < b is false",
-        "where: a < b is unknown",
-        "worst 40% by loss: 0.00031",
-        "worst 40% by loss: 0",
-        "kept: rank 1 of 1 by k desc",
-        "loss is unknown",
+        Reason("where", "where: a < b is false"),
+        Reason("unknown", "where: a < b is unknown"),
+        Reason("drop_worst", "worst 40% by loss", 0.00031, 0.0),
+        Reason("drop_worst", "worst 40% by loss", 0.0, 0.0),
+        Reason("keep", "kept: within keep share 0.5 by k desc", 1, 1),
+        Reason("unknown", "loss is unknown"),
     ]
     assert found.rank.tolist() == [0, 0, 0, 0, 1, 0]
     beyond = decide(candidates(3, groups=["x"] * 3), SelectSpec(keep={"rows": 1}, per="g"), {})
-    assert beyond.reasons[2] == "beyond keep 1 rows of g x: rank 3, 1 are kept"
+    assert beyond.reasons[2] == Reason("keep", "beyond keep 1 rows of g x in the order read", 3, 1)
     tokens = decide(candidates(2, tokens=[900, 200]), SelectSpec(keep={"tokens": 1000}), {})
-    assert tokens.reasons[1] == "beyond keep 1,000 tokens: rank 2 ends at token 1,100, 1 are kept"
+    assert tokens.reasons[1] == Reason("keep", "beyond keep 1,000 tokens in the order read", 1100, 1000)
+    assert str(tokens.reasons[1]) == "beyond keep 1,000 tokens in the order read (1100 against 1000)"
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -296,7 +297,12 @@ def test_a_selection_is_kept_with_reasons(store):
     ]
     assert [k.row for k in found.kept()] == [PAIRS[5], PAIRS[6]]
     view = store.sql("SELECT kept, rank, reason FROM selections WHERE selection = 'best' AND row_id = ?", [IDS[0]])
-    assert view.row(0) == (False, 7, "beyond keep 2 rows: rank 7, 2 are kept")
+    assert view.row(0) == (False, 7, "beyond keep 2 rows by flip_loss")
+    counted = store.sql("SELECT rule, reason, count(*), min(value), max(cut) FROM selections GROUP BY ALL ORDER BY ALL")
+    assert counted.rows() == [
+        ("keep", "beyond keep 2 rows by flip_loss", 5, 3.0, 2.0),
+        ("keep", "kept: within keep 2 rows by flip_loss", 2, 1.0, 2.0),
+    ]
     store.write_selection("best", select(store, SelectSpec(keep={"rows": 1}), worst={}, recipe="r"), recipe="r")
     assert store.sql("SELECT count(*) FROM selections").item() == 7
     assert store.selection().name == "best"

@@ -243,7 +243,7 @@ def test_every_view_has_its_columns(store):
     assert columns["occurrences"][:3] == ["row_id", "source", "index"]
     assert columns["dataset_values"][:7] == ["name", "run", "checkpoint", "value", "low", "high", "n"]
     assert columns["runs"][:3] == ["id", "recipe", "command"]
-    assert columns["selections"] == ["selection", "row_id", "kept", "rank", "reason"]
+    assert columns["selections"] == ["selection", "row_id", "kept", "rank", "reason", "rule", "value", "cut"]
 
 
 def database_views():

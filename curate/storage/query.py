@@ -149,6 +149,19 @@ def run(con: Connection, text: str, params: Sequence[Any] | Mapping[str, Any] | 
         raise explained from None
 
 
+def csv_text(frame: pl.DataFrame) -> str:
+    """A result as CSV; lists and mappings in it as JSON."""
+    import polars as pl
+
+    for name, kind in frame.schema.items():
+        if kind.is_nested():
+            values = [
+                None if v is None else json.dumps(v, ensure_ascii=False, default=str) for v in frame[name].to_list()
+            ]
+            frame = frame.with_columns(pl.Series(name, values, pl.String))
+    return frame.write_csv()
+
+
 def explain(con: Connection, error: duckdb.Error) -> UsageError | None:
     """What is wrong with a user's SQL, with the nearest name; None where the fault is not the query's."""
     text = str(error)
@@ -189,7 +202,10 @@ def explain(con: Connection, error: duckdb.Error) -> UsageError | None:
         error, duckdb.ProgrammingError | duckdb.DataError | duckdb.NotSupportedError | duckdb.InvalidInputException
     ):
         line = re.search(r"^LINE \d+: .*$", text, re.M)
-        return UsageError(f"{first}{' ' + line[0] if line else ''}")
+        cast = (
+            " A text column that holds numbers is compared as `column::DOUBLE`." if "VARCHAR and type" in first else ""
+        )
+        return UsageError(f"{first}{cast}{' ' + line[0] if line else ''}")
     return None
 
 

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
+from curate.decide import Reason
 from curate.rows import content_id
 from curate.storage import query
 from curate.storage.database import Connection, one, quote
 from curate.storage.entries import SelectedRow
-from curate.storage.tables import ids_view
+from curate.storage.tables import control_name, ids_view
 
 if TYPE_CHECKING:
     import polars as pl
@@ -36,11 +37,16 @@ class Selection:
     created: datetime
 
     def table(self) -> pl.DataFrame:
-        """row_id, kept, rank, reason: one line a row, by position."""
+        """row_id, kept, rank, reason, rule, value, cut: one line a row, by position."""
         return self.store.sql(
-            "SELECT row_id, kept, rank, reason FROM data.decisions JOIN data.rows USING (row_id) WHERE selection = ? ORDER BY position",
+            "SELECT row_id, kept, rank, reason, rule, value, cut FROM selections JOIN data.rows USING (row_id) WHERE selection = ? ORDER BY position",
             [self.name],
         )
+
+    @property
+    def control(self) -> Selection | None:
+        """The control that was drawn beside it, None where none was."""
+        return self.store.selection(control_name(self.name)) if self.spec.get("control") else None
 
     def kept(self, columns: Sequence[str] = ()) -> Iterator[SelectedRow]:
         """The kept rows by position, with the user's columns and those named (columns of `scored`).
@@ -78,7 +84,7 @@ class Selection:
     def _rows(
         self, decided: pl.DataFrame, columns: Sequence[str], *, first: bool, skip_first: bool = False
     ) -> Iterator[SelectedRow]:
-        names = [n for n in dict.fromkeys(columns) if n != "row_id"]
+        names, renamed = self._asked(columns)
         if names:
             picked = ", ".join(f"s.{quote(n)} AS {quote(f'+{n}')}" for n in names)
             text = f"SELECT s.row_id, {picked} FROM scored s WHERE s.row_id IN (SELECT d.row_id FROM data.decisions d WHERE d.selection = ?)"
@@ -93,14 +99,27 @@ class Selection:
             for row, line in zip(rows, part.iter_rows(named=True), strict=True):
                 row_id = line["row_id"]
                 asked = {n: line[f"+{n}"] for n in names}
+                reason = str(Reason(line["rule"] or "", line["reason"], line["value"], line["cut"]))
                 occurrences: list[Occurrence] = found.get(row_id) or [(None, None, {})]
                 for source, index, own in occurrences[1:] if skip_first else occurrences[:1] if first else occurrences:
                     why = (
                         f"duplicate of {row_id}, which is kept from {occurrences[0][0]}:{occurrences[0][1]}"
                         if skip_first
-                        else line["reason"]
+                        else reason
                     )
+                    own = {renamed.get(name, name): value for name, value in own.items()}
                     yield SelectedRow(row_id, row, source, index, {**own, **asked}, line["rank"], why)
+
+    def _asked(self, columns: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+        """The columns of `scored` to fetch beside the user's own, and what those of the user's are called whose names these have."""
+        names = [n for n in dict.fromkeys(columns) if n != "row_id"]
+        if not names:
+            return [], {}
+        own = [column for column in self.store.frame(recipe=self.recipe).own["scored"] if not column.imported]
+        kept = {c.name for c in own if not c.taken_by}
+        names = [n for n in names if n not in kept]
+        wanted = {n.lower() for n in names}
+        return names, {c.name: c.shown for c in own if c.taken_by and c.name.lower() in wanted}
 
     def _sources(self, con: Connection) -> list[str] | None:
         if self.recipe is None:

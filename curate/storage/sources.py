@@ -6,7 +6,6 @@ other columns as JSON; the type of each such column is remembered, so that views
 
 from __future__ import annotations
 
-import datetime
 import json
 import math
 import os
@@ -24,6 +23,7 @@ from curate.errors import StoreError
 from curate.rows import Example, Pair, foreign_id, text_to_column
 from curate.storage.database import Connection, Database, literal, process_alive
 from curate.storage.entries import Ingested, Role, SourceRecord
+from curate.storage.shapes import Shape, merged, shape_of, written
 from curate.storage.shards import clean_text, write_parquet
 
 BATCH = 10_000
@@ -39,7 +39,7 @@ def add(
     folder: Path, database: Database, source: str, fingerprint: str, records: Iterable[SourceRecord], *, role: Role
 ) -> Ingested:
     """See `Store.add_source`."""
-    types: dict[str, str] = {}
+    types: dict[str, Shape] = {}
     bad = 0
 
     def lines() -> Iterable[tuple[Any, ...]]:
@@ -58,7 +58,9 @@ def add(
             new, distinct = _ingest(con, staging, source, role)
             con.execute("DELETE FROM data.source_columns WHERE source = ? AND role = ?", [source, role])
             for i, (name, kind) in enumerate(types.items()):
-                con.execute("INSERT INTO data.source_columns VALUES (?, ?, ?, ?, ?)", [source, role, i, name, kind])
+                con.execute(
+                    "INSERT INTO data.source_columns VALUES (?, ?, ?, ?, ?)", [source, role, i, name, written(kind)]
+                )
             con.execute("DELETE FROM data.source_state WHERE source = ? AND role = ?", [source, role])
             state = [source, role, fingerprint, good, bad, distinct]
             con.execute("INSERT INTO data.source_state VALUES (?, ?, ?, ?, ?, ?, now()::TIMESTAMP)", state)
@@ -124,20 +126,15 @@ def row_columns(row: Pair | Example) -> tuple[Any, ...]:
     return (row.row_id, row.kind, row.style, prompt, None, None, text_to_column(row.completion), row.answer, row.label)
 
 
-def json_columns(columns: Mapping[str, Any], types: dict[str, str]) -> str | None:
-    """The user's columns as JSON; `types` learns each column's SQL type: the widest that all its values have."""
+def json_columns(columns: Mapping[str, Any], types: dict[str, Shape]) -> str | None:
+    """The user's columns as JSON; `types` learns each column's type: the narrowest that has room for all its values."""
     if not columns:
         return None
     clean = {}
     for name, value in columns.items():
         if isinstance(value, float) and not math.isfinite(value):
             value = None
-        kind = _sql_type(value)
-        known = types.get(name)
-        if known is None or known == "NULL":
-            types[name] = kind
-        elif kind not in (known, "NULL"):
-            types[name] = "DOUBLE" if {known, kind} == {"BIGINT", "DOUBLE"} else "VARCHAR"
+        types[name] = merged(types.get(name, "NULL"), shape_of(value))
         clean[name] = value
     try:
         return json.dumps(clean, ensure_ascii=False, default=_plain, allow_nan=False)
@@ -216,20 +213,6 @@ def _ingest(con: Connection, staging: Path, source: str, role: str, *, replace: 
     found = con.execute("SELECT count(*) FILTER (NOT known), count(*) FROM first_seen").fetchall()[0]
     con.execute("DROP TABLE first_seen")
     return int(found[0]), int(found[1])
-
-
-def _sql_type(value: Any) -> str:
-    if value is None:
-        return "NULL"
-    if isinstance(value, bool):
-        return "BOOLEAN"
-    if isinstance(value, int):
-        return "BIGINT" if -(2**63) <= value < 2**63 else "VARCHAR"
-    if isinstance(value, float):
-        return "DOUBLE"
-    if isinstance(value, datetime.datetime):
-        return "TIMESTAMP"
-    return "JSON" if isinstance(value, list | tuple | dict) else "VARCHAR"
 
 
 def _plain(value: Any) -> Any:

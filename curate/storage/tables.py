@@ -23,7 +23,7 @@ from curate.storage.entries import Measured, Place, Trajectories
 from curate.storage.shards import arrow_column, read_shard
 
 if TYPE_CHECKING:
-    from curate.select import Decisions
+    from curate.decide import Decisions
 
 MEASURED = (
     "fingerprint",
@@ -411,8 +411,12 @@ def outdate(con: Connection, fingerprints: Sequence[str]) -> list[str]:
 
 def write_selection(
     con: Connection, name: str, decisions: Decisions, recipe: str | None, spec: Mapping[str, Any] | None
-) -> None:
-    """See `Store.write_selection`."""
+) -> bool:
+    """See `Store.write_selection`. True if the table of decisions was widened, so that views have to follow."""
+    widened = "rule" not in columns_of(con, "decisions")
+    if widened:  # a store made before decisions had these
+        for column, kind in (("rule", "VARCHAR"), ("value", "DOUBLE"), ("cut", "DOUBLE")):
+            con.execute(f"ALTER TABLE data.decisions ADD COLUMN {column} {kind}")
     con.execute("DELETE FROM data.selections WHERE name = ?", [name])
     con.execute("DELETE FROM data.decisions WHERE selection = ?", [name])
     con.execute(
@@ -425,9 +429,27 @@ def write_selection(
             "row_id": pa.array(list(decisions.row_ids), pa.string()),
             "kept": pa.array(np.asarray(decisions.kept, bool)),
             "rank": pa.array(rank, pa.int64(), mask=rank <= 0),
-            "reason": pa.array(list(decisions.reasons), pa.string()),
+            "reason": pa.array([reason.text for reason in decisions.reasons], pa.string()),
+            "rule": pa.array([reason.rule for reason in decisions.reasons], pa.string()),
+            "value": pa.array([reason.value for reason in decisions.reasons], pa.float64()),
+            "cut": pa.array([reason.cut for reason in decisions.reasons], pa.float64()),
         }
     )
     con.register("decisions_view", table)
-    con.execute("INSERT INTO data.decisions SELECT ?, row_id, kept, rank, reason FROM decisions_view", [name])
+    con.execute("INSERT INTO data.decisions BY NAME SELECT ? AS selection, * FROM decisions_view", [name])
     con.unregister("decisions_view")
+    return widened
+
+
+def drop_control(con: Connection, name: str) -> None:
+    """Forget the control that was drawn beside an earlier selection of this name."""
+    control = control_name(name)
+    for (spec,) in con.execute("SELECT spec FROM data.selections WHERE name = ?", [control]).fetchall():
+        if json.loads(spec or "{}").get("control_of") == name:
+            con.execute("DELETE FROM data.selections WHERE name = ?", [control])
+            con.execute("DELETE FROM data.decisions WHERE selection = ?", [control])
+
+
+def control_name(name: str) -> str:
+    """What the control beside a selection is called."""
+    return f"{name}_control"

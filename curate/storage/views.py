@@ -10,11 +10,13 @@ Values of different fingerprints are never mixed: `scored` shows a measurement's
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Callable, Iterable, Sequence
 
 from curate.errors import UsageError
 from curate.storage import imports
-from curate.storage.database import Connection, literal, quote
+from curate.storage.database import Connection, literal, one, quote
+from curate.storage.own_columns import OwnColumn, own_columns
 from curate.storage.tables import columns_of, table_of, trajectories_table
 
 FIRST = "1152921504606846976"  # 2**60: a held-out occurrence comes after every training one
@@ -40,12 +42,22 @@ BASE = (
     "n_occurrences",
     "position",
 )
+OCCURRENCE = ("row_id", "source", "index", "role")
+
+
+VERSION = "2"  # of what the views show: a store whose views an earlier curate made gets them anew for every query
 
 
 def define(con: Connection) -> None:
     """(Re)make every view, for the recipe registered or scored last."""
     for view, body in _bodies(con, None, None).items():
         con.execute(f"CREATE OR REPLACE VIEW main.{view} AS {body()}")
+    con.execute("INSERT OR REPLACE INTO data.meta VALUES ('views', ?)", [VERSION])
+
+
+def outdated(con: Connection) -> bool:
+    """Whether the views in the database were made by an earlier curate."""
+    return one(con, "SELECT value FROM data.meta WHERE key = 'views'") != (VERSION,)
 
 
 def narrow(con: Connection, text: str, *, recipe: str | None, sources: Sequence[str] | None) -> None:
@@ -58,22 +70,19 @@ def narrow(con: Connection, text: str, *, recipe: str | None, sources: Sequence[
 def _bodies(con: Connection, recipe: str | None, sources: Sequence[str] | None) -> dict[str, Callable[[], str]]:
     """view -> what makes its SQL, since finding out costs queries. recipe None: the last one."""
     name, scores_table, uses, plain = _recipe(con, recipe)
-    if sources is not None:
-        _check_sources(con, sources)
-    elif recipe is not None:
-        sources = con.execute("SELECT sources FROM data.recipes WHERE name = ?", [recipe]).fetchall()[0][0] or None
+    only = _only(con, recipe, sources)
     if recipe is None:
         imported = con.execute(
             "SELECT fingerprint FROM data.measured WHERE reads = 'import' ORDER BY created"
         ).fetchall()
         uses = [*uses, *(row[0] for row in imported)]
     plain = [*plain, *_lone_imports(con, plain)]
-    occurs = f"data.occurrences WHERE source IN ({_list(sources)})" if sources is not None else "data.occurrences"
-    near = "" if sources is None else f"row_id IN (SELECT row_id FROM {occurs})"
+    occurs = f"data.occurrences WHERE {only}" if only else "data.occurrences"
+    near = f"row_id IN (SELECT row_id FROM {occurs})" if only else ""
     called = _called(name or "")
     return {
-        "rows": lambda: f"SELECT {', '.join(BASE)} FROM ({_rows(occurs, sources is not None)})",
-        "scored": lambda: _scored(con, occurs, sources is not None, scores_table, plain),
+        "rows": lambda: f"SELECT {', '.join(BASE)} FROM ({_rows(occurs, bool(only))})",
+        "scored": lambda: _scored(con, only, scores_table, plain),
         "trajectories": lambda: _narrowed(_trajectories(con, uses, scores_table, called), near),
         "samples": lambda: _narrowed(
             "SELECT s.row_id, n.run, n.checkpoint, n.step, s.sample, s.text, s.correct, s.n_tokens, s.logp, s.finished "
@@ -81,7 +90,7 @@ def _bodies(con: Connection, recipe: str | None, sources: Sequence[str] | None) 
             "AND s.fingerprint NOT IN (SELECT fingerprint FROM data.measured WHERE measurement = 'perturbed')",  # of other problems
             near,
         ),
-        "occurrences": lambda: _occurrences(con, occurs),
+        "occurrences": lambda: _occurrences(con, only),
         "dataset_values": lambda: (
             "SELECT name, run, checkpoint, value, low, high, n, step FROM data.dataset_values "
             + f"WHERE origin = {literal(name or '')} OR starts_with(origin, 'import:')"
@@ -91,7 +100,7 @@ def _bodies(con: Connection, recipe: str | None, sources: Sequence[str] | None) 
             + (f" WHERE recipe = {literal(recipe)}" if recipe is not None else "")
         ),
         "selections": lambda: _narrowed(
-            "SELECT d.selection, d.row_id, d.kept, d.rank, d.reason FROM data.decisions d"
+            f"SELECT d.selection, d.row_id, d.kept, d.rank, d.reason, {_decided(con)} FROM data.decisions d"
             + (
                 f" WHERE d.selection IN (SELECT name FROM data.selections WHERE recipe = {literal(recipe)})"
                 if recipe is not None
@@ -100,6 +109,13 @@ def _bodies(con: Connection, recipe: str | None, sources: Sequence[str] | None) 
             near,
         ),
     }
+
+
+def _decided(con: Connection) -> str:
+    """What decided, of a row's decision; unknown where an earlier curate decided."""
+    if "rule" in columns_of(con, "decisions"):
+        return "d.rule, d.value, d.cut"
+    return "NULL::VARCHAR AS rule, NULL::DOUBLE AS value, NULL::DOUBLE AS cut"
 
 
 def _recipe(con: Connection, recipe: str | None) -> tuple[str | None, str | None, list[str], list[str]]:
@@ -115,6 +131,28 @@ def _recipe(con: Connection, recipe: str | None) -> tuple[str | None, str | None
     near = difflib.get_close_matches(recipe, names, 1)
     hint = f"Did you mean {near[0]!r}?" if near else f"There are: {', '.join(names) or 'none yet'}."
     raise UsageError(f"no recipe {recipe!r} in this store. {hint}")
+
+
+def _only(con: Connection, recipe: str | None, sources: Sequence[str] | None) -> str:
+    """The condition on (source, role) of the occurrences that a narrowed query is about; "" for all.
+
+    A recipe's own: its training rows and its held-out rows, each from where it takes them, whatever another recipe takes from the same file.
+    """
+    conditions = []
+    if recipe is not None:
+        noted = one(con, "SELECT value FROM data.meta WHERE key = ?", [f"roles of {recipe}"])
+        if noted:
+            roles = [(role, names) for role, names in json.loads(noted[0]).items() if names]
+            conditions.append(
+                " OR ".join(f"(role = {literal(r)} AND source IN ({_list(names)}))" for r, names in roles)
+            )
+        elif sources is None:  # registered before roles were noted
+            names = con.execute("SELECT sources FROM data.recipes WHERE name = ?", [recipe]).fetchall()[0][0]
+            conditions.append(f"source IN ({_list(names)})" if names else "")
+    if sources is not None:
+        _check_sources(con, sources)
+        conditions.append(f"source IN ({_list(sources)})")
+    return " AND ".join(f"({condition})" for condition in conditions if condition)
 
 
 def _check_sources(con: Connection, sources: Sequence[str]) -> None:
@@ -157,9 +195,28 @@ def _rows(occurs: str, narrowed: bool) -> str:
     )
 
 
-def _scored(con: Connection, occurs: str, narrowed: bool, scores_table: str | None, plain: Sequence[str]) -> str:
+def _scored(con: Connection, only: str, scores_table: str | None, plain: Sequence[str]) -> str:
+    occurs = f"data.occurrences WHERE {only}" if only else "data.occurrences"
+    picked, joins, taken = _ours(con, scores_table, plain)
+    picked += [own.picked("r.columns") for own in own_columns(con, taken, only)]
+    return f"SELECT {', '.join(picked)} FROM ({_rows(occurs, bool(only))}) r {' '.join(joins)}"
+
+
+def _ours(
+    con: Connection, scores_table: str | None, plain: Sequence[str]
+) -> tuple[list[str], list[str], dict[str, str]]:
+    """The columns of `scored` that are in no source: what is picked, the joins that it needs, and the names (in lower case -> as they are)."""
+    picked, joins, taken = _measured(con, scores_table, plain)
+    more, join, _ = _imported(con, taken)
+    return [*picked, *more], [*joins, *join], taken
+
+
+def _measured(
+    con: Connection, scores_table: str | None, plain: Sequence[str]
+) -> tuple[list[str], list[str], dict[str, str]]:
+    """Those of them that curate itself made."""
     picked = [f"r.{name}" for name in BASE] + ["r.index"]
-    taken = {*BASE, "index"}
+    taken = {name: name for name in (*BASE, "index")}
     joins = []
     if scores_table and (scores := columns_of(con, scores_table)):
         names = _free(scores, taken)
@@ -175,64 +232,52 @@ def _scored(con: Connection, occurs: str, narrowed: bool, scores_table: str | No
         joins.append(
             f"LEFT JOIN (SELECT * FROM {table} WHERE fingerprint = {literal(fingerprint)}) p{i} ON p{i}.row_id = r.row_id"
         )
-    more, join = _imported(con, taken)
-    picked += more
-    joins += join
-    picked += _user_columns(con, "r.columns", taken)
-    return f"SELECT {', '.join(picked)} FROM ({_rows(occurs, narrowed)}) r {' '.join(joins)}"
+    return picked, joins, taken
 
 
-def _imported(con: Connection, taken: set[str]) -> tuple[list[str], list[str]]:
-    """Imported columns, the same whatever the recipe: (what is picked, the join). One whose name a score or a measured column has is called
-    imported_<name>.
+def _imported(con: Connection, taken: dict[str, str]) -> tuple[list[str], list[str], list[OwnColumn]]:
+    """Imported columns, the same whatever the recipe: (what is picked, the join, their names). One whose name a score or a measured column has
+    is called imported_<name>.
     """
     columns = imports.shown(imports.listed(con))
     if not columns:
-        return [], []
-    picked = []
+        return [], [], []
+    picked, names = [], []
     for name in columns:
+        holder = taken.get(name.lower(), "")
         (shown,) = _free([name], taken) or _free([f"imported_{name}"], taken) or ("",)
         if shown:
             picked.append(f"i.{quote(name)} AS {quote(shown)}")
-    return picked, [f"LEFT JOIN ({imports.shown_table(columns)}) i ON i.row_id = r.row_id"]
+            names.append(OwnColumn(name, shown, "", "" if shown == name else holder, imported=True))
+    return picked, [f"LEFT JOIN ({imports.shown_table(columns)}) i ON i.row_id = r.row_id"], names
 
 
-def _free(names: Iterable[str], taken: set[str]) -> list[str]:
+def own_names(con: Connection, recipe: str | None, planned: Sequence[str] = ()) -> dict[str, list[OwnColumn]]:
+    """view -> the user's columns in it, for `scored` and `occurrences`, imported ones first. planned: columns that `scored` will have once all
+    is measured.
+    """
+    _, scores_table, _, plain = _recipe(con, recipe)
+    only = _only(con, recipe, None)
+    taken = _measured(con, scores_table, [*plain, *_lone_imports(con, plain)])[2]
+    taken.update({name.lower(): name for name in planned if name.lower() not in taken})
+    imported = _imported(con, taken)[2]
+    return {"scored": [*imported, *own_columns(con, taken, only)], "occurrences": own_columns(con, OCCURRENCE, only)}
+
+
+def _free(names: Iterable[str], taken: dict[str, str]) -> list[str]:
     """Names that no earlier column has (SQL does not see case); they are taken from now on."""
     free = []
     for name in names:
         if name.lower() not in taken:
-            taken.add(name.lower())
+            taken[name.lower()] = name
             free.append(name)
     return free
 
 
-def _user_columns(con: Connection, columns: str, taken: set[str]) -> list[str]:
-    """The user's columns out of the JSON, typed. One whose name is taken is called user_<name>."""
-    found = con.execute(
-        "SELECT name, list(DISTINCT type) FROM data.source_columns GROUP BY name ORDER BY min(ordinal), name"
-    ).fetchall()
-    picked = []
-    for name, types in found:
-        known = sorted(t for t in types if t != "NULL")
-        kind = known[0] if len(known) == 1 else "DOUBLE" if known == ["BIGINT", "DOUBLE"] else "VARCHAR"
-        shown = name
-        while shown.lower() in taken:
-            shown = f"user_{shown}"
-        taken.add(shown.lower())
-        key = literal("/" + name.replace("~", "~0").replace("/", "~1"))  # a JSON pointer
-        value = (
-            f"json_extract({columns}, {key})"
-            if kind == "JSON"
-            else f"TRY_CAST(json_extract_string({columns}, {key}) AS {kind})"
-        )
-        picked.append(f"{value} AS {quote(shown)}")
-    return picked
-
-
-def _occurrences(con: Connection, occurs: str) -> str:
-    picked = ["row_id", "source", "index", "role"]
-    return f"SELECT {', '.join([*picked, *_user_columns(con, 'columns', set(picked))])} FROM {occurs}"
+def _occurrences(con: Connection, only: str) -> str:
+    occurs = f"data.occurrences WHERE {only}" if only else "data.occurrences"
+    picked = [*OCCURRENCE, *(own.picked("columns") for own in own_columns(con, OCCURRENCE, only))]
+    return f"SELECT {', '.join(picked)} FROM {occurs}"
 
 
 def _called(recipe: str) -> str:
@@ -277,9 +322,8 @@ def _trajectories(con: Connection, uses: Sequence[str], scores_table: str | None
     lines = f"SELECT row_id, run, checkpoint, step, {columns} FROM ({union}) GROUP BY row_id, run, checkpoint, step, subject"
     each = trajectories_table(scores_table) if scores_table else ""
     place = ("run", "checkpoint", "step")
-    scores = _free(
-        [name for name in columns_of(con, each) if name not in place], {n.lower() for n in ("row_id", *place, *names)}
-    )
+    taken = {n.lower(): n for n in ("row_id", *place, *names)}
+    scores = _free([name for name in columns_of(con, each) if name not in place], taken)
     if not scores:
         return lines
     picked = ", ".join(f"s.{quote(n)}" for n in scores)

@@ -1,0 +1,218 @@
+"""SQL that could be read in two ways, or that orders numbers as text: found before it is run.
+
+- A name that is both a column of curate's and one of the user's (or two of the user's that differ in case only): used by itself, it is refused
+  with both ways to write it.
+- Text whose values are numbers, where its order matters (`'9' > '10'` is true of text): refused, with the cast that is meant.
+- NaN, which DuckDB takes for the greatest number: a comparison with it is unknown.
+- random(): another selection every time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import duckdb
+
+from curate.errors import UsageError
+from curate.storage import syntax, views
+from curate.storage.database import Connection, quote
+from curate.storage.own_columns import OwnColumn
+from curate.storage.syntax import Node, Scope
+
+ORDERING = {f"COMPARE_{name}" for name in ("LESSTHAN", "GREATERTHAN", "LESSTHANOREQUALTO", "GREATERTHANOREQUALTO")}
+BY_ORDER = {
+    *("min", "max", "greatest", "least", "arg_min", "arg_max", "argmin", "argmax", "min_by", "max_by", "median"),
+    *("quantile", "quantile_cont", "quantile_disc", "approx_quantile"),
+}
+RANDOM = {"random", "setseed", "uuid", "gen_random_uuid", "uuidv4", "uuidv7", "nextval"}
+OURS = {  # what our column of a name that users have too is
+    "source": "which source the row was read from",
+    "index": "the row's number in its source",
+    "role": "train or heldout",
+    "kind": "preference or sft",
+    "style": "text or messages",
+    "position": "the row's place in the store",
+    "label": "the label of an unpaired row",
+    "answer": "the answer that is graded against",
+    "row_id": "the row's id",
+    "n_occurrences": "how often the row occurs",
+}
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The view `scored` as a recipe's SQL will see it. text: a FROM; columns: their names; own: view -> the user's columns in it."""
+
+    text: str
+    columns: list[str]
+    own: dict[str, list[OwnColumn]]
+
+    @property
+    def taken(self) -> list[OwnColumn]:
+        """The user's columns whose names `scored` has for something else."""
+        return [column for column in self.own["scored"] if column.taken_by]
+
+
+def frame(con: Connection, recipe: str | None, planned: Sequence[str] = ()) -> Frame:
+    """planned: the columns that measuring and scoring will add. They are NULL here, and take their names from the user's as they will then."""
+    now = views.own_names(con, recipe)
+    own = views.own_names(con, recipe, planned) if planned else now
+    before = {(c.imported, c.name): c.shown for c in now["scored"]}
+    after = {(c.imported, c.name): c.shown for c in own["scored"]}
+    moved = [(before[key], shown) for key, shown in after.items() if before.get(key, shown) != shown]
+    have = [d[0] for d in con.execute("SELECT * FROM scored LIMIT 0").description or []]
+    renamed = dict(moved)
+    kept = [renamed.get(name, name) for name in have]
+    known = {name.lower() for name in kept}
+    coming = [name for name in dict.fromkeys(planned) if name.lower() not in known]
+    if not moved and not coming:
+        return Frame("scored", have, own)
+    renames = f" RENAME ({', '.join(f'{quote(a)} AS {quote(b)}' for a, b in moved)})" if moved else ""
+    nothing = "".join(f", NULL::DOUBLE AS {quote(name)}" for name in coming)
+    return Frame(f"(SELECT *{renames}{nothing} FROM scored) AS scored", [*kept, *coming], own)
+
+
+def checked(con: Connection, text: str, key: str, seen: Frame, *, is_order: bool = False) -> str:
+    """The expression as it is to be asked of `seen`. Raises UsageError where it could be misread. is_order: rows are ordered by its value."""
+    tree = syntax.parse(con, f"SELECT (\n{text}\n) FROM scored")
+    if tree is None:
+        return text  # asking it says what is wrong
+    for problem in ambiguous(con, tree, seen.own):
+        raise UsageError(f"{key}: {problem}")
+    top = tree["statements"][0]["node"]
+    expression = top["select_list"][0]
+    for part, _ in syntax.parts(tree):
+        if part.get("class") == "FUNCTION" and str(part["function_name"]).lower() in RANDOM:
+            raise UsageError(
+                f"{key}: {part['function_name']}() gives another selection every time. For an order that is random and can be repeated: "
+                "`order_by: random`."
+            )
+    for operand, scope in [*([(expression, Scope(top))] if is_order else []), *_ordered(tree)]:
+        _refuse_text(con, operand, _from(con, scope, top, seen), key)
+    return _without_nan(con, tree, seen) or text
+
+
+def ambiguous(con: Connection, tree: Node, own: Mapping[str, Sequence[OwnColumn]]) -> Iterator[str]:
+    """A sentence for each name that a statement uses by itself and that two columns could be meant by."""
+    said = set()
+    for part, scope in syntax.parts(tree):
+        name = syntax.column_of(part, scope)
+        if name is None:
+            continue
+        table = _table_with(con, name, scope, own)
+        found = [c for c in own.get(table or "", ()) if c.taken_by and c.name.lower() == name.lower()]
+        if table and found and (name.lower(), table) not in said:
+            said.add((name.lower(), table))
+            yield _both(name, table, found)
+
+
+def _both(name: str, view: str, found: Sequence[OwnColumn]) -> str:
+    mine = ", ".join(f"`{_quoted(c.shown)}` for your column {c.name!r}" for c in found)
+    other = found[0].taken_by
+    if found[0].by_own:
+        return f"{name!r} could be your column {other!r} or {found[0].name!r}. Write `{view}.{_quoted(other)}` for {other!r}, {mine}."
+    what = f" ({OURS[other.lower()]})" if other.lower() in OURS else ""
+    return f"{name!r} is a column of curate's and one of yours. Write {mine}, `{view}.{_quoted(other)}` for curate's{what}."
+
+
+def _quoted(name: str) -> str:
+    return name if name.replace("_", "a").isalnum() and not name[0].isdigit() else quote(name)
+
+
+def _table_with(con: Connection, name: str, scope: Scope, own: Mapping[str, Sequence[OwnColumn]]) -> str | None:
+    """The view that an unqualified name is looked up in: the innermost that has it."""
+    for here in scope.chain():
+        for view in here.tables.values():
+            if view is None:
+                return None
+            if any(c.taken_by and c.name.lower() == name.lower() for c in own.get(view, ())):
+                return view
+            try:
+                columns = [d[0].lower() for d in con.execute(f"SELECT * FROM {quote(view)} LIMIT 0").description or []]
+            except duckdb.Error:
+                return None
+            if name.lower() in columns:
+                return view
+    return None
+
+
+def _ordered(tree: Node) -> Iterator[tuple[Node, Scope]]:
+    """The expressions of a statement whose order matters."""
+    for part, scope in syntax.parts(tree):
+        kind = part.get("type")
+        if kind in ORDERING:
+            yield part["left"], scope
+            yield part["right"], scope
+        elif kind == "COMPARE_BETWEEN":
+            yield part["input"], scope
+        elif "null_order" in part:
+            yield part["expression"], scope
+        elif part.get("class") in ("FUNCTION", "WINDOW") and str(part.get("function_name")).lower() in BY_ORDER:
+            for argument in part.get("arguments") or []:
+                yield argument.get("expression", argument), scope
+
+
+def _from(con: Connection, scope: Scope, top: Node, seen: Frame) -> str:
+    return seen.text if scope.node is top else syntax.from_text(con, scope)
+
+
+def _refuse_text(con: Connection, operand: Node, table: str, key: str) -> None:
+    if operand.get("class") in ("CONSTANT", "SUBQUERY", "LAMBDA") or _says_text(operand):
+        return
+    shown = syntax.text_of(con, operand)
+    value = "nullif(trim(v::VARCHAR, ' \"'), '')"
+    try:
+        found = con.execute(
+            f"SELECT any_value(typeof(v)), count({value}), count(TRY_CAST({value} AS DOUBLE)) FROM (SELECT {shown} AS v FROM {table})"
+        ).fetchall()[0]
+    except duckdb.Error:  # it leans on what surrounds it; or it is wrong, which asking the whole says better
+        return
+    kind, known, numbers = found
+    if kind not in ("VARCHAR", "JSON") or not numbers or 2 * numbers < known:
+        return
+    cast = f"{shown}::DOUBLE" if numbers == known else f"TRY_CAST({shown} AS DOUBLE)"
+    how_many = "all" if numbers == known else f"{numbers:,} of {known:,}"
+    raise UsageError(
+        f"{key}: {shown} is text, and {how_many} of its values are numbers: as text, '10' comes before '9'. "
+        f"Write `{cast}` (or `{shown}::VARCHAR` where the order of text is meant)."
+    )
+
+
+def _says_text(operand: Node) -> bool:
+    kind = operand.get("type_expr") or operand.get("cast_type") or {}
+    return operand.get("class") == "CAST" and str(kind.get("type_name", kind.get("id", ""))).lower() in (
+        "varchar",
+        "text",
+        "string",
+    )
+
+
+def _without_nan(con: Connection, tree: Node, seen: Frame) -> str | None:
+    """The expression with NULL for every NaN that it compares; None where it compares none."""
+    top = tree["statements"][0]["node"]
+    changed = False
+    for part, scope in list(syntax.parts(tree)):
+        sides = (
+            ("left", "right")
+            if part.get("class") == "COMPARISON"
+            else ("input",)
+            if part.get("class") == "BETWEEN"
+            else ()
+        )
+        for side in sides if scope.node is top else ():
+            if part[side].get("class") in ("CONSTANT", "SUBQUERY"):
+                continue
+            shown = syntax.text_of(con, part[side])
+            try:
+                found = con.execute(
+                    f"SELECT count(*) FROM (SELECT {shown} AS v FROM {seen.text}) WHERE typeof(v) IN ('DOUBLE', 'FLOAT') AND v::VARCHAR = 'nan'"
+                ).fetchall()[0][0]
+            except duckdb.Error:
+                continue
+            if found:
+                known = syntax.parse(con, f"SELECT CASE WHEN isnan({shown}) THEN NULL ELSE {shown} END")
+                assert known is not None
+                part[side] = known["statements"][0]["node"]["select_list"][0]
+                changed = True
+    return syntax.text_of(con, top["select_list"][0]) if changed else None
