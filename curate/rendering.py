@@ -160,12 +160,12 @@ class Renderings:
         return list(dict.fromkeys(found))
 
 
-def limits_for(loaded: Loaded, rows: Iterable[Row], subject: Subject, store: Store) -> Limits:
-    """How rows become tokens outside a plan: as the recipe's own are measured."""
+def limits_for(loaded: Loaded, rows: Iterable[Row], subject: Subject) -> Limits:
+    """How rows that are prompts and completions become tokens outside a plan, as a recipe over them measures them."""
     from curate.fingerprints import FingerprintCache
     from curate.tokens import Limits
 
-    found = Renderings(loaded, FingerprintCache(store.folder / "weights.json"), {row.style for row in rows}, store)
+    found = Renderings(loaded, FingerprintCache(None), {row.style for row in rows})
     tokens = loaded.recipe.tokens
     return Limits(tokens.max_length, tokens.truncation, found.of(subject).chat)
 

@@ -69,11 +69,10 @@ def _by_states(asked: Round, pool: Sequence[Candidate]) -> list[int]:
     from curate.passes.model import load_model
     from curate.passes.states import prompt_states
     from curate.rendering import limits_for
-    from curate.store import Store
 
     recipe = asked.loaded.recipe
     last, engine = asked.checkpoint, recipe.engine
-    limits = limits_for(asked.loaded, [row.row for row in asked.hard], last, Store(asked.loaded.store))
+    limits = limits_for(asked.loaded, [row.row for row in asked.hard], last)
     with load_model(last.path, base=last.base, dtype=engine.dtype, device=engine.device) as model:
         hard, free = (
             prompt_states(model, [c.row for c in rows], limits=limits, token_budget=recipe.engine.token_budget)
@@ -112,7 +111,6 @@ def from_model(template: Path, *, generator: str | None = None, agree: float = 0
         from curate.passes.adapter_config import is_adapter, tokenizer_folder
         from curate.passes.sampling import Prompt, Sampling, open_sampler
         from curate.rendering import limits_for
-        from curate.store import Store
         from curate.tokens import Limits, encode_prompt, load_tokenizer
 
         recipe, loaded = asked.loaded.recipe, asked.loaded
@@ -122,7 +120,7 @@ def from_model(template: Path, *, generator: str | None = None, agree: float = 0
             model, base = str(found), str(find_base(found, loaded.folder)) if is_adapter(found) else None
         tokenizer = load_tokenizer(tokenizer_folder(model, base))
         asking = Subject(model, "", base=base)
-        answered = limits_for(loaded, [row.row for row in asked.hard], asking, Store(loaded.store))
+        answered = limits_for(loaded, [row.row for row in asked.hard], asking)
         written = replace(answered, chat=False)  # a text to be gone on with
 
         def prompt(text: Any, seed: int, limits: Limits = written, **context: Any) -> Prompt | None:
