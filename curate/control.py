@@ -31,9 +31,9 @@ def control_of(rows: Candidates, spec: SelectSpec, decisions: Decisions) -> Deci
         most = tokens_of(rows, kept).sum() if by_tokens else rows.weight[kept].sum()
         drawn[index[cost <= most]] = True
     rank[order[drawn[order]]] = np.arange(1, int(drawn.sum()) + 1)
-    how = "matched in length" if spec.control == "length_matched" else "at random"
+    how = "at random, matched in length" if spec.control == "length_matched" else "at random"
     for i in np.flatnonzero(deciding.left):
-        said = "control: drawn" if drawn[i] else "control: not drawn"
+        said = "control: drawn" if drawn[i] else "control: not among those drawn"
         deciding.reasons[i] = Reason("control", f"{said} {how} (seed {spec.seed})")
     deciding.notes.clear()  # the selection's own say it
     names = np.array([str(g) for g in rows.groups], object)
@@ -42,6 +42,11 @@ def control_of(rows: Candidates, spec: SelectSpec, decisions: Decisions) -> Deci
     if missing and not by_tokens:
         deciding.notes.append(
             f"control: {int(drawn.sum()):,} rows could be drawn for {int(decisions.kept.sum()):,} kept ones."
+        )
+    both = int((drawn & decisions.kept).sum())
+    if 2 * both > drawn.sum():
+        deciding.notes.append(
+            f"control: {both:,} of its {int(drawn.sum()):,} rows are the selection's own, so it tells little: there are few other candidates."
         )
     return deciding.decisions(drawn, rank, by_group)
 

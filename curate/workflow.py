@@ -89,6 +89,7 @@ class Result:
         return counted("\n".join(lines))
 
     def to_json(self) -> dict[str, Any]:
+        beside = self.selection.control if self.selection is not None else None
         return {
             "store": str(self.store.folder),
             "recipe": self.recipe,
@@ -97,6 +98,7 @@ class Result:
             "scores": self.scores,
             "values": self.values,
             "selection": None if self.selection is None else {"name": self.selection.name, **self.selection.counts},
+            **({"control": {"name": beside.name, **beside.counts}} if beside else {}),
             "export": self.exported,
         }
 
@@ -146,8 +148,8 @@ def run_steps(loaded: Loaded, steps: Sequence[str], *, progress: Progress, comma
                 _score(loaded, result, sources, progress)
             if "select" in steps and loaded.recipe.select is not None:
                 _select(loaded, result, sources)
-                for note in result.selection.counts.get("notes", []) if result.selection else []:
-                    progress.say(f"Selection {loaded.name!r}: {note}")
+                for note in _likely_not_meant(result.selection):
+                    progress.say(note)
         if "export" in steps and loaded.recipe.export is not None:
             _export(loaded, result, sources, progress)
     except CurateError as error:
@@ -162,6 +164,12 @@ def run_steps(loaded: Loaded, steps: Sequence[str], *, progress: Progress, comma
         raise
     store.finish_run(number, "done", "", _counts(result))
     return result
+
+
+def _likely_not_meant(selection: Selection | None) -> list[str]:
+    """The notes of a selection and of its control."""
+    made = [one for one in (selection, selection.control if selection else None) if one is not None]
+    return [f"Selection {one.name!r}: {note}" for one in made for note in one.counts.get("notes", [])]
 
 
 def selection_text(selection: Selection) -> str:

@@ -76,7 +76,7 @@ def test_controls_are_as_many_from_the_same_candidates(store):
     assert control.kept.tolist() != decided(store, control="random", seed=1, **spec)[1].kept.tolist()
     assert {r.text for r in control.reasons[4:]} == {
         "control: drawn at random (seed 0)",
-        "control: not drawn at random (seed 0)",
+        "control: not among those drawn at random (seed 0)",
     }
 
 
@@ -100,6 +100,9 @@ def test_a_control_of_groups_and_of_tokens(store):
         == [3, 8]
         == [found.kept[0::2].sum(), found.kept[1::2].sum()]
     )
+    assert control.kept.tolist() != found.kept.tolist()
+    found, control = decided(store, control="random", where="chosen_tokens < 5", keep={"rows": 3})
+    assert any("are the selection's own, so it tells little" in note for note in control.counts["notes"])
     found, control = decided(store, control="random", keep={"tokens": 200}, order_by="loss")
     total = np.arange(1, 41) + 2
     assert 0 < total[control.kept].sum() <= total[found.kept].sum() <= 200
