@@ -7,6 +7,7 @@ Values of different fingerprints are never mixed, and a value under a known fing
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from curate.checkpoints import Subject
 from curate.engines import engine_name
+from curate.errors import UsageError
 from curate.fingerprints import FingerprintCache
 from curate.perturbing import perturbation
 from curate.rendering import Renderings
@@ -161,8 +163,19 @@ def end_tokens(folder: Path) -> list[int]:
 
 
 def few_shot_text(loaded: Loaded) -> str | None:
-    """sampling.few_shot: the text itself, or that of the file it names."""
+    """sampling.few_shot: the text itself, or that of the file it names. UsageError for a file's name that is none."""
     given = loaded.recipe.sampling.few_shot
-    if given and "\n" not in given and loaded.resolve(given).is_file():
-        return loaded.resolve(given).read_text(encoding="utf-8")
+    if not given or "\n" in given:
+        return given
+    file = loaded.resolve(given)
+    try:
+        if len(given) < 1000 and file.is_file():
+            return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"sampling.few_shot: {given} cannot be read ({error}).") from None
+    if re.fullmatch(r"\S*[\w)]\.(txt|md|jinja2?|prompt|json|jsonl|yaml|yml|csv)", given):
+        raise UsageError(
+            f"sampling.few_shot: {given} is no file here (looked in {loaded.folder}), and as a text it would stand before every prompt. Name the "
+            "file, or write the text itself."
+        )
     return given

@@ -56,6 +56,20 @@ def measure(loaded: Loaded, store: Store, plan: Plan, progress: Progress) -> dic
     return counts
 
 
+def trial(loaded: Loaded, step: Step, rows: Sequence[Row]) -> list[Any]:
+    """Turn rows into tokens as the step will, and raise what it would raise. Returns the prompts that would be sampled, for a step that samples."""
+    quiet = Progress(quiet=True)
+    if step.reads != "sample":
+        runner = Runner(loaded, quiet)
+        runner.use(step)
+        runner._encode(list(rows))
+        return []
+    sampler = SampleRunner(loaded, quiet)
+    sampler.tokenizer = sampler._tokenizer(step)
+    prompts = [sampler._prompt(row, row.row_id) for row in rows]
+    return [prompt for prompt in prompts if prompt is not None]
+
+
 def _run_step(step: Step, runner: Runner, store: Store, progress: Progress, following: Step | None) -> None:
     runner.use(step)
     if (

@@ -29,6 +29,7 @@ from curate.rendering import styles_of
 from curate.servers import Ask, Servers, first_rows, of_addresses
 from curate.show import table
 from curate.subjects import Subjects, find_subjects
+from curate.unused import unused_settings
 from curate.wanted import Wanted, check_checkpoints, wanted_scores
 
 if TYPE_CHECKING:
@@ -97,6 +98,8 @@ class Plan:
     lengths: RowLengths | None = None
     of_server: list[str] = field(default_factory=list)
     of_references: list[str] = field(default_factory=list)
+    chat_only: bool = False
+    unused: list[str] = field(default_factory=list)
 
     @property
     def missing(self) -> int:
@@ -149,7 +152,7 @@ class Plan:
                 f"{len(idle)} of {len(run)} checkpoints are not measured ({names}): no score of this recipe is over checkpoints; "
                 f"{of}. `curate scores` says which are (needs … over checkpoints)."
             )
-        return [*self.of_server, *found, *self.of_models, *self.of_answers(), *self.of_references, *self.of_lengths]
+        return [*self.of_server, *found, *self.of_models, *self.of_answers(), *self.of_references, *self.of_lengths, *self.unused]
 
     def of_answers(self) -> list[str]:
         """A line where answers that were sampled before are taken again."""
@@ -343,6 +346,8 @@ def make_plan(loaded: Loaded, store: Store, sources: dict[str, list[str]], *, as
             lengths = plan.lengths.of(identity.tokenizer(step.subject), step.subject)
             step = with_cost(step, loaded, store.throughput(step.key), lengths)
         plan.steps.append(step)
+    plan.unused = unused_settings(loaded, plan)
+    plan.chat_only = servers.chat_only
     plan.of_server = [*servers.notes, *of_addresses(store, loaded)]
     plan.of_models = check_models(plan, identity.renderings, store, names)
     return plan

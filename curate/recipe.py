@@ -350,6 +350,15 @@ class Recipe(Strict):
         return self
 
     @model_validator(mode="after")
+    def server_is_meant(self) -> Recipe:
+        if self.server.url and self.engine.sampler == "auto":
+            raise ValueError(
+                "server: a url alone samples nothing on it; say that answers come from the server with engine.sampler: openai "
+                "(`--set engine.sampler=openai`), or take the url out (`--set server.url=null`)"
+            )
+        return self
+
+    @model_validator(mode="after")
     def names_differ(self) -> Recipe:
         names = [s.name for s in self.scores]
         twice = sorted({n for n in names if names.count(n) > 1})

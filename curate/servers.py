@@ -58,6 +58,7 @@ class Servers:
     def __init__(self, loaded: Loaded, folder: Path, *, ask: Ask = "no", rows: Sequence[Row] = ()):
         self.loaded, self.server, self.folder, self.ask = loaded, loaded.recipe.server, folder, ask
         self.prompts = [*FIXED, *(row.prompt for row in rows[:OWN_ROWS] if len(str(row.prompt)) < LONGEST)]
+        self.chat_only = False  # whether the server was found to take messages alone
         self._known: dict[str, Served] = {}
 
     def of(self, subject: Subject | None = None) -> Served:
@@ -90,6 +91,7 @@ class Servers:
             said = sampler.said()
             proof = self._check_name(said, subject, names) if subject else ()
             now = sampler.probe(self.prompts)
+            self.chat_only = sampler.chat_only
             kept = _read(self.folder)
             found, why = _known(kept["models"], said, now)
             known = _probe(kept["models"][found]["probe"]) if found else {}

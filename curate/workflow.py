@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from curate.checks import check_ahead
 from curate.errors import CurateError, UsageError
 from curate.imported import check_imported_names
 from curate.plan import Plan
@@ -139,7 +140,7 @@ def run_steps(loaded: Loaded, steps: Sequence[str], *, progress: Progress, comma
                 for note in result.plan.notes():
                     progress.say(note)
                 result.said = not progress.quiet
-                _check_ahead(loaded, result)
+                _check_ahead(loaded, store, result.plan, sources)
                 _measure(loaded, result, progress)
                 result.plan.of_lengths = beyond_positions(loaded, store, result.plan)  # now that tokens are counted
                 for note in result.plan.of_lengths:
@@ -198,6 +199,7 @@ def make_plan(loaded: Loaded, *, progress: Progress) -> Plan:
     sources = read_sources(loaded, store, progress)
     plan = _make_plan(loaded, store, sources, ask="look")
     plan.of_references = check_references(loaded, store, plan)
+    _check_ahead(loaded, store, plan, sources)
     plan.of_lengths = [*unmeasurable_rows(loaded, plan), *beyond_positions(loaded, store, plan)]
     return plan
 
@@ -224,21 +226,10 @@ def _register(loaded: Loaded, store: Store, plan: Plan, sources: dict[str, list[
     )
 
 
-def _check_ahead(loaded: Loaded, result: Result) -> None:
-    """A misspelt column in `select` or `export` is said before anything is measured, not in the morning."""
-    from curate.exporting import check_columns
-    from curate.select import check_select
-
-    if loaded.recipe.select is None or result.plan is None:
-        return
-    given = {task.measurement.name: task.measurement for step in result.plan.steps for task in step.tasks}
-    planned = [column for measurement in given.values() for column in measurement.columns]
-    planned += ["token_problem", *(want.name for want in result.plan.wanted)]
-    planned += [f"{want.name}_name" for want in result.plan.wanted if want.score.names]
-    worst = _worst(result.store, result.plan.wanted)
-    frame = check_select(result.store, _spec(loaded), worst=worst, planned=planned, recipe=loaded.name)
-    if loaded.recipe.export is not None:
-        check_columns(loaded.recipe.export, frame.columns)
+def _check_ahead(loaded: Loaded, store: Store, plan: Plan, sources: dict[str, list[str]]) -> None:
+    """Columns of `select` are looked up where the store has views of the recipe."""
+    select = _spec(loaded) if loaded.recipe.select and any(r["name"] == loaded.name for r in store.recipes()) else None
+    check_ahead(loaded, store, plan, sources, select, _worst(store, plan.wanted))
 
 
 def _spec(loaded: Loaded) -> SelectSpec:

@@ -143,7 +143,7 @@ class OpenAISampler:
     def likelihood(self, encoded: list[Any]) -> np.ndarray:
         """Never: a server's token boundaries cannot be checked against ours."""
         raise EngineError(
-            "Log-probabilities are measured with torch or a local vLLM, not through a server: `--set engine.sampler=auto`."
+            "Log-probabilities are measured with torch or a local vLLM, not through a server: `--set engine.sampler=auto --set server.url=null`."
         )
 
     def use(self, weights_path: str | Path, *, base: str | Path | None = None) -> None:
@@ -153,7 +153,7 @@ class OpenAISampler:
         if not found:
             raise EngineError(
                 f"{self.url} serves {_listed(self._served)}, not {weights_path}: a server cannot swap in a checkpoint. "
-                "A series of checkpoints needs a local engine: `--set engine.sampler=auto`."
+                "A series of checkpoints needs a local engine: `--set engine.sampler=auto --set server.url=null`."
             )
         self.model = found[0]
         self.engine = f"openai {self.url} {self.model}"

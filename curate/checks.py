@@ -1,0 +1,213 @@
+"""What is found out before the costly pass: `curate plan` and `curate run` refuse the same recipes, before any model is run.
+
+    def check(ahead: Ahead) -> None: raise UsageError(…)      # what the run would raise hours later, with the same words
+
+A check of its own is a function in CHECKS. It may read rows, config files and tokenizers, and ask a server; it loads no weights. It is run whether
+rows are missing or not; what is slow, such as reading a tokenizer, only for `Ahead.to_do`: a plan of what is measured already stays quick.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from curate.errors import EngineError, StoreError, UsageError, ValidationError
+from curate.rows import Row
+
+if TYPE_CHECKING:
+    from curate.plan import Plan, Step
+    from curate.recipe import Loaded
+    from curate.select import SelectSpec
+    from curate.store import Store
+
+ROWS = 256  # rows that are looked at for a trial
+OF_WEIGHTS = ("forward", "neighbours", "backward", "direction")
+
+
+@dataclass
+class Ahead:
+    """What a check looks at. sources: the names of the recipe's sources by role. select: the recipe's section; worst: which end
+    of a score is worst.
+    """
+
+    loaded: Loaded
+    store: Store
+    plan: Plan
+    sources: dict[str, list[str]]
+    select: SelectSpec | None
+    worst: Mapping[str, str]
+
+    @property
+    def to_do(self) -> list[Step]:
+        """The steps that miss rows."""
+        return [step for step in self.plan.steps if step.to_measure]
+
+
+def check_ahead(
+    loaded: Loaded,
+    store: Store,
+    plan: Plan,
+    sources: dict[str, list[str]],
+    select: SelectSpec | None,
+    worst: Mapping[str, str],
+) -> None:
+    """Everything in CHECKS, in its order: what is wrong with the recipe first, then with the machine. select: the recipe's section, if it has one."""
+    ahead = Ahead(loaded, store, plan, sources, select, worst)
+    for check in CHECKS:
+        check(ahead)
+
+
+def weights_are_there(ahead: Ahead) -> None:
+    """A server samples; everything else needs the weights themselves."""
+    for step in ahead.plan.steps:
+        if step.reads in OF_WEIGHTS and step.subject.path.startswith("served:"):
+            names = ", ".join(task.measurement.name for task in step.tasks)
+            raise UsageError(
+                f"The scores of this recipe need {names}, measured on the model's own weights, and the recipe names only a server. A server "
+                "samples answers: name the same model's folder or hub id as well, `--set models.reference=…`."
+            )
+
+
+def columns_exist(ahead: Ahead) -> None:
+    """A misspelt column in `select` or `export` is said before anything is measured, not in the morning."""
+    from curate.exporting import check_columns
+    from curate.select import check_select
+
+    recipe, plan = ahead.loaded.recipe, ahead.plan
+    if ahead.select is None:
+        return
+    given = {task.measurement.name: task.measurement for step in plan.steps for task in step.tasks}
+    planned = [column for measurement in given.values() for column in measurement.columns]
+    planned += ["token_problem", *(want.name for want in plan.wanted)]
+    planned += [f"{want.name}_name" for want in plan.wanted if want.score.names]
+    frame = check_select(ahead.store, ahead.select, worst=ahead.worst, planned=planned, recipe=ahead.loaded.name)
+    if recipe.export is not None:
+        check_columns(recipe.export, frame.columns)
+
+
+def export_can_be_written(ahead: Ahead) -> None:
+    """The folder, the rows' style in the format that is asked for, and the hub's key."""
+    from curate.data.replace import check_target
+
+    asked = ahead.loaded.recipe.export
+    if asked is None:
+        return
+    names = [name for group in ahead.sources.values() for name in group]
+    target = check_target(ahead.loaded.resolve(asked.to), [ahead.loaded.resolve(name) for name in names])
+    _check_folder(target, "export.to", "`--set export.to=…`")
+    _check_format(ahead, asked.format)
+    if asked.push_to_hub:
+        import huggingface_hub
+
+        if huggingface_hub.get_token() is None:
+            raise UsageError(
+                f"export.push_to_hub: {asked.push_to_hub} needs a key of the hub that may write, and there is none here. `hf auth login` keeps "
+                "one, or set HF_TOKEN."
+            )
+
+
+def _check_format(ahead: Ahead, format: str) -> None:
+    """ValidationError where no row that was looked at can be written in the format; which are kept is not known yet."""
+    from curate.data.exported import ExportRow, Plan, both_responses
+
+    trouble: ValidationError | None = None
+    for row in _rows(ahead, ahead.sources.get("train", [])):
+        try:
+            found = ExportRow(row, row.row_id)
+            if format == "extend":
+                list(both_responses(iter([found])))
+            else:
+                Plan.of(found, format).kept(found)
+            return
+        except ValidationError as error:
+            trouble = trouble or error
+    if trouble is not None:
+        raise ValidationError(f"export.format {format}: {trouble}")
+
+
+def store_can_be_written(ahead: Ahead) -> None:
+    """Shards are written after each part of a pass."""
+    if not ahead.to_do:
+        return
+    try:
+        _check_folder(ahead.store.folder / "shards", "store", "`--store DIR`")
+    except UsageError as error:
+        raise StoreError(str(error)) from None
+
+
+def engine_is_there(ahead: Ahead) -> None:
+    """The device of a pass that samples; other passes ask torch for it when they are planned."""
+    from curate.passes.model import engine_identity
+
+    engine = ahead.loaded.recipe.engine
+    if engine.device not in ("auto", "cpu") and any(
+        step.reads == "sample" and not step.tasks[0].measured.engine.startswith("openai ") for step in ahead.to_do
+    ):
+        engine_identity(dtype=engine.dtype, device=engine.device)
+
+
+def rows_become_prompts(ahead: Ahead) -> None:
+    """A chat template for conversations, a server that takes the rows' style, and whatever else encoding a row raises: tried on the first rows, on
+    one of each style, and on the longest.
+    """
+    from curate.measuring import trial
+
+    tried: set[tuple[str, bool]] = set()
+    for step in ahead.to_do:
+        key = step.subject.tokenizer, step.reads == "sample"
+        if key in tried:
+            continue
+        tried.add(key)
+        texts = [prompt for prompt in trial(ahead.loaded, step, _trial_rows(ahead, step)) if prompt.messages is None]
+        if texts and ahead.plan.chat_only and step.tasks[0].measured.engine.startswith("openai "):
+            raise EngineError(
+                f"{ahead.loaded.recipe.server.url} takes messages alone (it has /v1/chat/completions, and no /v1/completions), and there are rows "
+                "of plain text. Give them as messages, or serve the model with a server that completes text, such as vLLM's."
+            )
+
+
+CHECKS: list[Callable[[Ahead], None]] = [
+    weights_are_there,
+    columns_exist,
+    export_can_be_written,
+    store_can_be_written,
+    engine_is_there,
+    rows_become_prompts,
+]
+
+
+def _rows(ahead: Ahead, sources: list[str]) -> Iterator[Row]:
+    row_ids = ahead.store.row_ids_of(sources or None, kind=ahead.loaded.recipe.kind)[:ROWS]
+    return (row for row in ahead.store.iter_rows(row_ids) if row is not None)
+
+
+def _trial_rows(ahead: Ahead, step: Step) -> list[Row]:
+    row_ids = [row_id for _, ids, _ in step.blocks for row_id in ids]
+    chosen = row_ids[:8]
+    if ahead.plan.lengths is not None and Path(step.subject.home).is_dir():
+        lengths = ahead.plan.lengths.of(step.tasks[0].measured.params["tokenizer"], step.subject)
+        at = lengths.places(row_ids)
+        chosen.append(row_ids[int(lengths.whole[at].argmax())])
+    styles: set[type] = set()
+    found = []
+    for row in ahead.store.iter_rows([*chosen, *row_ids[:: max(1, len(row_ids) // ROWS)]]):
+        if row is not None and (row.row_id in chosen or type(row.prompt) not in styles):
+            styles.add(type(row.prompt))
+            found.append(row)
+    return found
+
+
+def _check_folder(folder: Path, key: str, way_out: str) -> None:
+    """UsageError where nothing can be written into this folder, or made at this place."""
+    there = folder
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    if not there.is_dir():
+        raise UsageError(f"{key}: {folder} cannot be written: {there} is a file. Choose another folder with {way_out}.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UsageError(
+            f"{key}: {folder} cannot be written ({there} allows no writing). Choose another with {way_out}."
+        )

@@ -1,0 +1,44 @@
+"""Settings of a recipe that nothing of it uses: said in `plan` and `run`, since who wrote them expects something of them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel
+
+if TYPE_CHECKING:
+    from curate.plan import Plan
+    from curate.recipe import Loaded
+
+
+def unused_settings(loaded: Loaded, plan: Plan) -> list[str]:
+    """A line for every section that was changed from its defaults and that no score of the recipe reads."""
+    recipe = loaded.recipe
+    passes = {step.reads for step in plan.steps}
+    gradients = passes & {"backward", "direction"}
+    named = {str(value) for want in plan.wanted for value in want.params.values()}
+    found = []
+    if "sample" not in passes:
+        found += _changed("sampling", recipe.sampling)
+        if recipe.server.url:
+            found.append("server.url")
+    elif recipe.server.url and recipe.engine.sampler != "openai":
+        found.append(f"server.url (engine.sampler is {recipe.engine.sampler})")
+    if not gradients:
+        found += _changed("gradients", recipe.gradients)
+    if "direction" not in passes:
+        found += _changed("forecast", recipe.forecast)
+    found += [f"targets.{name}" for name in recipe.targets if name not in named]
+    policy = plan.subjects.policy
+    if policy is not None and all(step.subject.path != policy.path for step in plan.steps):
+        found.append("models.policy")
+    if not found:
+        return []
+    return [
+        f"Not used by any score of this recipe: {', '.join(found)}. `curate scores NAME` says what a score needs; leave out what is not meant."
+    ]
+
+
+def _changed(section: str, given: BaseModel) -> list[str]:
+    defaults = type(given)()
+    return [f"{section}.{key}" for key in type(given).model_fields if getattr(given, key) != getattr(defaults, key)]
