@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from curate.errors import CurateError, UsageError
+from curate.quiet import hush
 from curate.show import STOPPED, out, table, to_json, told
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ OfSource = Annotated[str | None, typer.Option("--source", metavar="NAME", help="
 
 def main() -> None:
     """The command `curate`: errors that a user can cause are one message and an exit code, never a traceback."""
+    hush()
     try:
         app()
     except (CurateError, KeyboardInterrupt) as error:

@@ -16,7 +16,7 @@ from tests.tiny_models import make_llama
 
 PAIRS = [{"prompt": f"{i} + 1 =", "chosen": f" {i + 1}", "rejected": f" {i * 7}?"} for i in range(6)]
 SFT = [{"prompt": f"{i} + 1 =", "completion": f" {i + 1}", "answer": str(i + 1)} for i in range(6)]
-PROMPTS = [{"prompt": f"{i} + 1 =", "answer": str(i + 1)} for i in range(6)]
+PROMPTS = [{"prompt": f"{i} + 1 ="} for i in range(6)]
 TALKS = [
     {"messages": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": "1"}], "answer": "1"}
     for i in range(3)
@@ -68,7 +68,7 @@ SAMPLED = {"engine": {"device": "cpu", "sampler": "transformers"}}
         (PAIRS, "preference", {"tokens": {"max_length": 8, "truncation": "error"}}, ValidationError, "max_length"),
         (PAIRS, "preference", {**SELECT, "export": {"to": "rows.jsonl"}}, UsageError, "export.to"),
         (PAIRS, "preference", {**SELECT, "export": {"to": "rows.jsonl/inside"}}, UsageError, "export.to"),
-        (PROMPTS, "sft", {**SELECT, **SAMPLED, "export": {"to": "out", "format": "prompt_completion"}}, ValidationError, "completion"),
+        (PROMPTS, "sft", {**SELECT, "scores": [], "export": {"to": "out", "format": "prompt_completion"}}, ValidationError, "completion"),
         (PAIRS, "preference", {**SELECT, "export": {"to": "out", "push_to_hub": "me/set"}}, UsageError, "push_to_hub"),
     ],
 )  # fmt: skip
