@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,13 +20,14 @@ if TYPE_CHECKING:
     from curate.lengths import Lengths
     from curate.plan import Step
     from curate.recipe import Loaded
+    from curate.store import Store
 
 FORWARD = ("forward", "neighbours", "backward", "direction")  # passes over whole rows; samplers keep to the context
 
 
-def with_cost(step: Step, loaded: Loaded, speed: float | None, lengths: Lengths) -> Step:
+def with_cost(step: Step, loaded: Loaded, speed: float | None, lengths: Lengths, answers: float | None = None) -> Step:
     """The step with an estimate of its tokens and time, and with how many of its rows cannot be measured. speed: tokens per second of earlier runs
-    of such a step, None where there were none.
+    of such a step, None where there were none. answers: tokens of a sampled answer, on average over those that are there; None: as many as may be.
     """
     if not step.missing:
         return step
@@ -39,7 +42,11 @@ def with_cost(step: Step, loaded: Loaded, speed: float | None, lengths: Lengths)
         sampling = loaded.recipe.sampling
         prompts = sum(len(rows) * len({t.measurement.perturbed for t in tasks}) for _, rows, tasks in step.blocks)
         prompts -= step.graded  # as if a row had one perturbation
-        run = lengths.prompt[at].mean() * prompts + step.draws * sampling.max_new_tokens  # at most
+        each = sampling.max_new_tokens if answers is None else min(answers, sampling.max_new_tokens)
+        asked = (
+            0 if step.is_served else lengths.prompt[at].mean() * prompts
+        )  # a server counts its prompts' tokens itself
+        run = asked + step.draws * each
     elif step.reads == "neighbours":
         limit = loaded.recipe.tokens.max_length
         run = np.minimum((1 + COUNT) * whole, np.inf if limit is None else limit).sum()
@@ -53,7 +60,7 @@ def with_cost(step: Step, loaded: Loaded, speed: float | None, lengths: Lengths)
     tokens = round(float(run + lengths.whole.mean() * step.ahead))
     rough = speed is None
     speed = speed or _guess(step)
-    return replace(step, tokens=tokens, seconds=tokens / speed if speed else None, rough=rough)
+    return replace(step, tokens=tokens, seconds=tokens / speed if speed else None, rough=rough, at_most=answers is None)
 
 
 def weights_size(subject: Subject) -> int:
@@ -63,16 +70,47 @@ def weights_size(subject: Subject) -> int:
 
 
 def _guess(step: Step) -> float | None:
-    """Tokens per second before anything ran here: 2 operations a parameter (a backward pass 6), 20 GFLOP/s a core or 200 TFLOP/s a GPU."""
+    """Tokens per second before anything ran here: 2 operations a parameter (a backward pass 6), 40 GFLOP/s a core or 200 TFLOP/s a GPU."""
     if step.reads == "tokens":
         return 3e5
     size = weights_size(step.subject)
     if not size:
         return None
     engine = step.tasks[0].measured.engine
-    flops = 2e14 if "cuda" in engine else 2e10
+    flops = 2e14 if "cuda" in engine else 4e10 * cores()
     guess = flops / (2 * size / (2 if "16" in engine else 4))
-    return min(guess / {"sample": 8, "backward": 3}.get(step.reads, 1), 1e5 if flops > 1e12 else 2e4)
+    return min(guess / {"sample": 3, "backward": 3}.get(step.reads, 1), 1e5 if flops > 1e12 else 2e4)
+
+
+def cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def answer_tokens(step: Step, store: Store) -> float | None:
+    """Mean tokens of the answers that the step's settings have drawn so far: from its own model, else from any; None where there are none."""
+    alike = [
+        m
+        for m in store.measured(reads="sample")
+        if any(
+            _lengths_alike(m.params, task.measured.params)
+            for task in step.tasks
+            if m.measurement == task.measurement.name
+        )
+    ]
+    own = [m for m in alike if m.model_fingerprint == step.tasks[0].measured.model_fingerprint]
+    for found in (own, alike):
+        mean = store.mean_answer_tokens([m.fingerprint for m in found])
+        if mean is not None:
+            return mean
+    return None
+
+
+def _lengths_alike(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    keys = ("max_new_tokens", "temperature", "system", "few_shot")
+    return all(one.get(key) == other.get(key) for key in keys) and list(one.get("stop") or ()) == list(
+        other.get("stop") or ()
+    )
 
 
 def step_line(step: Step) -> tuple[Any, ...]:
@@ -81,7 +119,7 @@ def step_line(step: Step) -> tuple[Any, ...]:
     if step.to_measure:
         seconds = None if step.seconds is None else span(max(step.seconds, 0.1))
         time = "?" if seconds is None else f"≈ {seconds}" if step.rough else seconds
-        at_most = step.reads == "sample" and not any(task.measurement.perturbed for task in step.tasks)
+        at_most = step.reads == "sample" and step.at_most and not any(task.measurement.perturbed for task in step.tasks)
         tokens = f"{'≤' if at_most else '≈'} {_short(step.tokens)}"
     measurements = ", ".join(_named(task) for task in step.tasks)
     return step.reads, step.subject.label, measurements, step.rows, step.to_measure, tokens, time

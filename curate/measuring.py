@@ -85,9 +85,9 @@ def _run_step(step: Step, runner: Runner, store: Store, progress: Progress, foll
         for number, row_ids, tasks in step.blocks:
             rows = [row for row in store.iter_rows(row_ids) if row is not None]
             started = time.perf_counter()
-            runner.tasks = tasks
+            runner.tasks, runner.starting = tasks, 0.0
             columns, samples, tokens = runner.run(rows, row_ids, [task.measurement for task in tasks])
-            seconds = time.perf_counter() - started
+            seconds = time.perf_counter() - started - runner.starting
             for task in tasks:
                 names = [*task.measurement.columns, *runner.extra_columns]
                 mine = {name: columns[name] for name in names if name in columns}
@@ -127,6 +127,7 @@ class Runner:
     tasks: Sequence[Task] = ()  # what the rows of the next run() miss
     chat = False  # whether rows of plain text are rendered as messages
     embeddings: int | None = None  # rows of the embedding table
+    starting = 0.0  # seconds of it that went into starting an engine
 
     def __init__(self, loaded: Loaded, progress: Progress):
         self.loaded, self.recipe, self.progress = loaded, loaded.recipe, progress
@@ -370,11 +371,16 @@ class SampleRunner(Runner):
 
     def _start(self) -> None:
         """The engine with the weights of the step's subject: nothing is started, and no tokenizer read, for answers that are kept."""
-        from curate.passes.sampling import choose_sampler, open_sampler
-
         if self.step is None:
             return
-        step, self.step = self.step, None
+        started = time.perf_counter()
+        self._open(self.step)
+        self.step = None
+        self.starting += time.perf_counter() - started
+
+    def _open(self, step: Step) -> None:
+        from curate.passes.sampling import choose_sampler, open_sampler
+
         super().use(step)
         engine, base = self.recipe.engine, step.subject.base
         model = step.subject.path if self.tokenizer is not None else None

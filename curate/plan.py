@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from curate.answers import KeptAnswers
 from curate.checkpoints import Subject
-from curate.cost import step_line, weights_size, with_cost
+from curate.cost import answer_tokens, step_line, weights_size, with_cost
 from curate.directions import Directions
 from curate.errors import UsageError
 from curate.fingerprints import FingerprintCache
@@ -64,6 +64,13 @@ class Step:
     kept: int = 0
     graded: int = 0
     draws: int = 0
+
+    at_most: bool = False
+
+    @property
+    def is_served(self) -> bool:
+        """Whether a server does it."""
+        return self.tasks[0].measured.engine.startswith("openai ")
 
     @property
     def missing(self) -> int:
@@ -344,7 +351,9 @@ def make_plan(loaded: Loaded, store: Store, sources: dict[str, list[str]], *, as
             step = _with_answers(step, loaded, answers)
         if step.missing:
             lengths = plan.lengths.of(identity.tokenizer(step.subject), step.subject)
-            step = with_cost(step, loaded, store.throughput(step.key), lengths)
+            each = answer_tokens(step, store) if reads == "sample" else None
+            alike = step.key if reads == "sample" else step.key.rpartition("/")[0]  # the same model, other measurements
+            step = with_cost(step, loaded, store.throughput(step.key, alike=alike), lengths, each)
         plan.steps.append(step)
     plan.unused = unused_settings(loaded, plan)
     plan.chat_only = servers.chat_only
@@ -358,6 +367,10 @@ def _step(reads: str, subject: Subject, tasks: tuple[Task, ...], rows: Rows) -> 
     if engine.startswith("openai "):  # a server is as fast with its next policy
         engine = engine.rpartition(" ")[0]
     key = f"{reads}/{engine}/{weights_size(subject)}"
+    if reads != "sample":  # a backward pass over all parameters, or hidden states, take longer
+        key += "/" + ",".join(
+            sorted(f"{t.measurement.name} {t.measured.params.get('parameters', '')}".strip() for t in tasks)
+        )
     return Step(reads, subject, tasks, rows.n, rows.blocks(tasks, reads), key)
 
 

@@ -353,11 +353,23 @@ class Store:
         with self.database.write() as con:
             con.execute("INSERT INTO data.throughput VALUES (?, ?, ?, now()::TIMESTAMP)", [key, tokens, seconds])
 
-    def throughput(self, key: str) -> float | None:
-        """Tokens per second over the last 50 entries of a key; None if there are none."""
+    def throughput(self, key: str, *, alike: str | None = None) -> float | None:
+        """Tokens per second over the last 50 entries of a key; where there are none, of the key `alike` and of those that go on from it with a /;
+        None if there are none either.
+        """
         with self.database.read() as con:
-            recent = "SELECT * FROM data.throughput WHERE key = ? ORDER BY noted DESC LIMIT 50"
-            found = one(con, f"SELECT sum(tokens) / nullif(sum(seconds), 0) FROM ({recent})", [key])
+            for condition, given in (("key = ?", [key]), ("key = ? OR starts_with(key, ? || '/')", [alike, alike])):
+                recent = f"SELECT * FROM data.throughput WHERE {condition} ORDER BY noted DESC LIMIT 50"
+                found = one(con, f"SELECT sum(tokens) / nullif(sum(seconds), 0) FROM ({recent})", given)
+                if found and found[0]:
+                    return float(found[0])
+        return None
+
+    def mean_answer_tokens(self, fingerprints: Sequence[str]) -> float | None:
+        """Tokens of the sampled answers of these measurements, on average; None where none is known."""
+        with self.database.read() as con:
+            text = "SELECT avg(n_tokens) FROM data.samples WHERE fingerprint IN (SELECT unnest(?))"
+            found = one(con, text, [list(fingerprints)]) if fingerprints else None
         return found[0] if found else None
 
     # ---- recipes, scores, selections, runs ----------------------------------------------------------------------------------------------

@@ -161,3 +161,58 @@ def test_no_gpu_is_said_only_where_torch_finds_none():
     import torch
 
     assert engines.may_have_gpu() or not (torch.cuda.is_available() or torch.backends.mps.is_available())
+
+
+def within_twice(estimate: float, truth: float) -> bool:
+    return truth / 2 <= estimate <= truth * 2
+
+
+def test_times_after_the_first_shard_are_those_of_what_is_left(model, tmp_path, monkeypatch):
+    """Answers are as long as the first ones were, not as long as they may be; starting an engine is no work on rows."""
+    import time
+
+    import curate.missing
+    from curate.measuring import SampleRunner
+    from curate.passes.sample_hf import HfSampler
+    from curate.passes.sampling import Sample
+
+    monkeypatch.setitem(curate.missing.SHARD_ROWS, "sample", 4)
+    clock = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    opened, shards = SampleRunner._open, []
+
+    def slow_to_start(self, step):
+        opened(self, step)
+        clock[0] += 300
+
+    def sampled(self, prompts, sampling):
+        shards.append(len(prompts))
+        if len(shards) == 2:
+            raise KeyboardInterrupt
+        clock[0] += 10 * len(prompts)
+        return [[Sample("1", 10, -1.0, True)] * sampling.n for _ in prompts]
+
+    monkeypatch.setattr(SampleRunner, "_open", slow_to_start)
+    monkeypatch.setattr(HfSampler, "sample", sampled)
+    rows = [{"prompt": f"{i} + 1 =", "completion": f" {i + 1}", "answer": str(i + 1)} for i in range(12)]
+    settings = {"samples": 2, "max_new_tokens": 100, "grader": "number"}
+    sft = {"kind": "sft", "scores": ["accuracy"], "sampling": settings}
+    path = write(tmp_path, model, rows, **sft, engine={"device": "cpu", "sampler": "transformers"})
+    before = next(s for s in plan_of(path).steps if s.reads == "sample")
+    assert before.at_most and before.rough and before.tokens >= 12 * 2 * 100
+    with pytest.raises(KeyboardInterrupt):
+        curate.run(path)
+    left = next(s for s in plan_of(path).steps if s.reads == "sample")
+    assert left.to_measure == 8 and not left.rough and not left.at_most
+    assert within_twice(left.seconds, 80) and within_twice(left.tokens, 8 * (2 * 10 + len("10 + 1 =")))
+
+
+def test_speeds_are_those_of_the_same_measurements_first(model, tmp_path):
+    store = curate.Store(tmp_path / "store", create=True)
+    store.log_throughput("forward/torch/5/likelihood", 100, 1.0)
+    store.log_throughput("forward/torch/5/hidden,likelihood", 100, 10.0)
+    store.log_throughput("forward/torch/51/likelihood", 100, 100.0)
+    assert store.throughput("forward/torch/5/likelihood", alike="forward/torch/5") == 100
+    assert store.throughput("forward/torch/5/entropy", alike="forward/torch/5") == pytest.approx(200 / 11)
+    store.log_throughput("forward/torch/7", 100, 2.0)  # as stores of before have them
+    assert store.throughput("forward/torch/7/entropy", alike="forward/torch/7") == 50

@@ -182,7 +182,8 @@ def test_a_plan_says_what_is_wrong_with_a_server(tmp_path, path, sent, says):
 
 def test_a_server_that_has_no_chat_is_said_by_the_plan_of_conversations(tmp_path):
     rows = [
-        {"messages": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": "1"}]} for i in range(3)
+        {"messages": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": "1"}], "answer": "one"}
+        for i in range(3)
     ]
     with Served() as server:
         path = write(tmp_path, server.url, rows)
