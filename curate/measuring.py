@@ -65,7 +65,7 @@ def trial(loaded: Loaded, step: Step, rows: Sequence[Row]) -> list[Any]:
         runner._encode(list(rows))
         return []
     sampler = SampleRunner(loaded, quiet)
-    sampler.tokenizer = sampler._tokenizer(step)
+    Runner.use(sampler, step)
     prompts = [sampler._prompt(row, row.row_id) for row in rows]
     return [prompt for prompt in prompts if prompt is not None]
 

@@ -159,7 +159,15 @@ class Plan:
                 f"{len(idle)} of {len(run)} checkpoints are not measured ({names}): no score of this recipe is over checkpoints; "
                 f"{of}. `curate scores` says which are (needs … over checkpoints)."
             )
-        return [*self.of_server, *found, *self.of_models, *self.of_answers(), *self.of_references, *self.of_lengths, *self.unused]
+        return [
+            *self.of_server,
+            *found,
+            *self.of_models,
+            *self.of_answers(),
+            *self.of_references,
+            *self.of_lengths,
+            *self.unused,
+        ]
 
     def of_answers(self) -> list[str]:
         """A line where answers that were sampled before are taken again."""
