@@ -197,6 +197,8 @@ def make_plan(loaded: Loaded, *, progress: Progress) -> Plan:
     check_name(loaded, store)
     check_imported_names(store, wanted_scores(loaded))
     sources = read_sources(loaded, store, progress)
+    if store.measured_by() is None:  # what a killed run had finished is measured
+        store.ingest()
     plan = _make_plan(loaded, store, sources, ask="look")
     plan.of_references = check_references(loaded, store, plan)
     _check_ahead(loaded, store, plan, sources)
