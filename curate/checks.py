@@ -140,12 +140,12 @@ def store_can_be_written(ahead: Ahead) -> None:
 
 def engine_is_there(ahead: Ahead) -> None:
     """The device of a pass that samples; other passes ask torch for it when they are planned."""
-    from curate.passes.model import engine_identity
-
     engine = ahead.loaded.recipe.engine
     if engine.device not in ("auto", "cpu") and any(
         step.reads == "sample" and not step.tasks[0].measured.engine.startswith("openai ") for step in ahead.to_do
     ):
+        from curate.passes.model import engine_identity  # torch takes seconds to load
+
         engine_identity(dtype=engine.dtype, device=engine.device)
 
 
