@@ -89,6 +89,7 @@ class Plan:
     places: of every fingerprint the (run, checkpoint, step) of the models that it is of: several where their weights are the same, in the order of
     `uses`. recorded: the recorded training run that they are read from, if any. pool: the rows that neighbours are taken from. of_lengths:
     what is said of rows that are too long, of_references: of those that cannot be graded, of_models: of the models, their chat templates above all.
+    doubts: whether a server's model is the recipe's, which --quiet does not hide.
     lengths: of the recipe's rows, None where no model is run.
     """
 
@@ -104,6 +105,7 @@ class Plan:
     of_lengths: list[str] = field(default_factory=list)
     lengths: RowLengths | None = None
     of_server: list[str] = field(default_factory=list)
+    doubts: list[str] = field(default_factory=list)
     of_references: list[str] = field(default_factory=list)
     chat_only: bool = False
     unused: list[str] = field(default_factory=list)
@@ -160,6 +162,7 @@ class Plan:
                 f"{of}. `curate scores` says which are (needs … over checkpoints)."
             )
         return [
+            *self.doubts,
             *self.of_server,
             *found,
             *self.of_models,
@@ -365,7 +368,7 @@ def make_plan(loaded: Loaded, store: Store, sources: dict[str, list[str]], *, as
         plan.steps.append(step)
     plan.unused = unused_settings(loaded, plan)
     plan.chat_only = servers.chat_only
-    plan.of_server = [*servers.notes, *of_addresses(store, loaded)]
+    plan.of_server, plan.doubts = [*servers.notes, *of_addresses(store, loaded)], servers.doubts
     plan.of_models = check_models(plan, identity.renderings, store, names)
     return plan
 

@@ -60,6 +60,7 @@ class Servers:
         self.prompts = [*FIXED, *(row.prompt for row in rows[:OWN_ROWS] if len(str(row.prompt)) < LONGEST)]
         self.chat_only = False  # whether the server was found to take messages alone
         self._known: dict[str, Served] = {}
+        self.doubts: list[str] = []  # what --quiet must not hide: whether the server's model is the recipe's
 
     def of(self, subject: Subject | None = None) -> Served:
         """The model that stands for a subject (None: the recipe names no other model). Asked once an instance.
@@ -89,8 +90,8 @@ class Servers:
         names = _names(subject, self.loaded) if subject else ()
         with OpenAISampler(self.server.model_dump(), prefer=names) as sampler:
             said = sampler.said()
-            proof = self._check_name(said, subject, names) if subject else ()
             now = sampler.probe(self.prompts)
+            proof = self._check_name(said, subject, names, now) if subject else ()
             self.chat_only = sampler.chat_only
             kept = _read(self.folder)
             found, why = _known(kept["models"], said, now)
@@ -107,8 +108,11 @@ class Servers:
             self._write(kept)
         return Served(key, said, (self._note(said, met), *proof, *(() if known or sure else (UNREPEATABLE,))))
 
-    def _check_name(self, said: dict[str, Any], subject: Subject, names: Sequence[str]) -> tuple[str, ...]:
-        """That the server's model can be the subject: () or a line on what that rests on. UsageError showing both where it cannot."""
+    def _check_name(self, said: dict[str, Any], subject: Subject, names: Sequence[str], now: Probe) -> tuple[str, ...]:
+        """That the server's model can be the subject: () or a line on what that rests on. UsageError showing both where it cannot.
+
+        A server that gives neither a root nor log-probabilities has a label for its model and no more: another label is a doubt, no proof.
+        """
         model, root = str(said["model"]), said.get("root")
         shown = model if not root or root == model else f"{model} (from {root})"
         if root and Path(str(root)).is_dir():  # the server is on this machine: its weights can be read
@@ -131,6 +135,13 @@ class Servers:
             )
         if self.server.model:
             return (f"{shown} is taken for {subject.label} because server.model says so: the names differ.",)
+        if not root and all(spoken.logps is None for spoken in now.values()):
+            self.doubts.append(
+                f"The recipe's model is {subject.label}, and {self.server.url} calls its model {model}. It gives neither the path that it was "
+                f"loaded from nor log-probabilities, so nothing here can tell whether both are one: its answers are kept as {model}'s. "
+                f"Where they are one, say so: `--set server.model={model}`."
+            )
+            return ()
         raise UsageError(
             f"The recipe's model is {subject.label} ({subject.path}), and {self.server.url} serves {shown}. Serve that model, or name in "
             f"models.reference the one that is served; where both are the same under two names, say so: `--set server.model={model}`."

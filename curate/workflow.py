@@ -138,7 +138,7 @@ def run_steps(loaded: Loaded, steps: Sequence[str], *, progress: Progress, comma
             if "measure" in steps:
                 result.plan.of_references = check_references(loaded, store, result.plan)
                 for note in result.plan.notes():
-                    progress.say(note)
+                    (progress.warn if note in result.plan.doubts else progress.say)(note)
                 result.said = not progress.quiet
                 _check_ahead(loaded, store, result.plan, sources)
                 _measure(loaded, result, progress)

@@ -21,6 +21,7 @@ class Served(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.weights, self.version, self.logprobs, self.noise, self.broken = weights, version, logprobs, 0.0, {}
         self.models = models or [{"id": "policy", "root": "/models/policy", "max_model_len": 256}]
+        self.refuses = lambda prompt: False  # prompts at which it hangs up
         self.requests, self.after = [], None  # after: called with the server when so many requests were answered
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
 
@@ -81,6 +82,9 @@ class Handler(BaseHTTPRequestHandler):
         self.server.requests.append(request)
         chat = self.path.endswith("/chat/completions")
         prompt = json.dumps(request["messages"]) if chat else request["prompt"]
+        if self.server.refuses(prompt):
+            self.close_connection = True
+            return
         seed = request.get("seed", 0) if request["temperature"] else 0
         choices = [self.choice(prompt, seed + k, k, chat=chat) for k in range(request.get("n", 1))]
         if self.server.after:

@@ -237,3 +237,26 @@ def test_noise_is_measured_on_what_is_repeated():
     two = {"p": Spoken(("a", "b"), (-0.1, -0.26)), "q": Spoken(("x",)), "r": Spoken(("z",))}
     kept, noise = measured_noise(one, two)
     assert kept.keys() == {"p", "q"} and (noise.mean, noise.most) == pytest.approx((0.03, 0.06))
+
+
+def test_a_label_is_no_proof_of_another_model_and_that_is_said_even_quietly(tmp_path, capsys):
+    """A server that gives neither root nor log-probabilities: whether its model is the recipe's cannot be told."""
+    make_llama(tmp_path / "model", seed=1)
+    with Served(models=[{"id": "tiny"}], logprobs=False, version=None) as server:
+        path = write(tmp_path, server.url, models={"reference": "model"})
+        run_steps(load_recipe(path), ("measure",), progress=Progress(quiet=True), command="measure")
+        said = capsys.readouterr().err
+        assert "calls its model tiny" in said and "server.model=tiny" in said
+        assert not plan_of(path, set={"server.model": "tiny"}).doubts
+
+
+def test_a_server_that_fails_on_some_prompts_is_known_by_the_others(tmp_path):
+    with Served("a") as server:
+        server.refuses = lambda prompt: "plus" not in prompt
+        path = write(tmp_path, server.url)
+        assert curate.run(path).measured["sample"] == 6 and plan_of(path).missing == 0
+        server.weights = "b"
+        assert plan_of(path).missing == 6
+        server.refuses = lambda prompt: True
+        with pytest.raises(EngineError):
+            plan_of(path)

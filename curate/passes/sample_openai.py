@@ -25,7 +25,7 @@ import numpy as np
 
 from curate.errors import EngineError, UsageError
 from curate.passes.sampling import Prompt, Sample, Sampling, engine_seed, room, sampler_identity
-from curate.passes.server_probe import TOKENS, Asked, Noise, Probe, Spoken, difference, key_of, prompt_of
+from curate.passes.server_probe import FIXED, TOKENS, Asked, Noise, Probe, Spoken, difference, key_of, prompt_of
 
 CONTEXT_WORDS = re.compile(
     r"context length|context_length|maximum.{0,20}(tokens|length)|max_model_len|too long", re.IGNORECASE
@@ -113,7 +113,9 @@ class OpenAISampler:
         }
 
     def probe(self, prompts: Sequence[Asked], *, at_once: bool = False) -> Probe:
-        """Greedy answers to prompts (text, or messages), one by one or all at once; those that the server has no room for are left out.
+        """Greedy answers to prompts (text, or messages), one by one or all at once.
+
+        Those that the server has no room for, or fails on, are left out; EngineError where it fails on every one of the rows'.
 
         A server that takes messages alone is asked the texts as a user's; they stay under their own key.
         """
@@ -224,6 +226,7 @@ class OpenAISampler:
     async def _probe(self, prompts: Sequence[Asked], most: int) -> list[tuple[str, Spoken]]:
         gate = asyncio.Semaphore(most)
         greedy = Sampling(n=1, temperature=0, max_new_tokens=TOKENS)
+        failures: dict[str, EngineError] = {}  # `key_of` a prompt -> why it has no answer
 
         async def one(client: Any, prompt: Asked) -> list[tuple[str, Spoken]]:
             text = isinstance(prompt, str) and not self.chat_only
@@ -236,11 +239,18 @@ class OpenAISampler:
                     raise
                 self.chat_only = True
                 return await one(client, prompt)
+            except EngineError as error:
+                failures[key_of(prompt)] = error
+                return []
             return [] if answer is None else [(key_of(prompt), _spoken(answer.choices[0], chat=not text))]
 
         async with self._client(questions=True) as client, asyncio.TaskGroup() as group:
             tasks = [group.create_task(one(client, prompt)) for prompt in prompts]
-        return [found for task in tasks for found in task.result()]
+        answers = [found for task in tasks for found in task.result()]
+        own = [prompt for prompt in prompts if prompt not in FIXED] or prompts
+        if failures and all(key_of(prompt) in failures for prompt in own):  # then rows cannot be sampled either
+            raise failures[key_of(own[0])]
+        return answers
 
     def _pick(self, wanted: str | None) -> str:
         if wanted and (not self._served or wanted in self._served):
