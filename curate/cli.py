@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from curate.disk import disk_trouble
 from curate.errors import CurateError, UsageError
 from curate.quiet import hush
 from curate.show import STOPPED, out, table, to_json, told
@@ -63,7 +64,9 @@ def main() -> None:
         raise
     except BrokenPipeError:
         os._exit(0)
-    except Exception:
+    except Exception as error:
+        if (full := disk_trouble(error)) is not None:
+            sys.exit(told(full))
         traceback.print_exc()
         print(
             "This is a bug in curate: nothing that was measured is lost. Please report the lines above.",

@@ -41,7 +41,7 @@ class Directions:
         self.subjects, self.ids, self.train = subjects, identity, train
         self.folder = store.folder / "directions"
         self.pairs = loaded.recipe.kind == "preference"
-        self.targets = Targets(loaded)
+        self.targets = Targets(loaded, identity.kept)
 
     @cached_property
     def rows(self) -> list[str]:
@@ -159,6 +159,10 @@ class Directions:
         )
 
     def optimizer_id(self, subject: Subject) -> str:
+        given = self.recipe.forecast.optimizer
+        return self.ids.kept.of_model(f"optimizer {given or ''}", subject, lambda: self._optimizer_id(subject))
+
+    def _optimizer_id(self, subject: Subject) -> str:
         found = self.optimizer(subject)
         if isinstance(found, Subject):
             return found.fingerprint

@@ -10,37 +10,40 @@ from typing import TYPE_CHECKING, Any
 
 from curate.chat import as_chat
 from curate.errors import UsageError, ValidationError
-from curate.fingerprints import FingerprintCache
 from curate.recipe import Export, Loaded
 from curate.rendering import card_notes, measured_as, styles_of
 from curate.scores import resolve
 from curate.scores.flags import ADVICE
-from curate.subjects import find_subjects
 
 if TYPE_CHECKING:
     from curate.data import ExportResult, ExportRow
     from curate.store import Selection, Store
+    from curate.subjects import Subjects
 
 
-def export_selection(loaded: Loaded, store: Store, selection: Selection, sources: list[str]) -> ExportResult:
+def export_selection(
+    loaded: Loaded, store: Store, selection: Selection, sources: list[str], subjects: Subjects
+) -> ExportResult:
     """Write the kept rows where the recipe says, the dropped ones beside them; the control to <to>_control, where the recipe exports it.
 
     Raises ValidationError where nothing is kept.
     """
     asked = loaded.recipe.export
     assert asked is not None
-    result = _export(loaded, store, selection, sources, asked)
+    result = _export(loaded, store, selection, sources, asked, subjects)
     if not asked.control:
         return result
     control = selection.control
     assert control is not None
     beside = asked.model_copy(update={"to": f"{asked.to.rstrip('/')}_control", "push_to_hub": None})
-    drawn = _export(loaded, store, control, sources, beside)
+    drawn = _export(loaded, store, control, sources, beside, subjects)
     said = f"The control, {drawn.n_rows:,} rows, is in {drawn.path}."
     return replace(result, notes=(*result.notes, said))
 
 
-def _export(loaded: Loaded, store: Store, selection: Selection, sources: list[str], asked: Export) -> ExportResult:
+def _export(
+    loaded: Loaded, store: Store, selection: Selection, sources: list[str], asked: Export, subjects: Subjects
+) -> ExportResult:
     from curate.data import TrainedAs, export
 
     columns = _columns(loaded, store)
@@ -54,7 +57,7 @@ def _export(loaded: Loaded, store: Store, selection: Selection, sources: list[st
         _rows(selection.dropped(), None, columns, beside, chat=chat),
         format=asked.format,
         split=loaded.recipe.source.split if loaded.recipe.source else "train",
-        card=_card(loaded, store, selection, sources, columns),
+        card=_card(loaded, store, selection, sources, subjects),
         sources=[loaded.resolve(name) for name in sources],
         resample=asked.resample,
         seed=loaded.recipe.engine.seed,
@@ -193,14 +196,13 @@ def quoted(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
 
-def _card(loaded: Loaded, store: Store, selection: Selection, sources: list[str], columns: list[str]) -> Any:
+def _card(loaded: Loaded, store: Store, selection: Selection, sources: list[str], subjects: Subjects) -> Any:
     from curate import __version__
     from curate.data import Card, distribution
 
     source = loaded.recipe.source
     known = {s["source"]: s["fingerprint"] for s in store.sources()}
     about = f"revision {source.revision}" if source and source.revision else None
-    subjects = find_subjects(loaded, FingerprintCache(store.folder / "weights.json"))
     models = {
         role: subject for role, subject in (("reference", subjects.reference), ("policy", subjects.policy)) if subject
     }

@@ -18,6 +18,7 @@ from curate.checkpoints import Subject
 from curate.engines import engine_name
 from curate.errors import UsageError
 from curate.fingerprints import FingerprintCache
+from curate.kept import Kept
 from curate.perturbing import perturbation
 from curate.rendering import Renderings
 from curate.rows import content_id
@@ -55,9 +56,11 @@ class Identity:
         *,
         styles: Collection[str] | None = None,
         store: Store | None = None,
+        kept: Kept | None = None,
     ):
         """styles: of the recipe's rows, as `rows.style` has them (None: not known)."""
         self.servers = servers or Servers(loaded, loaded.store)
+        self.kept = kept or Kept()
         self.loaded, self.recipe, self.cache, self.directions = loaded, loaded.recipe, cache, directions
         self.pool: Sequence[str] = ()  # the rows that a row's neighbours are taken from
         self.renderings = Renderings(loaded, cache, styles, store)
@@ -67,13 +70,13 @@ class Identity:
     def task(self, measurement: Measurement, subject: Subject) -> Task:
         engine = "" if measurement.reads == "tokens" else self.engine(measurement.reads, subject)
         params = params_of(self.loaded, measurement, self.tokenizer(subject))
-        params |= self.renderings.of(subject).params(measurement)
+        params |= self._rendering(measurement, subject)
         if measurement.direction is not None:
             assert self.directions is not None
             params |= self.directions.identity(measurement.direction, subject)
         if measurement.reads == "neighbours":
             params["neighbours"] = self._neighbours
-        if measurement.reads == "sample" and (ends := end_tokens(Path(subject.base or subject.path))):
+        if measurement.reads == "sample" and (ends := self.ends(subject)):
             params["end_tokens"] = ends
         return task_of(measurement, subject, engine, params)
 
@@ -83,7 +86,18 @@ class Identity:
 
         return pool_fingerprint(self.pool)
 
+    def _rendering(self, measurement: Measurement, subject: Subject) -> dict[str, Any]:
+        question = f"rendering ({self.recipe.tokens.chat}, {measurement.name})"
+        find = lambda: self.renderings.of(subject).params(measurement)  # noqa: E731
+        return self.kept.of_model(question, subject, find, before=self.loaded.formats is None)
+
+    def ends(self, subject: Subject) -> list[int]:
+        return self.kept.of_model("end tokens", subject, lambda: end_tokens(Path(subject.base or subject.path)))
+
     def tokenizer(self, subject: Subject) -> str:
+        return self.kept.of_model("tokenizer", subject, lambda: self._tokenizer(subject))
+
+    def _tokenizer(self, subject: Subject) -> str:
         if not Path(subject.home).is_dir():  # a server's model: its tokenizer is its own
             return "server"
         folder = subject.tokenizer
@@ -94,7 +108,17 @@ class Identity:
     def engine(self, reads: str, subject: Subject) -> str:
         key = (reads, subject.path)
         if key not in self._engines:
-            self._engines[key] = engine_name(self.recipe, reads, subject, self.cache, self.servers)
+            engine = self.recipe.engine
+            settings = [engine.dtype, engine.device]
+            if reads == "sample":
+                settings += [engine.sampler, str(self.recipe.server.url or ""), str(self.recipe.server.model or "")]
+            question = f"engine ({reads}, {', '.join(settings)})"
+
+            def find() -> str:
+                return engine_name(self.recipe, reads, subject, self.cache, self.servers)
+
+            # scores are of what was measured, not of what this machine would measure with
+            self._engines[key] = self.kept.of_model(question, subject, find, before=True)
         return self._engines[key]
 
 

@@ -20,6 +20,7 @@ from curate.errors import UsageError
 from curate.fingerprints import FingerprintCache
 from curate.identity import Identity, Task
 from curate.imported import imported_uses
+from curate.kept import Kept
 from curate.lengths import RowLengths
 from curate.missing import Block, Rows
 from curate.model_checks import check_models
@@ -205,9 +206,12 @@ class Plan:
         }
 
 
-def make_plan(loaded: Loaded, store: Store, sources: dict[str, list[str]], *, ask: Ask = "no") -> Plan:
+def make_plan(
+    loaded: Loaded, store: Store, sources: dict[str, list[str]], *, ask: Ask = "no", kept: Kept | None = None
+) -> Plan:
     """What the recipe needs and does not have yet. sources: the names of its sources by role, already read into the store. ask: whether a server
-    is asked which model it has, and whether that is remembered (servers.py).
+    is asked which model it has, and whether that is remembered (servers.py). kept: what is known of models that are not there; None: they have to
+    be.
     """
     from curate.measurements import MEASUREMENTS, providers
 
@@ -215,8 +219,9 @@ def make_plan(loaded: Loaded, store: Store, sources: dict[str, list[str]], *, as
     wanted = wanted_scores(loaded)
     cache = FingerprintCache(store.folder / "weights.json")
     train = sources.get("train", [])
+    kept = kept or Kept()
     servers = Servers(loaded, store.folder, ask=ask, rows=first_rows(store, loaded, train))
-    subjects = find_subjects(loaded, cache, servers)
+    subjects = find_subjects(loaded, cache, servers, kept)
     plan = Plan(wanted, subjects)
     if not subjects.reference and not subjects.series:
         plan.recorded = run_meant(loaded, store)
@@ -230,7 +235,8 @@ def make_plan(loaded: Loaded, store: Store, sources: dict[str, list[str]], *, as
     check_checkpoints(wanted, sum(s.step != 0 for s in subjects.series))
     plan.pool = store.row_ids_of(train or None, kind=recipe.kind, role="train" if train else None)
     names = [name for group in sources.values() for name in group]
-    identity = Identity(loaded, cache, servers=servers, styles=styles_of(store, names, recipe.kind), store=store)
+    styles = styles_of(store, names, recipe.kind)
+    identity = Identity(loaded, cache, servers=servers, styles=styles, store=store, kept=kept)
     identity.pool = plan.pool
     directions = identity.directions = Directions(loaded, store, subjects, identity, train)
     wanted = plan.wanted = [directions.targets.over_groups(want) for want in wanted]
@@ -355,7 +361,7 @@ def make_plan(loaded: Loaded, store: Store, sources: dict[str, list[str]], *, as
     answers = KeptAnswers(store)
     for reads, path in sorted(tasks, key=lambda place: (ORDER.index(place[0]), order.get(place[1], -1))):
         step = _step(reads, lone[reads, path], tuple(tasks[reads, path].values()), rows)
-        if reads == "direction" and step.missing:
+        if reads == "direction" and step.missing and kept.anew:
             directions.check_optimizers(step)
             step, plan.directions = replace(step, ahead=directions.ahead(step)), directions
         if step.missing and reads == "sample":
@@ -369,7 +375,7 @@ def make_plan(loaded: Loaded, store: Store, sources: dict[str, list[str]], *, as
     plan.unused = unused_settings(loaded, plan)
     plan.chat_only = servers.chat_only
     plan.of_server, plan.doubts = [*servers.notes, *of_addresses(store, loaded)], servers.doubts
-    plan.of_models = check_models(plan, identity.renderings, store, names)
+    plan.of_models = check_models(plan, identity.renderings, store, names) if kept.anew else []
     return plan
 
 

@@ -276,7 +276,7 @@ class Columns:
     def own(self, column: str, needed: bool = True) -> np.ndarray | None:
         """A user's own column, aligned to the rows: its first occurrence's value. None where there is no such column and it is not needed."""
         if column not in self._own:
-            have = self.store.sql("SELECT * FROM occurrences LIMIT 0").columns
+            have = self.store.sql("SELECT * FROM occurrences LIMIT 0", source=self.sources or None).columns
             if column not in have and not needed:
                 return None
             shown = self.store.own_names().get(

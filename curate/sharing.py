@@ -30,7 +30,7 @@ def check_name(loaded: Loaded, store: Store) -> None:
     """Two recipes of one name would take each other's scores and selections. UsageError naming the other one."""
     if loaded.path is None:
         return
-    other = next((_place(store, r["text"]) for r in store.recipes() if r["name"] == loaded.name), None)
+    other = next((recipe_file(store, r["text"]) for r in store.recipes() if r["name"] == loaded.name), None)
     if other is not None and other.is_file() and not other.samefile(loaded.path):
         raise UsageError(
             f"{store.folder} holds the scores of another recipe called {loaded.name!r} ({other.resolve()}). "
@@ -45,7 +45,7 @@ def check_sources(loaded: Loaded, store: Store, names: Iterable[str]) -> None:
     """
     mine = {name for name in names if not os.path.isabs(os.path.expanduser(name)) and loaded.resolve(name).exists()}
     for other in store.recipes() if mine else ():
-        place = _place(store, other["text"])
+        place = recipe_file(store, other["text"])
         shared = sorted(mine.intersection(other["sources"]))
         if other["name"] == loaded.name or place is None or not shared:
             continue
@@ -57,7 +57,7 @@ def check_sources(loaded: Loaded, store: Store, names: Iterable[str]) -> None:
             )
 
 
-def _place(store: Store, text: str) -> Path | None:
+def recipe_file(store: Store, text: str) -> Path | None:
     """The file that a kept recipe is from, None where nobody said."""
     first = text.partition("\n")[0]
     return store.folder / first.removeprefix(PLACE) if first.startswith(PLACE) else None

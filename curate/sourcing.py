@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from curate.errors import UsageError, ValidationError
+from curate.kept import Kept
 from curate.progress import Progress
 from curate.recipe import Loaded, Source, load_recipe
 from curate.recipe_rows import in_both_roles, open_rows, said_otherwise
 from curate.recordings import recorded_runs
 from curate.rows import content_id
 from curate.sharing import check_sources
-from curate.store import Store
+from curate.store import Role, Store
 from curate.wanted import wanted_scores
 
 if TYPE_CHECKING:
@@ -26,17 +27,35 @@ if TYPE_CHECKING:
     from curate.data.notes import Notes
 
 
-def read_sources(loaded: Loaded, store: Store, progress: Progress) -> dict[str, list[str]]:
-    """Read the recipe's sources into the store where they changed. role -> the names of its sources."""
+def read_sources(loaded: Loaded, store: Store, progress: Progress, kept: Kept | None = None) -> dict[str, list[str]]:
+    """Read the recipe's sources into the store where they changed. role -> the names of its sources.
+
+    kept: of a run: what is read in waits until the run is whole (`Store.take_sources`), and a source that is not there is taken as it was read last,
+    where the run measures nothing.
+    """
     recipe = loaded.recipe
+    given: dict[Role, Source] = {}
+    if recipe.source is not None:
+        given["train"] = recipe.source
+    if recipe.heldout is not None:
+        given["heldout"] = recipe.heldout
+    openings = {role: _open(loaded, source, role, store, kept) for role, source in given.items()}
+    for opening in openings.values():
+        check_sources(loaded, store, opening.prints)
+    old = {
+        name
+        for role, opening in openings.items()
+        for name, key in opening.prints.items()
+        if not store.source_is_current(name, key, role=role)
+    }
     names: dict[str, list[str]] = {}
-    formats: dict[str, dict[str, str]] = {}
-    for role, source in (("train", recipe.source), ("heldout", recipe.heldout)):
-        if source is not None:
-            reading = open_rows(loaded, source, "source" if role == "train" else "heldout")
-            formats[role] = reading.formats()
-            names[role] = _read_source(loaded, source, role, reading, store, progress)
-    for line in said_otherwise(loaded, formats):
+    for role, opening in openings.items():  # a file that is both is read for both, or for neither
+        again = not old.isdisjoint(opening.prints)
+        names[role] = (
+            _read_source(loaded, given[role], role, opening, store, progress, kept) if again else list(opening.prints)
+        )
+    formats = {role: opening.reading.formats() for role, opening in openings.items() if opening.reading is not None}
+    for line in said_otherwise(loaded, formats):  # type: ignore[arg-type]
         progress.say(line)
     if names.get("train") and names.get("heldout"):
         held = store.row_ids_of(names["heldout"], kind=recipe.kind, role="heldout")
@@ -50,15 +69,30 @@ def read_sources(loaded: Loaded, store: Store, progress: Progress) -> dict[str, 
     return names
 
 
-def _read_source(
-    loaded: Loaded, source: Source, role: str, reading: Reading, store: Store, progress: Progress
-) -> list[str]:
-    from curate.data.notes import Notes
+@dataclass(frozen=True)
+class Opening:
+    """Sources of one role before their rows are read. prints: name -> fingerprint, of content and of the way to read it. reading: None where they
+    are not there, and known.
+    """
+
+    prints: dict[str, str]
+    reading: Reading | None
+
+
+def _open(loaded: Loaded, source: Source, role: Role, store: Store, kept: Kept | None) -> Opening:
+    """UsageError for a source that is not there and that the recipe now reads in another way than the store has it."""
     from curate.data.reading import VERSION
 
-    setting = "source" if role == "train" else "heldout"
-    if role == "train":
-        loaded.formats = reading.formats_of_all
+    question = f"{role} source {source.path}"
+    found: dict[str, Reading] = {}
+
+    def fingerprints() -> list[list[str]]:
+        found["reading"] = open_rows(loaded, source, _setting(role))
+        return [[info.name, info.fingerprint] for info in found["reading"].sources]
+
+    infos = (kept or Kept()).ask(question, fingerprints)
+    if role == "train" and found:
+        loaded.formats = found["reading"].formats_of_all
     settings = [
         loaded.recipe.kind,
         source.on_bad_row,
@@ -69,17 +103,53 @@ def _read_source(
         source.limit,
         VERSION,
     ]
-    prints = {info.name: content_id(info.fingerprint, *settings) for info in reading.sources}
-    check_sources(loaded, store, prints)
-    if all(store.source_is_current(name, key, role=role) for name, key in prints.items()):  # type: ignore[arg-type]
-        return list(prints)
+    prints = {name: content_id(fingerprint, *settings) for name, fingerprint in infos}
+    if kept is None or found:
+        return Opening(prints, found.get("reading"))
+    read_in = {s["source"] for s in store.sources() if s["role"] == role}
+    prints = {name: key for name, key in prints.items() if name in read_in}  # `limit` may end before a list's last file
+    gone = [name for name in prints if not loaded.resolve(name).exists()] or list(prints)
+    if not all(store.source_is_current(name, key, role=role) for name, key in prints.items()):
+        raise UsageError(
+            f"{gone[0]} is not here, and the store holds its rows as they were read in another way (columns, format, split, limit or on_bad_row of "
+            f"`{_setting(role)}`). Bring the file, or take the recipe's change back."
+        )
+    for name in prints:
+        if name in gone:
+            kept.say_gone(name)
+        else:
+            _check_same(loaded, source, role, name, dict(infos)[name])
+    return Opening(prints, None)
+
+
+def _check_same(loaded: Loaded, source: Source, role: Role, name: str, fingerprint: str) -> None:
+    """Of several files some are there: UsageError where one of those has changed."""
+    alone = open_rows(loaded, source.model_copy(update={"path": name}), _setting(role))
+    if [info.fingerprint for info in alone.sources] != [fingerprint]:
+        raise UsageError(
+            f"{name} has changed since it was read, and other files of `{_setting(role)}` are not here. Bring them, too."
+        )
+
+
+def _setting(role: Role) -> str:
+    return "source" if role == "train" else "heldout"
+
+
+def _read_source(
+    loaded: Loaded, source: Source, role: Role, opening: Opening, store: Store, progress: Progress, kept: Kept | None
+) -> list[str]:
+    from curate.data.notes import Notes
+
+    reading, prints, setting = opening.reading, opening.prints, _setting(role)
+    assert reading is not None
     target = str(loaded.path or source.path)
     records = iter(reading) if source.on_bad_row == "drop" else reading.good("error", setting=setting, target=target)
     seen, good, notes = set(), 0, Notes()
+    waits = kept is not None and bool(store.recipes())  # before that there are no views to keep
     with progress.bar(f"reading {role}" if role != "train" else "reading", 0) as count:
         for name, group in itertools.groupby(itertools.islice(records, source.limit), key=lambda record: record.source):
             seen.add(name)
-            found = store.add_source(name, prints[name], _counted(group, count, notes), role=role)  # type: ignore[arg-type]
+            found = store.add_source(name, prints[name], _counted(group, count, notes), role=role, waits=waits)
             good += found.records
             again = f", {found.duplicates:,} of them occur more than once (measured once)" if found.duplicates else ""
             bad = f", {found.bad:,} bad rows left out (`curate validate` names them)" if found.bad else ""
@@ -94,7 +164,7 @@ def _read_source(
             f"{target}: none of the first {source.limit:,} rows can be used (`curate validate {target}` names them); later ones can. "
             f"Raise {setting}.limit."
         )
-    return [name for name in prints if name in seen or store.source_is_current(name, prints[name], role=role)]  # type: ignore[arg-type]
+    return [name for name in prints if name in seen or store.source_is_current(name, prints[name], role=role)]
 
 
 def _counted(records: Iterator[Any], count: Any, notes: Notes) -> Iterator[Any]:

@@ -23,8 +23,8 @@ import numpy as np
 from curate.errors import StoreError, UsageError
 from curate.locks import holder, locked
 from curate.rows import Row
-from curate.storage import conjuncts, imports, misread, query, sources, syntax, tables, views
-from curate.storage.database import Database, one, process_alive
+from curate.storage import conjuncts, imports, misread, query, readings, sources, syntax, tables, views
+from curate.storage.database import Connection, Database, one, process_alive
 from curate.storage.entries import (
     DatasetValue,
     Ingested,
@@ -79,6 +79,7 @@ class Store:
         self.folder = Path(folder)
         self.database = Database(self.folder / "curate.duckdb", patience=patience, on_wait=on_wait)
         self.shards = Shards(self.folder / "shards")
+        self._waiting: dict[str, list[str]] = {}  # source -> its readings that this object sees in its place
         if not self.database.path.exists():
             if not create:
                 found = (
@@ -110,23 +111,68 @@ class Store:
                 views.define(con)
             self._ingest(self.shards.all_files())  # a new database beside old shards is made again from them
 
+    @contextmanager
+    def transaction(self, *, keep: bool = True) -> Iterator[None]:
+        """What this thread writes inside is there as a whole afterwards, or, after an exception or a kill, not at all; meanwhile others wait.
+
+        keep: False undoes it at the end, too: to try what would come out.
+        """
+        waiting, kept = dict(self._waiting), False
+        try:
+            with self.database.transaction(keep=keep):
+                yield
+            kept = keep
+        finally:
+            if not kept:
+                self._waiting = waiting
+
     # ---- rows and their sources -------------------------------------------------------------------------------------------------------
 
     def source_is_current(self, source: str, fingerprint: str, *, role: Role = "train") -> bool:
-        """Whether this content of the source has been read already, so that `add_source` can be skipped."""
+        """Whether this content of the source has been read already, so that `add_source` can be skipped: in its place, or waiting for it."""
+        reading = readings.waiting_name(source, fingerprint)
         with self.database.read() as con:
-            found = one(con, "SELECT fingerprint FROM data.source_state WHERE source = ? AND role = ?", [source, role])
-        return found is not None and found[0] == fingerprint
+            text = "SELECT source FROM data.source_state WHERE role = ? AND ((source = ? AND fingerprint = ?) OR source = ?) ORDER BY source = ? DESC"
+            found = one(con, text, [role, source, fingerprint, reading, source])
+        if found is not None and found[0] == reading:
+            self._see(source, reading)
+        return found is not None
 
     def add_source(
-        self, source: str, fingerprint: str, records: Iterable[SourceRecord], *, role: Role = "train"
+        self,
+        source: str,
+        fingerprint: str,
+        records: Iterable[SourceRecord],
+        *,
+        role: Role = "train",
+        waits: bool = False,
     ) -> Ingested:
         """Read a source in: new rows are appended, and the source's earlier occurrences (of this role) are replaced, in one transaction.
 
         `records` is streamed to disk first, so the database is locked only for the transaction itself. Records with defects (row None) are
         counted and left out. A row keeps its position for ever. NaN in the user's columns becomes NULL.
+        waits: for this object alone until `take_sources`; whoever else reads sees the source as it was.
         """
-        return sources.add(self.folder, self.database, source, fingerprint, records, role=role)
+        found = sources.add(self.folder, self.database, source, fingerprint, records, role=role, waits=waits)
+        if waits:
+            self._see(source, readings.waiting_name(source, fingerprint))
+        return found
+
+    def take_sources(self, names: Sequence[str]) -> None:
+        """Put what was read of these sources, and waits, in their places, for everybody."""
+        with self.database.write() as con:
+            readings.take(con, {name: self._waiting.get(name, []) for name in names}, names)
+            self._waiting = {name: kept for name, kept in self._waiting.items() if name not in names}
+            views.define(con)
+
+    def _see(self, source: str, reading: str) -> None:
+        seen = self._waiting.setdefault(source, [])
+        if reading not in seen:
+            seen.append(reading)
+
+    def _read_as(self, names: Sequence[str] | None) -> list[str] | None:
+        """Sources as the tables have them for this object."""
+        return None if names is None else [kept for name in names for kept in self._waiting.get(name, [name])]
 
     def add_foreign_rows(self, source: str, keys: Sequence[Any], *, kind: str = "sft") -> list[str]:
         """Rows known only by somebody else's ids: no text. Returns their row ids, aligned to `keys`. Adding them again changes nothing."""
@@ -135,14 +181,21 @@ class Store:
     def sources(self) -> list[dict[str, Any]]:
         """One dict a source and role: source, role, fingerprint, n_records, n_bad, n_rows, read_at."""
         with self.database.read() as con:
-            return query.dicts(con, "SELECT * FROM data.source_state ORDER BY read_at, source")
+            found = query.dicts(con, "SELECT * FROM data.source_state ORDER BY read_at, source")
+        seen = {kept for own in self._waiting.values() for kept in own}
+        kept = [
+            s
+            for s in found
+            if s["source"] in seen or s["source"] == readings.plain_name(s["source"]) not in self._waiting
+        ]
+        return [{**s, "source": readings.plain_name(s["source"])} for s in kept]
 
     def row_ids_of(
         self, sources: Sequence[str] | None = None, *, kind: str | None = None, role: Role | None = None
     ) -> list[str]:
         """The distinct rows that occur in these sources (all, if None), by position. Rows without text are in."""
         with self.database.read() as con:
-            return [row_id for _, row_id in query.rows_of(con, sources, kind=kind, role=role)]
+            return [row_id for _, row_id in query.rows_of(con, self._read_as(sources), kind=kind, role=role)]
 
     def missing(
         self,
@@ -158,7 +211,8 @@ class Store:
         A row's position never changes, so `position // shard_size` gives shards of fixed membership. `row_ids` narrows further.
         """
         with self.database.read() as con:
-            return query.rows_of(con, sources, kind=kind, role=role, row_ids=row_ids, without=fingerprint)
+            names = self._read_as(sources)
+            return query.rows_of(con, names, kind=kind, role=role, row_ids=row_ids, without=fingerprint)
 
     def positions(self, row_ids: Sequence[str]) -> np.ndarray:
         """(rows,) int64; -1 where the store does not know the row."""
@@ -184,7 +238,7 @@ class Store:
     ) -> np.ndarray:
         """(rows,) float64: how often each row occurs in these sources."""
         with self.database.read() as con:
-            return query.occurrence_counts(con, row_ids, sources, role)
+            return query.occurrence_counts(con, row_ids, self._read_as(sources), role)
 
     # ---- what passes measured -----------------------------------------------------------------------------------------------------------
 
@@ -233,7 +287,9 @@ class Store:
     def _ingest(self, paths: list[Path]) -> int:
         if paths:
             with self.database.write() as con:
-                if tables.ingest(con, paths):
+                if tables.ingest(
+                    con, paths
+                ):  # what the views are about; a run that is not whole yet changes nothing of them
                     views.define(con)
             self.shards.ingested(paths)
         return len(paths)
@@ -406,6 +462,17 @@ class Store:
             )
             views.define(con)
 
+    def kept(self, recipe: str) -> dict[str, Any] | None:
+        """What a recipe's values rested on when it was measured last (`curate.kept`); None where nobody noted it."""
+        with self.database.read() as con:
+            found = one(con, "SELECT value FROM data.meta WHERE key = ?", [f"kept of {recipe}"])
+        return json.loads(found[0]) if found else None
+
+    def keep(self, recipe: str, record: Mapping[str, Any]) -> None:
+        """Note what a recipe's values rest on, as `kept` gives it back."""
+        with self.database.write() as con:
+            tables.note(con, f"kept of {recipe}", json.dumps(record))
+
     def places(self, recipe: str) -> dict[str, list[Place]]:
         """fingerprint -> (run, checkpoint, step) of the models that a recipe means by it; nothing of what it has no names of its own for."""
         with self.database.read() as con:
@@ -535,11 +602,23 @@ class Store:
 
         Raises UsageError for SQL that does not parse or names no column (the nearest is named), or that wants to write.
         """
-        names = (source,) if isinstance(source, str) else source
+        names = self._read_as((source,) if isinstance(source, str) else source)
         with self.database.read() as con:
-            if recipe is not None or names is not None or views.outdated(con):
-                views.narrow(con, text, recipe=recipe, sources=names)
-            return query.run(con, text, params)
+            narrowed = recipe is not None or names is not None or views.outdated(con)
+            with self._narrowed(con, text, recipe, names) if narrowed else nullcontext():
+                return query.run(con, text, params)
+
+    @contextmanager
+    def _narrowed(
+        self, con: Connection, text: str, recipe: str | None, sources: Sequence[str] | None
+    ) -> Iterator[None]:
+        """The views that a query names, of a recipe or of sources, for a while."""
+        made = views.narrow(con, text, recipe=recipe, sources=sources)
+        try:
+            yield
+        finally:
+            if self.database.in_transaction:  # else the connection is closed
+                views.widen(con, made)
 
     def own_names(self) -> dict[str, str]:
         """The user's columns -> what `occurrences` calls them."""
@@ -549,8 +628,8 @@ class Store:
     def frame(self, *, recipe: str | None = None, planned: Sequence[str] = ()) -> misread.Frame:
         """What a recipe's SQL sees as `scored`, with the columns that are still to come (`planned`) as NULL."""
         with self.database.read() as con:
-            views.narrow(con, "scored", recipe=recipe, sources=None)
-            return misread.frame(con, recipe, planned)
+            with self._narrowed(con, "scored", recipe, None):
+                return misread.frame(con, recipe, planned)
 
     def check_sql(
         self, text: str, key: str, *, recipe: str | None = None, planned: Sequence[str] = (), is_order: bool = False
@@ -560,8 +639,8 @@ class Store:
         Raises UsageError naming `key` for a name that two columns have, and where numbers would be ordered as text.
         """
         with self.database.read() as con:
-            views.narrow(con, f"scored occurrences {text}", recipe=recipe, sources=None)
-            return misread.checked(con, text, key, misread.frame(con, recipe, planned), is_order=is_order)
+            with self._narrowed(con, f"scored occurrences {text}", recipe, None):
+                return misread.checked(con, text, key, misread.frame(con, recipe, planned), is_order=is_order)
 
     def conjuncts(self, where: str) -> list[conjuncts.Conjunct]:
         """The parts of a condition that AND joins, with what they compare."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from curate.checkpoints import Subject, find_checkpoints, single_model
 from curate.errors import UsageError
 from curate.fingerprints import FingerprintCache
+from curate.kept import Kept
 from curate.recordings import PREFIX
 from curate.rows import content_id
 from curate.servers import Servers
@@ -48,25 +49,44 @@ class Subjects:
         return (self.plain,) if self.plain else ()
 
 
-def find_subjects(loaded: Loaded, cache: FingerprintCache, servers: Servers | None = None) -> Subjects:
-    """The recipe's models. Raises ModelError for what cannot be read. servers: who asks the recipe's server (None: it is not asked)."""
+def find_subjects(
+    loaded: Loaded, cache: FingerprintCache, servers: Servers | None = None, kept: Kept | None = None
+) -> Subjects:
+    """The recipe's models. Raises ModelError for what cannot be read. servers: who asks the recipe's server (None: it is not asked). kept: what is
+    known of models that are not there.
+    """
     models, folder = loaded.recipe.models, loaded.folder
+    kept = kept or Kept()
     if isinstance(models.checkpoints, str) and models.checkpoints.startswith(PREFIX):  # nobody kept them
         return Subjects(None, None, (), None)
     server = loaded.recipe.engine.sampler == "openai"
     if server and not models.reference and not models.checkpoints:
-        served = (servers or Servers(loaded, loaded.store)).of()
+
+        def ask() -> list[str]:
+            served = (servers or Servers(loaded, loaded.store)).of()
+            return [served.id, served.model]
+
+        about = loaded.recipe.server
+        id, name = kept.ask(f"served by {about.url} {about.model or ''}", ask, before=True)
         # no path: a server often names a model by a folder, which may be here too
-        lone = Subject(f"served:{served.model}", content_id("served", served.id), "", served.model)
+        lone = Subject(f"served:{name}", content_id("served", id), "", name)
         return Subjects(lone, None, (), lone)
     skipped: list[str] = []
     skip = skipped.append if models.on_broken_checkpoint == "skip" else None
     listed = models.checkpoints
     if listed is not None and not isinstance(listed, str | list):
         listed = [f"{listed.repo}@{revision}" for revision in listed.revisions]
-    series = tuple(find_checkpoints(listed, folder, cache, base=models.base, skip=skip)) if listed else ()
-    reference = single_model(models.reference, folder, cache, base=models.base) if models.reference else None
-    policy = single_model(models.policy, folder, cache, base=models.base) if models.policy else None
+
+    def checkpoints(asked: str | list[str]) -> list[Subject]:
+        return find_checkpoints(asked, folder, cache, base=models.base, skip=skip)
+
+    def single(role: str, name: str | None) -> Subject | None:
+        if not name:
+            return None
+        return kept.model(role, name, models.base, folder, lambda: single_model(name, folder, cache, base=models.base))
+
+    series = tuple(kept.series(listed, models.base, folder, checkpoints)) if listed else ()
+    reference, policy = single("reference", models.reference), single("policy", models.policy)
     of_run = {s.fingerprint: s for s in series}  # a checkpoint keeps its run's name whatever else it is used as
     policy = policy and of_run.get(policy.fingerprint, policy)
     if reference and loaded.recipe.kind == "preference":

@@ -13,6 +13,7 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from curate.errors import UsageError
+from curate.kept import Kept
 from curate.recipe_rows import open_rows
 from curate.rows import Row, content_id
 from curate.show import cell
@@ -36,8 +37,8 @@ def split(of: str) -> tuple[str, str]:
 class Targets:
     """The targets of one recipe; each is read once."""
 
-    def __init__(self, loaded: Loaded):
-        self.loaded = loaded
+    def __init__(self, loaded: Loaded, kept: Kept | None = None):
+        self.loaded, self.kept = loaded, kept or Kept()
         self._identities: dict[str, str] = {}
         self._rows: dict[str, dict[str, list[Row]]] = {}
 
@@ -56,8 +57,9 @@ class Targets:
     def identity(self, name: str) -> str:
         """Of its rows and of what is taken of them, `per` apart."""
         if name not in self._identities:
-            sources = [info.fingerprint for info in self._reading(name).sources]
             target = self.named(name)
+            question = f"target {target.path}"
+            sources = self.kept.ask(question, lambda: [info.fingerprint for info in self._reading(name).sources])
             settings = target.model_dump(exclude={"path", "per"})
             if "on_bad_row" in target.inherited:  # values of rows that are good do not depend on it
                 settings["on_bad_row"] = "error"
@@ -95,7 +97,10 @@ class Targets:
 
     def groups(self, name: str) -> list[str]:
         """A target's groups, sorted; [] where it has none."""
-        return [] if self.named(name).per is None else sorted(self.rows(name))
+        if self.named(name).per is None:
+            return []
+        question = f"groups of target {self.identity(name)} by {self.named(name).per}"
+        return self.kept.ask(question, lambda: sorted(self.rows(name)))
 
     def gradients(self, of: str) -> list[str]:
         """The mean gradients that cosines with target.NAME are taken of: its groups', or its own alone."""

@@ -11,9 +11,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from curate.checks import check_ahead
-from curate.errors import CurateError, UsageError
+from curate.checks import Ahead, check_ahead, columns_exist
+from curate.disk import disk_trouble
+from curate.errors import CurateError, ModelError, UsageError
 from curate.imported import check_imported_names
+from curate.kept import Kept, open_kept
 from curate.plan import Plan
 from curate.plan import make_plan as _make_plan
 from curate.positions import beyond_positions, unmeasurable_rows
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 
     from curate.data import ExportResult
     from curate.select import SelectSpec
+    from curate.servers import Ask
     from curate.store import Selection
 
 STEPS = ("measure", "score", "select", "export")
@@ -132,25 +135,7 @@ def run_steps(loaded: Loaded, steps: Sequence[str], *, progress: Progress, comma
     result = Result(store, loaded.name)
     try:
         with store.measuring():
-            sources = read_sources(loaded, store, progress)
-            result.plan = _make_plan(loaded, store, sources, ask="keep" if "measure" in steps else "no")
-            _register(loaded, store, result.plan, sources)
-            if "measure" in steps:
-                result.plan.of_references = check_references(loaded, store, result.plan)
-                for note in result.plan.notes():
-                    (progress.warn if note in result.plan.doubts else progress.say)(note)
-                result.said = not progress.quiet
-                _check_ahead(loaded, store, result.plan, sources)
-                _measure(loaded, result, progress)
-                result.plan.of_lengths = beyond_positions(loaded, store, result.plan)  # now that tokens are counted
-                for note in result.plan.of_lengths:
-                    progress.say(note)
-            if "score" in steps:
-                _score(loaded, result, sources, progress)
-            if "select" in steps and loaded.recipe.select is not None:
-                _select(loaded, result, sources)
-                for note in _likely_not_meant(result.selection):
-                    progress.say(note)
+            sources = _run(loaded, steps, result, progress)
         if "export" in steps and loaded.recipe.export is not None:
             _export(loaded, result, sources, progress)
     except CurateError as error:
@@ -161,7 +146,10 @@ def run_steps(loaded: Loaded, steps: Sequence[str], *, progress: Progress, comma
         _finish(store, number, "stopped", "interrupted", result)
         raise
     except Exception as error:
-        _finish(store, number, "failed", f"{type(error).__name__}: {error}", result)
+        full = disk_trouble(error)
+        _finish(store, number, "failed", str(full) if full else f"{type(error).__name__}: {error}", result)
+        if full is not None:
+            raise full from error
         raise
     store.finish_run(number, "done", "", _counts(result))
     return result
@@ -171,6 +159,75 @@ def _likely_not_meant(selection: Selection | None) -> list[str]:
     """The notes of a selection and of its control."""
     made = [one for one in (selection, selection.control if selection else None) if one is not None]
     return [f"Selection {one.name!r}: {note}" for one in made for note in one.counts.get("notes", [])]
+
+
+def _run(loaded: Loaded, steps: Sequence[str], result: Result, progress: Progress) -> dict[str, list[str]]:
+    """Everything up to the export. What the recipe points to in the store changes at the end, in one transaction: a run that fails or is killed
+    leaves every view as the last whole one left it; what it measured is kept.
+    """
+    store, measures = result.store, "measure" in steps
+    kept = open_kept(loaded, store, anew=measures)
+    sources, plan = _planned(loaded, store, kept, progress, ask="keep" if measures else "no")
+    result.plan = plan
+    for note in kept.notes():
+        progress.say(note)
+    if measures:
+        plan.of_references = check_references(loaded, store, plan)
+        for note in plan.notes():
+            (progress.warn if note in plan.doubts else progress.say)(note)
+        result.said = not progress.quiet
+        _check_ahead(loaded, store, plan, sources)
+        if not store.recipes():  # nobody's views to keep: whoever reads meanwhile sees what is done so far
+            with store.transaction():
+                _register(loaded, store, plan, sources)
+        _measure(loaded, result, progress)
+        plan.of_lengths = beyond_positions(loaded, store, plan)  # now that tokens are counted
+        for note in plan.of_lengths:
+            progress.say(note)
+        store.keep(loaded.name, kept.record())
+    scored = _compute(loaded, result, sources, progress) if "score" in steps else None
+    with store.transaction():
+        if _views_follow(loaded, steps, result, sources, progress):
+            _register(loaded, store, plan, sources)
+        if scored is not None:
+            scored.write(store, loaded.name)
+            store.keep(loaded.name, kept.record())
+        if "select" in steps and loaded.recipe.select is not None:
+            _select(loaded, result, sources)
+    for note in _likely_not_meant(result.selection):
+        progress.say(note)
+    return sources
+
+
+def _planned(
+    loaded: Loaded, store: Store, kept: Kept, progress: Progress, *, ask: Ask
+) -> tuple[dict[str, list[str]], Plan]:
+    """The names of the sources, read in, and the plan. A model that cannot be read is an error for what measures alone, which says so."""
+    sources = read_sources(loaded, store, progress, kept)
+    try:
+        return sources, _make_plan(loaded, store, sources, ask=ask, kept=kept)
+    except ModelError as error:
+        if kept.anew and store.kept(loaded.name) is not None:
+            raise type(error)(
+                f"{error}\n  What was measured is kept: `curate score {loaded.path}`, `select` and `export` need no model."
+            ) from None
+        raise
+
+
+def _views_follow(
+    loaded: Loaded, steps: Sequence[str], result: Result, sources: dict[str, list[str]], progress: Progress
+) -> bool:
+    """Whether the views are to show what this run means: not what was measured alone, beside scores of something else; nor an export."""
+    if "score" in steps or "select" in steps:
+        return True
+    if "measure" not in steps:
+        return False
+    current = result.store.made_of("scores", loaded.name) in (None, _scores_of(result.store, result, sources))
+    if not current:
+        progress.say(
+            f"The views show what the last scores of {loaded.name!r} are made of: `curate score {loaded.path}` takes in what is measured now."
+        )
+    return current
 
 
 def selection_text(selection: Selection) -> str:
@@ -196,10 +253,9 @@ def make_plan(loaded: Loaded, *, progress: Progress) -> Plan:
     store = _open_store(loaded, progress)
     check_name(loaded, store)
     check_imported_names(store, wanted_scores(loaded))
-    sources = read_sources(loaded, store, progress)
     if store.measured_by() is None:  # what a killed run had finished is measured
         store.ingest()
-    plan = _make_plan(loaded, store, sources, ask="look")
+    sources, plan = _planned(loaded, store, open_kept(loaded, store, anew=True), progress, ask="look")
     plan.of_references = check_references(loaded, store, plan)
     _check_ahead(loaded, store, plan, sources)
     plan.of_lengths = [*unmeasurable_rows(loaded, plan), *beyond_positions(loaded, store, plan)]
@@ -207,7 +263,7 @@ def make_plan(loaded: Loaded, *, progress: Progress) -> Plan:
 
 
 def _register(loaded: Loaded, store: Store, plan: Plan, sources: dict[str, list[str]]) -> None:
-    """Say which values are the recipe's, before they are there: whoever reads while it measures sees what is done so far."""
+    """Say which values are the recipe's, inside a transaction: from its end on the views show them."""
     also = [m.fingerprint for m in recorded_runs(store)[plan.recorded]] if plan.recorded else []
     uses = list(dict.fromkeys([*(f for found in plan.uses.values() for f in found), *also]))
     plain = list(dict.fromkeys(found[-1] for (role, _, over), found in plan.uses.items() if over is None and not role))
@@ -215,6 +271,7 @@ def _register(loaded: Loaded, store: Store, plan: Plan, sources: dict[str, list[
     kept = {m.fingerprint: (m.run, m.checkpoint, m.step) for m in store.measured()}
     of_run = [task.measured for step in plan.steps for task in step.tasks if task.measured.run]
     renamed = [m for m in of_run if kept.get(m.fingerprint) not in (None, (m.run, m.checkpoint, m.step))]
+    store.take_sources(names)
     if renamed:  # measured as a model of its own before, or in another run: now a checkpoint of this one
         store.remember(renamed)
     store.register_recipe(
@@ -229,9 +286,13 @@ def _register(loaded: Loaded, store: Store, plan: Plan, sources: dict[str, list[
 
 
 def _check_ahead(loaded: Loaded, store: Store, plan: Plan, sources: dict[str, list[str]]) -> None:
-    """Columns of `select` are looked up where the store has views of the recipe."""
-    select = _spec(loaded) if loaded.recipe.select and any(r["name"] == loaded.name for r in store.recipes()) else None
-    check_ahead(loaded, store, plan, sources, select, _worst(store, plan.wanted))
+    """What a run would refuse. Columns of `select` are looked up in the views as they will be."""
+    worst = _worst(store, plan.wanted)
+    if loaded.recipe.select is not None:
+        with store.transaction(keep=False):
+            _register(loaded, store, plan, sources)
+            columns_exist(Ahead(loaded, store, plan, sources, _spec(loaded), worst))
+    check_ahead(loaded, store, plan, sources, None, worst)
 
 
 def _spec(loaded: Loaded) -> SelectSpec:
@@ -275,12 +336,28 @@ def _measure(loaded: Loaded, result: Result, progress: Progress) -> None:
             result.plan.lengths.forget()
 
 
-def _score(loaded: Loaded, result: Result, sources: dict[str, list[str]], progress: Progress) -> None:
+@dataclass(frozen=True)
+class Scored:
+    """What a recipe's scores are, before the store has them."""
+
+    row_ids: list[str]
+    scores: dict[str, Any]
+    trajectories: list[Any]
+    values: list[DatasetValue]
+    made_of: str
+
+    def write(self, store: Store, recipe: str) -> None:
+        store.write_scores(recipe, self.row_ids, self.scores, trajectories=self.trajectories, made_of=self.made_of)
+        store.write_dataset_values(recipe, self.values)
+
+
+def _compute(loaded: Loaded, result: Result, sources: dict[str, list[str]], progress: Progress) -> Scored:
     from curate.calibrating import with_thresholds
     from curate.scoring import Columns, compute_dataset_values, compute_scores, named, nothing_known
 
     store, plan = result.store, result.plan
     assert plan is not None
+    _check_measured(loaded, store, plan)
     if plan.missing and not result.measured:
         progress.say(
             f"Some rows are not measured yet and their scores are NULL: `curate measure {loaded.path}` measures them."
@@ -301,13 +378,28 @@ def _score(loaded: Loaded, result: Result, sources: dict[str, list[str]], progre
     ):
         progress.warn(note)
     each = [replace(one, values=named(plan, one.values)) for one in each]
-    store.write_scores(loaded.name, row_ids, named(plan, scores), trajectories=each, made_of=made_of)
     result.scores = list(scores)
     values = found.values + compute_dataset_values(store, plan, row_ids, train)
     if ids:
         values += compute_dataset_values(store, plan, ids, heldout, prefix="heldout_")
     result.values = values
-    store.write_dataset_values(loaded.name, values)
+    return Scored(row_ids, named(plan, scores), each, values, made_of)
+
+
+def _check_measured(loaded: Loaded, store: Store, plan: Plan) -> None:
+    """UsageError for what was never measured: its scores would be empty. Rows that are new since are another thing."""
+    known = {m.fingerprint for m in store.measured()}
+    never = [
+        (step, task) for step in plan.steps for task in step.tasks if step.missing and task.fingerprint not in known
+    ]
+    if never:
+        models = list(dict.fromkeys(step.subject.label for step, _ in never if step.reads != "tokens"))
+        of = f" of {models[0]}" + (f" and {len(models) - 1:,} more" if len(models) > 1 else "") if models else ""
+        names = ", ".join(dict.fromkeys(task.measurement.name for _, task in never))
+        raise UsageError(
+            f"{loaded.path or 'recipe'}: {names}{of} was never measured as the recipe has it now. "
+            f"`curate measure {loaded.path or 'RECIPE'}`, where the models are, does that."
+        )
 
 
 def _select(loaded: Loaded, result: Result, sources: dict[str, list[str]]) -> None:
@@ -338,7 +430,9 @@ def _export(loaded: Loaded, result: Result, sources: dict[str, list[str]], progr
     if result.selection is None:
         result.selection = result.store.selection(loaded.name)
         _check_current(loaded, result.store, "selection", _selection_of(loaded, result, sources), "select")
-    result.exported = export_selection(loaded, result.store, result.selection, sources.get("train", []))
+    assert result.plan is not None
+    subjects = result.plan.subjects
+    result.exported = export_selection(loaded, result.store, result.selection, sources.get("train", []), subjects)
     for note in result.exported.notes:
         (progress.warn if note in result.exported.warnings else progress.say)(note)
 

@@ -24,7 +24,8 @@ from curate.data.hub import first_line
 from curate.data.replace import MARK, carry_over, check_target, replace_folder
 from curate.data.spool import Spool, write_parquet
 from curate.data.trainer import FILE, TrainedAs, write_trainer_args
-from curate.errors import UsageError, ValidationError
+from curate.disk import disk_trouble
+from curate.errors import CurateError, UsageError, ValidationError
 
 ExportFormat = Literal["trl", "prompt_completion", "messages", "extend"]
 
@@ -85,10 +86,12 @@ def export(
                 staging, target, iter(records), iter(dropped), format, split, card or Card(), resample, seed, trainer
             )
             replace_folder(staging, target)
-    except OSError as error:
+    except Exception as error:  # `datasets` has errors of its own for a full disk
+        if not isinstance(error, OSError) and (isinstance(error, CurateError) or disk_trouble(error) is None):
+            raise
+        what = getattr(error, "strerror", None) or disk_trouble(error) or error
         raise ValidationError(
-            f"export to {to} failed: {error.strerror or error}. What was there before is untouched; make room, or choose another "
-            "folder with `--set export.to=...`."
+            f"export to {to} failed: {what}. What was there before is untouched; make room, or choose another folder with `--set export.to=...`."
         ) from error
     if push_to_hub:
         push(result, push_to_hub)

@@ -22,6 +22,7 @@ from uuid import uuid4
 
 import duckdb
 
+from curate.disk import disk_trouble
 from curate.errors import StoreError
 
 SCHEMA_VERSION = 1
@@ -56,6 +57,7 @@ READ_PATIENCE, WRITE_PATIENCE = 30.0, 300.0  # seconds
 _locks: dict[str, threading.RLock] = defaultdict(threading.RLock)
 _locks_lock = threading.Lock()
 Connection = duckdb.DuckDBPyConnection
+_held = threading.local()  # .connections: path of a database -> the connection of this thread's transaction
 _engines: defaultdict[int, list[Connection]] = defaultdict(
     list
 )  # process id -> idle engines: a forked child starts its own
@@ -88,6 +90,11 @@ def process_alive(pid: int) -> bool:
     return True
 
 
+def _connections() -> dict[str, Connection]:
+    found: dict[str, Connection] = getattr(_held, "connections", {})
+    return found
+
+
 class Database:
     """`<store>/curate.duckdb`. `read` and `write` are context managers that yield a connection inside one transaction."""
 
@@ -95,8 +102,9 @@ class Database:
         self.path = path
         self.patience = patience
         self.on_wait = on_wait
+        self._name = str(path.resolve())
         with _locks_lock:
-            self._lock = _locks[str(path.resolve())]
+            self._lock = _locks[self._name]
 
     def create(self, created_by: str) -> bool:
         """Make the file if there is none: beside it and then linked into place, so that it is never seen half-made. True if made."""
@@ -123,20 +131,56 @@ class Database:
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
-        """A read-only connection. Waits for a writer of another process."""
-        with self._open(read_only=True) as con, _explained(self.path):
+        """A read-only connection. Waits for a writer of another process. Inside `transaction`: its connection, which sees what it changed."""
+        if (con := self._under_way()) is not None:
+            with _explained(self.path):
+                yield con
+            return
+        with self._open(read_only=True) as con:
             self._check_version(con)
             yield con
 
     @contextmanager
     def write(self) -> Iterator[Connection]:
         """A connection inside a transaction: committed at the end, undone by any exception. Waits for readers and writers."""
-        with self._open(read_only=False) as con, _explained(self.path):
+        if (con := self._under_way()) is not None:
+            with _explained(self.path):
+                yield con
+            return
+        with self._transaction() as con:
+            yield con
+            con.execute("COMMIT")
+
+    @contextmanager
+    def transaction(self, *, keep: bool = True) -> Iterator[None]:
+        """Everything that this thread reads and writes inside is one transaction: all of it is there afterwards, or, after an exception or a kill,
+        nothing of it. keep: False undoes it at the end, too: to try what would come out.
+        """
+        if self._under_way() is not None:
+            raise RuntimeError("a transaction inside a transaction")
+        with self._transaction() as con:
+            _held.connections = {**_connections(), self._name: con}
+            try:
+                yield
+            finally:
+                _held.connections = {name: other for name, other in _connections().items() if other is not con}
+            con.execute("COMMIT" if keep else "ROLLBACK")
+
+    @property
+    def in_transaction(self) -> bool:
+        """Whether this thread is inside `transaction`."""
+        return self._under_way() is not None
+
+    def _under_way(self) -> Connection | None:
+        return _connections().get(self._name)
+
+    @contextmanager
+    def _transaction(self) -> Iterator[Connection]:
+        with self._open(read_only=False) as con:
             self._check_version(con)
             con.execute("BEGIN")
             try:
                 yield con
-                con.execute("COMMIT")
             except BaseException:
                 try:
                     con.execute("ROLLBACK")
@@ -146,13 +190,13 @@ class Database:
 
     def open_once(self) -> None:
         """Check that the file is a store of this version; bring an older one to it where that is known how, one transaction a step."""
-        with self._open(read_only=True) as con, _explained(self.path):
+        with self._open(read_only=True) as con:
             version = self._version(con)
             steps = range(version, SCHEMA_VERSION)
             if not steps or any(v not in MIGRATIONS for v in steps):
                 self._check_version(con)
                 return
-        with self._open(read_only=False) as con, _explained(self.path):
+        with self._open(read_only=False) as con:
             for v in range(self._version(con), SCHEMA_VERSION):
                 con.execute("BEGIN")
                 con.execute(MIGRATIONS[v])
@@ -165,7 +209,10 @@ class Database:
         if not self._lock.acquire(timeout=patience):
             raise StoreError(f"{self.path}: another thread of this process has had it for {patience:.0f} s.")
         try:
-            with ExitStack() as opened:
+            with (
+                _explained(self.path),
+                ExitStack() as opened,
+            ):  # what is committed may still fail to reach the file, at DETACH
                 yield self._connect(opened, read_only, patience)
         finally:
             self._lock.release()
@@ -266,10 +313,8 @@ def _explained(path: Path) -> Iterator[None]:
 def _explain(error: duckdb.Error, path: Path) -> Exception:
     text = str(error)
     first = text.splitlines()[0]
-    if "no space left" in text.lower() or "not enough space" in text.lower() or "disk quota" in text.lower():
-        return StoreError(
-            f"{path}: the disk is full. Nothing was lost; free some space and run the same command again. ({first})"
-        )
+    if (full := disk_trouble(error)) is not None:
+        return StoreError(f"{path}: {full}")
     if (
         "corrupt" in text.lower()
         or "not a valid duckdb" in text.lower()

@@ -15,6 +15,7 @@ import pyarrow as pa
 from curate.errors import UsageError
 from curate.rows import Example, Pair, Row, text_from_column
 from curate.storage.database import Connection, one, quote
+from curate.storage.readings import HIDDEN, WAITS, any_waits
 from curate.storage.tables import ids_view, table_of
 
 if TYPE_CHECKING:
@@ -218,7 +219,9 @@ def find_row(con: Connection, text: str, folder: str) -> str:
         found = con.execute(
             "SELECT DISTINCT row_id FROM data.occurrences WHERE source = ? AND index = ?", [source, index]
         ).fetchall()
-        known = [row[0] for row in con.execute("SELECT DISTINCT source FROM data.occurrences").fetchall()]
+        known = [
+            row[0] for row in con.execute(f"SELECT DISTINCT source FROM data.occurrences WHERE NOT {WAITS}").fetchall()
+        ]
         hint = f"Sources are: {', '.join(known)}."
     else:
         found = (
@@ -245,12 +248,13 @@ def status(con: Connection) -> dict[str, Any]:
     for m in measured:
         m["n_rows"] = counts.get(m["fingerprint"], 0)
     last = dicts(con, "SELECT * EXCLUDE (host) FROM data.runs ORDER BY id DESC LIMIT 1")
-    n_rows, n_text = con.execute("SELECT count(*), count(prompt) FROM data.rows").fetchall()[0]
+    seen = f"WHERE row_id NOT IN ({HIDDEN})" if any_waits(con) else ""
+    n_rows, n_text = con.execute(f"SELECT count(*), count(prompt) FROM data.rows {seen}").fetchall()[0]
     return {
         "rows": n_rows,
         "rows_without_text": n_rows - n_text,
         "samples": con.execute("SELECT count(*) FROM data.samples").fetchall()[0][0],
-        "sources": dicts(con, "SELECT * FROM data.source_state ORDER BY read_at, source"),
+        "sources": dicts(con, f"SELECT * FROM data.source_state WHERE NOT {WAITS} ORDER BY read_at, source"),
         "measured": measured,
         "recipes": [row[0] for row in con.execute("SELECT name FROM data.recipes ORDER BY updated DESC").fetchall()],
         "selections": dicts(con, "SELECT name, recipe, counts, created FROM data.selections ORDER BY created DESC"),

@@ -11,9 +11,9 @@ A file carries its `Measured` record and the measurement's columns, so it needs 
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -22,6 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from curate.disk import disk_trouble
 from curate.errors import StoreError
 from curate.rows import content_id
 from curate.storage.database import process_alive
@@ -120,8 +121,9 @@ class Shards:
         for path in paths:
             if path.parent == self.pending_folder:
                 home = self.folder / path.name.split("-")[0]
-                home.mkdir(parents=True, exist_ok=True)
-                os.replace(path, home / path.name)
+                with suppress(OSError):  # on a full disk it stays pending, and is taken in again, which changes nothing
+                    home.mkdir(parents=True, exist_ok=True)
+                    os.replace(path, home / path.name)
 
     def sweep(self) -> list[str]:
         """Remove what a killed process left half-written (a training that records may be writing right now). Returns the names removed."""
@@ -164,10 +166,8 @@ def write_parquet(table: pa.Table, path: Path) -> None:
         finally:
             os.close(folder)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise StoreError(
-                f"{path.parent}: the disk is full. What was finished is kept; free some space and run the same command again."
-            ) from None
+        if (full := disk_trouble(error)) is not None:
+            raise StoreError(f"{path.parent}: {str(full).removeprefix(f'{error.filename}: ')}") from None
         raise StoreError(f"{path.parent}: cannot write there ({error.strerror or error}).") from None
     finally:
         temporary.unlink(missing_ok=True)

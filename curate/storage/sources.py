@@ -21,6 +21,7 @@ import pyarrow as pa
 
 from curate.errors import StoreError
 from curate.rows import Example, Pair, foreign_id, text_to_column
+from curate.storage import readings
 from curate.storage.database import Connection, Database, literal, process_alive
 from curate.storage.entries import Ingested, Role, SourceRecord
 from curate.storage.shapes import Shape, merged, shape_of, written
@@ -36,7 +37,14 @@ STAGED = pa.schema(
 
 
 def add(
-    folder: Path, database: Database, source: str, fingerprint: str, records: Iterable[SourceRecord], *, role: Role
+    folder: Path,
+    database: Database,
+    source: str,
+    fingerprint: str,
+    records: Iterable[SourceRecord],
+    *,
+    role: Role,
+    waits: bool = False,
 ) -> Ingested:
     """See `Store.add_source`."""
     types: dict[str, Shape] = {}
@@ -55,6 +63,9 @@ def add(
     try:
         good = _stage(staging, lines())
         with database.write() as con:
+            if waits:
+                source = readings.waiting_name(source, fingerprint)
+                readings.note_first(con, source)
             new, distinct = _ingest(con, staging, source, role)
             con.execute("DELETE FROM data.source_columns WHERE source = ? AND role = ?", [source, role])
             for i, (name, kind) in enumerate(types.items()):

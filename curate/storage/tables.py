@@ -110,7 +110,7 @@ def known_columns(con: Connection, names: Sequence[str] | None) -> dict[str, lis
 
 
 def ingest(con: Connection, paths: Sequence[Path]) -> bool:
-    """Shards into tables. True if a table or column or fingerprint is new, so that views have to follow."""
+    """Shards into tables. True if a table or column or fingerprint is new to what the recipe registered last uses, so that views have to follow."""
     groups: dict[tuple[str, tuple[tuple[str, str], ...]], list[Path]] = {}
     records: dict[str, Measured] = {}
     for path in paths:
@@ -118,9 +118,14 @@ def ingest(con: Connection, paths: Sequence[Path]) -> bool:
         records[record.fingerprint] = record
         groups.setdefault((record.fingerprint, tuple((f.name, str(f.type)) for f in schema)), []).append(path)
     known = {row[0] for row in con.execute("SELECT fingerprint FROM data.measured").fetchall()}
-    for record in records.values():
-        remember(con, record)
-    changed = not set(records) <= known
+    for fingerprint, record in records.items():
+        if (
+            fingerprint not in known
+        ):  # whoever measures more of it under another name says so when the run is whole (`remember`)
+            remember(con, record)
+    last = one(con, "SELECT uses FROM data.recipes ORDER BY updated DESC, name LIMIT 1")
+    shown = set(last[0]) if last else set()
+    changed = not shown.isdisjoint(set(records) - known)
     for (fingerprint, schema), files in groups.items():
         names = [name for name, _ in schema if name not in ("row_id", "samples")]
         listing = "[" + ", ".join(literal(str(f)) for f in files) + "]"
@@ -131,7 +136,7 @@ def ingest(con: Connection, paths: Sequence[Path]) -> bool:
             f"CREATE OR REPLACE TEMP TABLE incoming AS SELECT {literal(fingerprint)} AS fingerprint, {picked} FROM {source} "
             "QUALIFY row_number() OVER (PARTITION BY row_id) = 1"
         )
-        changed |= merge(con, table_of(records[fingerprint].measurement), "incoming")
+        changed |= merge(con, table_of(records[fingerprint].measurement), "incoming") and fingerprint in shown
         if any(name == "samples" for name, _ in schema):
             _ingest_samples(con, fingerprint, source)
         con.execute("DROP TABLE incoming")

@@ -12,11 +12,15 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+
+import duckdb
 
 from curate.errors import UsageError
 from curate.storage import imports
 from curate.storage.database import Connection, literal, one, quote
 from curate.storage.own_columns import OwnColumn, own_columns
+from curate.storage.readings import HIDDEN, PLAIN, WAITS, any_waits, plain_name
 from curate.storage.tables import columns_of, table_of, trajectories_table
 
 FIRST = "1152921504606846976"  # 2**60: a held-out occurrence comes after every training one
@@ -60,11 +64,21 @@ def outdated(con: Connection) -> bool:
     return one(con, "SELECT value FROM data.meta WHERE key = 'views'") != (VERSION,)
 
 
-def narrow(con: Connection, text: str, *, recipe: str | None, sources: Sequence[str] | None) -> None:
-    """Make the views that a query names, for this connection only. Raises UsageError naming the nearest recipe or source."""
+def narrow(con: Connection, text: str, *, recipe: str | None, sources: Sequence[str] | None) -> list[str]:
+    """Make the views that a query names, for this connection only. Returns their names. Raises UsageError naming the nearest recipe or source."""
+    made = []
     for view, body in _bodies(con, recipe, sources).items():
         if view in text.lower():
             con.execute(f"CREATE OR REPLACE TEMP VIEW {view} AS {body()}")
+            made.append(view)
+    return made
+
+
+def widen(con: Connection, made: Iterable[str]) -> None:
+    """Undo `narrow`, for a connection that is used again."""
+    for view in made:
+        with suppress(duckdb.Error):  # a transaction that has failed is undone as a whole
+            con.execute(f"DROP VIEW temp.{view}")
 
 
 def _bodies(con: Connection, recipe: str | None, sources: Sequence[str] | None) -> dict[str, Callable[[], str]]:
@@ -77,12 +91,13 @@ def _bodies(con: Connection, recipe: str | None, sources: Sequence[str] | None) 
         ).fetchall()
         uses = [*uses, *(row[0] for row in imported)]
     plain = [*plain, *_lone_imports(con, plain)]
-    occurs = f"data.occurrences WHERE {only}" if only else "data.occurrences"
-    near = f"row_id IN (SELECT row_id FROM {occurs})" if only else ""
+    occurs = _occurs(con, only)
+    hidden = f"row_id NOT IN ({HIDDEN})" if not only and any_waits(con) else ""
+    near = f"row_id IN (SELECT row_id FROM {occurs})" if only else hidden
     called = _called(name or "")
     return {
-        "rows": lambda: f"SELECT {', '.join(BASE)} FROM ({_rows(occurs, bool(only))})",
-        "scored": lambda: _scored(con, only, scores_table, plain),
+        "rows": lambda: _narrowed(f"SELECT {', '.join(BASE)} FROM ({_rows(occurs, bool(only))})", hidden),
+        "scored": lambda: _narrowed(_scored(con, only, scores_table, plain), hidden),
         "trajectories": lambda: _narrowed(_trajectories(con, uses, scores_table, called), near),
         "samples": lambda: _narrowed(
             "SELECT s.row_id, n.run, n.checkpoint, n.step, s.sample, s.text, s.correct, s.n_tokens, s.logp, s.finished "
@@ -155,6 +170,16 @@ def _only(con: Connection, recipe: str | None, sources: Sequence[str] | None) ->
     return " AND ".join(f"({condition})" for condition in conditions if condition)
 
 
+def _seen(con: Connection, only: str) -> str:
+    """The condition on the sources that a query is about: readings that wait are seen where they are named alone. "" for all."""
+    return only or (f"NOT {WAITS}" if any_waits(con) else "")
+
+
+def _occurs(con: Connection, only: str) -> str:
+    seen = _seen(con, only)
+    return f"data.occurrences WHERE {seen}" if seen else "data.occurrences"
+
+
 def _check_sources(con: Connection, sources: Sequence[str]) -> None:
     known = [
         row[0]
@@ -165,7 +190,8 @@ def _check_sources(con: Connection, sources: Sequence[str]) -> None:
     for source in sources:
         if source not in known:
             near = difflib.get_close_matches(source, known, 1)
-            hint = f"Did you mean {near[0]!r}?" if near else f"There are: {', '.join(known) or 'none yet'}."
+            seen = [name for name in known if plain_name(name) == name]
+            hint = f"Did you mean {near[0]!r}?" if near else f"There are: {', '.join(seen) or 'none yet'}."
             raise UsageError(f"no source {source!r} in this store. {hint}")
 
 
@@ -188,7 +214,8 @@ def _lone_imports(con: Connection, plain: Sequence[str]) -> list[str]:
 def _rows(occurs: str, narrowed: bool) -> str:
     """Rows with their first occurrence: source, index, role and the user's columns (JSON)."""
     return (
-        "SELECT r.*, o.source, o.index, o.role, o.columns, coalesce(f.n_occurrences, 0) AS n_occurrences FROM data.rows r "
+        f"SELECT r.*, {PLAIN.replace('source', 'o.source')} AS source, o.index, o.role, o.columns, "
+        "coalesce(f.n_occurrences, 0) AS n_occurrences FROM data.rows r "
         f"{'JOIN' if narrowed else 'LEFT JOIN'} (SELECT row_id, count(*) AS n_occurrences, "
         f"min(CASE WHEN role = 'train' THEN seq ELSE seq + {FIRST} END) % {FIRST} AS seq FROM {occurs} GROUP BY row_id) f USING (row_id) "
         "LEFT JOIN data.occurrences o ON o.seq = f.seq"
@@ -196,10 +223,9 @@ def _rows(occurs: str, narrowed: bool) -> str:
 
 
 def _scored(con: Connection, only: str, scores_table: str | None, plain: Sequence[str]) -> str:
-    occurs = f"data.occurrences WHERE {only}" if only else "data.occurrences"
     picked, joins, taken = _ours(con, scores_table, plain)
-    picked += [own.picked("r.columns") for own in own_columns(con, taken, only)]
-    return f"SELECT {', '.join(picked)} FROM ({_rows(occurs, bool(only))}) r {' '.join(joins)}"
+    picked += [own.picked("r.columns") for own in own_columns(con, taken, _seen(con, only))]
+    return f"SELECT {', '.join(picked)} FROM ({_rows(_occurs(con, only), bool(only))}) r {' '.join(joins)}"
 
 
 def _ours(
@@ -257,7 +283,7 @@ def own_names(con: Connection, recipe: str | None, planned: Sequence[str] = ()) 
     is measured.
     """
     _, scores_table, _, plain = _recipe(con, recipe)
-    only = _only(con, recipe, None)
+    only = _seen(con, _only(con, recipe, None))
     taken = _measured(con, scores_table, [*plain, *_lone_imports(con, plain)])[2]
     taken.update({name.lower(): name for name in planned if name.lower() not in taken})
     imported = _imported(con, taken)[2]
@@ -275,9 +301,9 @@ def _free(names: Iterable[str], taken: dict[str, str]) -> list[str]:
 
 
 def _occurrences(con: Connection, only: str) -> str:
-    occurs = f"data.occurrences WHERE {only}" if only else "data.occurrences"
-    picked = [*OCCURRENCE, *(own.picked("columns") for own in own_columns(con, OCCURRENCE, only))]
-    return f"SELECT {', '.join(picked)} FROM {occurs}"
+    base = [f"{PLAIN} AS source" if name == "source" else name for name in OCCURRENCE]
+    picked = [*base, *(own.picked("columns") for own in own_columns(con, OCCURRENCE, _seen(con, only)))]
+    return f"SELECT {', '.join(picked)} FROM {_occurs(con, only)}"
 
 
 def _called(recipe: str) -> str:
