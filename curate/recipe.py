@@ -81,8 +81,11 @@ class Gradients(Strict):
 class Tokens(Strict):
     """How rows become tokens."""
 
-    max_length: int | None = Field(1024, ge=2)
-    truncation: Literal["keep_start", "keep_end", "drop", "error"] = "keep_start"
+    max_length: int | None = Field(1024, ge=2, description="tokens of a row, prompt and response; null: no limit")
+    truncation: Literal["keep_start", "keep_end", "drop", "error"] = Field(
+        "keep_start",
+        description="what a longer row loses: its end (keep_start, as TRL does), its beginning (keep_end), or itself (drop: not measured; error)",
+    )
     chat: Literal["auto", "always", "never"] = Field(
         "auto",
         description="rows of plain text as messages, through the model's chat template: auto (question/answer rows, where it has one), always, never",
@@ -92,35 +95,43 @@ class Tokens(Strict):
 class Engine(Strict):
     """What runs the models. A change of token_budget changes speed only, never a value's identity."""
 
-    sampler: Literal["auto", "vllm", "openai", "transformers"] = "auto"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    device: str = "auto"
-    token_budget: int = Field(16384, ge=1)
-    seed: int = 0
+    sampler: Literal["auto", "vllm", "openai", "transformers"] = Field(
+        "auto",
+        description="what samples answers; auto: vLLM where it can run the model, else transformers; openai: the server of `server`",
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="what passes compute in; auto: bfloat16 on a GPU that has it, else float32"
+    )
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1 or mps")
+    token_budget: int = Field(16384, ge=1, description="tokens of one batch; changes speed and memory, never values")
+    seed: int = Field(0, description="of everything that is drawn: sampled answers, resampled rows, orders by chance")
 
 
 class Server(Strict):
     """An OpenAI-compatible server, for `sampler: openai`."""
 
-    url: str | None = None
-    key_env: str = "OPENAI_API_KEY"
-    concurrency: int = Field(16, ge=1)
+    url: str | None = Field(None, description="where it answers, with /v1: http://localhost:8000/v1")
+    key_env: str = Field("OPENAI_API_KEY", description="the environment variable with its key")
+    concurrency: int = Field(16, ge=1, description="requests under way at once")
     model: str | None = Field(None, description="the server's name of the model; its only one by default")
     timeout: float = Field(600.0, gt=0, description="seconds a request may take")
-    retries: int = Field(5, ge=0)
+    retries: int = Field(5, ge=0, description="further tries of a request that failed")
 
 
 class Sampling(Strict):
     """How answers are sampled and graded."""
 
-    samples: int = Field(5, ge=1)
-    temperature: float = Field(0.8, ge=0)
-    top_p: float = Field(0.95, gt=0, le=1)
-    max_new_tokens: int = Field(512, ge=1)
-    stop: list[str] = []
-    system: str | None = None
+    samples: int = Field(5, ge=1, description="answers a row")
+    temperature: float = Field(0.8, ge=0, description="0: greedy")
+    top_p: float = Field(0.95, gt=0, le=1, description="the share of the probability that is sampled from")
+    max_new_tokens: int = Field(512, ge=1, description="tokens after which an answer is cut")
+    stop: list[str] = Field([], description="texts that end an answer")
+    system: str | None = Field(None, description="a system turn before every prompt")
     few_shot: str | None = Field(None, description="text put before every prompt, or a file with it")
-    grader: str | dict[str, Any] = "gsm8k"
+    grader: str | dict[str, Any] = Field(
+        "gsm8k",
+        description="gsm8k, number, math, choice, exact, regex, or module:function of your own (docs/grading.md)",
+    )
     perturb: str | None = Field(
         None,
         description="package.module:function of (prompt, answer) or (prompt, answer, row) that gives changed prompts, for limem",
@@ -178,9 +189,9 @@ class ScoreRequest(Strict):
 class Keep(Strict):
     """How many of the rows that are left: exactly one of the three."""
 
-    share: Annotated[float, Field(gt=0, le=1)] | None = None
-    rows: Annotated[int, Field(ge=0)] | None = None
-    tokens: Annotated[int, Field(ge=0)] | None = None
+    share: Annotated[float, Field(gt=0, le=1)] | None = Field(None, description="of the rows that are left")
+    rows: Annotated[int, Field(ge=0)] | None = Field(None, description="at most so many")
+    tokens: Annotated[int, Field(ge=0)] | None = Field(None, description="as many rows as fit into so many tokens")
 
     @model_validator(mode="after")
     def one(self) -> Keep:
@@ -198,7 +209,7 @@ class Keep(Strict):
 class Worst(Strict):
     """A share from the end of a column that the recipe calls bad."""
 
-    share: float = Field(ge=0, lt=1)
+    share: float = Field(ge=0, lt=1, description="of the rows that `where` left")
     worst: Literal["high", "low"] = Field(description="which end of the column is bad")
 
 
@@ -220,8 +231,12 @@ class Select(Strict):
     per: str | dict[str, dict[str, Annotated[float, Field(ge=0, le=1)] | Keep]] | None = Field(
         None, description="a column; or {column: {group: share, other: {rows: 100}, third: {tokens: 5000}}}"
     )
-    duplicates: Literal["once", "as_found"] = "once"
-    unknown: Literal["error", "keep", "drop"] = "error"
+    duplicates: Literal["once", "as_found"] = Field(
+        "once", description="once: a row that occurs several times counts once; as_found: as often as it occurs"
+    )
+    unknown: Literal["error", "keep", "drop"] = Field(
+        "error", description="rows where a value that a rule uses is NULL: error, keep them, or drop them"
+    )
     control: Literal["random", "length_matched"] | None = Field(
         None, description="a second selection, <name>_control: as many rows, drawn from those that `where` leaves"
     )
@@ -280,7 +295,7 @@ def _group_name(group: Any) -> str:
 class Export(Strict):
     """Where the kept rows go, as a dataset to train on."""
 
-    to: str
+    to: str = Field(description="the dataset's folder")
     format: Literal["trl", "prompt_completion", "messages", "extend"] = Field(
         "trl", description="extend: both responses of every pair as prompt/completion rows, for SFT before DPO"
     )
@@ -303,14 +318,10 @@ class Export(Strict):
         return self
 
 
-class Report(Strict):
-    to: str
-
-
 class Recipe(Strict):
     """One recipe: the whole of what a run does."""
 
-    kind: Literal["preference", "sft"]
+    kind: Literal["preference", "sft"] = Field(description="what a row is: a preference pair, or an SFT example")
     store: str | None = Field(None, description="the store's folder; default: `store` beside the recipe")
     source: Source | None = None
     heldout: Source | None = Field(
@@ -327,10 +338,12 @@ class Recipe(Strict):
     forecast: Forecast = Forecast()
     scores: Annotated[
         list[ScoreRequest], BeforeValidator(lambda v: [ScoreRequest.read(e) for e in v] if isinstance(v, list) else v)
-    ] = []
+    ] = Field(
+        [],
+        description="names, or names with settings: `flip_loss: {beta: 0.1}`; `as:` gives a second setting its own name",
+    )
     select: Select | None = None
     export: Export | None = None
-    report: Report | None = None
 
     @model_validator(mode="after")
     def rows_are_read_alike(self) -> Recipe:

@@ -29,7 +29,9 @@ class Source(BaseModel):
     revision: str | None = Field(None, description="a hub dataset's revision")
     format: str = Field("auto", description="auto, or a format that `curate validate` names")
     columns: dict[str, str] = Field({}, description="ours: theirs")
-    on_bad_row: Literal["error", "drop"] = "error"
+    on_bad_row: Literal["error", "drop"] = Field(
+        "error", description="error: bad rows are named and nothing runs; drop: they are left out, and counted"
+    )
     limit: int | None = Field(None, ge=1, description="only the first so many rows, for trying out")
     _inherited: frozenset[str] = PrivateAttr(default=frozenset())
 

@@ -42,7 +42,8 @@ def recipe() -> str:
     parts = [
         "# The recipe, key by key",
         "A recipe is YAML. An unknown key, a misspelt score or a bad type is an error that names the key and the nearest right one. "
-        "Paths are relative to the recipe's folder. `curate init preference` writes a commented one; `curate init --schema` prints the JSON schema for editors.",
+        "Paths are relative to the recipe's folder. `curate init preference` writes a commented one; `curate init --schema` prints the "
+        "JSON schema for editors.",
         _table(schema["properties"], schema.get("required", []), known),
     ]
     done: set[str] = set()

@@ -136,3 +136,7 @@ def test_every_link_leads_somewhere(page, path):
 
 def test_the_readme_is_short():
     assert len(PAGES["README.md"].encode()) <= 7000
+
+
+def test_every_key_of_a_recipe_says_what_it_is():
+    assert not re.findall(r"^\|.*\|\s*\|$", PAGES["docs/recipe.md"].replace("| key | takes | default | |", ""), re.M)

@@ -170,3 +170,9 @@ def test_the_interface_documents_example_is_valid(write):
     block = next((b.split("```")[0] for b in text.split("```yaml")[1:] if "kind:" in b), None)
     assert block is not None, "the README shows a recipe"
     assert load_recipe(write(block)).recipe.scores
+
+
+def test_a_key_that_does_nothing_is_refused():
+    """There is no report yet: a recipe that asks for one is told so before anything runs."""
+    with pytest.raises(UsageError, match="report"):
+        load_recipe({"kind": "sft", "report": {"to": "report.html"}})
