@@ -188,7 +188,7 @@ class TokensRunner(Runner):
 
     def use(self, step: Step) -> None:
         super().use(step)
-        self.name = step.subject.label
+        self.name, self.embeddings = step.subject.label, None  # no model is run
 
     def run(
         self, rows: list[Row], row_ids: Sequence[str], measurements: list[Any]

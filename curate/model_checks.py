@@ -33,8 +33,8 @@ def check_models(plan: Plan, renderings: Renderings, store: Store, sources: Sequ
     notes = renderings.notes(subjects.values())
     seen: set[tuple[str, str]] = set()
     for step in plan.steps:
-        if not step.missing or not Path(step.subject.home).is_dir():
-            continue
+        if not step.missing or step.reads == "tokens" or not Path(step.subject.home).is_dir():
+            continue  # counting tokens runs no model
         _check_quantised(step)
         of = (step.subject.tokenizer, step.subject.base or step.subject.home)
         if of not in seen:
