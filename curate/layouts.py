@@ -67,6 +67,8 @@ OTHER_FILES = {
     "*.pth": ("torch.save pickles of a training script", "Load them into the model and `save_pretrained` that."),
 }
 
+OF_TRAINERS = ("optimizer*.pt", "scheduler*.pt", "scaler*.pt", "rng_state*.pth")  # beside a checkpoint's weights
+
 
 def check_folder(path: Path) -> None:
     """A model folder has a readable config of a model that can be measured, and every weight file that its index names, each as long as its header
@@ -186,7 +188,8 @@ def training_state(path: Path) -> str | None:
 def other_weights(path: Path) -> str | None:
     """Weights of another format in a model folder, and what to do; None where there are none that are known."""
     for pattern, (what, advice) in OTHER_FILES.items():
-        if found := sorted(path.glob(pattern)):
+        found = [file for file in sorted(path.glob(pattern)) if not any(file.match(of) for of in OF_TRAINERS)]
+        if found:
             return f"{path.name} holds {found[0].name}, {what}, and no model.safetensors.\n  {advice}"
     return None
 

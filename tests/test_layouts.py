@@ -57,6 +57,15 @@ def test_a_known_layout_is_named_with_what_makes_weights_of_it(tmp_path, files, 
         find_checkpoints("run", tmp_path, skip=lambda message: None)
 
 
+@pytest.mark.parametrize("shard", [None, "model-00001-of-00002.safetensors"])
+def test_what_a_trainer_keeps_beside_the_weights_is_not_taken_for_them(tmp_path, shard):
+    folder = without_weights(tmp_path / "checkpoint-5")
+    put(folder, "optimizer.pt", "scheduler.pt", "rng_state_0.pth", *([shard] if shard else []))
+    with pytest.raises(BrokenCheckpoint, match=r"incomplete") as error:
+        single_model("checkpoint-5", tmp_path)
+    assert not isinstance(error.value, OtherLayout) and "optimizer.pt, torch.save" not in str(error.value)
+
+
 def test_leaving_out_is_advised_only_where_something_is_left(tmp_path):
     put(without_weights(tmp_path / "run" / "checkpoint-5"), "global_step5/mp_rank_00_model_states.pt")
     save(tmp_path / "run" / "checkpoint-9")
