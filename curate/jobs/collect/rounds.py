@@ -176,9 +176,7 @@ def _measure(
         f"{key}={rows.model_dump_json()}" for key, rows in sections.items() if rows
     ]  # as the recipe's own source says
     given = [f"source={json.dumps(source)}", *kept, f"models.checkpoints={json.dumps(str(run.resolve()))}"]
-    result = workflow.run(
-        recipe, set=[*(overrides or []), *given, "export=null", "report=null"], store=store, progress=progress
-    )
+    result = workflow.run(recipe, set=[*(overrides or []), *given, "export=null"], store=store, progress=progress)
     assert result.selection is not None
     picked = result.store.sql(HARD, [result.selection.name], recipe=result.recipe)
     flags = picked["fluent"].to_list()
