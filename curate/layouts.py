@@ -7,6 +7,7 @@ nowhere, a pointer that git-lfs left, or a page that a download gave are each sa
 from __future__ import annotations
 
 import json
+import os
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -75,6 +76,10 @@ def check_folder(path: Path) -> None:
     says; an adapter's its own two files. BrokenCheckpoint where files are missing, unreadable or of another layout; ModelError for a model or
     adapter that is not measured here whatever its files are.
     """
+    if not os.access(path, os.R_OK | os.X_OK):
+        raise BrokenCheckpoint(
+            f"{path}: this user may not look into this folder (permission denied). Ask its owner, or `chmod a+rx` it."
+        )
     if is_adapter(path):
         _check_adapter(path)
         return
