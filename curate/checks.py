@@ -165,7 +165,8 @@ def rows_become_prompts(ahead: Ahead) -> None:
         if texts and ahead.plan.chat_only and step.tasks[0].measured.engine.startswith("openai "):
             raise EngineError(
                 f"{ahead.loaded.recipe.server.url} takes messages alone (it has /v1/chat/completions, and no /v1/completions), and there are rows "
-                "of plain text. Give them as messages, or serve the model with a server that completes text, such as vLLM's."
+                "of plain text. Ask them as a chat (`--set tokens.chat=always`), give them as messages, or "
+                "serve the model with a server that completes text, such as vLLM's."
             )
 
 

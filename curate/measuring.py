@@ -137,7 +137,8 @@ class Runner:
         """Get ready for a step's subject."""
         self.tokenizer = self._tokenizer(step)
         self.chat = bool(step.tasks[0].measured.params.get("chat"))  # as its values are known
-        self.embeddings = None if self.tokenizer is None else embedding_rows(step.subject)
+        counts_only = self.tokenizer is None or step.reads == "tokens"  # no model of ours is run on the ids
+        self.embeddings = None if counts_only else embedding_rows(step.subject)
 
     def run(
         self, rows: list[Row], row_ids: Sequence[str], measurements: list[Any]
@@ -188,7 +189,7 @@ class TokensRunner(Runner):
 
     def use(self, step: Step) -> None:
         super().use(step)
-        self.name, self.embeddings = step.subject.label, None  # no model is run
+        self.name = step.subject.label
 
     def run(
         self, rows: list[Row], row_ids: Sequence[str], measurements: list[Any]
