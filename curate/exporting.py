@@ -112,7 +112,7 @@ def _advice(loaded: Loaded, store: Store, selection: Selection) -> list[str]:
         return []
     sign = "> 0" if column == {r.score: r.name for r in loaded.recipe.scores}.get("squeezing_prone") else "< 1"
     n = store.sql(
-        f'SELECT count(*) AS n FROM scored JOIN selections USING (row_id) WHERE selection = ? AND kept AND "{column}" {sign}',
+        f'SELECT count(*) AS n FROM scored s JOIN selections d USING (row_id) WHERE d.selection = ? AND d.kept AND s."{column}" {sign}',
         [selection.name],
         recipe=loaded.name,
     )["n"][0]
@@ -162,7 +162,8 @@ def _check_weights(name: str, loaded: Loaded, store: Store, selection: Selection
     """UsageError where a column holds no numbers; ValidationError where a kept row has none, a negative one, or all are 0."""
     column = quoted(name)
     found = store.sql(
-        f"SELECT source, index, {column} AS weight FROM scored JOIN selections USING (row_id) WHERE selection = ? AND kept ORDER BY position",
+        f"SELECT s.source, s.index, s.{column} AS weight FROM scored s JOIN selections d USING (row_id) WHERE d.selection = ? AND d.kept "
+        "ORDER BY s.position",
         [selection.name],
         recipe=loaded.name,
     )

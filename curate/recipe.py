@@ -19,6 +19,7 @@ from curate.errors import UsageError
 from curate.recipe_errors import explained, found, lines_of
 from curate.recipe_sources import Source, Target, inherit
 from curate.recipe_yaml import as_written, is_text_wanted, overriding, read_yaml
+from curate.rows import ROW_COLUMNS
 
 
 class Strict(BaseModel):
@@ -182,6 +183,10 @@ class ScoreRequest(Strict):
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", str(name)):
             raise ValueError(
                 f"{name!r} cannot name a column; use letters, digits and underscores (`as: {re.sub(r'[^A-Za-z0-9_]', '_', str(name))}`)"
+            )
+        if str(name).lower() in (*ROW_COLUMNS, "index"):
+            raise ValueError(
+                f"{name!r} is a column that `scored` has of every row, so no score can be called that; name it otherwise, such as `as: {name}_score`"
             )
         return cls(score=score, params=params, name=str(name))
 
@@ -374,9 +379,11 @@ class Recipe(Strict):
     @model_validator(mode="after")
     def names_differ(self) -> Recipe:
         names = [s.name for s in self.scores]
-        twice = sorted({n for n in names if names.count(n) > 1})
+        alike = [n.lower() for n in names]  # SQL does not see case
+        twice = sorted({n for n in names if alike.count(n.lower()) > 1})
         if twice:
-            raise ValueError(f"scores: two entries are called {twice[0]!r}; give one of them its own name with `as:`")
+            called = " and ".join(repr(n) for n in twice if n.lower() == twice[0].lower())
+            raise ValueError(f"scores: two entries are called {called}; give one of them its own name with `as:`")
         return self
 
 

@@ -21,6 +21,22 @@ class Message(TypedDict):
 
 Text = str | tuple[Message, ...]  # plain text (standard style) or messages (conversational style)
 
+ROW_COLUMNS = (  # of the views `rows` and `scored`, whatever was measured
+    "row_id",
+    "kind",
+    "source",
+    "prompt",
+    "chosen",
+    "rejected",
+    "completion",
+    "answer",
+    "label",
+    "style",
+    "role",
+    "n_occurrences",
+    "position",
+)
+
 ID_DIGITS = 20  # 80 bits: one chance in 10**10 of a collision among ten million rows
 
 

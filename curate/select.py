@@ -54,6 +54,7 @@ __all__ = [
 
 TOKENS = ("prompt_tokens", "chosen_tokens", "rejected_tokens", "completion_tokens")
 RANDOM = "random"  # the word in order_by
+ASKED = "what curate asks: "  # before the names of its own columns of a query
 
 
 def select(store: Store, spec: SelectSpec, **known: Any) -> Decisions:
@@ -200,7 +201,7 @@ class _Question:
 
     def columns(self) -> dict[str, tuple[str, str]]:
         """alias -> (SQL, the recipe's key that it comes from)."""
-        asked = {"row_id": ("scored.row_id", "select"), "weight": ('"times read"', "select")}
+        asked = {"row_id": ("scored.row_id", "select"), "weight": ('"training rows"."times read"', "select")}
         if self.spec.exclude:
             asked["held"] = (HELD, "select.exclude")
         if self.where is not None:
@@ -232,8 +233,10 @@ class _Question:
         table = f'scored JOIN ({train}) AS "training rows" USING (row_id) ORDER BY scored.position'
 
         def found(wanted: Mapping[str, tuple[str, str]]) -> Any:
-            picked = ", ".join(f"{text} AS {quote(alias)}" for alias, (text, _) in wanted.items())
-            return self.store.sql(f"SELECT {picked} FROM {table}", recipe=self.recipe)
+            # DuckDB lets an expression name an earlier alias: none of ours may be a name that a rule could use for a column
+            picked = ", ".join(f"{text} AS {quote(ASKED + alias)}" for alias, (text, _) in wanted.items())
+            lines = self.store.sql(f"SELECT {picked} FROM {table}", recipe=self.recipe)
+            return lines.rename({name: name.removeprefix(ASKED) for name in lines.columns})
 
         asked = self.columns()
         try:

@@ -45,6 +45,12 @@ def write(tmp_path):
             "keep takes exactly one of share, rows, tokens; found share, rows",
         ),
         ("kind: preference\nscores: [ches, ches]", "two entries are called 'ches'"),
+        (
+            "kind: preference\nscores: [ches, {edit_distance: {as: Ches}}]",
+            "two entries are called 'Ches' and 'ches'",
+        ),
+        ("kind: preference\nscores: [{ches: {as: source}}]", "'source' is a column that `scored` has of every row"),
+        ("kind: preference\nscores: [{ches: {as: Index}}]", "'Index' is a column that `scored` has of every row"),
         ("kind: preference\nscores: [{ches: {as: 'a b'}}]", "`as: a_b`"),
         ("kind: [", "line 1, column 8: not valid YAML"),
         ("- 1", "a recipe is a mapping"),

@@ -298,3 +298,33 @@ def test_numbers_that_are_text_inside_a_mapping(tmp_path):
     ):
         kept(store, order_by="meta.rating desc")
     assert kept(store, order_by="meta.rating::DOUBLE desc", keep={"rows": 1})[0] == "1"
+
+
+# ---- names of curate's own in the query -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["weight", "passed", "held", "tokens"])
+def test_a_column_that_is_not_there_is_no_name_of_the_query_s(tmp_path, name):
+    store = made(tmp_path, [{}] * 4, held=["q1"])
+    for rule in ({"where": f"{name} > 0"}, {"per": name}, {"order_by": name}):
+        with pytest.raises(UsageError, match=f"no column '{name}'"):
+            kept(store, exclude="heldout", **rule)
+
+
+def test_a_column_of_any_name_is_the_users(tmp_path):
+    assert kept(made(tmp_path, [{"times read": i} for i in range(4)]), where='"times read" > 1')[0] == "23"
+
+
+def test_a_row_is_taken_from_the_training_files_of_its_recipe(tmp_path):
+    store = Store(tmp_path / "s", create=True)
+    row = Example("q0", "yes", "1")
+    store.add_source("h", "1", [record(0, row, of="h")])  # another recipe trains on it
+    store.add_source("a", "1", [record(0, row, of="a")])
+    store.add_source("h", "1", [record(0, row, of="h")], role="heldout")
+    store.register_recipe("r", "", sources=["a", "h"], roles={"train": ["a"], "heldout": ["h"]})
+    for duplicates in ("once", "as_found"):
+        spec = SelectSpec(duplicates=duplicates)
+        decisions = select(store, spec, worst={}, recipe="r", sources=["a"])
+        store.write_selection("r", decisions, recipe="r", spec=spec.as_dict(), made_of="")
+        assert [(k.source, k.columns) for k in store.selection("r").kept()] == [("a", {"of": "a"})]
+        assert not list(store.selection("r").dropped())

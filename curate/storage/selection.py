@@ -122,8 +122,12 @@ class Selection:
         return names, {c.name: c.shown for c in own if c.taken_by and c.name.lower() in wanted}
 
     def _sources(self, con: Connection) -> list[str] | None:
+        """The names of the sources whose training rows were decided on; None for all."""
         if self.recipe is None:
             return None
+        roles = one(con, "SELECT value FROM data.meta WHERE key = ?", [f"roles of {self.recipe}"])
+        if roles:  # a held-out file of this recipe may be another's to train on
+            return list(json.loads(roles[0]).get("train") or []) or None
         found = one(con, "SELECT sources FROM data.recipes WHERE name = ?", [self.recipe])
         return list(found[0]) if found and found[0] else None
 

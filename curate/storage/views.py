@@ -17,6 +17,7 @@ from contextlib import suppress
 import duckdb
 
 from curate.errors import UsageError
+from curate.rows import ROW_COLUMNS
 from curate.storage import imports
 from curate.storage.database import Connection, literal, one, quote
 from curate.storage.own_columns import OwnColumn, own_columns
@@ -31,21 +32,7 @@ TRAJECTORY = {
     "target_nll": "DOUBLE",
     "trained": "BOOLEAN",
 }
-BASE = (
-    "row_id",
-    "kind",
-    "source",
-    "prompt",
-    "chosen",
-    "rejected",
-    "completion",
-    "answer",
-    "label",
-    "style",
-    "role",
-    "n_occurrences",
-    "position",
-)
+BASE = ROW_COLUMNS
 OCCURRENCE = ("row_id", "source", "index", "role")
 
 

@@ -117,3 +117,10 @@ def test_a_card_of_a_persons_own_stays_over_a_second_export(recipe, tmp_path):
     before = card.read_text()
     curate.run(path)
     assert card.read_text() == before
+
+
+@pytest.mark.parametrize("name", ["value", "rank", "kept", "cut"])
+def test_a_weight_may_be_called_as_a_column_of_selections(recipe, tmp_path, name):
+    write_rows(tmp_path / "pairs.jsonl", [r | {name: i + 1} for i, r in enumerate(pairs(3))])
+    curate.run(recipe(scores=["edit_distance"], select={}, export={"to": "out", "weight": name}))
+    assert sorted(pl.read_parquet(tmp_path / "out/data/*.parquet")["weight"]) == [1, 2, 3]
