@@ -27,6 +27,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import duckdb
 import numpy as np
 
 from curate.control import control_of
@@ -241,12 +242,15 @@ class _Question:
         asked = self.columns()
         try:
             base = found(asked)
-        except UsageError:
+        except UsageError as problem:
             for alias, one in asked.items():
                 try:
                     found({alias: one})
                 except UsageError as error:
                     raise UsageError(f"{one[1]}: {error}") from None
+                except duckdb.TransactionException:  # a value that cannot be cast has ended it: no more can be asked
+                    rules = [key for key in ("where", "order_by", "per") if getattr(self.spec, key) is not None]
+                    raise UsageError(f"{', '.join(f'select.{key}' for key in rules)}: {problem}") from None
             raise
         return self._candidates(base, self._compared(found, len(base)))
 

@@ -30,7 +30,8 @@ def made(tmp_path, lines, held=(), **more):
 
 
 def kept(store, recipe="r", sources=("a",), **spec):
-    found = select(store, SelectSpec(**spec), worst={"loss": "high"}, recipe=recipe, sources=sources)
+    with store.transaction():  # as a run does
+        found = select(store, SelectSpec(**spec), worst={"loss": "high"}, recipe=recipe, sources=sources)
     prompts = dict(store.sql("SELECT row_id, prompt FROM data.rows").rows())
     return "".join(sorted(prompts[r][-1] for r, k in zip(found.row_ids, found.kept, strict=True) if k)), found
 
@@ -328,3 +329,22 @@ def test_a_row_is_taken_from_the_training_files_of_its_recipe(tmp_path):
         store.write_selection("r", decisions, recipe="r", spec=spec.as_dict(), made_of="")
         assert [(k.source, k.columns) for k in store.selection("r").kept()] == [("a", {"of": "a"})]
         assert not list(store.selection("r").dropped())
+
+
+@pytest.mark.parametrize(
+    ("spec", "told"),
+    [
+        ({"where": "foo > 5"}, "select.where: no column 'foo'"),
+        ({"where": "loss > 0 AND foo BETWEEN 1 AND 2"}, "select.where: no column 'foo'"),
+        ({"order_by": "foo desc"}, "select.order_by: no column 'foo'"),
+        ({"where": "word::INT > 5"}, "select.where: .*Could not convert"),
+    ],
+)
+def test_a_mistake_in_a_runs_transaction_is_told_as_anywhere(tmp_path, spec, told):
+    with pytest.raises(UsageError, match=told):
+        kept(made(tmp_path, [{"word": "a"}, {"word": "b"}]), **spec)
+
+
+def test_a_comparison_with_what_surrounds_a_subquery(tmp_path):
+    where = "EXISTS (SELECT 1 FROM occurrences o WHERE o.row_id = scored.row_id AND o.index >= scored.position)"
+    assert kept(made(tmp_path, [{}] * 3), where=where)[0] == "012"

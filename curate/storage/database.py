@@ -281,6 +281,8 @@ def _attached(path: Path, *, read_only: bool) -> Iterator[Connection]:
         engine = idle.pop()
     except IndexError:
         engine = duckdb.connect()
+        # a query that names what is not there ends no transaction: a selection asks such questions inside its run's
+        engine.execute("SET default_transaction_invalidation_policy = 'SYNTACTIC_ERRORS_DO_NOT_INVALIDATE'")
     try:
         with closing(engine.cursor()) as con:
             con.execute(f"SET temp_directory = {literal(f'{path}.tmp')}")

@@ -164,7 +164,7 @@ def _refuse_text(con: Connection, operand: Node, table: str, key: str) -> None:
     value = "nullif(trim(v::VARCHAR, ' \"'), '')"
     try:
         found = con.execute(
-            f"SELECT any_value(typeof(v)), count({value}), count(TRY_CAST({value} AS DOUBLE)) FROM (SELECT {shown} AS v FROM {table})"
+            f"SELECT any_value(typeof(v)), count({value}), count(TRY_CAST({value} AS DOUBLE)) FROM (SELECT TRY({shown}) AS v FROM {table})"
         ).fetchall()[0]
     except duckdb.Error:  # it leans on what surrounds it; or it is wrong, which asking the whole says better
         return
@@ -206,7 +206,7 @@ def _without_nan(con: Connection, tree: Node, seen: Frame) -> str | None:
             shown = syntax.text_of(con, part[side])
             try:
                 found = con.execute(
-                    f"SELECT count(*) FROM (SELECT {shown} AS v FROM {seen.text}) WHERE typeof(v) IN ('DOUBLE', 'FLOAT') AND v::VARCHAR = 'nan'"
+                    f"SELECT count(*) FROM (SELECT TRY({shown}) AS v FROM {seen.text}) WHERE typeof(v) IN ('DOUBLE', 'FLOAT') AND v::VARCHAR = 'nan'"
                 ).fetchall()[0][0]
             except duckdb.Error:
                 continue
