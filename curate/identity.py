@@ -69,7 +69,7 @@ class Identity:
 
     def task(self, measurement: Measurement, subject: Subject) -> Task:
         engine = "" if measurement.reads == "tokens" else self.engine(measurement.reads, subject)
-        params = params_of(self.loaded, measurement, self.tokenizer(subject))
+        params = self._settings(measurement, self.tokenizer(subject))
         params |= self._rendering(measurement, subject)
         if measurement.direction is not None:
             assert self.directions is not None
@@ -85,6 +85,16 @@ class Identity:
         from curate.neighbours import pool_fingerprint
 
         return pool_fingerprint(self.pool)
+
+    def _settings(self, measurement: Measurement, tokenizer: str) -> dict[str, Any]:
+        """`params_of`, of files and modules of the user's too: a grader, a few-shot prompt."""
+        recipe = self.recipe
+        about = [recipe.tokens, recipe.sampling, recipe.gradients] if measurement.reads != "tokens" else [recipe.tokens]
+        settings = content_id(tokenizer, recipe.engine.seed, *(one.model_dump(mode="json") for one in about))
+        shots = recipe.sampling.few_shot
+        gone = bool(shots) and "\n" not in str(shots) and not self.loaded.resolve(str(shots)).is_file()
+        find = lambda: params_of(self.loaded, measurement, tokenizer)  # noqa: E731
+        return dict(self.kept.ask(f"settings of {measurement.name} {settings}", find, gone=gone))
 
     def _rendering(self, measurement: Measurement, subject: Subject) -> dict[str, Any]:
         question = f"rendering ({self.recipe.tokens.chat}, {measurement.name})"

@@ -196,6 +196,11 @@ def _run(loaded: Loaded, steps: Sequence[str], result: Result, progress: Progres
             _select(loaded, result, sources)
     for note in _likely_not_meant(result.selection):
         progress.say(note)
+    if scored is not None and loaded.recipe.select is not None and result.selection is None:
+        if store.made_of("selection", loaded.name) not in (None, _selection_of(loaded, result, sources)):
+            progress.say(
+                f"The selection {loaded.name!r} is of earlier scores: `curate select {loaded.path}` makes it anew."
+            )
     return sources
 
 

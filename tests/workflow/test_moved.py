@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 
 import polars as pl
@@ -28,7 +29,7 @@ SFT = {
     "heldout": {"path": "held.jsonl"},
     "models": {"reference": "base", "checkpoints": "runs/sft"},
     "engine": {"sampler": "transformers", "device": "cpu"},
-    "sampling": {"samples": 2, "max_new_tokens": 4},
+    "sampling": {"samples": 2, "max_new_tokens": 4, "few_shot": "shots.txt", "grader": "moved_grader:right"},
     "scores": ["accuracy", "target_nll", "loss_drop", {"premem_accuracy": {"threshold": 1.0}}],
     "select": {"order_by": "target_nll", "keep": {"rows": 4}, "unknown": "keep"},
     "export": {"to": "out/sft", "columns": "scores"},
@@ -59,6 +60,8 @@ def measured(tmp_path_factory) -> Path:
     make_models(folder, make_llama(tmp_path_factory.mktemp("model") / "base", seed=0))
     rows = [{"prompt": f"is {i} more?", "completion": f" yes {i}", "answer": str(i), "n": i} for i in range(8)]
     write_rows(folder / "rows.jsonl", rows[:6])
+    (folder / "shots.txt").write_text("is 3 more? yes 3\n")
+    (folder / "moved_grader.py").write_text("def right(text, answer):\n    return answer in text\n")
     write_rows(folder / "held.jsonl", rows[6:])
     write_rows(folder / "pairs.jsonl", pairs(8))
     write_rows(folder / "more.jsonl", pairs(4, start=50))
@@ -94,6 +97,7 @@ def test_no_model_and_no_source_is_needed_after_measuring(measured, laptop, name
     from curate import identity
 
     monkeypatch.setattr(identity, "engine_name", lambda *_: "the laptop's own")
+    monkeypatch.delitem(sys.modules, "moved_grader", raising=False)
     for each in OFFLINE:
         step(laptop / f"{name}.yaml", each, Progress())
     said = capsys.readouterr().err

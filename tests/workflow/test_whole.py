@@ -157,7 +157,9 @@ def test_steps_one_at_a_time(sft, tmp_path, capsys):
     with pytest.raises(UsageError, match="curate score"):
         step("select")
     assert views(Store(store.folder)) == before
+    capsys.readouterr()
     step("score")
+    assert "The selection 'sft' is of earlier scores: `curate select" in capsys.readouterr().err
     now = views(Store(store.folder))
     assert len(now["scored of None"]) == len(now["scored of sft"]) == 9 and all(
         r["target_nll"] for r in now["scored of sft"]
