@@ -30,7 +30,7 @@ OF_WEIGHTS = ("forward", "neighbours", "backward", "direction")
 @dataclass
 class Ahead:
     """What a check looks at. sources: the names of the recipe's sources by role. select: the recipe's section; worst: which end
-    of a score is worst.
+    of a score is worst. recipe: under which name the store has the recipe's views as they will be.
     """
 
     loaded: Loaded
@@ -39,6 +39,7 @@ class Ahead:
     sources: dict[str, list[str]]
     select: SelectSpec | None
     worst: Mapping[str, str]
+    recipe: str = ""
 
     @property
     def to_do(self) -> list[Step]:
@@ -83,7 +84,9 @@ def columns_exist(ahead: Ahead) -> None:
     planned = [column for measurement in given.values() for column in measurement.columns]
     planned += ["token_problem", *(want.name for want in plan.wanted)]
     planned += [f"{want.name}_name" for want in plan.wanted if want.score.names]
-    frame = check_select(ahead.store, ahead.select, worst=ahead.worst, planned=planned, recipe=ahead.loaded.name)
+    frame = check_select(
+        ahead.store, ahead.select, worst=ahead.worst, planned=planned, recipe=ahead.recipe or ahead.loaded.name
+    )
     if recipe.export is not None:
         check_columns(recipe.export, frame.columns)
 

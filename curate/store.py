@@ -24,7 +24,7 @@ from curate.errors import StoreError, UsageError
 from curate.locks import holder, locked
 from curate.rows import Row
 from curate.storage import conjuncts, imports, misread, query, readings, sources, syntax, tables, views
-from curate.storage.database import Connection, Database, one, process_alive
+from curate.storage.database import Database, one, process_alive
 from curate.storage.entries import (
     DatasetValue,
     Ingested,
@@ -112,18 +112,18 @@ class Store:
             self._ingest(self.shards.all_files())  # a new database beside old shards is made again from them
 
     @contextmanager
-    def transaction(self, *, keep: bool = True) -> Iterator[None]:
+    def transaction(self) -> Iterator[None]:
         """What this thread writes inside is there as a whole afterwards, or, after an exception or a kill, not at all; meanwhile others wait.
 
-        keep: False undoes it at the end, too: to try what would come out.
+        Nothing of the user's belongs in it: an SQL error ends it, even one that is caught.
         """
-        waiting, kept = dict(self._waiting), False
+        waiting, done = dict(self._waiting), False
         try:
-            with self.database.transaction(keep=keep):
+            with self.database.transaction():
                 yield
-            kept = keep
+            done = True
         finally:
-            if not kept:
+            if not done:
                 self._waiting = waiting
 
     # ---- rows and their sources -------------------------------------------------------------------------------------------------------
@@ -462,6 +462,30 @@ class Store:
             )
             views.define(con)
 
+    def stage_recipe(
+        self,
+        name: str,
+        *,
+        uses: Sequence[str],
+        plain: Sequence[str],
+        places: Mapping[str, Sequence[Place]],
+        roles: Mapping[str, Sequence[str]],
+    ) -> str:
+        """A recipe as it will be, seen by nobody who does not ask for it by the name that is returned; `write_scores` takes that name, too."""
+        waiting = readings.waiting_recipe(name)
+        seen = {role: self._read_as(names) or [] for role, names in roles.items()}
+        self.unstage_recipe(name)
+        with self.database.write() as con:
+            tables.register_recipe(con, waiting, "", [n for group in seen.values() for n in group], uses, plain)
+            tables.note_places(con, waiting, places)
+            tables.note(con, f"roles of {waiting}", json.dumps(seen))
+        return waiting
+
+    def unstage_recipe(self, name: str) -> None:
+        """Forget what `stage_recipe` made."""
+        with self.database.write() as con:
+            tables.forget_recipe(con, readings.waiting_recipe(name))
+
     def kept(self, recipe: str) -> dict[str, Any] | None:
         """What a recipe's values rested on when it was measured last (`curate.kept`); None where nobody noted it."""
         with self.database.read() as con:
@@ -481,7 +505,8 @@ class Store:
     def recipes(self) -> list[dict[str, Any]]:
         """One dict a recipe, the one scored last first: name, text, sources, uses, plain, updated."""
         with self.database.read() as con:
-            return query.dicts(con, "SELECT * EXCLUDE (scores_table) FROM data.recipes ORDER BY updated DESC")
+            listed = f"SELECT * EXCLUDE (scores_table) FROM data.recipes WHERE {readings.NO_RECIPE_WAITS} ORDER BY updated DESC"
+            return query.dicts(con, listed)
 
     def write_scores(
         self,
@@ -604,21 +629,9 @@ class Store:
         """
         names = self._read_as((source,) if isinstance(source, str) else source)
         with self.database.read() as con:
-            narrowed = recipe is not None or names is not None or views.outdated(con)
-            with self._narrowed(con, text, recipe, names) if narrowed else nullcontext():
-                return query.run(con, text, params)
-
-    @contextmanager
-    def _narrowed(
-        self, con: Connection, text: str, recipe: str | None, sources: Sequence[str] | None
-    ) -> Iterator[None]:
-        """The views that a query names, of a recipe or of sources, for a while."""
-        made = views.narrow(con, text, recipe=recipe, sources=sources)
-        try:
-            yield
-        finally:
-            if self.database.in_transaction:  # else the connection is closed
-                views.widen(con, made)
+            if recipe is not None or names is not None or views.outdated(con):
+                views.narrow(con, text, recipe=recipe, sources=names)
+            return query.run(con, text, params)
 
     def own_names(self) -> dict[str, str]:
         """The user's columns -> what `occurrences` calls them."""
@@ -628,8 +641,8 @@ class Store:
     def frame(self, *, recipe: str | None = None, planned: Sequence[str] = ()) -> misread.Frame:
         """What a recipe's SQL sees as `scored`, with the columns that are still to come (`planned`) as NULL."""
         with self.database.read() as con:
-            with self._narrowed(con, "scored", recipe, None):
-                return misread.frame(con, recipe, planned)
+            views.narrow(con, "scored", recipe=recipe, sources=None)
+            return misread.frame(con, recipe, planned)
 
     def check_sql(
         self, text: str, key: str, *, recipe: str | None = None, planned: Sequence[str] = (), is_order: bool = False
@@ -639,8 +652,8 @@ class Store:
         Raises UsageError naming `key` for a name that two columns have, and where numbers would be ordered as text.
         """
         with self.database.read() as con:
-            with self._narrowed(con, f"scored occurrences {text}", recipe, None):
-                return misread.checked(con, text, key, misread.frame(con, recipe, planned), is_order=is_order)
+            views.narrow(con, f"scored occurrences {text}", recipe=recipe, sources=None)
+            return misread.checked(con, text, key, misread.frame(con, recipe, planned), is_order=is_order)
 
     def conjuncts(self, where: str) -> list[conjuncts.Conjunct]:
         """The parts of a condition that AND joins, with what they compare."""

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from curate.data import ExportResult
-    from curate.select import SelectSpec
+    from curate.select import Decisions, SelectSpec
     from curate.servers import Ask
     from curate.store import Selection
 
@@ -186,14 +186,17 @@ def _run(loaded: Loaded, steps: Sequence[str], result: Result, progress: Progres
             progress.say(note)
         store.keep(loaded.name, kept.record())
     scored = _compute(loaded, result, sources, progress) if "score" in steps else None
+    decided = _decide(loaded, result, sources, scored) if "select" in steps and loaded.recipe.select else None
+    follows = _views_follow(loaded, steps, result, sources, progress)
     with store.transaction():
-        if _views_follow(loaded, steps, result, sources, progress):
+        if follows:
             _register(loaded, store, plan, sources)
         if scored is not None:
             scored.write(store, loaded.name)
             store.keep(loaded.name, kept.record())
-        if "select" in steps and loaded.recipe.select is not None:
-            _select(loaded, result, sources)
+        if decided is not None:
+            result.selection = decided.write(store, loaded.name)
+        store.unstage_recipe(loaded.name)
     for note in _likely_not_meant(result.selection):
         progress.say(note)
     if scored is not None and loaded.recipe.select is not None and result.selection is None:
@@ -269,9 +272,6 @@ def make_plan(loaded: Loaded, *, progress: Progress) -> Plan:
 
 def _register(loaded: Loaded, store: Store, plan: Plan, sources: dict[str, list[str]]) -> None:
     """Say which values are the recipe's, inside a transaction: from its end on the views show them."""
-    also = [m.fingerprint for m in recorded_runs(store)[plan.recorded]] if plan.recorded else []
-    uses = list(dict.fromkeys([*(f for found in plan.uses.values() for f in found), *also]))
-    plain = list(dict.fromkeys(found[-1] for (role, _, over), found in plan.uses.items() if over is None and not role))
     names = [name for group in sources.values() for name in group]
     kept = {m.fingerprint: (m.run, m.checkpoint, m.step) for m in store.measured()}
     of_run = [task.measured for step in plan.steps for task in step.tasks if task.measured.run]
@@ -279,24 +279,26 @@ def _register(loaded: Loaded, store: Store, plan: Plan, sources: dict[str, list[
     store.take_sources(names)
     if renamed:  # measured as a model of its own before, or in another run: now a checkpoint of this one
         store.remember(renamed)
-    store.register_recipe(
-        loaded.name,
-        placed(loaded, store),
-        sources=names,
-        uses=uses,
-        plain=plain if plan.steps or plan.recorded else [],
-        places=plan.places,
-        roles=sources,
-    )
+    store.register_recipe(loaded.name, placed(loaded, store), sources=names, **_meant(store, plan), roles=sources)
+
+
+def _meant(store: Store, plan: Plan) -> dict[str, Any]:
+    """What a recipe's views may show: as `Store.register_recipe` takes it."""
+    also = [m.fingerprint for m in recorded_runs(store)[plan.recorded]] if plan.recorded else []
+    uses = list(dict.fromkeys([*(f for found in plan.uses.values() for f in found), *also]))
+    plain = list(dict.fromkeys(found[-1] for (role, _, over), found in plan.uses.items() if over is None and not role))
+    return {"uses": uses, "plain": plain if plan.steps or plan.recorded else [], "places": plan.places}
 
 
 def _check_ahead(loaded: Loaded, store: Store, plan: Plan, sources: dict[str, list[str]]) -> None:
     """What a run would refuse. Columns of `select` are looked up in the views as they will be."""
     worst = _worst(store, plan.wanted)
     if loaded.recipe.select is not None:
-        with store.transaction(keep=False):
-            _register(loaded, store, plan, sources)
-            columns_exist(Ahead(loaded, store, plan, sources, _spec(loaded), worst))
+        staged = store.stage_recipe(loaded.name, **_meant(store, plan), roles=sources)
+        try:
+            columns_exist(Ahead(loaded, store, plan, sources, _spec(loaded), worst, staged))
+        finally:
+            store.unstage_recipe(loaded.name)
     check_ahead(loaded, store, plan, sources, None, worst)
 
 
@@ -351,8 +353,9 @@ class Scored:
     values: list[DatasetValue]
     made_of: str
 
-    def write(self, store: Store, recipe: str) -> None:
-        store.write_scores(recipe, self.row_ids, self.scores, trajectories=self.trajectories, made_of=self.made_of)
+    def write(self, store: Store, recipe: str, *, staged: bool = False) -> None:
+        made_of = None if staged else self.made_of
+        store.write_scores(recipe, self.row_ids, self.scores, trajectories=self.trajectories, made_of=made_of)
         store.write_dataset_values(recipe, self.values)
 
 
@@ -407,26 +410,43 @@ def _check_measured(loaded: Loaded, store: Store, plan: Plan) -> None:
         )
 
 
-def _select(loaded: Loaded, result: Result, sources: dict[str, list[str]]) -> None:
+@dataclass(frozen=True)
+class Decided:
+    """What a selection is, before the store has it."""
+
+    decisions: Decisions
+    control: Any
+    spec: dict[str, Any]
+    made_of: str
+
+    def write(self, store: Store, recipe: str) -> Selection:
+        made = {"recipe": recipe, "spec": self.spec, "made_of": self.made_of, "control": self.control}
+        return store.write_selection(recipe, self.decisions, **made)
+
+
+def _decide(loaded: Loaded, result: Result, sources: dict[str, list[str]], scored: Scored | None) -> Decided:
+    """scored: the scores of this run, which the views do not show yet; None: those that they show."""
     from curate.select import select_with_control
 
-    store = result.store
+    store, plan, name = result.store, result.plan, loaded.name
+    assert plan is not None
     wanted = wanted_scores(loaded)
-    if not {w.name for w in wanted} <= set(store.sql("SELECT * FROM scored LIMIT 0", recipe=loaded.name).columns):
+    if scored is not None:
+        name = store.stage_recipe(loaded.name, **_meant(store, plan), roles=sources)
+        scored.write(store, name, staged=True)
+    if not {w.name for w in wanted} <= set(store.sql("SELECT * FROM scored LIMIT 0", recipe=name).columns):
         raise UsageError(
             f"Not every score of {loaded.name!r} is computed yet: `curate score {loaded.path}` does that, `curate run {loaded.path}` does all steps."
         )
-    _check_current(loaded, store, "scores", _scores_of(store, result, sources), "score")
+    if scored is None:
+        _check_current(loaded, store, "scores", _scores_of(store, result, sources), "score")
     spec = _spec(loaded)
     worst = _worst(store, wanted)
     known = {w.name: f"{other.name} = 1" for w in wanted for other in wanted if w.score.null_where == other.score.name}
     decisions, control = select_with_control(
-        store, spec, worst=worst, recipe=loaded.name, sources=sources.get("train"), null_is_known=known
+        store, spec, worst=worst, recipe=name, sources=sources.get("train"), null_is_known=known
     )
-    made_of = _selection_of(loaded, result, sources)
-    result.selection = store.write_selection(
-        loaded.name, decisions, recipe=loaded.name, spec=spec.as_dict(), made_of=made_of, control=control
-    )
+    return Decided(decisions, control, spec.as_dict(), _selection_of(loaded, result, sources))
 
 
 def _export(loaded: Loaded, result: Result, sources: dict[str, list[str]], progress: Progress) -> None:

@@ -152,9 +152,9 @@ class Database:
             con.execute("COMMIT")
 
     @contextmanager
-    def transaction(self, *, keep: bool = True) -> Iterator[None]:
+    def transaction(self) -> Iterator[None]:
         """Everything that this thread reads and writes inside is one transaction: all of it is there afterwards, or, after an exception or a kill,
-        nothing of it. keep: False undoes it at the end, too: to try what would come out.
+        nothing of it.
         """
         if self._under_way() is not None:
             raise RuntimeError("a transaction inside a transaction")
@@ -164,12 +164,7 @@ class Database:
                 yield
             finally:
                 _held.connections = {name: other for name, other in _connections().items() if other is not con}
-            con.execute("COMMIT" if keep else "ROLLBACK")
-
-    @property
-    def in_transaction(self) -> bool:
-        """Whether this thread is inside `transaction`."""
-        return self._under_way() is not None
+            con.execute("COMMIT")
 
     def _under_way(self) -> Connection | None:
         return _connections().get(self._name)

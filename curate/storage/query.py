@@ -15,7 +15,7 @@ import pyarrow as pa
 from curate.errors import UsageError
 from curate.rows import Example, Pair, Row, text_from_column
 from curate.storage.database import Connection, one, quote
-from curate.storage.readings import HIDDEN, WAITS, any_waits
+from curate.storage.readings import HIDDEN, NO_RECIPE_WAITS, WAITS, any_waits
 from curate.storage.tables import ids_view, table_of
 
 if TYPE_CHECKING:
@@ -256,7 +256,12 @@ def status(con: Connection) -> dict[str, Any]:
         "samples": con.execute("SELECT count(*) FROM data.samples").fetchall()[0][0],
         "sources": dicts(con, f"SELECT * FROM data.source_state WHERE NOT {WAITS} ORDER BY read_at, source"),
         "measured": measured,
-        "recipes": [row[0] for row in con.execute("SELECT name FROM data.recipes ORDER BY updated DESC").fetchall()],
+        "recipes": [
+            row[0]
+            for row in con.execute(
+                f"SELECT name FROM data.recipes WHERE {NO_RECIPE_WAITS} ORDER BY updated DESC"
+            ).fetchall()
+        ],
         "selections": dicts(con, "SELECT name, recipe, counts, created FROM data.selections ORDER BY created DESC"),
         "runs": dicts(
             con,

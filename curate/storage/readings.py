@@ -1,7 +1,8 @@
-"""Readings of sources that wait: taken in by a run that is not whole yet, and seen by that run alone.
+"""What waits: taken in by a run that is not whole yet, and seen by that run alone.
 
 What a source holds is kept under its name. A reading that waits is kept beside it under a name of its own, and takes the source's place in the same
-transaction as everything else that its run changes; a run that fails leaves the views as they were, and the next one finds what was read.
+transaction as everything else that its run changes; a run that fails leaves the views as they were, and the next one finds what was read. A recipe
+waits in the same way: as it will be, with its scores, so that its selection can be asked of views that nobody else sees.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ MARK = "\x1e"  # no path has it
 TABLES = ("occurrences", "source_columns", "source_state")
 WAITS = "starts_with(source, chr(30))"
 PLAIN = f"CASE WHEN {WAITS} THEN split_part(source, chr(30), 3) ELSE source END"  # a source's name as typed
+NO_RECIPE_WAITS = "NOT starts_with(name, chr(30))"
 FIRST = "first new row of "  # a key of data.meta: rows from this position on came with the reading
 HIDDEN = (
     "SELECT o.row_id FROM data.occurrences o JOIN data.rows r USING (row_id) "
@@ -25,6 +27,11 @@ HIDDEN = (
 def waiting_name(source: str, fingerprint: str) -> str:
     """Under which a reading of a source waits."""
     return f"{MARK}{fingerprint}{MARK}{source}"
+
+
+def waiting_recipe(name: str) -> str:
+    """Under which a recipe waits."""
+    return f"{MARK}{name}"
 
 
 def plain_name(source: str) -> str:

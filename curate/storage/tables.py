@@ -20,6 +20,7 @@ from curate.naming import natural
 from curate.rows import content_id
 from curate.storage.database import Connection, literal, one, quote
 from curate.storage.entries import Measured, Place, Trajectories
+from curate.storage.readings import NO_RECIPE_WAITS
 from curate.storage.shards import arrow_column, read_shard
 
 if TYPE_CHECKING:
@@ -123,7 +124,7 @@ def ingest(con: Connection, paths: Sequence[Path]) -> bool:
             fingerprint not in known
         ):  # whoever measures more of it under another name says so when the run is whole (`remember`)
             remember(con, record)
-    last = one(con, "SELECT uses FROM data.recipes ORDER BY updated DESC, name LIMIT 1")
+    last = one(con, f"SELECT uses FROM data.recipes WHERE {NO_RECIPE_WAITS} ORDER BY updated DESC, name LIMIT 1")
     shown = set(last[0]) if last else set()
     changed = not shown.isdisjoint(set(records) - known)
     for (fingerprint, schema), files in groups.items():
@@ -318,6 +319,18 @@ def register_recipe(
         "INSERT INTO data.recipes VALUES (?, ?, ?, ?, ?, ?, now()::TIMESTAMP) ON CONFLICT (name) DO UPDATE SET "
         "text = excluded.text, sources = excluded.sources, uses = excluded.uses, plain = excluded.plain, updated = excluded.updated",
         [name, text, slug, list(sources), list(uses), list(plain)],
+    )
+
+
+def forget_recipe(con: Connection, name: str) -> None:
+    """A recipe with its scores, dataset values and notes, as if it had never been registered."""
+    found = one(con, "SELECT scores_table FROM data.recipes WHERE name = ?", [name])
+    for table in (found[0], trajectories_table(found[0])) if found else ():
+        con.execute(f"DROP TABLE IF EXISTS data.{quote(table)}")
+    con.execute("DELETE FROM data.recipes WHERE name = ?", [name])
+    con.execute("DELETE FROM data.dataset_values WHERE origin = ?", [name])
+    con.execute(
+        "DELETE FROM data.meta WHERE key IN (?, ?, ?)", [f"{what} of {name}" for what in ("places", "roles", "scores")]
     )
 
 

@@ -12,16 +12,13 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
-
-import duckdb
 
 from curate.errors import UsageError
 from curate.rows import ROW_COLUMNS
 from curate.storage import imports
 from curate.storage.database import Connection, literal, one, quote
 from curate.storage.own_columns import OwnColumn, own_columns
-from curate.storage.readings import HIDDEN, PLAIN, WAITS, any_waits, plain_name
+from curate.storage.readings import HIDDEN, MARK, NO_RECIPE_WAITS, PLAIN, WAITS, any_waits, plain_name
 from curate.storage.tables import columns_of, table_of, trajectories_table
 
 FIRST = "1152921504606846976"  # 2**60: a held-out occurrence comes after every training one
@@ -51,21 +48,11 @@ def outdated(con: Connection) -> bool:
     return one(con, "SELECT value FROM data.meta WHERE key = 'views'") != (VERSION,)
 
 
-def narrow(con: Connection, text: str, *, recipe: str | None, sources: Sequence[str] | None) -> list[str]:
-    """Make the views that a query names, for this connection only. Returns their names. Raises UsageError naming the nearest recipe or source."""
-    made = []
+def narrow(con: Connection, text: str, *, recipe: str | None, sources: Sequence[str] | None) -> None:
+    """Make the views that a query names, for this connection only. Raises UsageError naming the nearest recipe or source."""
     for view, body in _bodies(con, recipe, sources).items():
         if view in text.lower():
             con.execute(f"CREATE OR REPLACE TEMP VIEW {view} AS {body()}")
-            made.append(view)
-    return made
-
-
-def widen(con: Connection, made: Iterable[str]) -> None:
-    """Undo `narrow`, for a connection that is used again."""
-    for view in made:
-        with suppress(duckdb.Error):  # a transaction that has failed is undone as a whole
-            con.execute(f"DROP VIEW temp.{view}")
 
 
 def _bodies(con: Connection, recipe: str | None, sources: Sequence[str] | None) -> dict[str, Callable[[], str]]:
@@ -81,6 +68,7 @@ def _bodies(con: Connection, recipe: str | None, sources: Sequence[str] | None) 
     occurs = _occurs(con, only)
     hidden = f"row_id NOT IN ({HIDDEN})" if not only and any_waits(con) else ""
     near = f"row_id IN (SELECT row_id FROM {occurs})" if only else hidden
+    of = literal((recipe or "").removeprefix(MARK))
     called = _called(name or "")
     return {
         "rows": lambda: _narrowed(f"SELECT {', '.join(BASE)} FROM ({_rows(occurs, bool(only))})", hidden),
@@ -99,12 +87,12 @@ def _bodies(con: Connection, recipe: str | None, sources: Sequence[str] | None) 
         ),
         "runs": lambda: (
             "SELECT id, recipe, command, version, started, finished, outcome, message, counts FROM data.runs"
-            + (f" WHERE recipe = {literal(recipe)}" if recipe is not None else "")
+            + (f" WHERE recipe = {of}" if recipe is not None else "")
         ),
         "selections": lambda: _narrowed(
             f"SELECT d.selection, d.row_id, d.kept, d.rank, d.reason, {_decided(con)} FROM data.decisions d"
             + (
-                f" WHERE d.selection IN (SELECT name FROM data.selections WHERE recipe = {literal(recipe)})"
+                f" WHERE d.selection IN (SELECT name FROM data.selections WHERE recipe = {of})"
                 if recipe is not None
                 else ""
             ),
@@ -122,14 +110,15 @@ def _decided(con: Connection) -> str:
 
 def _recipe(con: Connection, recipe: str | None) -> tuple[str | None, str | None, list[str], list[str]]:
     found = con.execute(
-        "SELECT name, scores_table, uses, plain FROM data.recipes ORDER BY updated DESC, name"
+        f"SELECT name, scores_table, uses, plain FROM data.recipes WHERE {NO_RECIPE_WAITS} OR name = ? ORDER BY updated DESC, name",
+        [recipe],
     ).fetchall()
     for name, table, uses, plain in found:
         if recipe is None or name == recipe:
             return name, table, list(uses), list(plain)
     if recipe is None:
         return None, None, [], []
-    names = [row[0] for row in found]
+    names = [row[0] for row in found if plain_name(row[0]) == row[0]]
     near = difflib.get_close_matches(recipe, names, 1)
     hint = f"Did you mean {near[0]!r}?" if near else f"There are: {', '.join(names) or 'none yet'}."
     raise UsageError(f"no recipe {recipe!r} in this store. {hint}")
