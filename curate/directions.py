@@ -189,10 +189,10 @@ class Directions:
 
     def sweep(self, tasks: Iterable[Task]) -> None:
         """Delete what neither these tasks nor the last plan of another recipe use, and what a killed process left."""
-        known = {
-            m.fingerprint: m for m in (*self.store.measured(reads="direction"), *(task.measured for task in tasks))
-        }
-        kept = {fingerprint for recipe in self.store.recipes() for fingerprint in recipe["uses"]}
+        mine = {task.fingerprint: task.measured for task in tasks}
+        known = {m.fingerprint: m for m in self.store.measured(reads="direction")} | mine
+        others = [recipe for recipe in self.store.recipes() if recipe["name"] != self.loaded.name]
+        kept = {fingerprint for recipe in others for fingerprint in recipe["uses"]} | mine.keys()
         for m in [known[fingerprint] for fingerprint in kept & known.keys()]:
             kept |= {m.params.get("gradient"), m.params.get("taken_at")}
             kept |= {f"warmup-{m.params.get('optimizer')}", f"warmup-{m.model_fingerprint}"}

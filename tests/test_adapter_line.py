@@ -225,7 +225,9 @@ def test_each_subject_is_sampled_by_the_engine_that_takes_it(place, monkeypatch)
     runner = SampleRunner(load_recipe(recipe(place, "sampled", [], models={"reference": "base"})), Progress(quiet=True))
     runner.subjects = [Subject(base, "0"), Subject(one, "1", base=base), Subject(other, "2", base=base)]
     for at in (0, 1, 2, 0):
-        runner.use(SimpleNamespace(subject=runner.subjects[at]))
+        task = SimpleNamespace(measured=SimpleNamespace(params={}, engine=""))
+        runner.use(SimpleNamespace(subject=runner.subjects[at], tasks=(task,)))
+        runner._start()  # as the first answer that has to be drawn does
     assert log == [
         ("vllm", base, [one]), one, "closed", ("transformers", other, [other]), "closed", ("vllm", base, [one])
     ]  # fmt: skip

@@ -38,7 +38,9 @@ def test_hh_dialogues_through_the_preference_line(shared, tmp_path, capsys):
     dropped = datasets.load_dataset("parquet", data_files=str(tmp_path / "curated/dropped/*.parquet"), split="train")
     assert len(dropped) + len(kept) == 160 and all(dropped["reason"])
     row = dropped[0]
-    assert explain_row(result.store, row["row_id"]).decision["reason"] == row["reason"]
+    assert row["reason"].startswith(
+        explain_row(result.store, row["row_id"]).decision["reason"]
+    )  # the row's numbers follow
 
 
 def test_the_threshold_calibrated_on_published_logs(shared, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -188,7 +189,10 @@ def test_gradients_over_an_adapter_equal_pefts(tmp_path):
             theirs = double(adapt(base, tmp_path / str(seed), options, seed=seed))
             model.use(tmp_path / str(seed), base=base)
             found = backward.measure(model, pairs, ENTK, parameters="lora")
-            assert worst(columns(found), products(theirs, pairs, "lora_")) < 1e-6
+            wanted = products(theirs, pairs, "lora_")
+            error = worst(columns(found), wanted)
+            if error >= 1e-6:  # on some processors: then autograd's own float32 gradients are as far off there
+                assert error < 2 * worst(products(copy.deepcopy(theirs).float(), pairs, "lora_"), wanted)
         whole = columns(backward.measure(model, pairs, ENTK))
         last = columns(backward.measure(model, pairs, ENTK, parameters=1))
     theirs.float().merge_and_unload().save_pretrained(tmp_path / "merged")
