@@ -226,7 +226,7 @@ def test_each_subject_is_sampled_by_the_engine_that_takes_it(place, monkeypatch)
     runner.subjects = [Subject(base, "0"), Subject(one, "1", base=base), Subject(other, "2", base=base)]
     for at in (0, 1, 2, 0):
         task = SimpleNamespace(measured=SimpleNamespace(params={}, engine=""))
-        runner.use(SimpleNamespace(subject=runner.subjects[at], tasks=(task,)))
+        runner.use(SimpleNamespace(subject=runner.subjects[at], tasks=(task,), reads="sample", blocks=()))
         runner._start()  # as the first answer that has to be drawn does
     assert log == [
         ("vllm", base, [one]), one, "closed", ("transformers", other, [other]), "closed", ("vllm", base, [one])
