@@ -56,6 +56,7 @@ __all__ = [
 TOKENS = ("prompt_tokens", "chosen_tokens", "rejected_tokens", "completion_tokens")
 RANDOM = "random"  # the word in order_by
 ASKED = "what curate asks: "  # before the names of its own columns of a query
+TIMES = quote(f"{ASKED}times read")
 
 
 def select(store: Store, spec: SelectSpec, **known: Any) -> Decisions:
@@ -202,7 +203,7 @@ class _Question:
 
     def columns(self) -> dict[str, tuple[str, str]]:
         """alias -> (SQL, the recipe's key that it comes from)."""
-        asked = {"row_id": ("scored.row_id", "select"), "weight": ('"training rows"."times read"', "select")}
+        asked = {"row_id": ("scored.row_id", "select"), "weight": (f'"training rows".{TIMES}', "select")}
         if self.spec.exclude:
             asked["held"] = (HELD, "select.exclude")
         if self.where is not None:
@@ -230,7 +231,7 @@ class _Question:
 
     def ask(self, sources: Sequence[str] | None) -> Candidates:
         of = f"AND o.source IN ({', '.join(map(literal, sources)) or 'NULL'})" if sources is not None else ""
-        train = f"SELECT o.row_id, count(*)::DOUBLE AS \"times read\" FROM occurrences o WHERE o.role = 'train' {of} GROUP BY o.row_id"
+        train = f"SELECT o.row_id, count(*)::DOUBLE AS {TIMES} FROM occurrences o WHERE o.role = 'train' {of} GROUP BY o.row_id"
         table = f'scored JOIN ({train}) AS "training rows" USING (row_id) ORDER BY scored.position'
 
         def found(wanted: Mapping[str, tuple[str, str]]) -> Any:
