@@ -177,7 +177,7 @@ def test_less_over_a_run_equals_autograd(line):
         [sys.executable, "-m", "curate", "explain", "store", rows[0].row_id], cwd=line.folder, capture_output=True, text=True, check=True,
         env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
     ).stdout  # fmt: skip
-    assert "less (step adam, target bbh)" in said and re.search(rf"influence_group \(.*\) +{serves[0]} ", said)
+    assert "less (step adam, target bbh)" in said and re.search(rf"influence_group \(.*\): {serves[0]}\b", said)
     assert not line.misses("sft", *scores, **rest)
 
 
