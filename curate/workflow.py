@@ -434,7 +434,9 @@ def _decide(loaded: Loaded, result: Result, sources: dict[str, list[str]], score
     if scored is not None:
         name = store.stage_recipe(loaded.name, **_meant(store, plan), roles=sources)
         scored.write(store, name, staged=True)
-    if not {w.name for w in wanted} <= set(store.sql("SELECT * FROM scored LIMIT 0", recipe=name).columns):
+    there = scored is not None or any(r["name"] == name for r in store.recipes())
+    columns = store.sql("SELECT * FROM scored LIMIT 0", recipe=name).columns if there else []
+    if not there or not {w.name for w in wanted} <= set(columns):
         raise UsageError(
             f"Not every score of {loaded.name!r} is computed yet: `curate score {loaded.path}` does that, `curate run {loaded.path}` does all steps."
         )
