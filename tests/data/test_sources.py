@@ -205,7 +205,7 @@ BROKEN_FILES = [
     ("a.csv", b"prompt,chosen,rejected\n", "no rows at all"),
     (
         "a.jsonl.gz",
-        truncated(gzip.compress(b"".join(b"%d %s\n" % (i, LINE.encode()) for i in range(9)))),
+        truncated(gzip.compress(b"".join(b"%d %s\n" % (i, LINE.encode()) for i in range(9)), mtime=0)),
         "ends too early or is damaged",
     ),
     ("a.jsonl.gz", b"no gzip at all", "ends too early or is damaged"),
