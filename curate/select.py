@@ -313,7 +313,11 @@ def check_worst(name: str, worst: Mapping[str, str], available: Sequence[str]) -
             f"Use `where` with a bound of your own, or `order_by` and `keep`, or say which is bad for you: {say}."
         )
     if name not in available:
-        raise UsageError(f"select.drop_worst: {name!r} has not been computed yet. Run `curate score RECIPE` first.")
+        near = difflib.get_close_matches(name, available, 1, 0.5)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise UsageError(
+            f"select.drop_worst: no column {name!r} is there yet.{hint} `curate score RECIPE` computes the recipe's scores."
+        )
 
 
 def check_numbers(store: Store, spec: SelectSpec, recipe: str | None) -> None:

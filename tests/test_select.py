@@ -280,7 +280,7 @@ def test_a_null_that_is_a_value(store):
     ({"per": "sorce"}, r"select\.per: no column 'sorce'\. The nearest: source"),
     ({"drop_worst": {"flip_lass": 0.1}}, "did you mean 'flip_loss'"),
     ({"drop_worst": {"neither": 0.1}}, "neither end of 'neither'"),
-    ({"drop_worst": {"uncomputed": 0.1}}, "has not been computed yet"),
+    ({"drop_worst": {"uncomputed": 0.1}}, "no column 'uncomputed' is there yet"),
 ])  # fmt: skip
 def test_errors_name_the_key(store, spec, told):
     with pytest.raises(UsageError, match=told):
