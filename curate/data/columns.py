@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from curate.data.formats import KNOWN_COLUMNS
-from curate.errors import UsageError
+from curate.errors import UsageError, ValidationError
 
 
 class Columns:
@@ -39,9 +39,11 @@ class Columns:
             field for _, fields in self.templates.values() for field in fields
         )  # part of a text already
         self.theirs = {ours: theirs for theirs, ours in self.plain.items()}
+        self.moved: dict[str, str] = {}  # theirs that have one of our names and are not meant by it -> what they are called here
+        self.seen: set[str] = set()  # every name of theirs so far
 
     def check(self, names: Iterable[str], source: str) -> None:
-        """UsageError where a named column is not in the source."""
+        """UsageError where a named column is not in the source. Settles what a column is called whose name is ours here."""
         present = list(names)
         wanted = [
             *self.plain.items(),
@@ -54,18 +56,36 @@ class Columns:
                 raise UsageError(
                     f"source.columns.{ours}: {source} has no column '{theirs}', it has {', '.join(present)}.{hint}"
                 )
+        self._settle(present, source)
 
-    def apply(self, raw: dict[str, Any]) -> dict[str, Any]:
-        """The row under our names. A column of theirs that has our name and is not meant is kept as source_<name>."""
+    def _settle(self, names: Iterable[str], where: str) -> None:
+        """What columns are called whose names are ours here. ValidationError where a column has a name that another one was given before."""
+        new = [name for name in names if name not in self.seen]
+        if not new:
+            return
+        self.seen.update(new)
+        given = {called: name for name, called in self.moved.items()}
+        taken = {*self.theirs, *self.templates}
+        for name in new:
+            if name in taken and name not in self.plain:
+                self.moved[name] = free_name(name, {*self.seen, *self.moved.values(), *taken})
+            if name in given:
+                raise ValidationError(
+                    f"{where} has a column '{name}', which is what the column '{given[name]}' is called here, since `columns` calls another one "
+                    f"{given[name]}, and the rows before had no '{name}'. Rename one of the two in the source, or leave it out."
+                )
+
+    def apply(self, raw: dict[str, Any], where: str = "a later row") -> dict[str, Any]:
+        """The row under our names. A column of theirs that has our name and is not meant is kept as source_<name>, or the next free name."""
         if not self.plain and not self.templates:
             return raw
         mapped = {}
-        taken = set(self.theirs) | set(self.templates)
+        self._settle(raw, where)
         for name, value in raw.items():
             if name in self.plain:
                 mapped[self.plain[name]] = value
             else:
-                mapped[f"source_{name}" if name in taken else name] = value
+                mapped[self.moved.get(name, name)] = value
         for ours, (template, fields) in self.templates.items():
             values = {field: raw.get(field) for field in fields}
             if all(isinstance(value, (str, int, float)) and not isinstance(value, bool) for value in values.values()):
@@ -76,13 +96,17 @@ class Columns:
                 )
         return mapped
 
-    def renamed(self, names: Iterable[str]) -> set[str]:
-        """Columns of theirs that have one of our names and are not meant by it."""
-        return {name for name in names if name not in self.plain and name in {*self.theirs, *self.templates}}
-
     def named(self, ours: str) -> str:
         """What the file calls one of our columns."""
         return self.theirs.get(ours, ours)
+
+
+def free_name(name: str, taken: Iterable[str]) -> str:
+    """source_<name>, or source_source_<name>, …: the first that is not taken."""
+    known, new = set(taken), f"source_{name}"
+    while new in known:
+        new = f"source_{new}"
+    return new
 
 
 def template_fields(ours: str, template: str) -> tuple[str, ...]:

@@ -19,7 +19,18 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from curate.data.card import Card, write_card
-from curate.data.exported import TAKEN, ExportRow, Plan, Weights, both_responses, own_columns, resampled
+from curate.data.exported import (
+    SIDE,
+    TAKEN,
+    ExportRow,
+    Plan,
+    Weights,
+    asked_columns,
+    both_responses,
+    own_columns,
+    renamed,
+    resampled,
+)
 from curate.data.hub import first_line
 from curate.data.replace import MARK, carry_over, check_target, replace_folder
 from curate.data.spool import Spool, write_parquet
@@ -119,17 +130,16 @@ def write_export(
             "nothing to export: the selection kept no row. Loosen `select`; `curate explain` says why a row was dropped."
         )
     plan = Plan.of(first, format)
-    renamed: dict[str, str] = {}
-    renamed_dropped: dict[str, str] = {}
     weights = Weights()
     work = staging / "work"
     with Spool(work / "kept", plan.schema(False)) as kept, Spool(work / "dropped", plan.schema(True)) as left:
         for record in with_first(first, records):
             weights.add(record)
-            kept.add(plan.kept(record) | own_columns(record, plan, renamed))
+            kept.add(plan.kept(record) | asked_columns(record), own_columns(record))
         for record in dropped:
-            own = own_columns(record, plan, renamed_dropped, is_dropped=True)
-            left.add(plan.dropped(record) | own | {"reason": record.reason})
+            left.add(plan.dropped(record) | asked_columns(record) | {"reason": record.reason}, own_columns(record))
+        own, ours = {**kept.own, **left.own}, (kept.ours | left.ours) - {"reason"}
+        kept.called, left.called = renamed(own, ours), renamed(own, ours | {"reason"})
         weights.check(needed=resample is not None)
         schema = kept.schema()
         rows = kept.rows()
@@ -139,9 +149,10 @@ def write_export(
         n_rows = write_parquet(rows, schema, parquet)
         write_parquet(left.rows(), left.schema(), staging / "dropped" / "dropped-00000.parquet")
         save_to_disk(parquet, staging, split)
-    renamed = renamed_dropped | renamed
-    notes = [_renamed(old, new) for old, new in sorted(renamed.items())]
-    notes += [f"Column `{name}` holds values of several types and is kept as text." for name in sorted(kept.as_text)]
+    other = {name: new for name, new in {**left.called, **kept.called}.items() if name in kept.called or name in left.own}
+    notes = [_renamed(old, new) for old, new in sorted(other.items())]
+    as_text = sorted(kept.names(kept.as_text))
+    notes += [f"Column `{name}` holds values of several types and is kept as text." for name in as_text]
     warnings = [
         f"Column `{name}` held bytes (images, audio), which the store does not keep: here it says only how many they were. Join them again by "
         "a column of yours before you train."
@@ -168,7 +179,7 @@ def write_export(
     )
     carry_over(target, staging)
     return ExportResult(
-        target, n_rows, left.n_rows, plan.layout, tuple(schema.names), renamed, tuple(notes), tuple(warnings)
+        target, n_rows, left.n_rows, plan.layout, tuple(schema.names), other, tuple(notes), tuple(warnings)
     )
 
 
@@ -178,6 +189,7 @@ def _renamed(old: str, new: str) -> str:
         "row_id": "`row_id` is the row's id in the store",
         "weight": "`weight` is what the row counts in training",
         "reason": "`reason` says in dropped/ why a row was dropped",
+        SIDE: f"`{SIDE}` says which response the row has",
     }.get(old, f"a trainer would take `{old}` for its own" if old in TAKEN else f"`{old}` is what curate has measured")
     return f"Column `{old}` is called `{new}` here: {why}."
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from curate.data.columns import free_name
 from curate.data.texts import jsonable
 from curate.errors import ValidationError
 from curate.rows import Example, Pair, Row, Text
@@ -21,6 +22,7 @@ OF_TRAINERS = (
     "text conversations image images input_ids labels attention_mask position_ids completion_mask assistant_masks seq_lengths "
     "prompt_ids chosen_ids rejected_ids completion_ids ref_chosen_logps ref_rejected_logps chat_template_kwargs"
 )
+SIDE = "side"  # of an export of both responses: which one a row has
 TAKEN = frozenset((*TEXTS, "row_id", *OF_TRAINERS.split()))
 
 
@@ -145,26 +147,23 @@ def turns(text: Text, role: str) -> tuple[Any, ...]:
     return ({"role": role, "content": text},) if isinstance(text, str) else text
 
 
-def own_columns(record: ExportRow, plan: Plan, renamed: dict[str, str], *, is_dropped: bool = False) -> dict[str, Any]:
-    """The user's columns, then those asked for; a user's whose name is taken here becomes source_<name>, noted in `renamed`."""
-    taken = (
-        TAKEN | record.asked.keys() | ({"weight"} if plan.weighted else set()) | ({"reason"} if is_dropped else set())
-    )
-    if isinstance(record.row, Example) and record.row.answer is not None:
-        taken = taken | {"answer"}
-    columns = {}
-    for name, value in record.columns.items():
+def own_columns(record: ExportRow) -> dict[str, Any]:
+    """The user's columns of a row, under their own names; what the export calls them is settled when all rows are known (`renamed`)."""
+    return {name: jsonable(value) for name, value in record.columns.items()}
+
+
+def asked_columns(record: ExportRow) -> dict[str, Any]:
+    return {name: jsonable(value) for name, value in record.asked.items()}
+
+
+def renamed(own: Collection[str], ours: Collection[str]) -> dict[str, str]:
+    """The user's columns whose names are taken in the export, and a name for each that no row of it has. ours: the export's own columns."""
+    taken = TAKEN.union(ours)
+    found: dict[str, str] = {}
+    for name in own:
         if name in taken:
-            renamed[name] = name = free_name(name, record.columns | record.asked)
-        columns[name] = jsonable(value)
-    return columns | {name: jsonable(value) for name, value in record.asked.items()}
-
-
-def free_name(name: str, columns: dict[str, Any]) -> str:
-    new = f"source_{name}"
-    while new in columns:
-        new = f"source_{new}"
-    return new
+            found[name] = free_name(name, {*taken, *own, *found.values()})
+    return found
 
 
 def both_responses(records: Iterator[ExportRow]) -> Iterator[ExportRow]:
@@ -175,10 +174,9 @@ def both_responses(records: Iterator[ExportRow]) -> Iterator[ExportRow]:
         if not isinstance(record.row, Pair):
             yield record
             continue
-        own = {free_name(k, record.columns) if k == "side" else k: v for k, v in record.columns.items()}
         for side in ("chosen", "rejected"):
             row = Example(record.row.prompt, getattr(record.row, side))
-            yield replace(record, row=row, columns=own | {"side": side})
+            yield replace(record, row=row, asked={**record.asked, SIDE: side})
 
 
 class Weights:

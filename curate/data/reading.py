@@ -15,7 +15,7 @@ from typing import Any, Literal
 from curate.data.cells import number, number_columns
 from curate.data.columns import Columns
 from curate.data.formats import FORMATS, KNOWN_COLUMNS, PREFERENCE, Layout, layouts
-from curate.data.records import Defect, Problem, Record, SourceInfo, bad_rows_error
+from curate.data.records import Defect, Problem, Record, SourceInfo, bad_rows_error, row_in_file
 from curate.data.sources import Source, find_sources
 from curate.data.texts import has_binary, holds, jsonable, unpacked, unread_keys
 from curate.errors import CurateError, UsageError, ValidationError
@@ -41,7 +41,6 @@ class Reading:
         self._sources = sources
         self._columns = Columns(columns)
         self._asked = format
-        self._renamed: set[str] = set()
         self._told: dict[str, tuple[Layout, frozenset[str]]] = {}
         first = next((layout for source in sources if (layout := self._layout(source, kind))), None)
         if first is None:
@@ -64,16 +63,15 @@ class Reading:
                 assert not isinstance(broken, dict)
                 what = problem_defect(broken, source.name, index, line)
                 raise ValidationError(f"{what}\n  None of the first {len(head)} rows can be read.")
-            self._renamed |= self._columns.renamed(name for row in raw_rows for name in row)
             self._columns.check(dict.fromkeys(name for row in raw_rows for name in row), source.name)
-            mapped = [self._mapped(row) for row in raw_rows]
+            mapped = [self._mapped(row, source.name) for row in raw_rows]
             layout = choose_layout(source.name, mapped, kind=kind, format=self._asked, columns=self._columns)
             self._told[source.name] = layout, number_columns(raw_rows) if source.is_text_table else frozenset()
         return self._told[source.name][0]
 
-    def _mapped(self, raw: dict[str, Any]) -> dict[str, Any]:
+    def _mapped(self, raw: dict[str, Any], where: str) -> dict[str, Any]:
         """A raw row under our names, its messages as lists however they are stored."""
-        mapped = self._columns.apply(raw)
+        mapped = self._columns.apply(raw, where)
         changed = {name: unpacked(mapped[name]) for name in MESSAGES if isinstance(mapped.get(name), (str, dict))}
         if isinstance(mapped.get("history"), str):
             changed["history"] = json_list(mapped["history"])
@@ -84,8 +82,8 @@ class Reading:
         on_hub = [source.name for source in self._sources if source.on_hub]
         found = [f"{name}: no such file or folder here; read as a dataset of the Hugging Face hub." for name in on_hub]
         return found + [
-            f"Column `{name}` is called `source_{name}` here, since `columns` calls another one {name}."
-            for name in sorted(self._renamed)
+            f"Column `{name}` is called `{new}` here, since `columns` calls another one {name}."
+            for name, new in sorted(self._columns.moved.items())
         ]
 
     def formats(self) -> dict[str, str]:
@@ -116,7 +114,7 @@ class Reading:
     ) -> Record:
         if not isinstance(raw, dict):
             return Record(name, index, None, {}, (problem_defect(raw, name, index, line),), line)
-        mapped = self._mapped(raw)
+        mapped = self._mapped(raw, name if not self._columns.moved else f"{name}, {row_in_file(index, line)}")
         problems: list[Problem] = []
         row = layout.convert(mapped, layout, problems)
         columns = {key: jsonable(value) for key, value in mapped.items() if key not in layout.uses}

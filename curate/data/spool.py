@@ -16,11 +16,15 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 BATCH = 1000
+OWN = "\0"  # before the name of a column of the user's, until it is known whether the export has that name too
 BYTES = re.compile(r"<\d+ bytes>")
 
 
 class Spool:
-    """Dicts in, tables of one schema out. `n_rows` counts, `as_text` names the columns that had to become text, `without_bytes` those with the
+    """Dicts in, tables of one schema out. ours: the columns that the export adds. own: the user's, in the order of their coming. called: what the
+    export calls those of them whose names it has itself (settled before anything is read back).
+
+    `n_rows` counts, `as_text` names the columns that had to become text, `without_bytes` those with the
     store's words for bytes in them.
     """
 
@@ -30,15 +34,21 @@ class Spool:
         self._fixed = fixed
         self._types: dict[str, pa.DataType] = {}
         self._waiting: list[dict[str, Any]] = []
+        self.ours = set(fixed)
+        self.own: dict[str, None] = {}
+        self.called: dict[str, str] = {}
         self.as_text: set[str] = set()
         self.without_bytes: set[str] = set()
         self.n_rows = 0
 
-    def add(self, row: dict[str, Any]) -> None:
-        self._file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+    def add(self, row: dict[str, Any], own: dict[str, Any]) -> None:
+        self.ours |= row.keys()
+        self.own |= dict.fromkeys(own)
+        held = {OWN + name: value for name, value in own.items()} | row
+        self._file.write(json.dumps(held, ensure_ascii=False, default=str) + "\n")
         self.n_rows += 1
-        self.without_bytes |= {name for name, value in row.items() if name not in self._fixed and said_bytes(value)}
-        self._waiting.append(row)
+        self.without_bytes |= {name.removeprefix(OWN) for name, value in held.items() if name not in self._fixed and said_bytes(value)}
+        self._waiting.append(held)
         if len(self._waiting) == BATCH:
             self._learn()
 
@@ -66,7 +76,9 @@ class Spool:
         import pyarrow as pa
 
         self._learn()
-        learned = ((name, pa.string() if pa.types.is_null(kind) else kind) for name, kind in self._types.items())
+        learned = (
+            (self._named(name), pa.string() if pa.types.is_null(kind) else kind) for name, kind in self._types.items()
+        )
         return pa.schema([*self._fixed.items(), *learned])
 
     def rows(self) -> Iterator[dict[str, Any]]:
@@ -77,7 +89,15 @@ class Spool:
             for name in self.as_text & row.keys():
                 value = row[name]
                 row[name] = value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-            yield row
+            yield {self._named(name): value for name, value in row.items()}
+
+    def names(self, held: set[str]) -> set[str]:
+        return set(map(self._named, held))
+
+    def _named(self, held: str) -> str:
+        """What the export calls a column that is held as OWN + its name, or as it is called."""
+        own = held.removeprefix(OWN)
+        return self.called.get(own, own) if own != held else held
 
     def __enter__(self) -> Spool:
         return self

@@ -130,6 +130,19 @@ def test_names_that_a_trainer_takes(tmp_path):
     assert "Column `label` is called `source_source_label` here" in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_a_renamed_column_never_falls_on_one_of_another_row(tmp_path):
+    """Only the second row has a `source_text` of its own: the first one's `text` takes another name in both."""
+    records = [pair(1, text="t1", side="s1"), pair(2, text="t2", source_text="own")]
+    result = export(tmp_path / "out", records, [pair(3, reason="mine", source_reason="r"), pair(4, source_side="x")])
+    assert result.renamed == {"text": "source_source_text", "reason": "source_source_reason"}
+    rows = [(r["source_source_text"], r["source_text"], r["side"]) for r in rows_of(tmp_path / "out")]
+    assert rows == [("t1", None, "s1"), ("t2", "own", None)]
+    both = export(tmp_path / "both", [*records, pair(4, source_side="x")], format="extend")
+    assert both.renamed == {"text": "source_source_text", "side": "source_source_side"}
+    assert "`side` says which response the row has" in " ".join(both.notes)
+    assert [r["source_side"] for r in rows_of(tmp_path / "both")] == [None] * 4 + ["x"] * 2
+
+
 def test_columns_of_several_types(tmp_path):
     values = [1, 2.5, None] * 400
     mixed = [1, "a", None, [True]] * 300
