@@ -19,6 +19,12 @@ if TYPE_CHECKING:
 # The day that templates are told where they ask for today's: a value does not depend on the day that it was measured on. It is the one that
 # Llama 3's templates fall back to by themselves.
 DATE = date(2024, 7, 26)
+ASKED = Message(role="user", content="first six")
+QUESTIONS: tuple[tuple[Message, ...], ...] = (  # the plainest first; some templates want a system turn, or several turns
+    (ASKED,),
+    (Message(role="system", content="five more"), ASKED),
+    (ASKED, Message(role="assistant", content="third"), ASKED),
+)
 THOUGHT = "<think>\nfirst seven\n</think>\nlast eight"
 
 
@@ -30,7 +36,8 @@ class Refused(Exception):
 class Template:
     """What is known of a tokenizer's chat template, from a few messages of our own.
 
-    end: the special token that closes a reply, None where the template gives none. dated: whether it asks for today's date.
+    end: the special token that closes a reply, None where the template gives none, or where it is not known because the template refuses every
+    conversation of ours: refuses is then what it says of the plainest one. dated: whether it asks for today's date.
     keeps_reasoning: whether the text between <think> and </think> of a reply is in what it renders. eos: the tokenizer's own end token. stops: the
     tokens that end an answer when it is sampled: eos, and those of the model's generation settings.
     """
@@ -40,6 +47,7 @@ class Template:
     keeps_reasoning: bool = True
     eos: str | None = None
     stops: tuple[str, ...] = ()
+    refuses: str | None = None
 
 
 def as_chat(row: Row) -> Row:
@@ -104,17 +112,22 @@ def template_of(tokenizer: PreTrainedTokenizerBase, stops: Sequence[int] = ()) -
     template = getattr(tokenizer, "chat_template", None)
     if not template:
         return None
-    ask = Message(role="user", content="first six")
+    refused: list[str] = []
 
     def shown(*messages: Message) -> str | None:
         try:
             return render(tokenizer, messages, generation_prompt=False)
-        except Refused:
+        except Refused as refusal:
+            refused.append(str(refusal))
             return None
 
-    plain = shown(ask, Message(role="assistant", content="last eight"))
+    plain, before = None, QUESTIONS[0]
+    for before in QUESTIONS:
+        plain = shown(*before, Message(role="assistant", content="last eight"))
+        if plain is not None:
+            break
     end = None if plain is None else closing_token(tokenizer, ids_of(tokenizer, plain))
-    thought = shown(ask, Message(role="assistant", content=THOUGHT))
+    thought = shown(*before, Message(role="assistant", content=THOUGHT))
     ends = dict.fromkeys((*([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []), *stops))
     return Template(
         end=None if end is None else str(tokenizer.convert_ids_to_tokens(end)),
@@ -122,6 +135,7 @@ def template_of(tokenizer: PreTrainedTokenizerBase, stops: Sequence[int] = ()) -
         keeps_reasoning=thought is None or "first seven" in thought,
         eos=tokenizer.eos_token,
         stops=tuple(str(tokenizer.convert_ids_to_tokens(i)) for i in ends if 0 <= i < len(tokenizer)),
+        refuses=refused[0] if plain is None else None,
     )
 
 

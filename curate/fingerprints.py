@@ -65,7 +65,7 @@ class FingerprintCache:
         from curate.rendering import from_json, to_json
 
         settings = [model / name for name in ("generation_config.json", "config.json")]
-        about = content_id(self._tokenizer_state(folder), [file_state(f) if f.is_file() else "" for f in settings], 1)
+        about = content_id(self._tokenizer_state(folder), [file_state(f) if f.is_file() else "" for f in settings], 2)
 
         def looked() -> str:
             from curate.chat import template_of

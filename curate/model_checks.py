@@ -62,9 +62,20 @@ def _left_out(subject: Subject, renderings: Renderings, store: Store, sources: S
     )
     ids = [r for r, style in rows.iter_rows() if rendering.chat or style == "conversational"]
     shown = ids[:: max(1, -(-len(ids) // LOOKED_AT))]
-    found = [row for row in store.iter_rows(shown) if row is not None]
-    counts = look(found, load_tokenizer(subject.tokenizer), chat=rendering.chat)
-    return lost_text(counts, len(found), len(ids), Path(subject.tokenizer).name)
+    known = [(row_id, row) for row_id, row in zip(shown, store.iter_rows(shown), strict=True) if row is not None]
+    found = [row for _, row in known]
+    first: dict[str, int] = {}
+    counts = look(found, load_tokenizer(subject.tokenizer), chat=rendering.chat, first=first)
+    names = {what: _row_name(store, known[i][0], sources) for what, i in first.items()}
+    return lost_text(counts, len(found), len(ids), Path(subject.tokenizer).name, names)
+
+
+def _row_name(store: Store, row_id: str, sources: Sequence[str]) -> str:
+    """Where a row occurs first: its source, and its number from 1."""
+    at = store.sql(
+        "SELECT source, index FROM occurrences WHERE row_id = ? ORDER BY source, index LIMIT 1", [row_id], source=list(sources) or None
+    )
+    return f"{at['source'][0]}, row {at['index'][0] + 1}" if len(at) else row_id
 
 
 def _check_quantised(step: Step) -> None:

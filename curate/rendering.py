@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,7 +56,7 @@ class Rendering:
             found["template_date"] = f"{DATE:%Y-%m-%d}"
         of_prompts = measurement.reads == "sample" or measurement.prompt_only
         if self.template.end is None and self.template.eos and not of_prompts:
-            found["template_end"] = "none"
+            found["template_end"] = "none" if self.template.refuses is None else "unknown"
         if self.pairs and not self.template.keeps_reasoning:
             found["same_tokens"] = "unknown"
         return found
@@ -78,7 +78,12 @@ class Rendering:
             )
         if template is None or not (self.chat or self.messages):
             return found
-        if template.end is None:
+        if template.refuses:
+            found.append(
+                f"{model}: {template.refuses.replace('these messages', 'a question with its reply')}, so how it ends a reply is not known. Rows that "
+                "it refuses cannot be measured; give them the turns that it asks for, or take another template (chat_template.jinja)."
+            )
+        elif template.end is None:
             found.append(
                 f"The chat template of {model} ends a reply with no special token: TRL trains none, so none is measured, and a model trained on such "
                 "rows does not learn to stop: its answers run to max_new_tokens. A template that writes the end token after the reply mends that."
@@ -191,7 +196,7 @@ def card_notes(measured: dict[str, Any], rule: str, styles: Collection[str]) -> 
         )
     elif "standard" in styles:
         found.append(f"Rows of plain text were measured as plain text, without a chat template (tokens.chat: {rule}).")
-    if measured.get("template_end"):
+    if measured.get("template_end") == "none":
         found.append(
             "The model's chat template ends a reply with no special token: none was measured, and a training on these rows teaches none, so answers "
             "run to their longest length."
@@ -211,10 +216,15 @@ def styles_of(store: Store, sources: list[str], kind: str) -> set[str]:
     return set(found["style"].to_list())
 
 
-def look(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, *, chat: bool) -> Counter[str]:
-    """How many rows the template leaves text out of (by whose turn it is: reply, system, user, …), or refuses (by what it says)."""
+def look(
+    rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, *, chat: bool, first: dict[str, int] | None = None
+) -> Counter[str]:
+    """How many rows the template leaves text out of (by whose turn it is: reply, system, user, …), or refuses (by what it says).
+
+    first: learns at which of the rows each of these occurs first.
+    """
     counts: Counter[str] = Counter()
-    for row in rows:
+    for i, row in enumerate(rows):
         if chat:
             row = as_chat(row)
         if isinstance(row.prompt, str):
@@ -229,11 +239,15 @@ def look(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, *, chat: bool)
         except Refused as refused:
             lost = {str(refused)}
         counts.update(lost)
+        for what in lost if first is not None else ():
+            first.setdefault(what, i)  # type: ignore[union-attr]
     return counts
 
 
-def lost_text(counts: Counter[str], n: int, rows: int, model: str) -> list[str]:
-    """What `look` found, in sentences. n: rows looked at, of so many rows."""
+def lost_text(
+    counts: Counter[str], n: int, rows: int, model: str, first: Mapping[str, str] | None = None
+) -> list[str]:
+    """What `look` found, in sentences. n: rows looked at, of so many rows. first: the name of the first row of each, where it is known."""
     of = f"of {n:,} rows" if n == rows else f"of {n:,} rows looked at (of {rows:,})"
     found = []
     for what, count in sorted(counts.items()):
@@ -244,7 +258,10 @@ def lost_text(counts: Counter[str], n: int, rows: int, model: str) -> list[str]:
                 "else get NULL and a token_problem."
             )
         elif what.startswith("the chat template refuses"):
-            found.append(f"{count:,} {of} cannot be measured: {what}.")
+            found.append(
+                f"{count:,} {of} cannot be measured: {what}."
+                + (f" The first is {first[what]}." if first and what in first else "")
+            )
         else:
             found.append(
                 f"The chat template of {model} leaves out text of {'an' if what[0] in 'aeiou' else 'a'} {what} turn in {count:,} {of}: neither the "

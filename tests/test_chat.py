@@ -261,6 +261,30 @@ def test_what_a_template_drops_or_refuses_is_counted_before_anything_runs(tmp_pa
     told = planned(recipe(tmp_path, dropping, rows))
     assert "leaves out text of a system turn in 1 of 3 rows" in told
     assert "1 of 3 rows cannot be measured: the chat template refuses these messages" in told and "not that" in told
+    assert "The first is" in told and "rows.jsonl, row 3." in told
+
+
+WANTS_A_SYSTEM_TURN = "{% if messages[0]['role'] != 'system' %}{{ raise_exception('begin with a system turn') }}{% endif %}" + TEMPLATES["eos"]
+WANTS_A_TOOL = "{% if messages[0]['role'] != 'tool' %}{{ raise_exception('begin with a tool') }}{% endif %}" + TEMPLATES["eos"]
+
+
+def test_a_template_that_refuses_a_question_is_not_one_without_an_end(tmp_path):
+    """Asked as it wants to be asked, it ends replies; where no conversation of ours suits it, its own words are said."""
+    tokenizer = make_characters()
+    tokenizer.chat_template = WANTS_A_SYSTEM_TURN
+    assert (template_of(tokenizer).end, template_of(tokenizer).refuses) == ("</s>", None)
+    tokenizer.chat_template = WANTS_A_TOOL
+    found = template_of(tokenizer)
+    assert found.end is None and "begin with a tool" in found.refuses
+    refusing = make_llama(tmp_path / "model", seed=0)
+    (refusing / "chat_template.jinja").write_text(WANTS_A_TOOL)
+    user, reply = {"role": "user", "content": "who?"}, {"role": "assistant", "content": "lily"}
+    rows = [{"messages": [{"role": "tool", "content": f"t{i}"}, user, reply]} for i in range(2)] + [{"messages": [user, reply]}]
+    told = planned(recipe(tmp_path, refusing, rows))
+    assert "no special token" not in told and "begin with a tool" in told
+    assert "1 of 3 rows cannot be measured" in told and "rows.jsonl, row 3." in told
+    curate.run(recipe(tmp_path, refusing, rows))
+    assert "no special token" not in (tmp_path / "out" / "README.md").read_text()
 
 
 # ---- a tokenizer that does not fit ----------------------------------------------------------------------------------------------------------
