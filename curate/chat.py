@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 # Llama 3's templates fall back to by themselves.
 DATE = date(2024, 7, 26)
 ASKED = Message(role="user", content="first six")
-QUESTIONS: tuple[tuple[Message, ...], ...] = (  # the plainest first; some templates want a system turn, or several turns
+QUESTIONS: tuple[
+    tuple[Message, ...], ...
+] = (  # the plainest first; some templates want a system turn, or several turns
     (ASKED,),
     (Message(role="system", content="five more"), ASKED),
     (ASKED, Message(role="assistant", content="third"), ASKED),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from curate.errors import BrokenCheckpoint, ModelError, OtherLayout
 from curate.fingerprints import FingerprintCache, weights_fingerprint
-from curate.layouts import check_folder, training_state
+from curate.layouts import check_folder, no_folder, training_state
 from curate.naming import natural, step_in_name
 from curate.passes.adapter_config import is_adapter, read_adapter_config, tokenizer_folder
 
@@ -66,24 +67,30 @@ def find_model(name: str, folder: Path) -> Path:
     Raises ModelError where there is neither, BrokenCheckpoint where it is incomplete.
     """
     path = folder / Path(name).expanduser()
-    if path.is_dir():
+    if os.path.isdir(path):
         check_folder(path)
         return path.resolve()
-    if path.exists():
+    if os.path.islink(path):
+        raise ModelError(f"{name}: {no_folder(path)}")
+    if os.path.exists(path):
         raise ModelError(f"{name} is a file, expected a model's folder (config.json, *.safetensors, tokenizer.json).")
     of_hub = HUB_ID.fullmatch(name)
     if of_hub and not name.startswith("."):
         try:
             found = _from_hub(of_hub["repo"], of_hub["revision"])
         except ModelError:
-            if not path.parent.is_dir():
+            if not os.path.isdir(path.parent):
                 raise
         else:
             check_folder(found)
             return found
-    near = (
-        difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir()], 1) if path.parent.is_dir() else []
+    above = next(
+        (why for p in (path.parent, *path.parents[1:2]) if (why := no_folder(p)) and "no such" not in why), None
     )
+    if above:
+        raise ModelError(f"{name}: {path.parent}: {above}")
+    names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, names, 1)
     hint = f" Did you mean {Path(name).with_name(near[0]).as_posix()}?" if near else ""
     raise ModelError(
         f"{name}: no such model folder (looked beside the recipe), and not a hub id like `owner/name` or `owner/name@revision` "
@@ -212,16 +219,31 @@ def single_model(
 
 def _of_folder(spec: str, folder: Path) -> list[Path]:
     """The checkpoints in a trainer's output folder."""
-    root = (folder / Path(spec).expanduser()).resolve()
-    if not root.is_dir():
-        raise ModelError(
-            f"models.checkpoints: {spec} is not a folder; give a trainer's output folder (with checkpoint-<step>/ in it), a list, or "
-            "revisions of a hub repository: {repo: owner/name, revisions: [...]}."
+    place = folder / Path(spec).expanduser()
+    if why := no_folder(place):
+        advice = (
+            " Give a trainer's output folder (with checkpoint-<step>/ in it), a list, or revisions of a hub repository: "
+            "{repo: owner/name, revisions: [...]}."
         )
-    configs = ("config.json", "adapter_config.json")
-    inside = [p for p in sorted(root.iterdir(), key=lambda p: natural(p.name)) if p.is_dir()]
+        raise ModelError(f"models.checkpoints: {spec} is not a folder that can be read: {why}{advice}")
+    try:
+        return _found_in(place.resolve(), spec)
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        raise ModelError(
+            f"models.checkpoints: {spec} cannot be read: {(error.strerror or str(error)).lower()}{where}. Ask its owner, or name the checkpoints "
+            "that you mean in a list."
+        ) from None
+
+
+def _found_in(root: Path, spec: str) -> list[Path]:
+    """The checkpoints in a folder; those that cannot be looked into too, so that none is left out unsaid."""
+    there = sorted(root.iterdir(), key=lambda p: natural(p.name))
+    inside = [p for p in there if no_folder(p) is None]
     found = [
-        p for p in inside if re.fullmatch(r"checkpoint-\d+", p.name) or any((p / name).exists() for name in configs)
+        p
+        for p in there
+        if re.fullmatch(r"checkpoint-\d+", p.name) or (_has_config(p) if p in inside else os.path.isdir(p))
     ]
     if not found:  # verl's layout: the actor's model in transformers' format, where it was saved so
         of_verl = [p for p in inside if (p / "actor" / "huggingface" / "config.json").is_file()]
@@ -239,6 +261,10 @@ def _of_folder(spec: str, folder: Path) -> list[Path]:
             "For the trainer, set save_strategy and save_steps; for a single model, use models.reference."
         )
     return found
+
+
+def _has_config(path: Path) -> bool:
+    return any((path / name).exists() for name in ("config.json", "adapter_config.json"))
 
 
 def _subject(path: Path, folder: Path, cache: FingerprintCache | None, *, name: str, base: str | None) -> Subject:

@@ -150,11 +150,11 @@ def open_kept(loaded: Loaded, store: Store, *, anew: bool) -> Kept:
 def is_gone(name: str, folder: Path) -> bool:
     """Whether a model's folder holds no weights, or a hub's model is not in the cache of this machine."""
     path = folder / Path(name).expanduser()
-    if path.is_dir():
+    if os.path.isdir(path):
         return not any(any(path.glob(pattern)) for pattern in WEIGHTS)
     of_hub = HUB_ID.fullmatch(name)
-    if path.exists() or of_hub is None or name.startswith("."):
-        return not path.exists()
+    if os.path.exists(path) or of_hub is None or name.startswith("."):
+        return not os.path.exists(path)
     from huggingface_hub import try_to_load_from_cache
 
     files = ("config.json", "adapter_config.json")

@@ -76,10 +76,8 @@ def check_folder(path: Path) -> None:
     says; an adapter's its own two files. BrokenCheckpoint where files are missing, unreadable or of another layout; ModelError for a model or
     adapter that is not measured here whatever its files are.
     """
-    if not os.access(path, os.R_OK | os.X_OK):
-        raise BrokenCheckpoint(
-            f"{path}: this user may not look into this folder (permission denied). Ask its owner, or `chmod a+rx` it."
-        )
+    if why := no_folder(path):
+        raise BrokenCheckpoint(f"{path}: {why}")
     if is_adapter(path):
         _check_adapter(path)
         return
@@ -109,6 +107,22 @@ def check_folder(path: Path) -> None:
             _check_index(path / name, {f.name for f in files})
     for file in files:
         check_file(file, pickled=file.suffix == ".bin")
+
+
+def no_folder(path: Path) -> str | None:
+    """Why a path is no folder that can be looked into, and what to do; None where it is one."""
+    try:
+        if path.is_symlink() and not path.exists():
+            return f"a link to {os.readlink(path)}, which is not there. Is its disk mounted, or was it moved? Point the link to where it is."
+        if not path.exists():
+            return "there is no such folder."
+        if not path.is_dir():
+            return "a file, where a folder is expected."
+    except OSError as error:  # of a folder above it that may not be entered, of links in a circle
+        return f"cannot be looked at ({(error.strerror or str(error)).lower()}). Ask the owner of the folders above it."
+    if not os.access(path, os.R_OK | os.X_OK):
+        return "this user may not look into this folder (permission denied). Ask its owner, or `chmod a+rx` it."
+    return None
 
 
 def _check_adapter(path: Path) -> None:

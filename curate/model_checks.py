@@ -73,7 +73,9 @@ def _left_out(subject: Subject, renderings: Renderings, store: Store, sources: S
 def _row_name(store: Store, row_id: str, sources: Sequence[str]) -> str:
     """Where a row occurs first: its source, and its number from 1."""
     at = store.sql(
-        "SELECT source, index FROM occurrences WHERE row_id = ? ORDER BY source, index LIMIT 1", [row_id], source=list(sources) or None
+        "SELECT source, index FROM occurrences WHERE row_id = ? ORDER BY source, index LIMIT 1",
+        [row_id],
+        source=list(sources) or None,
     )
     return f"{at['source'][0]}, row {at['index'][0] + 1}" if len(at) else row_id
 

@@ -244,9 +244,7 @@ def look(
     return counts
 
 
-def lost_text(
-    counts: Counter[str], n: int, rows: int, model: str, first: Mapping[str, str] | None = None
-) -> list[str]:
+def lost_text(counts: Counter[str], n: int, rows: int, model: str, first: Mapping[str, str] | None = None) -> list[str]:
     """What `look` found, in sentences. n: rows looked at, of so many rows. first: the name of the first row of each, where it is known."""
     of = f"of {n:,} rows" if n == rows else f"of {n:,} rows looked at (of {rows:,})"
     found = []

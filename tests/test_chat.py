@@ -264,8 +264,13 @@ def test_what_a_template_drops_or_refuses_is_counted_before_anything_runs(tmp_pa
     assert "The first is" in told and "rows.jsonl, row 3." in told
 
 
-WANTS_A_SYSTEM_TURN = "{% if messages[0]['role'] != 'system' %}{{ raise_exception('begin with a system turn') }}{% endif %}" + TEMPLATES["eos"]
-WANTS_A_TOOL = "{% if messages[0]['role'] != 'tool' %}{{ raise_exception('begin with a tool') }}{% endif %}" + TEMPLATES["eos"]
+WANTS_A_SYSTEM_TURN = (
+    "{% if messages[0]['role'] != 'system' %}{{ raise_exception('begin with a system turn') }}{% endif %}"
+    + TEMPLATES["eos"]
+)
+WANTS_A_TOOL = (
+    "{% if messages[0]['role'] != 'tool' %}{{ raise_exception('begin with a tool') }}{% endif %}" + TEMPLATES["eos"]
+)
 
 
 def test_a_template_that_refuses_a_question_is_not_one_without_an_end(tmp_path):
@@ -279,7 +284,9 @@ def test_a_template_that_refuses_a_question_is_not_one_without_an_end(tmp_path):
     refusing = make_llama(tmp_path / "model", seed=0)
     (refusing / "chat_template.jinja").write_text(WANTS_A_TOOL)
     user, reply = {"role": "user", "content": "who?"}, {"role": "assistant", "content": "lily"}
-    rows = [{"messages": [{"role": "tool", "content": f"t{i}"}, user, reply]} for i in range(2)] + [{"messages": [user, reply]}]
+    rows = [{"messages": [{"role": "tool", "content": f"t{i}"}, user, reply]} for i in range(2)] + [
+        {"messages": [user, reply]}
+    ]
     told = planned(recipe(tmp_path, refusing, rows))
     assert "no special token" not in told and "begin with a tool" in told
     assert "1 of 3 rows cannot be measured" in told and "rows.jsonl, row 3." in told

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -346,3 +348,65 @@ def test_shards_in_a_trainers_folder(tmp_path):
     shard.write_bytes(content[:-1])
     with pytest.raises(BrokenCheckpoint, match=shard.name):
         find_checkpoints("run", tmp_path)
+
+
+# ---- what is no folder, or may not be looked into --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def somebody():
+    """A folder that everybody may enter, and a function that makes this process a user who owns nothing in it."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o755)
+    root = os.geteuid() == 0
+    try:
+        yield folder, (lambda: os.setresuid(65534, 65534, 0)) if root else (lambda: None)
+    finally:
+        if root:
+            os.setresuid(0, 0, 0)
+        for path in folder.rglob("*"):
+            if path.is_dir():
+                path.chmod(0o755)
+        shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("closed", ["run", "run/checkpoint-5", "run/other"])
+def test_a_folder_that_may_not_be_looked_into_is_said(somebody, closed):
+    folder, become = somebody
+    save(folder / "run" / "checkpoint-10")
+    (folder / closed).mkdir(exist_ok=True)
+    (folder / closed).chmod(0)
+    become()
+    with pytest.raises(ModelError, match="may not look into this folder.*chmod a.rx") as error:
+        find_checkpoints("run", folder)
+    assert "emove" not in str(error.value) and closed in str(error.value)
+    if closed != "run/other":
+        with pytest.raises(ModelError, match="may not look into|cannot be looked at"):
+            find_model("run/checkpoint-5", folder)
+
+
+def test_links_to_nowhere_and_files_are_no_folders(tmp_path):
+    save(tmp_path / "run" / "checkpoint-10")
+    (tmp_path / "run" / "checkpoint-5").symlink_to(tmp_path / "gone")
+    for name in ("run", "run/checkpoint-5"):
+        with pytest.raises(ModelError, match="checkpoint-5: a link to .*gone, which is not there"):
+            find_checkpoints(name, tmp_path) if name == "run" else find_model(name, tmp_path)
+    left: list[str] = []
+    assert [s.step for s in find_checkpoints("run", tmp_path, skip=left.append)] == [10] and len(left) == 1
+    (tmp_path / "run" / "checkpoint-5").unlink()
+    (tmp_path / "run" / "checkpoint-5").write_text("")
+    with pytest.raises(ModelError, match="checkpoint-5: a file, where a folder is expected"):
+        find_checkpoints("run", tmp_path)
+    (tmp_path / "link").symlink_to("nowhere")
+    (tmp_path / "circle").symlink_to("circle")
+    (tmp_path / "file").write_text("")
+    for name, says in (
+        ("link", "a link to nowhere"),
+        ("circle", "link"),
+        ("file", "a file, where"),
+        ("file/run", "not a folder|not a directory"),
+    ):
+        with pytest.raises(ModelError, match=says):
+            find_checkpoints(name, tmp_path)
+        with pytest.raises(ModelError):
+            find_model(name, tmp_path)

@@ -39,7 +39,9 @@ class Columns:
             field for _, fields in self.templates.values() for field in fields
         )  # part of a text already
         self.theirs = {ours: theirs for theirs, ours in self.plain.items()}
-        self.moved: dict[str, str] = {}  # theirs that have one of our names and are not meant by it -> what they are called here
+        self.moved: dict[
+            str, str
+        ] = {}  # theirs that have one of our names and are not meant by it -> what they are called here
         self.seen: set[str] = set()  # every name of theirs so far
 
     def check(self, names: Iterable[str], source: str) -> None:

@@ -149,7 +149,9 @@ def write_export(
         n_rows = write_parquet(rows, schema, parquet)
         write_parquet(left.rows(), left.schema(), staging / "dropped" / "dropped-00000.parquet")
         save_to_disk(parquet, staging, split)
-    other = {name: new for name, new in {**left.called, **kept.called}.items() if name in kept.called or name in left.own}
+    other = {
+        name: new for name, new in {**left.called, **kept.called}.items() if name in kept.called or name in left.own
+    }
     notes = [_renamed(old, new) for old, new in sorted(other.items())]
     as_text = sorted(kept.names(kept.as_text))
     notes += [f"Column `{name}` holds values of several types and is kept as text." for name in as_text]

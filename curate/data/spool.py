@@ -47,7 +47,9 @@ class Spool:
         held = {OWN + name: value for name, value in own.items()} | row
         self._file.write(json.dumps(held, ensure_ascii=False, default=str) + "\n")
         self.n_rows += 1
-        self.without_bytes |= {name.removeprefix(OWN) for name, value in held.items() if name not in self._fixed and said_bytes(value)}
+        self.without_bytes |= {
+            name.removeprefix(OWN) for name, value in held.items() if name not in self._fixed and said_bytes(value)
+        }
         self._waiting.append(held)
         if len(self._waiting) == BATCH:
             self._learn()

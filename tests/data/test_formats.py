@@ -383,11 +383,19 @@ def test_other_columns_are_json_able(records):
 def test_a_column_moved_out_of_the_way_overwrites_none(tmp_path):
     """`prompt` makes way for the one that `columns` names; `source_prompt` is a column of the user's already."""
     file = tmp_path / "rows.jsonl"
-    rows = [{"source_prompt": "mine", "text": "t", "prompt": "id-1", "completion": "c"}, {"text": "u", "prompt": "id-2", "completion": "d"}]
+    rows = [
+        {"source_prompt": "mine", "text": "t", "prompt": "id-1", "completion": "c"},
+        {"text": "u", "prompt": "id-2", "completion": "d"},
+    ]
     file.write_text("\n".join(map(json.dumps, rows)))
     reading = read(file, columns={"prompt": "text"})
-    assert [r.columns for r in reading] == [{"source_prompt": "mine", "source_source_prompt": "id-1"}, {"source_source_prompt": "id-2"}]
-    assert reading.notes() == ["Column `prompt` is called `source_source_prompt` here, since `columns` calls another one prompt."]
+    assert [r.columns for r in reading] == [
+        {"source_prompt": "mine", "source_source_prompt": "id-1"},
+        {"source_source_prompt": "id-2"},
+    ]
+    assert reading.notes() == [
+        "Column `prompt` is called `source_source_prompt` here, since `columns` calls another one prompt."
+    ]
 
 
 @pytest.mark.parametrize("first", ["prompt", "source_prompt"])
@@ -399,7 +407,10 @@ def test_a_column_that_comes_late_is_not_taken_for_another(tmp_path, first):
     file.write_text("\n".join(map(json.dumps, rows)))
     reading = read(file, columns={"prompt": "text"})
     if first == "prompt":
-        with pytest.raises(ValidationError, match=r"rows.jsonl, row 251 has a column 'source_prompt', which is what the column 'prompt' is called"):
+        with pytest.raises(
+            ValidationError,
+            match=r"rows.jsonl, row 251 has a column 'source_prompt', which is what the column 'prompt' is called",
+        ):
             list(reading)
     else:
         assert [r.columns for r in reading][-1] == {"source_source_prompt": "b"}
