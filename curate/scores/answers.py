@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from curate.scores import Array, Value, dataset_value, score
+from curate.scores.declare import dataset_value, score
+from curate.scores.declared import Array, Value
 from curate.scores.intervals import mean_value
 
 KANG = "Kang et al. 2024, arXiv:2411.07681"

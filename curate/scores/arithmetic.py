@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from curate.scores import Array
+from curate.scores.declared import Array
 
 
 def ratio(numerator: Array, denominator: Array) -> Array:

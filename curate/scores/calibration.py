@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from curate.scores import Array
+from curate.scores.declared import Array
 from curate.scores.premem import group_names, running
 
 GRID = 200

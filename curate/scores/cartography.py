@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from curate.scores import Array, Share, Value, dataset_value, score
+from curate.scores.declare import dataset_value, score
+from curate.scores.declared import Array, Value
 from curate.scores.intervals import mean_value, proportion_value
+from curate.scores.parameters import Share
 from curate.scores.trajectories import SWAYAMDIPTA, confidence, of_training, variability
 
 NAMES = ("hard", "ambiguous", "easy")

@@ -10,8 +10,9 @@ Source: Razin et al. 2024, arXiv:2410.08847, Definition 2. Published use: drop t
 
 from __future__ import annotations
 
-from curate.scores import Array, score
 from curate.scores.arithmetic import ratio
+from curate.scores.declare import score
+from curate.scores.declared import Array
 
 RAZIN = "Razin et al. 2024, arXiv:2410.08847"
 PRODUCTS = ("hidden_cc", "hidden_cr")

@@ -24,10 +24,12 @@ from typing import Literal
 
 import numpy as np
 
-from curate.scores import Array, Share, Value, dataset_value, score
+from curate.scores.declare import dataset_value, score
+from curate.scores.declared import Array, Value
 from curate.scores.displacement import PRODUCTS, RAZIN
 from curate.scores.gradients import KERNEL, REN, displacement_share
 from curate.scores.intervals import proportion_value
+from curate.scores.parameters import Share
 
 ADVICE = (
     "keep the pairs and add an NLL term on the chosen response (TRL: loss_type=['sigmoid', 'sft'] with loss_weights), or stop earlier",

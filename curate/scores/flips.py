@@ -19,9 +19,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from curate.scores import Array, Positive, Value, dataset_value, score
 from curate.scores.arithmetic import softplus
+from curate.scores.declare import dataset_value, score
+from curate.scores.declared import Array, Value
 from curate.scores.intervals import mean_value, proportion_value
+from curate.scores.parameters import Positive
 from curate.scores.ranking import CHEN, LOGPS, gap, right
 
 

@@ -20,7 +20,8 @@ from typing import Literal
 
 import numpy as np
 
-from curate.scores import Array, score
+from curate.scores.declare import score
+from curate.scores.declared import Array
 
 REN = "first order in the set's step; Ren & Sutherland 2024, arXiv:2407.10490"
 TRACIN = "Pruthi et al. 2020, arXiv:2002.08484; Xia et al. 2024, arXiv:2402.04333"

@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from curate.scores import Array, Positive, score
 from curate.scores.arithmetic import ratio
+from curate.scores.declare import score
+from curate.scores.declared import Array
+from curate.scores.parameters import Positive
 from curate.scores.ranking import LOGPS, gap
 
 REN = "Ren & Sutherland 2024, arXiv:2407.10490"

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from curate.scores import Array, score
 from curate.scores.arithmetic import ratio
+from curate.scores.declare import score
+from curate.scores.declared import Array
 from curate.scores.trajectories import of_training
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from curate.scores import Array
+from curate.scores.declared import Array
 
 Path = np.ndarray  # (N, K) of state numbers
 

@@ -12,7 +12,7 @@ import math
 
 import numpy as np
 
-from curate.scores import Array, Value
+from curate.scores.declared import Array, Value
 
 Z = 1.959963984540054  # the normal distribution's 97.5% quantile
 

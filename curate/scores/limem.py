@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from curate.scores import Array, score
+from curate.scores.declare import score
+from curate.scores.declared import Array
 
 XIE = "Xie et al. 2024, arXiv:2410.23123"
 

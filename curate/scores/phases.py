@@ -21,8 +21,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from curate.scores import Array, Share, Value, dataset_value, hmm, score
+from curate.scores import hmm
+from curate.scores.declare import dataset_value, score
+from curate.scores.declared import Array, Value
 from curate.scores.intervals import proportion_value
+from curate.scores.parameters import Share
 from curate.scores.premem import KANG, Threshold, from_the_start, thresholds
 
 HU = "Hu et al. 2023, arXiv:2308.09543"

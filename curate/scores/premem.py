@@ -15,8 +15,10 @@ from typing import Literal
 
 import numpy as np
 
-from curate.scores import Array, Positive, Value, dataset_value, score
+from curate.scores.declare import dataset_value, score
+from curate.scores.declared import Array, Value
 from curate.scores.intervals import mean_value, proportion_value
+from curate.scores.parameters import Positive
 
 KANG = "Kang et al. 2024, arXiv:2411.07681"
 AUTO = ("auto", "auto_per_group")

@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from curate.scores import Array, Positive, score
 from curate.scores.arithmetic import ratio, sigmoid, softplus
+from curate.scores.declare import score
+from curate.scores.declared import Array
+from curate.scores.parameters import Positive
 
 CHEN = "Chen et al. 2024, arXiv:2405.19534"
 LOGPS = ("chosen_logp", "rejected_logp")

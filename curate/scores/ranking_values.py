@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from curate.scores import Array, Share, Value, dataset_value
+from curate.scores.declare import dataset_value
+from curate.scores.declared import Array, Value
 from curate.scores.intervals import proportion_value
+from curate.scores.parameters import Share
 from curate.scores.ranking import CHEN, LOGPS_AND_TOKENS, gap, gap_ln, right
 
 BETAS = (0.01, 0.1, 1.0, 5.0, 10.0)

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from curate.scores import Array, score
+from curate.scores.declare import score
+from curate.scores.declared import Array
 
 REN = "Ren & Sutherland 2024, arXiv:2407.10490"
 

@@ -17,8 +17,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from curate.scores import Array, Share, score
 from curate.scores.arithmetic import ratio
+from curate.scores.declare import score
+from curate.scores.declared import Array
+from curate.scores.parameters import Share
 
 SWAYAMDIPTA = "Swayamdipta et al. 2020, arXiv:2009.10795"
 TONEVA = "Toneva et al. 2019, arXiv:1812.05159"

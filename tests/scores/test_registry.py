@@ -112,7 +112,7 @@ def test_cost_comes_from_the_needs(name, cost):
 def test_costs_agree_with_the_measurements():
     """What scores believe a column costs is what its measurement reads."""
     from curate.measurements import providers
-    from curate.scores import cost_of
+    from curate.scores.declared import cost_of
 
     reads = {"tokens": "free", "forward": "forward", "sample": "sampling", "neighbours": "forward"}
     for s in SCORES.values():

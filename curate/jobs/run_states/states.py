@@ -25,7 +25,8 @@ import numpy as np
 
 from curate.errors import ModelError, UsageError
 from curate.jobs.run_states.weights import checkpoint_tensors, weight_statistics
-from curate.scores import Array, hmm
+from curate.scores import hmm
+from curate.scores.declared import Array
 
 MOST_STATES = 8
 FOLDS = 5
