@@ -18,12 +18,13 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import itertools
 import json
 import math
 import numbers
 import re
 import unicodedata
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
@@ -31,6 +32,7 @@ from typing import Any
 
 from curate.errors import UsageError
 from curate.grading_choice import Choice
+from curate.grading_hedged import OTHER_LETTER, hedged, in_doubt, is_revised, last_is_hedged
 from curate.grading_values import MARKUP, last_value, only_value, plain, values, whole_value
 from curate.objects import load_object, places, source_version
 from curate.rows import Row
@@ -47,6 +49,9 @@ SENTENCE_END = re.compile(
     r"[.!?;]\s|,\s+(?=(?:because|since|as|so|for|not|which|but)\b)|\s(?:because|since)\b", re.IGNORECASE
 )
 GOES_ON = re.compile(r"\s*(?:and|or|to|,|;|[-+*/^×·–])\s*[-$(]?\s*\d", re.IGNORECASE)
+MARKS = re.compile(r"the answer is(?!\s+(?:not|never)\b|n['’]t)|####", re.IGNORECASE)
+ONE_BOX = re.compile(r"\\(?:boxed|fbox)\s*(?:\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\}|\\[A-Za-z]+|[^\s{}$])")
+ONE_OF = re.compile(r"[^|;]*\d\s*[|;]\s*[-+$]*\d[^|;]*")
 HASHES = re.compile(r"####")
 ANSWER_MARK = re.compile(r"(?:the |final )?answer(?: is)?\s*[:=]|(?:the |final )answer is", re.IGNORECASE)
 
@@ -176,6 +181,22 @@ def squeeze(text: str) -> str:
     return " ".join(unicodedata.normalize("NFC", text).split())
 
 
+def boxed_answer(text: str) -> str | None:
+    """The last box of a text; with those that stand on its line and differ, where no word says that it takes their place."""
+    boxes = [(m.start(), m.end(), boxed(m.group())) for m in ONE_BOX.finditer(text)]
+    last = boxed(text)
+    if last is None or not boxes or boxes[-1][2] != last:
+        return last
+    found = [last]
+    for (_, end, inside), (start, _, _) in reversed(list(itertools.pairwise(boxes))):
+        between = text[end:start]
+        if "\n" in between or is_revised(between):
+            break
+        if inside and not any(same_answer(inside, other) for other in found):
+            found.insert(0, inside)
+    return ", ".join(found)
+
+
 def boxed(text: str) -> str | None:
     """What stands in the last complete \\boxed{…} (or \\fbox{…}, or \\boxed followed by one token); None where there is none."""
     for match in reversed(list(re.finditer(r"\\(?:boxed|fbox)\s*", text))):
@@ -205,8 +226,25 @@ def marked_answer(text: str) -> str | None:
         if found:
             after = next((m.start() for m in NEXT_QUESTION.finditer(text) if m.start() > found[0].end()), len(text))
             last = [m for m in found if m.end() <= after][-1]
-            return re.sub(r"^[ :\t]*\n?", "", text[last.end() : max(after, last.end())]).partition("\n")[0].strip()
+            said = re.sub(r"^[ :\t]*\n?", "", text[last.end() : max(after, last.end())]).partition("\n")[0].strip()
+            said, _, other = said.partition("####")
+            if other.strip() and not is_revised(said) and not _same_said(said, other):
+                return f"{said.strip()} or {other.strip()}"
+            before = list(MARKS.finditer(text[text.rfind("\n", 0, last.start()) + 1 : last.start()]))
+            if before:  # two answers on one line: both, unless the second takes the first one's place
+                line = text[text.rfind("\n", 0, last.start()) + 1 : last.start()]
+                first = line[before[-1].end() :]
+                if not is_revised(first) and not _same_said(first, said):
+                    return f"{first.strip()} or {said}"
+            return said
     return text.strip() if whole_value(text) is not None else None
+
+
+def _same_said(first: str, second: str) -> bool:
+    one, other = declared(first), declared(second)
+    if one is None or other is None:
+        return same_text(re.split(r"[.!?;,](?=\s|$)", first)[0], re.split(r"[.!?;,](?=\s|$)", second)[0])
+    return same_answer(one, other)
 
 
 def final_answer(text: str) -> str | None:
@@ -222,13 +260,19 @@ def final_answer(text: str) -> str | None:
 
 
 def declared(said: str) -> str | None:
-    """The value that a sentence's first clause says, as it stands there; None where it says none, or several."""
+    """The value that a sentence's first clause says, as it stands there; None where it says none, or several, or is hedged."""
     text = plain(said)
     end = next((m.start() for m in CLAUSE_END.finditer(text) if text[: m.start()].strip(MARKUP)), len(text))
     clause = text[:end]
-    clause = clause.rpartition("=")[2] if clause.rpartition("=")[2].strip() else clause
+    start = clause.rindex("=") + 1 if clause.rpartition("=")[2].strip() and "=" in clause else 0
+    clause = clause[start:]
     found = values(clause)
-    if not found or GOES_ON.match(clause[found[0][1] :]):
+    if not found or found[0][2].kind == "?":
+        return None
+    again = len(found) == 2 and found[1][2].equals(found[0][2])  # 1/2 or 0.5
+    if GOES_ON.match(clause[found[0][1] :]) and not again:
+        return None
+    if hedged(clause) or hedged(text[start:], lists=False):  # a doubt may stand in the next clause
         return None
     return clause[found[0][0] : found[0][1]].strip(MARKUP)
 
@@ -244,13 +288,13 @@ def _plain(number: str) -> str:
 
 
 def _math_answer(text: str) -> str | None:
-    inside = boxed(text)
+    inside = boxed_answer(text)
     if inside is not None:
         return inside or None
     found = sorted((m for mark in (ANSWER_MARK, HASHES) for m in mark.finditer(text)), key=lambda m: m.start())
     for last in found[-1:]:
         said = text[last.end() :].strip().partition("\n")[0].strip().rstrip(".")
-        end = SENTENCE_END.search(said)
+        end = None if hedged(said, lists=False) or ONE_OF.fullmatch(said) else SENTENCE_END.search(said)
         return (said[: end.start()] if end else said).strip() or None
     lines = [line for line in text.splitlines() if line.strip()]
     return lines[-1].strip().rstrip(".") if lines else None
@@ -274,26 +318,28 @@ def _gsm8k() -> Grader:
         said = marked_answer(text)
         if not said:
             return False
-        if same_text(said, wanted(answer)) or same_text(re.split(r"[.!?;](?=\s)", said)[0], wanted(answer)):
+        if same_text(said, wanted(answer)):
+            return True
+        if hedged(said, lists=False):
+            return False
+        if same_text(re.split(r"[.!?;](?=\s)", said)[0], wanted(answer)):
             return True
         found = declared(said)
         return found is not None and same(found, answer, row)
 
-    return Grader("gsm8k", "2", {}, final_answer, same, right=right, shown="#### {}")
+    return Grader("gsm8k", "3", {}, final_answer, same, right=right, shown="#### {}")
 
 
 def _number() -> Grader:
     def extract(text: str) -> str | None:
         found = last_value(text)
-        return _plain(found[0]) if found else None
+        return _plain(found[0]) if found and not last_is_hedged(text) else None
 
     def same(found: str, answer: str, row: Row | None) -> bool:
         said, wanted = last_value(found), last_value(answer)
-        return said is not None and wanted is not None and said[1].equals(wanted[1])
+        return said is not None and wanted is not None and said[1].equals(wanted[1]) and not last_is_hedged(found)
 
-    return Grader(
-        "number", "2", {}, extract, same, right=same, reads=lambda answer, row: last_value(answer) is not None
-    )
+    return Grader("number", "3", {}, extract, same, right=same, reads=lambda answer, row: extract(answer) is not None)
 
 
 def _math(timeout: float = 5.0) -> Grader:
@@ -304,13 +350,15 @@ def _math(timeout: float = 5.0) -> Grader:
     equality = MathEquality(timeout=float(timeout))
 
     def same(found: str, answer: str, row: Row | None) -> bool:
-        inside = boxed(answer)
+        inside = boxed_answer(answer)
         wanted = answer.strip() if inside is None else inside
         if inside is None and (HASHES.search(answer) or ANSWER_MARK.search(answer)):
             wanted = _math_answer(answer) or wanted
+        if (hedged(found, lists=False) or ONE_OF.fullmatch(found)) and not hedged(wanted, lists=False):
+            return False
         return same_answer(found.strip("$ "), wanted.strip("$ ")) or equality(wanted, found)
 
-    made = f"2+math-verify-{version()}"
+    made = f"3+math-verify-{version()}"
     settings = {"timeout": float(timeout)}
     return Grader("math", made, settings, _math_answer, same, close=equality.close, shown="\\boxed{{}}")
 
@@ -335,7 +383,7 @@ def _choice(letters: str = "ABCD") -> Grader:
     def reads(answer: str, row: Row | None) -> bool:
         return choice.of_reference(answer, row) is not None
 
-    return Grader("choice", "2", {"letters": letters}, choice.of_text, same, right=right, reads=reads)
+    return Grader("choice", "3", {"letters": letters}, choice.of_text, same, right=right, reads=reads)
 
 
 def _exact(ignore_case: bool = False) -> Grader:
@@ -364,7 +412,9 @@ def _regex(pattern: str) -> Grader:
 
     def extract(text: str) -> str | None:
         found = list(compiled.finditer(text))
-        return found[-1].group(group) if found else None
+        if not found or _is_hedged_match(text, found, group):
+            return None
+        return found[-1].group(group)
 
     def same(found: str, answer: str, row: Row | None) -> bool:
         matches = list(compiled.finditer(answer))
@@ -374,7 +424,22 @@ def _regex(pattern: str) -> Grader:
             return same_answer(found, matches[-1].group(group) or "")
         return same_answer(found, answer)
 
-    return Grader("regex", "2", {"pattern": pattern}, extract, same)
+    return Grader("regex", "3", {"pattern": pattern}, extract, same)
+
+
+def _is_hedged_match(text: str, found: Sequence[re.Match[str]], group: str | int) -> bool:
+    """Whether the last match is one of two that could be meant: "x = 5 or x = 6", "x = 5 or 6", "Answer: A or B"."""
+    last = found[-1]
+    if last.group(group) is None:
+        return False
+    said = last.group(group)
+    if len(found) > 1 and found[-2].group(group) is not None and not same_answer(found[-2].group(group), said):
+        if in_doubt(text[found[-2].end() : last.start()]):
+            return True
+    line = text[last.start(group) :].partition("\n")[0]
+    if whole_value(said) is not None:
+        return hedged(line, lists=False)
+    return len(said) == 1 and said.isalpha() and bool(OTHER_LETTER.match(line))
 
 
 def _of_your_own(spec: str, settings: Any, folder: str | Path | None) -> Grader:

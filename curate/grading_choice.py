@@ -7,7 +7,8 @@ r"""Which option of a multiple-choice question a text declares: the letter that 
     5  by its text  "Paris", where the question lists "B. Paris"
 
 A letter that is denied ("not A", "A is wrong", "why not C", "I would not choose A") is none. A declared letter beyond the options is an
-answer that is wrong, and ends the search.
+answer that is wrong, and ends the search. So is a hedged answer: "A or B", "A/B", "A and C",
+\boxed{A, B}, "Answer: A. Answer: B".
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from curate.grading_hedged import DOUBT, LINK, is_revised
 from curate.rows import Example, Row
 
 OPEN = r"(?:\\(?:boxed|text|textbf|mathrm|mathbf)\s*\{\s*)*[(\[*_\"'$`\s]*"
@@ -54,6 +56,26 @@ WORD_FOLLOWS = re.compile(
 )
 INLINE = re.compile(r"(?<![\w'’])[(\[]?([A-Z])[)\].:]?\s+(.+?)(?=\s+[(\[]?[A-Z][)\].:]?\s|\s*$)")
 
+# Another letter that is given beside one. After it and words of the option's own: "B) Paris or C) Berlin"; joined to it: "A and C", "A/B", "A, B".
+NO_OPTION = r"(?i:because|since|as|and|or|but|for|not|neither|nor|rather|than|instead|while|so|is|was|if|though)"
+WORDS = rf"(?:[ \t]+(?!{NO_OPTION}\b)(?![A-Z]\b)[^\s.,;:!?/|()]+){{0,8}}?"
+OTHER = rf"(?:(?i:option|choice|letter|answer)\s+)?{OPEN}(?P<other>[A-Za-z])(?![\w'’]){CLOSE}"
+IN_DOUBT = re.compile(
+    rf"{CLOSE}[.):]?{WORDS}\s*[.,;!?]?\s*\(?\s*(?:(?i:but|and)\s+)?(?i:and\s*/\s*or\b|\b{DOUBT}\b|\b(?:it\s+)?(?:could|might|may)\s+(?:also\s+)?be\b)"
+    rf"[\s,:]*(?i:\b{LINK}\b\s*)*{OTHER}|{CLOSE}\s*[/|]\s*{OTHER.replace('other', 'slash')}"
+    rf"|{CLOSE}{WORDS}[,;]\s*[(\[](?P<listed>[A-Z])[)\]]"
+)
+JOINED = re.compile(
+    rf"{CLOSE}\s*(?i:,\s*and\b|\band\b|as\s+well\s+as\b|[,;&+])\s*(?i:\balso\b|\bboth\b)?\s*{OTHER}"
+    rf"(?=\s*(?:$|[.,;!?)\n&+/]|(?i:and|or|both|are|because|since)\b))"
+)
+BESIDE_BEFORE = re.compile(
+    rf"(?<![\w'’])(?P<other>[A-Za-z]){CLOSE}\s*(?i:,?\s*\b(?:and\s*/\s*or|{DOUBT}|and|(?:it\s+)?(?:could|might|may)\s+(?:also\s+)?be)\b|[/|&+])[\s,:]*(?i:\b{LINK}\b\s*)*(?i:option|choice|letter|answer)?\s*{OPEN}$"
+)
+COMMA_BEFORE = re.compile(rf"(?<![\w'’])(?P<other>[A-Za-z]){CLOSE}\s*,\s*{OPEN}$")
+ONLY_LETTERS = re.compile(rf"(?:{OPEN}[A-Za-z](?![\w'’]){CLOSE}[\s.,;:]*)+")
+IS_MARK = re.compile(r"(?i)\W*(?:answer|boxed|####)")
+
 
 class Choice:
     """The options by their letters."""
@@ -63,7 +85,7 @@ class Choice:
 
     def of_text(self, text: str, row: Row | None = None) -> str | None:
         """The letter that a text declares; None where it declares none, or one beyond the options."""
-        text = text.strip()
+        text = re.sub(r"\\text\w*\s*\{\s*(or|and|and/or)\s*\}", r" \1 ", text.strip())
         cut = re.search(r"\n\s*(?i:question|problem|q)\s*\d*\s*[:.]", text)
         if cut and cut.start():  # a next question, and what is answered there, is not this row's
             return self.of_text(text[: cut.start()], row)
@@ -72,17 +94,24 @@ class Choice:
         for tier in ((BEFORE, AFTER), (CONCLUDED,)):
             found = [match for pattern in tier for match in self._affirmed(pattern, text)]
             if found:
-                last = max(found, key=lambda match: match.start("letter"))["letter"].upper()
+                found.sort(key=lambda match: match.start("letter"))
+                last = found[-1]["letter"].upper()
+                if self._hedged(found[-1], text) or self._twice(found, text):
+                    return None
                 return last if last in self.letters else None
+        if ONLY_LETTERS.fullmatch(text) and len(set(re.findall(r"(?<![A-Za-z])[A-Z](?![a-z])", text.upper()))) > 1:
+            return None
         opening = OPENING.match(text)
+        if opening and self._hedged(opening, text):
+            return None
         if opening and not self._denied(opening, text) and not LISTED.search(text, opening.end()):
             letter = opening["letter"]
             if letter.isupper() or opening.end() == len(text) or text[opening.end() - 1] == ")":
                 return letter.upper() if letter.upper() in self.letters else None
         for pattern in (BRACKETED, LINE, ALONE):
-            within = [m["letter"].upper() for m in self._affirmed(pattern, text) if m["letter"].upper() in self.letters]
+            within = [m for m in self._affirmed(pattern, text) if m["letter"].upper() in self.letters]
             if within:
-                return within[-1]
+                return None if self._hedged(within[-1], text, lists=True) else within[-1]["letter"].upper()
         return self._by_text(text, row)
 
     def of_reference(self, answer: str, row: Row | None = None) -> str | None:
@@ -104,6 +133,41 @@ class Choice:
         start, end = match.start("letter"), match.end("letter")
         before = CLAUSE.split(text[max(0, start - 80) : start])[-1]
         return bool(DENIED_BEFORE.search(before) or DENIED_AFTER.match(text, end))
+
+    def _hedged(self, match: re.Match[str], text: str, *, lists: bool = False) -> bool:
+        """Whether another option is given beside this one. lists: also one before a comma."""
+        letter, start, end = match["letter"], match.start("letter"), match.end("letter")
+        for after in (IN_DOUBT.match(text, end), JOINED.match(text, end)):
+            other = next(
+                (group for group in ("other", "slash", "listed") if after and after.groupdict().get(group)), ""
+            )
+            if (
+                after
+                and self._is_other(after[other], letter, text, after.end(other))
+                and not DENIED_AFTER.match(text, after.end(other))
+            ):
+                return True
+        head = text[max(0, start - 60) : start]
+        for before in (BESIDE_BEFORE.search(head), COMMA_BEFORE.search(head) if lists else None):
+            if before and self._is_other(before["other"], letter, "", 0):
+                said = CLAUSE.split(head[: before.start()])[-1]
+                return not DENIED_BEFORE.search(said)
+        return False
+
+    def _is_other(self, other: str, letter: str, text: str, end: int) -> bool:
+        """Whether a letter is another option, and no word ("a", "I")."""
+        if other.upper() == letter.upper() or (other.islower() and letter.isupper()):
+            return False
+        return not ((other.islower() or other in "AI") and WORD_FOLLOWS.match(text, end))
+
+    def _twice(self, found: list[re.Match[str]], text: str) -> bool:
+        """Whether the line of the last answer declares another one too, and no word says that the last takes its place."""
+        last = found[-1]
+        alike = [m for m in found if (m.re is AFTER) == (last.re is AFTER) and (m.re is AFTER or IS_MARK.match(m[0]))]
+        if len(alike) < 2 or alike[-1] is not last or alike[-2]["letter"].upper() == last["letter"].upper():
+            return False
+        between = text[alike[-2].end("letter") : last.start("letter")]
+        return "\n" not in between and not is_revised(between)
 
     def _by_text(self, text: str, row: Row | None) -> str | None:
         """The letter of the one option whose text this is, or declares; None where the question lists no such option."""

@@ -21,6 +21,68 @@ NUMBER = rf"(?P<number>{DIGITS})"
 VALUE = re.compile(
     rf"(?P<sign>{SIGN})(?:(?P<colon>{COLON})|{FRACTION}|{NUMBER})(?P<percent>\s*(?:%|percent\b|per cent\b))?", re.I
 )
+# What follows a number in a product or a power, and in a word that is no unit: "5x", "5 y", "5^2", "5k", "5\\pi", "5*x" are not 5.
+UNITS = {
+    *(
+        "m",
+        "g",
+        "h",
+        "l",
+        "s",
+        "c",
+        "f",
+        "km",
+        "cm",
+        "mm",
+        "dm",
+        "kg",
+        "mg",
+        "lb",
+        "lbs",
+        "oz",
+        "ft",
+        "in",
+        "yd",
+        "yds",
+        "mi",
+        "mph",
+        "kph",
+        "kmh",
+    ),
+    *(
+        "hr",
+        "hrs",
+        "min",
+        "mins",
+        "sec",
+        "ms",
+        "ml",
+        "cl",
+        "kw",
+        "kwh",
+        "w",
+        "am",
+        "pm",
+        "st",
+        "nd",
+        "rd",
+        "th",
+        "ct",
+        "cts",
+        "pc",
+        "pcs",
+        "pt",
+        "pts",
+        "d",
+    ),
+}
+FUNCTION = r"(?:sqrt|sin|cos|tan|cot|log|exp|factorial|mod)"
+IN_TERM = re.compile(
+    rf"\s*(?:\^(?!\s*\{{?\s*\\?circ)|[√π∞])|\s*\\(?:pi|sqrt|sin|cos|tan|log|ln|exp|alpha|beta|gamma|theta|phi|lambda|infty|times|cdot|pm|div)\b"
+    rf"|\s?{FUNCTION}(?![A-Za-z])|\s[xyz]\b|\s*[-+*/·×^]\s*\(?[xyzn]\b|\s?\(\s*(?:\d*\s*[-+*]?\s*)?[xyzn]\b",
+)
+WORD = re.compile(r"[A-Za-z]+")
+AREA = re.compile(r"\d\s*(?:sq\.?\s*)?(?:[mcdk]?m|ft|in|inches|feet|yd|yards|mi|miles|meters|metres)\s*\^?\{?$", re.I)
 BRACKETS = re.compile(r"[(\[{](?=[^()\[\]{}]*\d)([^()\[\]{}]*)[)\]}]")
 LONGEST = 300  # characters: what is longer is no answer, and slow to compute with
 MARKUP = " \t\n*_`\"'$€£¥₹"
@@ -28,7 +90,9 @@ MARKUP = " \t\n*_`\"'$€£¥₹"
 
 @dataclass(frozen=True)
 class Value:
-    """Numbers joined by `kind`: "" of a lone number, ":" of a time or ratio, "," of a tuple, whose `brackets` are "" where it has none."""
+    """Numbers joined by `kind`: "" of a lone number, ":" of a time or ratio, "," of a tuple, whose `brackets` are "" where it has none; "?" of a
+    number that is a part of something else ("5x"), which equals nothing.
+    """
 
     kind: str
     numbers: tuple[Fraction, ...]
@@ -38,7 +102,7 @@ class Value:
 
     def equals(self, other: Value) -> bool:
         """Equal as values. What only one of them says (a percent sign, am or pm, brackets) does not tell them apart."""
-        if self.kind != other.kind or len(self.numbers) != len(other.numbers):
+        if self.kind != other.kind or self.kind == "?" or len(self.numbers) != len(other.numbers):
             return False
         for name in ("half", "brackets"):
             mine, its = getattr(self, name), getattr(other, name)
@@ -66,6 +130,8 @@ def plain(text: str) -> str:
 
 def _vulgar(character: str) -> str:
     parts = unicodedata.normalize("NFKC", character)
+    if unicodedata.decomposition(character).startswith("<super>"):
+        return f"^{parts}"
     return f" {parts.replace(chr(0x2044), '/')}" if "\u2044" in parts else character
 
 
@@ -85,6 +151,10 @@ def values(text: str) -> list[tuple[int, int, Value]]:
     for match in VALUE.finditer(text):
         if not any(start <= match.start() < end for start, end in inside):
             value = _value(match)
+            if value is not None and AREA.search(text, max(0, match.start() - 14), match.start()):
+                continue  # 25 cm^2
+            if value is not None and not value.kind and _in_term(text, match.start(), match.end()):
+                value = Value("?", ())
             if value is not None:
                 found.append((match.start(), match.end(), value))
     return sorted(found, key=lambda one: one[0])
@@ -97,7 +167,7 @@ def whole_value(text: str) -> Value | None:
     text = plain(text).strip(MARKUP).rstrip(".").strip(MARKUP)
     found = values(text)
     if len(found) == 1 and not text[: found[0][0]].strip("( [") and not text[found[0][1] :].strip(") ]."):
-        return found[0][2]
+        return found[0][2] if found[0][2].kind != "?" else None
     members = _members(text)
     return Value(",", members) if members is not None else None
 
@@ -108,7 +178,7 @@ def only_value(text: str) -> Value | None:
     for part in (text, text.rpartition("=")[2] if "=" in text else ""):
         found = values(part)
         if len(found) == 1:
-            return found[0][2]
+            return found[0][2] if found[0][2].kind != "?" else None
     return whole_value(text)
 
 
@@ -120,6 +190,17 @@ def last_value(text: str) -> tuple[str, Value] | None:
     if tail != text and (not found or found[-1][0] == 0):  # it may begin before the tail
         tail, found = text, values(text)
     return (tail[found[-1][0] : found[-1][1]], found[-1][2]) if found else None
+
+
+def _in_term(text: str, start: int, end: int) -> bool:
+    """Whether a number is a part of a term: "5x", "x5", "5^2", "5k"."""
+    if re.search(r"(?<![A-Za-z])[A-Za-z]$", text[max(0, start - 2) : start]):
+        return True
+    word = WORD.match(text, end)
+    if word and not re.match(FUNCTION, word[0]):
+        name = word[0].lower()
+        return name not in UNITS and (len(name) < 3 or not re.search("[aeiou]", name))
+    return bool(IN_TERM.match(text, end))
 
 
 def _members(text: str) -> tuple[Fraction, ...] | None:

@@ -308,6 +308,101 @@ def test_the_declared_choice_beats_later_letters(text):
     assert grader("choice").extract(text) == "B"
 
 
+HEDGED = r"""A or B|A/B|A / B|Either A or B.|A and C|A & B|A, B|A B|(A) (B)|(A), (B)|A or maybe B|A possibly B|B. Or C|a or b
+B) Paris or C) Berlin|Answer: A or B|Answer: A/B|Answer: (A) or (B)|The answer is either (A) or (B).|Answer: A and B|Answer: A, C
+Answer: A, B, C|Answer: A, maybe B|Answer: A (or B)|Answer: A; B|Answer: A. Or B.|Answer: A, but it could be B
+the answer is A, or perhaps B|Answer: B. Paris or C. Berlin|Answer: A or E|Answer: A and/or B|#### A or B|Answer: A. Answer: B
+The answer is A. The answer is B.|Either A or B is correct|A is correct and B is correct|I'd say B or C fits|So it must be B or C.
+I choose A or B|Option A or option B|It could be A, it could be B|(A) Rome, (B) Paris|\boxed{A,B}|\boxed{A} or \boxed{B}
+\boxed{A} \boxed{B}|\boxed{A \text{ or } B}"""
+
+
+@pytest.mark.parametrize("text", HEDGED.replace("\n", "|").split("|"))
+def test_a_hedged_choice_is_none(text):
+    choice = grader("choice")
+    assert choice.extract(text) is None and not any(choice.grade(text, letter) for letter in "ABCD")
+    assert not choice.readable(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Answer: A. Wait, no, the answer is B.",
+        "Answer: B, not C",
+        "Answer: B, C is wrong",
+        "The answer is B and C is a distractor",
+        "The answer is B or a similar one",
+        "B because A or C would be cold",
+        "A or B? The answer is B.",
+        "It is either A or C. Since it is cold, the answer is B.",
+        "A and C are wrong. Answer: B",
+        "Answer: B (Paris)",
+        "Answer: B, which beats A or C",
+        "It's not A or C; B",
+        "Answer: B. The answer is (B).",
+    ],
+)
+def test_no_hedge_is_seen_where_none_is(text):
+    assert grader("choice").extract(text) == "B"
+
+
+NOT_FIVE = (
+    "5x|5 x|5x3|5k|5i|x5|5*x|5+x|5(x+1)|5²|5^2|5π|5\\pi|5sqrt(2)|5 or 6|5 apples or 6 apples|5, or 6|5 (or 6)|5. Or 6.|5 maybe 6|5, maybe 6|"
+    "either 5 or 6|5 6|5 / 6|5 and 6|5 apples and 3 pears|5 hours and 20 minutes|5, 6|5 #### 6"
+)
+FIVE = (
+    "5 apples|5.|$5|5%|5 dollars|5 km|5km|5 cm²|5€|#### 5|**5**|5th|5-year|5 eggs (not 6)|"
+    "5 hours or 300 minutes|5 or 5.0|5, because 6 is even|5 for 3 children|5 = 5.0"
+)
+
+
+@pytest.mark.parametrize("mark", ["#### ", "The answer is "])
+def test_what_gsm8k_takes_for_a_number(mark):
+    gsm8k = grader("gsm8k")
+    assert [said for said in NOT_FIVE.split("|") if gsm8k.grade(mark + said, "5")] == []
+    assert [said for said in FIVE.split("|") if not gsm8k.grade(mark + said, "5")] == []
+    for said in ("5x", "5 or 6", "5 apples and 3 pears", "5²"):  # and a reference that is one is compared as a text
+        assert gsm8k.grade(mark + said, said) and not gsm8k.grade(mark + "5", said)
+
+
+@pytest.mark.parametrize(
+    "spec, text, answer, right",
+    [
+        ("gsm8k", "The answer is 5. The answer is 6.", "6", False),
+        ("gsm8k", "The answer is 5. Wait, the answer is 6.", "6", True),
+        ("gsm8k", "The answer is 5. The answer is 5.", "5", True),
+        ("number", "5 or 6", "6", False),
+        ("number", "It is 5, or maybe 6.", "6", False),
+        ("number", "Answer: 5 and 6", "6", False),
+        ("number", "so it is 5x", "5", False),
+        ("number", "5 of 6, or 0.5, is 3", "3", True),
+        ("number", "It is 25 cm²", "25", True),
+        ("number", "5 or 6", "5 or 6", False),  # a reference that cannot be read
+        ({"regex": r"x = (\d+)"}, "x = 5 or x = 6", "6", False),
+        ({"regex": r"x = (\d+)"}, "x = 5 or 6", "5", False),
+        ({"regex": r"answer: (\w)"}, "answer: A or B", "A", False),
+        ({"regex": r"answer: (\w)"}, "answer: A or so", "A", True),
+    ],
+)
+def test_hedges_in_every_grader(spec, text, answer, right):
+    assert grader(spec).grade(text, answer) is right
+
+
+def test_hedges_in_mathematics(math_grader):
+    for text in (
+        r"\boxed{5} or \boxed{6}",
+        r"\boxed{5} \boxed{6}",
+        r"\boxed{5 (\text{or }6)}",
+        "Answer: 5; 6",
+        r"\boxed{5|6}",
+        "Answer: 5, or 6",
+    ):
+        assert not math_grader.grade(text, "5") and not math_grader.grade(text, "6"), text
+    assert math_grader.grade(r"\boxed{5 \text{ or } 6}", "6 or 5") and math_grader.grade(r"\boxed{5,6}", "6, 5")
+    assert math_grader.grade(r"\boxed{5}. No, \boxed{6}", "6") and math_grader.grade(r"\boxed{2+2} = \boxed{4}", "4")
+    assert math_grader.grade(r"\boxed{5}, so \boxed{5.0}", "5")
+
+
 def test_choices_by_their_texts_and_beyond_the_options():
     choice = grader("choice")
     assert choice.grade("blue cat", "B", INLINE) and choice.grade("The answer is Paris.", "B", LINES)
@@ -440,7 +535,7 @@ def test_fingerprints():
     assert len(set(found)) == len(specs)
     assert (
         found == [grader(spec).fingerprint for spec in specs]
-        and found[0] == "gsm8k/2"
+        and found[0] == "gsm8k/3"
         and found[4].startswith("exact/1")
     )
     assert "math-verify-" in found[2]

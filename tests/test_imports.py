@@ -44,7 +44,7 @@ MAY_IMPORT = [
     (["tokens"], ["chat", "rows", "errors"], ["numpy", "transformers"]),
     (
         ["grading", "grading_*"],
-        ["rows", "errors", "objects", "grading_math", "grading_values", "grading_choice"],
+        ["rows", "errors", "objects", "grading_math", "grading_values", "grading_choice", "grading_hedged"],
         ["math_verify"],
     ),
     (["passes.sample_vllm*"], PASSES, ["numpy", "torch", "transformers", "vllm"]),
