@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from curate.errors import UsageError
 
@@ -66,3 +66,37 @@ def imported_uses(
                 have = sorted({name for names in columns.values() for name in names})
                 raise UsageError(f"{want.name} needs {column}, which was not imported; there are: {', '.join(have)}.")
     return uses
+
+
+def imported_values(store: Store, recipe: str | None = None) -> list[dict[str, Any]]:
+    """A dict for each imported column: name (as `scored` or `trajectories` has it), import, file, rows that have a value, min, median and max
+    of numbers, distinct: how many values other columns have. over: whether it is of rows, or of rows at checkpoints.
+    """
+    if not store.imports():
+        return []
+    shown = {column.name: column.shown for column in store.frame(recipe=recipe).own["scored"] if column.imported}
+    of_rows = store.sql("SELECT * FROM scored LIMIT 0", recipe=recipe).columns
+    of_series = store.sql("SELECT * FROM trajectories LIMIT 0", recipe=recipe).columns
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for one in store.imports():
+        for column in one.columns if one.fingerprints else ():
+            name = shown.get(column, column)
+            if column in shown or (one.per_row and name in of_rows):
+                view = "scored"
+            elif column in of_series:
+                view = "trajectories"
+            else:
+                continue
+            about = {"name": name, "import": one.number, "file": one.file, "over": view}
+            found[view, name] = about | _spread(store, recipe, view, name)
+    return list(found.values())
+
+
+def _spread(store: Store, recipe: str | None, view: str, name: str) -> dict[str, Any]:
+    quoted = '"' + name.replace('"', '""') + '"'
+    values = store.sql(f"SELECT row_id, {quoted} AS value FROM {view} WHERE {quoted} IS NOT NULL", recipe=recipe)
+    column = values["value"]
+    spread: dict[str, Any] = {"rows": values["row_id"].n_unique(), "min": None, "median": None, "max": None}
+    if column.dtype.is_numeric() and len(column):
+        spread |= {"min": column.min(), "median": column.median(), "max": column.max()}
+    return spread | {"distinct": column.n_unique()}

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from curate.errors import UsageError
+from curate.imported import imported_values
 from curate.progress import counted
 from curate.recipe_yaml import read_yaml
 from curate.scores.words import heading
@@ -56,7 +57,8 @@ class Flips:
 class Summary:
     """values: the lines of the view dataset_values. calibration: None where held-out accuracies are not known. flips: one a run of DPO.
 
-    scores: a dict for each score of the recipe: name, known (rows that have a value), rows. scored: whether the recipe has been.
+    scores: a dict for each score of the recipe: name, known (rows that have a value), rows. scored: whether the recipe has been. imported: of
+    `imported_values`.
     """
 
     recipe: str | None
@@ -66,6 +68,7 @@ class Summary:
     flips: list[Flips]
     scores: list[dict[str, Any]] = field(default_factory=list)
     scored: bool = False
+    imported: list[dict[str, Any]] = field(default_factory=list)
 
     def text(self, *, everything: bool = False) -> str:
         """For people: values under plain headings. everything: the idealised ranking accuracies one by one, too."""
@@ -75,6 +78,8 @@ class Summary:
         parts = self._scores()
         for name in dict.fromkeys(heading(v["name"]) for v in values):
             parts.append([name + ":", *_value_lines([v for v in values if heading(v["name"]) == name], everything)])
+        if self.imported:
+            parts.append(_imported_lines(self.imported))
         parts += [_flip_lines(flips) for flips in self.flips]
         for run in dict.fromkeys(v["run"] for v in phases):
             parts.append(_phase_lines(run, [v for v in phases if v["run"] == run]))
@@ -114,6 +119,7 @@ class Summary:
             "scored": self.scored,
             "scores": self.scores,
             "values": self.values,
+            "imported": _plain(self.imported),
             "calibration": None if self.calibration is None else _plain(asdict(self.calibration)),
             "flips": [_plain({**asdict(f), "cells": [c._asdict() for c in f.cells]}) for f in self.flips],
         }
@@ -139,7 +145,9 @@ def summarise(store: Store, *, recipe: str | None = None, between: tuple[int, in
     calibration = _calibrate(store, mine, values, threshold)
     scored = name is not None and store.made_of("scores", name) is not None
     of_scores = _known(store, mine) if mine and scored else []
-    return Summary(name, values, calibration, threshold, flips, of_scores, scored)
+    return Summary(
+        name, values, calibration, threshold, flips, of_scores, scored, imported_values(store, recipe or name)
+    )
 
 
 def _known(store: Store, recipe: dict[str, Any]) -> list[dict[str, Any]]:
@@ -173,9 +181,26 @@ def _value_lines(values: list[dict[str, Any]], everything: bool) -> list[str]:
     if not values:
         return lines
     rows = [(v["name"], v["run"] or None, v["checkpoint"] or None, v["value"], _interval(v), v["n"]) for v in values]
-    head = ("value", "run", "checkpoint", "", "95% interval", "rows")
+    head = ("what", "run", "checkpoint", "estimate", "95% interval", "rows")
     used = [i for i in range(len(head)) if i in (0, 3) or any(row[i] not in (None, "-") for row in rows)]
     return [*lines, table([[row[i] for i in used] for row in rows], head=[head[i] for i in used])]
+
+
+def _imported_lines(columns: list[dict[str, Any]]) -> list[str]:
+    """A line an imported column: numbers by their spread, others by how many different values they have."""
+    lines = []
+    for view, said in (("scored", "Imported columns"), ("trajectories", "Imported, at each checkpoint")):
+        of = [c for c in columns if c["over"] == view]
+        numbers, others = [c for c in of if c["min"] is not None], [c for c in of if c["min"] is None]
+        parts = []
+        if numbers:
+            rows = [(c["name"], c["rows"], c["min"], c["median"], c["max"], c["import"]) for c in numbers]
+            parts.append(table(rows, head=("column", "rows with a value", "min", "median", "max", "import")))
+        if others:
+            rows = [(c["name"], c["rows"], c["distinct"], c["import"]) for c in others]
+            parts.append(table(rows, head=("column", "rows with a value", "different values", "import")))
+        lines += [said + ":", *parts] if parts else []
+    return lines
 
 
 def setting(recipe: dict[str, Any] | None, key: str, *, of: str | None = None) -> float | None:

@@ -14,6 +14,7 @@ from curate.progress import Progress
 from curate.recipe import load_recipe
 from curate.rows import Example
 from curate.store import Store
+from curate.summary import summarise
 from curate.workflow import run_steps
 
 ROWS = [
@@ -234,3 +235,19 @@ def test_the_commands(store, tmp_path):
     assert "Nothing was imported" in call("forget", store.folder, "--list").output
     with pytest.raises(UsageError, match="judge= is given twice"):
         raise call("import", store.folder, path, "--map", "judge=score judge=ok").exception
+
+
+def test_a_summary_shows_imported_columns(store, tmp_path):
+    import_file(store, judged(tmp_path), MAP, on="prompt_id", source="rows.jsonl")
+    found = summarise(store)
+    by_name = {c["name"]: c for c in found.to_json()["imported"]}
+    judge = by_name["judge"]
+    assert (judge["rows"], judge["min"], judge["median"], judge["max"]) == (2, 0.2, pytest.approx(0.55), 0.9)
+    assert (by_name["verdict"]["rows"], by_name["verdict"]["distinct"], by_name["verdict"]["min"]) == (3, 3, None)
+    assert by_name["ok"]["distinct"] == 2
+    text = found.text()
+    assert text.index("Imported columns:") < text.index("judge") and "different values" in text
+    lines(tmp_path / "steps.csv", "prompt_id,run,step,acc", "p0,r,1,0.5", "p0,r,2,1.0", "p1,r,1,0.0")
+    import_file(store, tmp_path / "steps.csv", {"run": "run", "checkpoint": "step", "accuracy": "acc"}, on="prompt_id", source="rows.jsonl")
+    (series,) = [c for c in summarise(store).imported if c["over"] == "trajectories"]
+    assert (series["name"], series["rows"], series["min"], series["max"]) == ("accuracy", 2, 0.0, 1.0)

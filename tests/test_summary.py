@@ -62,3 +62,11 @@ def test_ranking_accuracies_come_before_the_idealised_ones_of_their_run(store):
         ("", "idealised_ranking_accuracy_ln_b1"),
         ("a", "ranking_accuracy"),
     ]
+
+
+def test_numbers_stand_under_what_they_are(store):
+    store.write_dataset_values("import:test", [DatasetValue("accuracy", 0.5, low=0.4, high=0.6, n=10)])
+    lines = summarise(store).text().splitlines()
+    at = lines.index("Answers that are right, of those sampled or tested:")
+    assert lines[at + 1].split() == ["what", "estimate", "95%", "interval", "rows"]
+    assert lines[at + 3].split() == ["accuracy", "0.5", "0.4", "to", "0.6", "10"]
