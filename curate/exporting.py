@@ -14,6 +14,7 @@ from curate.recipe import Export, Loaded
 from curate.rendering import card_notes, measured_as, styles_of
 from curate.scores import resolve
 from curate.scores.flags import ADVICE
+from curate.sourcing import noted
 
 if TYPE_CHECKING:
     from curate.data import ExportResult, ExportRow
@@ -202,7 +203,7 @@ def _card(loaded: Loaded, store: Store, selection: Selection, sources: list[str]
     from curate.data import Card, distribution
 
     source = loaded.recipe.source
-    known = {s["source"]: s["fingerprint"] for s in store.sources()}
+    known = {s["source"]: s["fingerprint"] for s in store.sources() if s["role"] == "train"}
     about = f"revision {source.revision}" if source and source.revision else None
     models = {
         role: subject for role, subject in (("reference", subjects.reference), ("policy", subjects.policy)) if subject
@@ -228,5 +229,6 @@ def _card(loaded: Loaded, store: Store, selection: Selection, sources: list[str]
                 styles_of(store, sources, loaded.recipe.kind),
             ),
             *_advice(loaded, store, selection),
+            *noted(store, "train", {name: known[name] for name in sources if name in known}),
         ],
     )

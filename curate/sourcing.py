@@ -6,7 +6,7 @@ A source is read once and again only when its content or the recipe's way of rea
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -54,6 +54,8 @@ def read_sources(loaded: Loaded, store: Store, progress: Progress, kept: Kept | 
         names[role] = (
             _read_source(loaded, given[role], role, opening, store, progress, kept) if again else list(opening.prints)
         )
+        for line in noted(store, role, opening.prints, counts=not again):
+            progress.say(f"{_setting(role)}: {line}")
     formats = {role: opening.reading.formats() for role, opening in openings.items() if opening.reading is not None}
     for line in said_otherwise(loaded, formats):  # type: ignore[arg-type]
         progress.say(line)
@@ -144,18 +146,24 @@ def _read_source(
     assert reading is not None
     target = str(loaded.path or source.path)
     records = iter(reading) if source.on_bad_row == "drop" else reading.good("error", setting=setting, target=target)
-    seen, good, notes = set(), 0, Notes()
+    seen, good = set(), 0
     waits = kept is not None and bool(store.recipes())  # before that there are no views to keep
     with progress.bar(f"reading {role}" if role != "train" else "reading", 0) as count:
         for name, group in itertools.groupby(itertools.islice(records, source.limit), key=lambda record: record.source):
             seen.add(name)
+            notes = Notes()
             found = store.add_source(name, prints[name], _counted(group, count, notes), role=role, waits=waits)
+            said = {
+                "lines": reading.notes(),
+                "traits": dict(notes.seen),
+                "prompt": reading.prompt_column,
+                "bad": found.bad,
+            }
+            store.note_source(name, role, prints[name], said)
             good += found.records
             again = f", {found.duplicates:,} of them occur more than once (measured once)" if found.duplicates else ""
             bad = f", {found.bad:,} bad rows left out (`curate validate` names them)" if found.bad else ""
             progress.say(f"{name}: {found.records:,} rows, {found.new_rows:,} new to the store{again}{bad}")
-    for line in (*reading.notes(), *notes.left_out(reading.prompt_column)):
-        progress.say(f"{setting}: {line}")
     if not good:
         list(
             reading.good("drop", setting=setting, target=target)
@@ -165,6 +173,24 @@ def _read_source(
             f"Raise {setting}.limit."
         )
     return [name for name in prints if name in seen or store.source_is_current(name, prints[name], role=role)]
+
+
+def noted(store: Store, role: Role, prints: Mapping[str, str], *, counts: bool = True) -> list[str]:
+    """What was found when these sources were read in, a sentence each: it holds as long as they do, so every plan and run says it.
+
+    prints: name -> fingerprint. counts: bad rows that were left out, too.
+    """
+    from curate.data.notes import Notes
+
+    lines: dict[str, None] = {}
+    notes, bad, column = Notes(), 0, ""
+    for name, fingerprint in prints.items():
+        found = store.noted_of(name, role, fingerprint)
+        lines |= dict.fromkeys(found.get("lines", ()))
+        notes.seen.update(found.get("traits", {}))
+        bad, column = bad + found.get("bad", 0), column or found.get("prompt", "")
+    left_out = [f"{bad:,} bad rows were left out (`curate validate` names them)."] if bad and counts else []
+    return [*left_out, *lines, *notes.left_out(column)]
 
 
 def _counted(records: Iterator[Any], count: Any, notes: Notes) -> Iterator[Any]:

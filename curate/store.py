@@ -497,6 +497,17 @@ class Store:
         with self.database.write() as con:
             tables.note(con, f"kept of {recipe}", json.dumps(record))
 
+    def note_source(self, source: str, role: Role, fingerprint: str, said: Mapping[str, Any]) -> None:
+        """Keep what reading a source in has found, as `noted_of` gives it back; it stands for this content and way of reading alone."""
+        with self.database.write() as con:
+            tables.note(con, f"notes of {role} {source} {fingerprint}", json.dumps(said))
+
+    def noted_of(self, source: str, role: Role, fingerprint: str) -> dict[str, Any]:
+        """What was noted when a source was read in; empty where nothing was, as by earlier versions."""
+        with self.database.read() as con:
+            found = one(con, "SELECT value FROM data.meta WHERE key = ?", [f"notes of {role} {source} {fingerprint}"])
+        return json.loads(found[0]) if found else {}
+
     def places(self, recipe: str) -> dict[str, list[Place]]:
         """fingerprint -> (run, checkpoint, step) of the models that a recipe means by it; nothing of what it has no names of its own for."""
         with self.database.read() as con:

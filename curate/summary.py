@@ -197,8 +197,8 @@ def _imported_lines(columns: list[dict[str, Any]]) -> list[str]:
             rows = [(c["name"], c["rows"], c["min"], c["median"], c["max"], c["import"]) for c in numbers]
             parts.append(table(rows, head=("column", "rows with a value", "min", "median", "max", "import")))
         if others:
-            rows = [(c["name"], c["rows"], c["distinct"], c["import"]) for c in others]
-            parts.append(table(rows, head=("column", "rows with a value", "different values", "import")))
+            other = [(c["name"], c["rows"], c["distinct"], c["import"]) for c in others]
+            parts.append(table(other, head=("column", "rows with a value", "different values", "import")))
         lines += [said + ":", *parts] if parts else []
     return lines
 

@@ -248,6 +248,12 @@ def test_a_summary_shows_imported_columns(store, tmp_path):
     text = found.text()
     assert text.index("Imported columns:") < text.index("judge") and "different values" in text
     lines(tmp_path / "steps.csv", "prompt_id,run,step,acc", "p0,r,1,0.5", "p0,r,2,1.0", "p1,r,1,0.0")
-    import_file(store, tmp_path / "steps.csv", {"run": "run", "checkpoint": "step", "accuracy": "acc"}, on="prompt_id", source="rows.jsonl")
+    import_file(
+        store,
+        tmp_path / "steps.csv",
+        {"run": "run", "checkpoint": "step", "accuracy": "acc"},
+        on="prompt_id",
+        source="rows.jsonl",
+    )
     (series,) = [c for c in summarise(store).imported if c["over"] == "trajectories"]
     assert (series["name"], series["rows"], series["min"], series["max"]) == ("accuracy", 2, 0.0, 1.0)
