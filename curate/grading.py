@@ -25,7 +25,7 @@ import numbers
 import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,14 @@ HASHES = re.compile(r"####")
 ANSWER_MARK = re.compile(r"(?:the |final )?answer(?: is)?\s*[:=]|(?:the |final )answer is", re.IGNORECASE)
 
 
+class NoVerdict(UsageError):
+    """A grader that cannot say whether an answer is right. what: it did. why: what follows where it did."""
+
+    def __init__(self, what: str, why: str):
+        super().__init__(what + why)
+        self.what, self.why = what, why
+
+
 @dataclass(frozen=True)
 class Grader:
     """One way of grading. name: what a recipe writes. version: changes when the rule does. params: its settings.
@@ -74,6 +82,7 @@ class Grader:
     right: Callable[[str, str, Row | None], bool] | None = None
     reads: Callable[[str, Row | None], bool] = field(default=lambda answer, row: True)
     shown: str = "{}"  # an answer as a text that the grader reads
+    named: Callable[[Row], str] = field(default=lambda row: f"row {row.row_id}")  # how errors name a row
 
     @property
     def fingerprint(self) -> str:
@@ -87,15 +96,19 @@ class Grader:
         Raises UsageError where there is no reference to compare with.
         """
         if self.needs_answer and (answer is None or not str(answer).strip()):
-            where = f"row {row.row_id}" if row is not None else "a row"
+            where = self.named(row) if row is not None else "a row"
             raise UsageError(
                 f"grader {self.name}: {where} has no answer to compare with (found {answer!r}). "
                 "Name the column with the reference answers: `source.columns: {answer: …}`."
             )
-        if self.right is not None:
-            return self.right(text, str(answer), row)
-        found = self.extract(text)
-        return found is not None and self.same(found, answer if answer is None else str(answer), row)  # type: ignore[arg-type]
+        try:
+            if self.right is not None:
+                return self.right(text, str(answer), row)
+            found = self.extract(text)
+            return found is not None and self.same(found, answer if answer is None else str(answer), row)  # type: ignore[arg-type]
+        except NoVerdict as error:
+            where = f" on {self.named(row)}" if row is not None else ""
+            raise UsageError(f"grader {self.name!r} {error.what}{where}{error.why}") from error.__cause__
 
     def readable(self, answer: str | None, row: Row | None = None) -> bool:
         """Whether a text can be graded against this reference at all."""
@@ -108,11 +121,22 @@ class Grader:
         return self.readable(answer, row) and self.grade(self.shown.replace("{}", answer), answer, row)
 
 
-def grader(spec: str | Mapping[str, Any], *, folder: str | Path | None = None) -> Grader:
-    """The grader that a recipe names. folder: where a module of the user's own is looked for too, usually the recipe's.
+def grader(
+    spec: str | Mapping[str, Any],
+    *,
+    folder: str | Path | None = None,
+    named: Callable[[Row], str] | None = None,
+) -> Grader:
+    """The grader that a recipe names. folder: where a module of the user's own is looked for too, usually the recipe's. named: how its errors
+    name a row, by its id if not given.
 
     Raises UsageError: an unknown grader (the nearest is offered), unknown settings, a pattern that does not compile or has no group.
     """
+    made = _made(spec, folder)
+    return made if named is None else replace(made, named=named)
+
+
+def _made(spec: str | Mapping[str, Any], folder: str | Path | None) -> Grader:
     if isinstance(spec, str):
         name: str = spec
         settings: Any = {}
@@ -371,8 +395,9 @@ def _choice(letters: str = "ABCD") -> Grader:
     def same(found: str, answer: str, row: Row | None) -> bool:
         wanted = choice.of_reference(answer, row)
         if wanted is None:
-            raise UsageError(
-                f"grader choice: the answer {answer!r} names none of the letters {letters}. For more letters: {{choice: ABCDEFGHIJ}}."
+            raise NoVerdict(
+                "cannot grade",
+                f": the answer {answer!r} names none of the letters {letters}. For more letters: {{choice: ABCDEFGHIJ}}.",
             )
         return found == wanted
 
@@ -462,8 +487,7 @@ def _of_your_own(spec: str, settings: Any, folder: str | Path | None) -> Grader:
         try:
             verdict = function(text, answer, row) if takes_row else function(text, answer)
         except Exception as error:
-            where = f" on row {row.row_id}" if row is not None else ""
-            raise UsageError(f"grader {spec!r} failed{where}: {type(error).__name__}: {error}") from error
+            raise NoVerdict("failed", f": {type(error).__name__}: {error}") from error
         return _verdict(verdict, spec, threshold)
 
     return Grader(spec, source_version(function), dict(settings), lambda text: text, same, needs_answer=False)
@@ -478,11 +502,11 @@ def _verdict(said: Any, spec: str, threshold: float | None) -> bool:
         return bool(said)
     if is_number and threshold is not None:
         return bool(said >= threshold)
-    found = f"grader {spec!r} returned {said!r} ({kind})"
+    found = f"returned {said!r} ({kind})"
     if threshold is not None:
-        raise UsageError(f"{found}, expected a number to compare with its threshold {threshold:g}.")
+        raise NoVerdict(found, f", expected a number to compare with its threshold {threshold:g}.")
     hint = f" For a number say what is right: `grader: {{{spec}: {{threshold: 0.5}}}}`." if is_number else ""
-    raise UsageError(f"{found}, expected True or False.{hint}")
+    raise NoVerdict(found, f", expected True or False.{hint}")
 
 
 # name -> (how it is made, the setting that may stand alone: {regex: "…"} is {regex: {pattern: "…"}})

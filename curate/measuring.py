@@ -24,6 +24,7 @@ from curate.perturbing import perturbation
 from curate.plan import Plan, Step
 from curate.progress import Progress
 from curate.rendering import LOOKED_AT, lost_text
+from curate.row_names import named_rows
 from curate.rows import Example, Row
 from curate.servers import expected
 
@@ -358,7 +359,9 @@ class SampleRunner(Runner):
 
         self.sampler: Any = None
         self.step: Step | None = None  # whose weights the sampler is to have; None: it has them
-        self.grader = grader(self.recipe.sampling.grader, folder=loaded.folder)
+        self.grader = grader(
+            self.recipe.sampling.grader, folder=loaded.folder, named=named_rows(store, loaded) if store else None
+        )
         perturb = self.recipe.sampling.perturb
         self.perturb = perturbation(perturb, folder=loaded.folder) if perturb else None
         self.few_shot = few_shot_text(loaded)

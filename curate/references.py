@@ -10,11 +10,12 @@ Each is counted and said, with examples, in `plan` and in `run`. Where no row ca
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from curate.errors import UsageError
+from curate.row_names import named_rows
 from curate.rows import Example, Row
 
 if TYPE_CHECKING:
@@ -38,12 +39,13 @@ class Findings:
     stopped: bool = False  # before all were looked at
     counts: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[str]] = field(default_factory=dict)
+    named: Callable[[Row], str] = field(default=lambda row: f"row {row.row_id[:8]}")
 
     def add(self, kind: str, row: Example) -> None:
         self.counts[kind] = self.counts.get(kind, 0) + 1
         shown = self.examples.setdefault(kind, [])
         if len(shown) < 3:
-            shown.append(f"row {row.row_id[:8]} with {_short(row.answer or '')}")
+            shown.append(f"{self.named(row)} with {_short(row.answer or '')}")
 
     def said(self, kind: str) -> str:
         return ", ".join(self.examples[kind])
@@ -61,7 +63,7 @@ def check_references(loaded: Loaded, store: Store, plan: Plan) -> list[str]:
     blocks = [rows for step in plan.steps if step.reads == "sample" for _, rows, _ in step.blocks]
     row_ids = list(dict.fromkeys(row_id for rows in blocks for row_id in rows))
     wanted = {want.need(text)[1] for want in plan.wanted for text in want.score.needs}
-    chosen = grader(loaded.recipe.sampling.grader, folder=loaded.folder)
+    chosen = grader(loaded.recipe.sampling.grader, folder=loaded.folder, named=named_rows(store, loaded))
     try:
         if not chosen.needs_answer:
             _try(chosen, store, row_ids)
@@ -91,7 +93,7 @@ def _answers(store: Store, row_id: str) -> list[str]:
 
 
 def _graded_by_themselves(chosen: Grader, rows: Iterable[Row | None]) -> Findings:
-    found = Findings()
+    found = Findings(named=chosen.named)
     started = time.monotonic()
     for row in rows:
         if time.monotonic() - started > PATIENCE:

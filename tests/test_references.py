@@ -108,8 +108,8 @@ def test_where_no_row_can_be_graded_nothing_is_sampled(recipe, rows, settings):
 @pytest.mark.parametrize(
     "name, words",
     [
-        ("fails_on_nothing", "failed on row .*IndexError"),
-        ("unknown", "returned None"),
+        ("fails_on_nothing", r"failed on rows\.jsonl, row 1 \(row [0-9a-f]{20}\): IndexError"),
+        ("unknown", r"returned None \(NoneType\) on rows\.jsonl, row 1 \(row .*expected True or False"),
         ("nan", "returned nan"),
         ("one", r"function of \(text, answer\)"),
         ("not_there", "has no 'not_there'"),
@@ -121,6 +121,22 @@ def test_a_grader_is_tried_before_anything_is_sampled(recipe, name, words):
         with pytest.raises(UsageError, match=words):
             refused(path, f"sampling.grader=own_for_references:{name}")
     assert not list((path.parent / "store").rglob("shards/*/*"))
+
+
+def test_a_grader_that_fails_names_the_row_as_other_errors_do(recipe):
+    """With its line, which is not its number behind a blank line; in the plan and, where only a sampled answer makes it fail, in the run."""
+    (recipe(*GOOD).parent / "late_grader.py").write_text(
+        "def grade(text, answer):\n    return {'so #### 1': True}[text] if answer == '1/2' and text != '#### 1/2' and text not in ('', "
+        "'I do not know.') else True\n\ndef second(text, answer):\n    return None if answer == '1/2' else True\n"
+    )
+    path = recipe(*GOOD)
+    (path.parent / "rows.jsonl").write_text(json.dumps(GOOD[0]) + "\n\n" + json.dumps(GOOD[1]) + "\n")
+    wanted = r"on rows\.jsonl, row 2, line 3 \(row [0-9a-f]{20}\)"
+    with pytest.raises(UsageError, match="returned None .*" + wanted):
+        notes(path, "sampling.grader=late_grader:second")
+    with pytest.raises(UsageError, match=f"failed {wanted}: KeyError"):
+        curate.run(path, set=["sampling.grader=late_grader:grade"])
+    sys.modules.pop("late_grader", None)
 
 
 def test_answers_that_are_cut_or_empty_are_said(recipe):
