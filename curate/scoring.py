@@ -6,8 +6,12 @@ runs it was trained in, and dataset values stand per run.
 
 from __future__ import annotations
 
+import datetime
+import json
+import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -284,17 +288,15 @@ class Columns:
             )  # where curate has a column of this name, the user's is meant
             name = shown.replace('"', '""')  # a column that is needed and not there: the store names the nearest
             frame = self.store.sql(
-                f'SELECT o.row_id, first("{name}" ORDER BY o.source, o.index) AS value FROM occurrences o GROUP BY o.row_id',
+                f'SELECT o.row_id, first("{name}" ORDER BY o.source, o.index) AS value, first(typeof("{name}")) AS kind '
+                "FROM occurrences o GROUP BY o.row_id",
                 source=self.sources or None,
             )
-            found = dict(zip(frame["row_id"], frame["value"], strict=True))
+            found = dict(zip(frame["row_id"], frame["value"].to_list(), strict=True))
             values = [found.get(row_id) for row_id in self.row_ids]
-            text = any(isinstance(v, str) for v in values)
-            self._own[column] = (
-                np.array(values, dtype=object)
-                if text
-                else np.array([np.nan if v is None else float(v) for v in values])
-            )
+            if "JSON" in frame["kind"].head(1).to_list():
+                values = [json.loads(v) if isinstance(v, str) else v for v in values]
+            self._own[column] = own_values(values)
         return self._own[column]
 
     def trained(self, series: Series) -> np.ndarray | None:
@@ -322,6 +324,19 @@ class Columns:
         if key not in self._known:
             self._known[key] = self.store.series([f or None for f in fingerprints], [column], self.row_ids)[column]
         return self._known[key]
+
+
+def own_values(values: Sequence[Any]) -> np.ndarray:
+    """A user's column as a score gets it: float64 where it holds numbers (true and false as 1 and 0, NULL as NaN), else Python's own values as
+    objects: text, lists, dicts, datetimes, None for NULL.
+    """
+    if all(v is None or isinstance(v, numbers.Real | Decimal) for v in values):
+        return np.array([np.nan if v is None else float(v) for v in values])
+    found = np.empty(len(values), dtype=object)
+    for i, value in enumerate(values):
+        is_day = isinstance(value, datetime.date) and not isinstance(value, datetime.datetime)
+        found[i] = datetime.datetime.combine(value, datetime.time()) if is_day else value
+    return found
 
 
 def _most_common(per_run: list[np.ndarray]) -> np.ndarray:

@@ -42,6 +42,7 @@ def wanted_scores(loaded: Loaded) -> list[Wanted]:
                 f"{loaded.path or 'recipe'}: scores: {request.score} is for {score.kind} rows, this recipe's kind is {loaded.recipe.kind}."
             )
         found.append(Wanted(request.name, score, params))
+    _check_names(found, loaded)
     for want in list(found):  # where a NULL is the right value, the score that says so comes along
         excuse = want.score.null_where
         if excuse and not any(w.score.name == excuse for w in found):
@@ -50,6 +51,48 @@ def wanted_scores(loaded: Loaded) -> list[Wanted]:
                 Wanted(excuse, score, score.check({k: v for k, v in want.params.items() if k in score.parameters}))
             )
     return found
+
+
+# What views and `select` have under these names beside what is measured; a row's own columns (row_id, source, …) are refused as the recipe is read.
+NAMES = {
+    "token_problem": "says why a row cannot be measured",
+    "trained": "says whether a run trained on the row",
+    "run": "is the training in the view `trajectories`",
+    "checkpoint": "is the checkpoint in the view `trajectories`",
+    "step": "is the training step in the view `trajectories`",
+    "random": "is the word for a random order in select.order_by",
+}
+
+
+def _check_names(found: Sequence[Wanted], loaded: Loaded) -> None:
+    """UsageError for a score whose column would hide another one: `keep: {tokens: …}` would count the score."""
+    from curate.measurements import providers
+
+    codes = {f"{want.name}_name".lower(): want.name for want in found if want.score.names}
+    for want in found:
+        name = want.name.lower()
+        if name == want.score.name and name in want.score.needs:
+            continue  # the measured column itself
+        measured = next((m for kind in ("preference", "sft") if (m := providers(name, kind))), None)
+        if measured is not None:
+            what = (
+                f"is what the measurement {measured.name} measures, and select, export and other scores read it as that"
+            )
+        elif name in codes:
+            what = f"is the text column of the score {codes[name]}"
+        elif name in NAMES:
+            what = NAMES[name]
+        else:
+            continue
+        instead = (
+            f", or leave the score out where you mean the column: SQL reads {name} as it is"
+            if measured is not None
+            else ""
+        )
+        raise UsageError(
+            f"{loaded.path or 'recipe'}: scores: {want.score.name} cannot be called {want.name!r}: {name} {what}. Give the score another name, "
+            f"such as `as: {want.name}_score`{instead}."
+        )
 
 
 def check_checkpoints(wanted: Sequence[Wanted], n: int) -> None:

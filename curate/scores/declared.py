@@ -175,6 +175,13 @@ class Columns:
             return (function or self.function)(*arrays, **self.check(params or {}), **extra)
         except ValueError as error:
             raise UsageError(f"{self.what} {self.name}: {error}") from error
+        except Exception as error:
+            if self.function.__module__.startswith("curate."):
+                raise
+            given = ", ".join((*self.needs, *self.optional))
+            raise UsageError(
+                f"{self.what} {self.name} ({self.path}) failed on the columns {given}: {type(error).__name__}: {error}"
+            ) from error
 
     def __call__(self, *arrays: Any, **params: Any) -> Any:
         """The plain function, as it was written."""
@@ -185,9 +192,15 @@ def _as_column(values: Any, name: str, of: Columns) -> Any:
     """One column as the function gets it: float64, or as it is for the user's own columns that are no numbers."""
     if values is None:
         return None
+    if Need.read(name).role == "row" and not isinstance(values, np.ndarray):
+        if any(isinstance(value, list | tuple | dict) for value in values):  # one object a row, not a table
+            array = np.empty(len(values), dtype=object)
+            for i, value in enumerate(values):
+                array[i] = value
+            return array
     array = np.asarray(values)
     if Need.read(name).role == "row":
-        return array if array.dtype.kind in "OUST" else array.astype(np.float64)
+        return array if array.dtype.kind in "OUSTM" else array.astype(np.float64)
     array = array.astype(np.float64, copy=False)
     wanted = 2 if of.over == "checkpoints" else 1
     if array.ndim != wanted:
