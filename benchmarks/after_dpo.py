@@ -37,10 +37,10 @@ from curate.passes.gradients import backward
 from curate.passes.gradients.derivatives import Line, choose_epsilon, derivatives, head_derivatives
 from curate.passes.gradients.mean import accumulate, accumulate_head, dpo_weights, fixed_weights, precondition
 from curate.passes.gradients.warmup import WarmUp, warm_up
-from curate.passes.model import load_model
+from curate.passes.loading.model import load_model
+from curate.passes.tokens import EncodedPair, Limits, encode, load_tokenizer
 from curate.rows import Pair
 from curate.scores import SCORES
-from curate.tokens import EncodedPair, Limits, encode, load_tokenizer
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 MODEL = SHARED / "models" / "stories260K"

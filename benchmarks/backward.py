@@ -33,8 +33,8 @@ import torch
 
 from curate.measurements import MEASUREMENTS
 from curate.passes.gradients import backward
-from curate.passes.model import Model
-from curate.tokens import Encoded, EncodedPair, common_prefix
+from curate.passes.loading.model import Model
+from curate.passes.tokens import Encoded, EncodedPair, common_prefix
 
 SHAPES = {"short": (100, 60, 60), "middle": (200, 150, 150), "long": (300, 290, 300)}
 WANTED = [MEASUREMENTS["entk"], MEASUREMENTS["likelihood"]]

@@ -179,9 +179,9 @@ def sampled_accuracy(
 ) -> np.ndarray:
     """(rows, checkpoints) share of right answers, graded as the demo's recipe does."""
     from curate.grading import grader
-    from curate.passes.sample_hf import HfSampler
-    from curate.passes.sampling import Prompt, Sampling
-    from curate.tokens import encode_prompt, load_tokenizer
+    from curate.passes.sampling.hf import HfSampler
+    from curate.passes.sampling.types import Prompt, Sampling
+    from curate.passes.tokens import encode_prompt, load_tokenizer
 
     gsm8k, tokenizer = grader("gsm8k"), load_tokenizer(checkpoints[0])
     examples = [as_example(row) for row in rows]
@@ -209,7 +209,7 @@ def target_nll(checkpoints: Sequence[Path], rows: Sequence[task.Problem]) -> np.
     """(rows, checkpoints) nats per target token, EOS included."""
     from curate.measurements import MEASUREMENTS
     from curate.passes.forward import load_model, measure
-    from curate.tokens import encode, load_tokenizer
+    from curate.passes.tokens import encode, load_tokenizer
 
     tokenizer = load_tokenizer(checkpoints[0])
     encoded = [encode(as_example(row), tokenizer) for row in rows]
@@ -224,7 +224,7 @@ def target_nll(checkpoints: Sequence[Path], rows: Sequence[task.Problem]) -> np.
 
 def target_tokens(rows: Sequence[task.Problem], checkpoint: Path) -> np.ndarray:
     """(rows,) tokens of the targets, EOS included."""
-    from curate.tokens import encode, load_tokenizer
+    from curate.passes.tokens import encode, load_tokenizer
 
     tokenizer = load_tokenizer(checkpoint)
     return np.array([encode(as_example(row), tokenizer).n_response for row in rows])

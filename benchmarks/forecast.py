@@ -38,9 +38,9 @@ from curate.passes import forward
 from curate.passes.gradients import derivatives as along
 from curate.passes.gradients import mean as direction
 from curate.passes.gradients.warmup import BETAS, WarmUp, warm_up
-from curate.passes.model import Model, load_model
+from curate.passes.loading.model import Model, load_model
+from curate.passes.tokens import EncodedPair, Limits, encode, load_tokenizer
 from curate.rows import Pair
-from curate.tokens import EncodedPair, Limits, encode, load_tokenizer
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 FOLDER = SHARED / "models" / "stories260K"

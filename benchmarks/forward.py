@@ -35,15 +35,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy as np
 import torch
 
-import curate.passes.model
+import curate.passes.loading.model
 from curate.measurements import MEASUREMENTS
 from curate.passes import forward
 from curate.passes.head import SUMMED, Head
 from curate.passes.kernels import attention as packing
 from curate.passes.kernels import cpu_kernels, cpu_products
 from curate.passes.layout import Group, Item, Layout
-from curate.passes.model import Model
-from curate.tokens import Encoded, EncodedPair, common_prefix
+from curate.passes.loading.model import Model
+from curate.passes.tokens import Encoded, EncodedPair, common_prefix
 
 VOCABULARY, WIDTH, LAYERS, INNER, HEADS = 32_000, 512, 8, 1376, 8
 BODY = LAYERS * (4 * WIDTH**2 + 3 * WIDTH * INNER)  # weights a token meets in the body
@@ -373,7 +373,7 @@ def half(module: torch.nn.Module, model: Model, n: int, rounds: int, ranked: int
     pairs = make_pairs("mixed", n)
     torchs_own = mock.patch.object(cpu_products, "one_dnn_is_faster", return_value=False)  # in the products, and
     of_model = mock.patch.object(
-        curate.passes.model, "one_dnn_is_faster", return_value=False
+        curate.passes.loading.model, "one_dnn_is_faster", return_value=False
     )  # in whether to replace them
     times: dict[str, list[float]] = {"bf16": [], "float32": [], "torch": []}
     ours(small, pairs)

@@ -35,8 +35,8 @@ import torch
 from curate.passes.gradients import influence as cross
 from curate.passes.gradients.cosines import Cosines
 from curate.passes.gradients.layer_rules import Parameters
-from curate.passes.model import Model
-from curate.tokens import Encoded
+from curate.passes.loading.model import Model
+from curate.passes.tokens import Encoded
 
 VOCABULARY, WIDTH, LAYERS, INNER = 8_000, 256, 4, 688
 FACTORED = 32

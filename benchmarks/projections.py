@@ -27,9 +27,9 @@ import numpy as np
 import torch
 
 from curate.passes.gradients import projections
-from curate.passes.model import Model
+from curate.passes.loading.model import Model
+from curate.passes.tokens import Encoded
 from curate.show import table
-from curate.tokens import Encoded
 
 DIRECTIONS = 9
 ROUNDS = 3

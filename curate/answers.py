@@ -20,7 +20,7 @@ from curate.store import Measured, Store
 if TYPE_CHECKING:
     from curate.identity import Task
     from curate.missing import Block
-    from curate.passes.sampling import Sample
+    from curate.passes.sampling.types import Sample
 
 NOT_OF_ANSWERS = ("grader", "samples")
 
@@ -84,7 +84,7 @@ class KeptAnswers:
 
     def take(self, task: Task, row_ids: Sequence[str]) -> list[list[Sample | None] | None]:
         """Every row's kept answers, in their order; None where there are none, [] where it is known that none can be drawn."""
-        from curate.passes.sampling import Sample
+        from curate.passes.sampling.types import Sample
 
         donors = self.of(task, row_ids)
         by_donor: dict[str, list[str]] = {}

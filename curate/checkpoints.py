@@ -18,7 +18,7 @@ from curate.errors import BrokenCheckpoint, ModelError, OtherLayout
 from curate.fingerprints import FingerprintCache, weights_fingerprint
 from curate.layouts import check_folder, no_folder, training_state
 from curate.naming import natural, step_in_name
-from curate.passes.adapter_config import is_adapter, read_adapter_config, tokenizer_folder
+from curate.passes.loading.adapter_config import is_adapter, read_adapter_config, tokenizer_folder
 
 HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 VERL = (

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from curate.neighbours import COUNT
+from curate.passes.nearest import COUNT
 from curate.progress import span
 
 if TYPE_CHECKING:

@@ -21,8 +21,8 @@ from typing import Literal
 
 from curate.errors import CurateError
 from curate.layouts import check_folder
-from curate.passes.sampling import TORCHVISION_HINT, refusal, target_device
-from curate.passes.vllm_facts import vllm_distribution
+from curate.passes.sampling.engines import TORCHVISION_HINT, refusal, target_device
+from curate.passes.sampling.vllm_facts import vllm_distribution
 
 State = Literal["ok", "warn", "missing"]
 GIB = 1 << 30
@@ -125,7 +125,7 @@ def _torchvision() -> Iterator[Finding]:
 
 def _devices() -> Iterator[Finding]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    from curate.passes.vllm_memory import free_memory
+    from curate.passes.sampling.vllm_memory import free_memory
 
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     free = free_memory()

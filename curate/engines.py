@@ -39,10 +39,10 @@ def engine_name(
 
     def asked() -> str:
         if reads == "sample":
-            from curate.passes.sampling import sampler_identity
+            from curate.passes.sampling.engines import sampler_identity
 
             return sampler_identity(engine.sampler, path, base=subject.base, dtype=dtype, device=engine.device)[0]
-        from curate.passes.model import engine_identity
+        from curate.passes.loading.model import engine_identity
 
         return engine_identity(dtype=dtype, device=engine.device)
 

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from curate.chat import as_chat
 from curate.errors import UsageError, ValidationError
+from curate.passes.chat import as_chat
 from curate.recipe import Export, Loaded
 from curate.rendering import card_notes, measured_as, styles_of
 from curate.scores import resolve

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING
 
 from curate.errors import BrokenCheckpoint
 from curate.layouts import WEIGHTS, check_folder, weight_files
-from curate.passes.adapter_config import read_adapter_config
+from curate.passes.loading.adapter_config import read_adapter_config
 from curate.rows import content_id
 
 if TYPE_CHECKING:
-    from curate.chat import Template
+    from curate.passes.chat import Template
 
 
 class FingerprintCache:
@@ -49,7 +49,7 @@ class FingerprintCache:
         """`tokenizer_fingerprint` of a model folder, which is loaded only where a file of it has changed (weights aside)."""
 
         def loaded() -> str:
-            from curate.tokens import load_tokenizer, tokenizer_fingerprint
+            from curate.passes.tokens import load_tokenizer, tokenizer_fingerprint
 
             return tokenizer_fingerprint(load_tokenizer(folder))
 
@@ -68,8 +68,8 @@ class FingerprintCache:
         about = content_id(self._tokenizer_state(folder), [file_state(f) if f.is_file() else "" for f in settings], 2)
 
         def looked() -> str:
-            from curate.chat import template_of
-            from curate.tokens import load_tokenizer
+            from curate.passes.chat import template_of
+            from curate.passes.tokens import load_tokenizer
 
             return to_json(template_of(load_tokenizer(folder), stop_ids(model)))
 
@@ -79,7 +79,7 @@ class FingerprintCache:
         """The tokens of a folder's tokenizer whose id is n or more, by id."""
 
         def looked() -> str:
-            from curate.tokens import load_tokenizer
+            from curate.passes.tokens import load_tokenizer
 
             found = {token: i for token, i in load_tokenizer(folder).get_vocab().items() if i >= n}
             return json.dumps(dict(sorted(found.items(), key=lambda entry: entry[1])))
@@ -91,7 +91,7 @@ class FingerprintCache:
 
     def positions(self, folder: Path) -> int | None:
         """`context_length` of a model folder, its config read by transformers only where it has changed."""
-        from curate.tokens import context_length
+        from curate.passes.tokens import context_length
 
         state = content_id(version("transformers"), file_state(folder / "config.json"))
         found = self.kept(f"positions|{folder.resolve()}|{state}", lambda: str(context_length(folder) or ""))

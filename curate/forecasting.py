@@ -117,7 +117,7 @@ class DirectionRunner(ForwardRunner):
 
     def _say_once(self) -> None:
         """What somebody who reads the numbers has to know: another precision than elsewhere, checkpoints that all weigh the same."""
-        from curate.passes.model import engine_identity
+        from curate.passes.loading.model import engine_identity
 
         engine = self.recipe.engine
         asked = engine_identity(dtype=engine.dtype, device=engine.device).split()[3]  # torch, version, device, dtype
@@ -233,7 +233,7 @@ class DirectionRunner(ForwardRunner):
         from curate.directions import MOMENTS
         from curate.passes.gradients.mean import save_vector
         from curate.passes.gradients.warmup import WarmUp, warm_up
-        from curate.passes.weights import quiet
+        from curate.passes.loading.weights import quiet
 
         forecast, start = self.recipe.forecast, self.directions.start
         super().use(replace(step, subject=start))

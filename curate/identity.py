@@ -82,7 +82,7 @@ class Identity:
 
     @cached_property
     def _neighbours(self) -> str:
-        from curate.neighbours import pool_fingerprint
+        from curate.passes.nearest import pool_fingerprint
 
         return pool_fingerprint(self.pool)
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from curate.errors import BrokenCheckpoint, ModelError, OtherLayout
-from curate.passes import adapter_config
-from curate.passes.adapter_config import is_adapter, read_adapter_config
+from curate.passes.loading import adapter_config
+from curate.passes.loading.adapter_config import is_adapter, read_adapter_config
 
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")

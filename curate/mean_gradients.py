@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from curate.directions import Directions
     from curate.passes.gradients.mean import Vector
-    from curate.passes.model import Model
+    from curate.passes.loading.model import Model
     from curate.plan import Step
 
 CHUNK = 4096  # rows encoded at a time

@@ -153,7 +153,7 @@ class Runner:
         pass
 
     def _tokenizer(self, step: Step) -> Any:
-        from curate.tokens import load_tokenizer
+        from curate.passes.tokens import load_tokenizer
 
         if not Path(step.subject.home).is_dir():
             return None
@@ -163,12 +163,12 @@ class Runner:
         return self._tokenizers[path]
 
     def _limits(self) -> Any:
-        from curate.tokens import Limits
+        from curate.passes.tokens import Limits
 
         return Limits(self.recipe.tokens.max_length, self.recipe.tokens.truncation, self.chat)
 
     def _encode(self, rows: list[Row]) -> list[Any]:
-        from curate.tokens import encode
+        from curate.passes.tokens import encode
 
         found = [encode(row, self.tokenizer, self._limits()) for row in rows]
         if self.embeddings is not None:
@@ -277,7 +277,7 @@ class NeighboursRunner(ForwardRunner):
     reads = "neighbours"
 
     def __init__(self, loaded: Loaded, progress: Progress, store: Store, plan: Plan):
-        from curate.neighbours import Neighbours
+        from curate.passes.nearest import Neighbours
 
         super().__init__(loaded, progress)
         self.neighbours = Neighbours(plan.pool, list(store.iter_rows(plan.pool)))
@@ -301,7 +301,7 @@ class NeighboursRunner(ForwardRunner):
 
     def _after(self, row: Row, row_id: str) -> Any:
         """The row encoded after its neighbours, the nearest last; None where not even one fits, or there is none."""
-        from curate.tokens import Limits, after_examples, as_chat, encode
+        from curate.passes.tokens import Limits, after_examples, as_chat, encode
 
         near = self.neighbours.nearest(row_id, row) if isinstance(row, Example) and row.completion else []
         limits = Limits(self.recipe.tokens.max_length, "drop")
@@ -383,7 +383,8 @@ class SampleRunner(Runner):
         self.starting += time.perf_counter() - started
 
     def _open(self, step: Step) -> None:
-        from curate.passes.sampling import choose_sampler, open_sampler
+        from curate.passes.sampling.engines import choose_sampler
+        from curate.passes.sampling.open import open_sampler
 
         super().use(step)
         engine, base = self.recipe.engine, step.subject.base
@@ -447,7 +448,7 @@ class SampleRunner(Runner):
         self, rows: Sequence[Row], row_ids: Sequence[str], kept: Sequence[list[Any] | None]
     ) -> tuple[list[list[Graded]], int]:
         """Every row's answers with their grades, and the tokens that were run for them. [] for a row that leaves nothing to sample from."""
-        from curate.passes.sampling import Prompt, Sampling
+        from curate.passes.sampling.types import Prompt, Sampling
 
         recipe = self.recipe.sampling
         drawn: list[list[Any]] = [list(found or ())[: recipe.samples] for found in kept]
@@ -481,8 +482,8 @@ class SampleRunner(Runner):
 
     def _prompt(self, row: Row, row_id: str) -> Any:
         """The row's prompt, or None where it leaves nothing to sample from. The seed is the row's own, so a row's answers stay its own."""
-        from curate.passes.sampling import Prompt
-        from curate.tokens import as_chat, encode_prompt
+        from curate.passes.sampling.types import Prompt
+        from curate.passes.tokens import as_chat, encode_prompt
 
         seed = (int(row_id, 16) ^ self.recipe.engine.seed * 0x9E3779B97F4A7C15) % 2**63
         system = self.recipe.sampling.system
@@ -534,8 +535,8 @@ class SampleRunner(Runner):
 
 def _plain_prompt(row: Row, seed: int, system: str | None, few_shot: str | None) -> Any:
     """A prompt for a server whose tokenizer is its own."""
-    from curate.passes.sampling import Prompt
-    from curate.tokens import with_context
+    from curate.passes.sampling.types import Prompt
+    from curate.passes.tokens import with_context
 
     if isinstance(row.prompt, str):
         parts = [f"{system}\n\n" if system else "", few_shot or "", row.prompt]

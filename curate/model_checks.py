@@ -50,7 +50,7 @@ def check_models(plan: Plan, renderings: Renderings, store: Store, sources: Sequ
 
 def _left_out(subject: Subject, renderings: Renderings, store: Store, sources: Sequence[str]) -> list[str]:
     """What the subject's template leaves out of up to LOOKED_AT rows, evenly from all."""
-    from curate.tokens import load_tokenizer
+    from curate.passes.tokens import load_tokenizer
 
     rendering = renderings.of(subject)
     if rendering.template is None or not (rendering.chat or rendering.messages):

@@ -149,12 +149,12 @@ class Recorder(TrainerCallback):
     def _prepare(self, args: Any, state: Any, model: Any, tokenizer: Any) -> None:
         """Rows into the store, tokens, the model's head and layout. Everything that can be wrong is wrong here."""
         import curate
-        from curate.chat import template_of
         from curate.fingerprints import FingerprintCache
+        from curate.passes.chat import template_of
         from curate.passes.forward import Model
-        from curate.passes.live import untouched
+        from curate.passes.loading.live import untouched
+        from curate.passes.tokens import Limits, encode, tokenizer_fingerprint
         from curate.rendering import Renderings
-        from curate.tokens import Limits, encode, tokenizer_fingerprint
 
         if tokenizer is None:
             raise UsageError("The trainer has no tokenizer: give it processing_class=tokenizer.")
@@ -253,7 +253,7 @@ class Recorder(TrainerCallback):
 
     def _measure(self, step: int) -> None:
         from curate.passes.forward import measure
-        from curate.passes.live import untouched
+        from curate.passes.loading.live import untouched
 
         forward = [m for m in self.measurements if m.reads == "forward"]
         sampled = [m for m in self.measurements if m.reads == "sample"]
@@ -279,7 +279,7 @@ class Recorder(TrainerCallback):
 
     def _sample(self, measurements: list[Any]) -> tuple[dict[str, Any], Any]:
         from curate.measuring import SampleRunner
-        from curate.passes.sample_hf import HfSampler
+        from curate.passes.sampling.hf import HfSampler
 
         runner = SampleRunner(self.loaded, self.progress)
         runner.tokenizer, runner.chat = self.tokenizer, self.rendering.chat

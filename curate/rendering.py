@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from curate.chat import DATE, Refused, Template, as_chat, left_out, render, turns
 from curate.errors import ModelError, UsageError
+from curate.passes.chat import DATE, Refused, Template, as_chat, left_out, render, turns
 from curate.rows import Pair, Row
 
 if TYPE_CHECKING:
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from curate.checkpoints import Subject
     from curate.fingerprints import FingerprintCache
     from curate.measurements import Measurement
+    from curate.passes.tokens import Limits
     from curate.recipe import Loaded
     from curate.store import Store
-    from curate.tokens import Limits
 
 QUESTIONS = "question_answer"  # the format that auto asks as a chat
 OF_MESSAGES = {"messages", "sharegpt", "implicit", "sharegpt_preference"}  # formats without plain text
@@ -168,7 +168,7 @@ class Renderings:
 def limits_for(loaded: Loaded, rows: Iterable[Row], subject: Subject) -> Limits:
     """How rows that are prompts and completions become tokens outside a plan, as a recipe over them measures them."""
     from curate.fingerprints import FingerprintCache
-    from curate.tokens import Limits
+    from curate.passes.tokens import Limits
 
     found = Renderings(loaded, FingerprintCache(None), {row.style for row in rows})
     tokens = loaded.recipe.tokens

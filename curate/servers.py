@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from curate.checkpoints import Subject, single_model
 from curate.errors import CurateError, EngineError, UsageError
 from curate.fingerprints import FingerprintCache
-from curate.passes.server_probe import FIXED, Noise, Probe, Spoken, difference, key_of, measured_noise
+from curate.passes.sampling.server_probe import FIXED, Noise, Probe, Spoken, difference, key_of, measured_noise
 from curate.rows import Row, content_id
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class Servers:
         answers.
         """
         if not self.server.url:
-            from curate.passes.sample_openai import NO_URL
+            from curate.passes.sampling.openai import NO_URL
 
             raise UsageError(NO_URL)
         key = subject.path if subject else ""
@@ -85,7 +85,7 @@ class Servers:
     # ---- asking ---------------------------------------------------------------------------------------------------------------------------
 
     def _asked(self, subject: Subject | None) -> Served:
-        from curate.passes.sample_openai import OpenAISampler
+        from curate.passes.sampling.openai import OpenAISampler
 
         names = _names(subject, self.loaded) if subject else ()
         with OpenAISampler(self.server.model_dump(), prefer=names) as sampler:

@@ -49,8 +49,8 @@ def influence(
 ):
     """CrossProducts of rows and targets under one model (curate/passes/gradients/influence.py)."""
     from curate.passes.gradients.influence import cross_products
-    from curate.passes.model import load_model
-    from curate.tokens import Limits, encode, load_tokenizer
+    from curate.passes.loading.model import load_model
+    from curate.passes.tokens import Limits, encode, load_tokenizer
 
     tokenizer = load_tokenizer(path)
     sides = [[encode(row, tokenizer, Limits(max_length)) for row in rows] for rows in (train, targets)]

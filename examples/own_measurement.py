@@ -37,7 +37,7 @@ def stumble(chosen_stumbles, rejected_stumbles):
 
 if __name__ == "__main__":
     from curate.passes import forward
-    from curate.tokens import Limits, encode, load_tokenizer
+    from curate.passes.tokens import Limits, encode, load_tokenizer
 
     if len(sys.argv) != 3:
         sys.exit(__doc__)

@@ -105,9 +105,9 @@ def test_directions_over_the_adapter(place):
 
     from curate.passes.gradients import derivatives, mean
     from curate.passes.gradients.adam import second_moments
-    from curate.passes.model import load_model
+    from curate.passes.loading.model import load_model
+    from curate.passes.tokens import Limits, encode, load_tokenizer
     from curate.rows import Pair
-    from curate.tokens import Limits, encode, load_tokenizer
 
     adapter = place / "runs" / "dpo" / "checkpoint-10"
     models = {"reference": "base", "policy": "runs/dpo/checkpoint-10"}
@@ -145,9 +145,9 @@ def test_less_over_a_runs_adapters(place):
     """Cosines over A and B at both checkpoints against float64 autograd of their own factors, with each one's own Adam."""
     import torch
 
-    from curate.passes.model import load_model
+    from curate.passes.loading.model import load_model
+    from curate.passes.tokens import Limits, encode, load_tokenizer
     from curate.rows import Example
-    from curate.tokens import Limits, encode, load_tokenizer
     from tests.passes.test_backward import gradient
 
     rows = [Example(row["prompt"], row["chosen"]) for row in PAIRS]
@@ -208,7 +208,7 @@ def test_each_subject_is_sampled_by_the_engine_that_takes_it(place, monkeypatch)
 
     from curate.checkpoints import Subject
     from curate.measuring import SampleRunner
-    from curate.passes import sampling
+    from curate.passes.sampling import engines
 
     base, one, other = (str(place / p) for p in ("base", "runs/dpo/checkpoint-10", "runs/dpo/checkpoint-20"))
     log = []
@@ -220,8 +220,8 @@ def test_each_subject_is_sampled_by_the_engine_that_takes_it(place, monkeypatch)
         log.append((name, path, adapters))
         return SimpleNamespace(name=name, use=lambda path, base: log.append(path), close=lambda: log.append("closed"))
 
-    monkeypatch.setattr(sampling, "choose_sampler", choose)
-    monkeypatch.setattr(sampling, "open_sampler", opened)
+    monkeypatch.setattr(engines, "choose_sampler", choose)
+    monkeypatch.setattr(engines, "open_sampler", opened)
     runner = SampleRunner(load_recipe(recipe(place, "sampled", [], models={"reference": "base"})), Progress(quiet=True))
     runner.subjects = [Subject(base, "0"), Subject(one, "1", base=base), Subject(other, "2", base=base)]
     for at in (0, 1, 2, 0):

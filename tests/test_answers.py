@@ -8,7 +8,7 @@ import sys
 import pytest
 
 import curate
-import curate.passes.sampling
+import curate.passes.sampling.open
 from curate.progress import Progress
 from curate.recipe import load_recipe
 from curate.workflow import make_plan
@@ -56,7 +56,7 @@ def no_engine(monkeypatch):
     def opened(*_, **__):
         raise AssertionError("a sampling engine was started")
 
-    monkeypatch.setattr(curate.passes.sampling, "open_sampler", opened)
+    monkeypatch.setattr(curate.passes.sampling.open, "open_sampler", opened)
 
 
 def plan_of(recipe, settings):
@@ -92,13 +92,13 @@ def test_more_samples_draw_only_the_further_ones(line, monkeypatch):
     first = curate.run(line).store.sql(ANSWERS)
     wanted = fresh(line, ["sampling.samples=10"]).sql(ANSWERS)
     asked = []
-    original = curate.passes.sample_hf.HfSampler.sample
+    original = curate.passes.sampling.hf.HfSampler.sample
 
     def sample(self, prompts, sampling):
         asked.append((len(prompts), sampling.n, {p.first for p in prompts}))
         return original(self, prompts, sampling)
 
-    monkeypatch.setattr(curate.passes.sample_hf.HfSampler, "sample", sample)
+    monkeypatch.setattr(curate.passes.sampling.hf.HfSampler, "sample", sample)
     plan = plan_of(line, ["sampling.samples=10"])
     assert "16 sampled answers are kept" in plan.text() and "at most 24 more are sampled" in plan.text()
     more = curate.run(line, set=["sampling.samples=10"]).store.sql(ANSWERS)
@@ -155,9 +155,9 @@ def test_every_engine_seeds_a_sample_by_its_number():
     """Answers 4 and 5, drawn later, have the seeds that they would have had among six."""
     import numpy as np
 
-    from curate.passes.sample_hf import _uniforms
-    from curate.passes.sample_vllm import VllmSampler
-    from curate.passes.sampling import Prompt, Sampling, engine_seed
+    from curate.passes.sampling.hf import _uniforms
+    from curate.passes.sampling.types import Prompt, Sampling, engine_seed
+    from curate.passes.sampling.vllm import VllmSampler
 
     row, later = Prompt([1], "a", None, 7), Prompt([1], "a", None, 7, first=4)
     np.testing.assert_array_equal(_uniforms([later], 2, 9), _uniforms([row], 6, 9)[4:])

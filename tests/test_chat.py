@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 import curate
-from curate.chat import DATE, as_chat, template_of
 from curate.errors import ModelError, UsageError
+from curate.passes.chat import DATE, as_chat, template_of
+from curate.passes.tokens import Limits, encode, encode_prompt
 from curate.progress import Progress
 from curate.recipe import load_recipe
 from curate.rows import Example, Pair
-from curate.tokens import Limits, encode, encode_prompt
 from curate.workflow import make_plan
 from tests.test_tokens import make_tokenizer, messages, words
 from tests.tiny_models import make_llama

@@ -80,7 +80,7 @@ def test_a_plan_refuses_what_a_run_would(model, tmp_path, monkeypatch, rows, kin
 
 
 def test_vllm_that_is_not_installed(model, tmp_path, monkeypatch):
-    monkeypatch.setattr("curate.passes.sampling.vllm_distribution", lambda: None)
+    monkeypatch.setattr("curate.passes.sampling.engines.vllm_distribution", lambda: None)
     over = {"engine": {"device": "cpu", "sampler": "vllm"}}
     refused(write(tmp_path, model, SFT, "sft", **over), EngineError, "vLLM is not installed here")
 

@@ -35,31 +35,32 @@ HEAVY = [
 
 # What a file may import besides the standard library: (files, the house's modules, other packages). The first line that fits a file rules it.
 WITH_TRANSFORMERS = ["safetensors", "huggingface_hub", "tokenizers"]  # it cannot be installed without them
-PASSES = ["tokens", "chat", "rows", "errors", "passes", "measurements"]
+PASSES = ["rows", "errors", "passes"]
 MAY_IMPORT = [
     (["errors", "rows"], [], []),
     (["objects"], ["errors"], []),
     (["scores", "scores.*"], ["scores", "errors", "objects"], ["numpy", "polars"]),
-    (["chat"], ["rows", "errors"], ["transformers"]),
-    (["tokens"], ["chat", "rows", "errors"], ["numpy", "transformers"]),
+    (["passes.nearest"], ["rows"], ["numpy"]),
+    (["passes.chat"], ["rows", "errors"], ["transformers"]),
+    (["passes.tokens"], ["passes", "rows", "errors"], ["numpy", "transformers"]),
     (
         ["grading", "grading_*"],
         ["rows", "errors", "objects", "grading_math", "grading_values", "grading_choice", "grading_hedged"],
         ["math_verify"],
     ),
-    (["passes.sample_vllm*"], PASSES, ["numpy", "torch", "transformers", "vllm"]),
-    (["passes.sample_openai*"], PASSES, ["numpy", "openai", "httpx"]),
-    (["measurements.accuracy"], [*PASSES, "grading"], ["numpy"]),
+    (["passes.sampling.vllm*"], PASSES, ["numpy", "torch", "transformers", "vllm"]),
+    (["passes.sampling.openai"], PASSES, ["numpy", "openai", "httpx"]),
+    (["measurements.accuracy"], [*PASSES, "measurements", "grading"], ["numpy"]),
     (["passes", "passes.*"], PASSES, ["numpy", "torch", "transformers", *WITH_TRANSFORMERS]),
-    (["measurements", "measurements.*"], [*PASSES, "objects"], ["numpy", "torch", "transformers"]),
+    (["measurements", "measurements.*"], [*PASSES, "measurements", "objects"], ["numpy", "torch", "transformers"]),
     (["jobs.polca.decomposition"], PASSES, ["numpy"]),
     (["jobs.polca.clusters"], ["errors"], ["numpy", "sklearn"]),
 ]
 
 # The only homes of a package, and the only importers of a step that knows all the others.
 ONLY_IN = {
-    "vllm": ["passes.sample_vllm*"],
-    "openai": ["passes.sample_openai*"],
+    "vllm": ["passes.sampling.vllm*"],
+    "openai": ["passes.sampling.openai"],
     "duckdb": ["store", "storage.*", "shards", "views", "select", "importing"],
     "datasets": ["data", "data.*", "jobs.demo.*", "jobs.prove.*"],
     "trl": ["jobs.demo.*", "jobs.prove.*", "recorder"],
@@ -176,7 +177,7 @@ def late():
     names = {alias.name for node in running(tree) if isinstance(node, ast.Import) for alias in node.names}
     assert names == {"polars", "vllm.engine"}
     assert "curate.errors" in imports("recipe")
-    assert "curate.rows" in imports("tokens")
+    assert "curate.rows" in imports("passes.tokens")
 
 
 def loaded_after(code: str) -> set[str]:
@@ -245,7 +246,7 @@ NOT_ON_A_BARE_BOX = [
 def test_passes_measurements_and_scores_run_where_only_torch_and_transformers_are():
     parts = ("passes", "measurements", "scores")
     wanted = [f"curate.{name}" for name in modules() if name.partition(".")[0] in parts]
-    wanted += ["curate.tokens", "curate.chat", "curate.rows", "curate.errors"]
+    wanted += ["curate.passes.tokens", "curate.passes.chat", "curate.rows", "curate.errors"]
     command = [sys.executable, "-c", BARE_BOX, json.dumps(NOT_ON_A_BARE_BOX), json.dumps(wanted)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
     assert done.returncode == 0, done.stderr

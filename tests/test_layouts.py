@@ -188,10 +188,10 @@ def test_models_that_are_not_measured_whatever_their_files(tmp_path, config, say
 
 def test_nothing_that_loads_asks_about_code(tmp_path, monkeypatch, capsys):
     """Every loader of curate, past the first check: no question, nothing run."""
-    from curate.passes.model import load_model
-    from curate.passes.sampling import read_config
-    from curate.passes.skeleton import skeleton
-    from curate.tokens import context_length, load_tokenizer
+    from curate.passes.loading.model import load_model
+    from curate.passes.loading.skeleton import skeleton
+    from curate.passes.sampling.engines import read_config
+    from curate.passes.tokens import context_length, load_tokenizer
 
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setenv("CANARY", str(tmp_path / "canary"))

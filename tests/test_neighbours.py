@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import curate
-from curate.neighbours import K1, B, Neighbours, pool_fingerprint, words
+from curate.passes.nearest import K1, B, Neighbours, pool_fingerprint, words
 from curate.rows import Example
 from tests.tiny_models import make_llama
 

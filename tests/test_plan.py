@@ -128,7 +128,7 @@ def test_a_plan_of_measured_rows_loads_no_torch(model, tmp_path):
 
 def test_a_known_engine_is_the_one_that_torch_names(model, tmp_path, monkeypatch):
     """Kept only where no GPU can be, under all that it depends on: another dtype, another version is asked for anew."""
-    from curate.passes import model as of_torch
+    from curate.passes.loading import model as of_torch
 
     path, subject = write(tmp_path, model), Subject(str(model), "0")
     asked = []
@@ -173,8 +173,8 @@ def test_times_after_the_first_shard_are_those_of_what_is_left(model, tmp_path, 
 
     import curate.missing
     from curate.measuring import SampleRunner
-    from curate.passes.sample_hf import HfSampler
-    from curate.passes.sampling import Sample
+    from curate.passes.sampling.hf import HfSampler
+    from curate.passes.sampling.types import Sample
 
     monkeypatch.setitem(curate.missing.SHARD_ROWS, "sample", 4)
     clock = [0.0]

@@ -403,7 +403,7 @@ def test_adapters_that_cannot_be_recorded_are_refused(base, untied):
 
     from curate.errors import ModelError
     from curate.passes.forward import Model
-    from curate.passes.live import measurable, untouched
+    from curate.passes.loading.live import measurable, untouched
 
     model = get_peft_model(load(base), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
     with pytest.raises(UsageError, match="prompt tuning"):
@@ -477,7 +477,7 @@ def test_sharded_models_are_refused_before_anything_is_written(base, examples, t
 def test_data_parallel_models_are_unwrapped(base, group):
     from torch.nn.parallel import DistributedDataParallel
 
-    from curate.passes.live import measurable
+    from curate.passes.loading.live import measurable
 
     model = load(base)
     assert measurable(DistributedDataParallel(model)) is model

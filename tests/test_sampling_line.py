@@ -120,8 +120,8 @@ def test_likelihoods_of_vllm_and_torch_agree_on_the_demos_model():
     from curate.jobs.demo import task
     from curate.measurements import MEASUREMENTS
     from curate.passes import forward
-    from curate.passes.sampling import open_sampler
-    from curate.tokens import Limits, encode, load_tokenizer
+    from curate.passes.sampling.open import open_sampler
+    from curate.passes.tokens import Limits, encode, load_tokenizer
 
     base = Path(curate.jobs.demo.__file__).parent / "base"
     tokenizer = load_tokenizer(base)

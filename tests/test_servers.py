@@ -12,7 +12,7 @@ pytest.importorskip("openai")
 
 import curate
 from curate.errors import EngineError, UsageError
-from curate.passes.server_probe import Noise, Spoken, difference, measured_noise
+from curate.passes.sampling.server_probe import Noise, Spoken, difference, measured_noise
 from curate.progress import Progress
 from curate.recipe import load_recipe
 from curate.storage.entries import Measured

@@ -16,12 +16,12 @@ import yaml
 
 import curate
 from curate.errors import UsageError
-from curate.passes.model import load_model
+from curate.passes.loading.model import load_model
+from curate.passes.tokens import Encoded, Limits, encode, load_tokenizer
 from curate.progress import Progress
 from curate.recipe import load_recipe
 from curate.rows import Example, Pair
 from curate.targets import MOST_GROUPS
-from curate.tokens import Encoded, Limits, encode, load_tokenizer
 from curate.workflow import STEPS, make_plan, run_steps
 from tests.passes.test_backward import gradient
 from tests.test_cli import REPOSITORY

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from curate.errors import ModelError, ValidationError
-from curate.rows import Example, Pair
-from curate.tokens import (
+from curate.passes.tokens import (
     Encoded,
     EncodedPair,
     Limits,
@@ -18,6 +17,7 @@ from curate.tokens import (
     load_tokenizer,
     tokenizer_fingerprint,
 )
+from curate.rows import Example, Pair
 
 WORDS = [
     "<unk>",

@@ -27,7 +27,7 @@ import numpy as np
 
 from curate.errors import CurateError
 from curate.passes.contract import Kind, Measurement, Reads
-from curate.tokens import Encoded, EncodedPair
+from curate.passes.tokens import Encoded, EncodedPair
 
 MEASUREMENTS: dict[str, Measurement] = {}
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import numpy as np
 
 from curate.measurements import measurement
-from curate.tokens import Encoded, EncodedPair
+from curate.passes.tokens import Encoded, EncodedPair
 
 
 @measurement(

@@ -2,7 +2,7 @@
 
     neighbour_nll = −mean_t log π(y_t | solved neighbours, x, y_<t)      nats per token
 
-The neighbours (at most three, curate/neighbours.py) stand before the prompt as a few-shot prompt's examples do, the nearest last; of those
+The neighbours (at most three, passes/nearest.py) stand before the prompt as a few-shot prompt's examples do, the nearest last; of those
 that do not fit into max_length the farthest are left out. NULL where none does.
 
 Source: ICA, in-context approximation of the held-out loss; RHO-LOSS: Mindermann et al. 2022, arXiv:2206.07137.

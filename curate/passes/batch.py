@@ -20,7 +20,7 @@ import torch
 from curate.errors import CurateError
 from curate.passes.head import SECOND_SWEEP, STATISTICS, Head
 from curate.passes.layout import Item
-from curate.tokens import Encoded, EncodedPair
+from curate.passes.tokens import Encoded, EncodedPair
 
 if TYPE_CHECKING:
     from curate.passes.contract import Measurement

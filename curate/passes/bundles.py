@@ -14,10 +14,10 @@ import torch
 
 from curate.errors import ModelError
 from curate.passes.layout import Group, Item, Layout
-from curate.tokens import Encoded, EncodedPair, common_prefix
+from curate.passes.tokens import Encoded, EncodedPair, common_prefix
 
 if TYPE_CHECKING:
-    from curate.passes.model import Model
+    from curate.passes.loading.model import Model
 
 CPU_BATCH = (
     3072  # tokens; longer batches gain a CPU nothing and hold more memory, shorter ones read the weights more often

@@ -14,7 +14,6 @@ does the order or the company of rows.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -22,14 +21,12 @@ import torch
 from curate.errors import ModelError
 from curate.passes.batch import Batch, write_columns
 from curate.passes.bundles import NO_LIMIT, Bundle, batch_rows, bundle_rows, check_lengths, items_of, join, states_of
+from curate.passes.contract import Kind, Measurement
 from curate.passes.layout import Item
-from curate.passes.model import Model, load_model
-from curate.tokens import Encoded, EncodedPair
+from curate.passes.loading.model import Model, load_model
+from curate.passes.tokens import Encoded, EncodedPair
 
-if TYPE_CHECKING:
-    from curate.passes.contract import Measurement
-
-__all__ = ["Model", "load_model", "measure", "tokens_to_run"]
+__all__ = ["Model", "load_model", "measure", "response_logps", "tokens_to_run"]
 
 
 def measure(
@@ -55,6 +52,22 @@ def measure(
         prompt_only = [i for i in rows if _is_prompt(encoded[i])]
         _measure_rows(model, encoded, prompt_only, [m for m in wanted if m.prompt_only], token_budget, out)
     return out
+
+
+def response_logps(model: Model, encoded: Sequence[Encoded | EncodedPair], *, token_budget: int = 16384) -> np.ndarray:
+    """(rows, sides) float64: log π(y | x) in nats of every response, summed over its tokens; NaN where a row has a `problem`. The sides are chosen
+    and rejected of pairs, the completion of SFT rows.
+    """
+    sides = ("chosen", "rejected") if any(isinstance(row, EncodedPair) for row in encoded) else ("completion",)
+
+    def summed(batch: Batch) -> dict[str, torch.Tensor]:
+        responses = {side: getattr(batch, side) for side in sides}
+        return {side: response.sum(response.logp) for side, response in responses.items()}
+
+    kind: Kind = "preference" if len(sides) == 2 else "sft"
+    wanted = Measurement("response_logps", "forward", kind, dict.fromkeys(sides, "nats"), 1, summed, head=("logp",))
+    found = measure(model, encoded, [wanted], token_budget=token_budget)
+    return np.stack([found[side] for side in sides], 1)
 
 
 def _measure_rows(

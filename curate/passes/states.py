@@ -12,13 +12,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from curate.passes.adapter_config import tokenizer_folder
 from curate.passes.batch import Batch
 from curate.passes.contract import Measurement
 from curate.passes.forward import measure
-from curate.passes.model import Model
+from curate.passes.loading.adapter_config import tokenizer_folder
+from curate.passes.loading.model import Model
+from curate.passes.tokens import Limits, encode, load_tokenizer
 from curate.rows import Example, Pair
-from curate.tokens import Limits, encode, load_tokenizer
 
 
 def prompt_states(

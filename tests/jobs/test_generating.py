@@ -8,7 +8,7 @@ from curate.errors import UsageError
 from curate.grading import grader
 from curate.jobs.collect.generate import Template, generate, majority, problem_of, with_problem
 from curate.jobs.collect.pick import Candidate, Known
-from curate.passes.sampling import Prompt, Sample, Sampling
+from curate.passes.sampling.types import Prompt, Sample, Sampling
 from curate.rows import Example
 
 HARD = [Candidate(Example(f"hard {i}?", f" #### {i}", str(i))) for i in range(3)]

@@ -7,7 +7,7 @@ import pytest
 
 from curate.measurements import MEASUREMENTS, measure_tokens
 from curate.measurements.length import edit_distance
-from curate.tokens import Encoded, EncodedPair
+from curate.passes.tokens import Encoded, EncodedPair
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 
 from curate.measurements import MEASUREMENTS
 from curate.passes import forward
-from curate.passes.model import Model
+from curate.passes.loading.model import Model
 from tests.passes.forward_models import double, make, oracle_side, random_pairs
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "own_measurement.py"

@@ -8,8 +8,8 @@ import torch
 
 from curate.measurements import MEASUREMENTS
 from curate.passes import forward
-from curate.passes.model import Model
-from curate.tokens import Encoded
+from curate.passes.loading.model import Model
+from curate.passes.tokens import Encoded
 from tests.passes.forward_models import double, make, oracle_side, random_pairs
 
 

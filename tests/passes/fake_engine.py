@@ -1,4 +1,4 @@
-"""A child that misbehaves as told: what sample_vllm's parent side is tested against. Starts in a tenth of a second."""
+"""A child that misbehaves as told: what sampling/vllm.py's parent side is tested against. Starts in a tenth of a second."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 
-from curate.passes.engine_process import serve
+from curate.passes.sampling.process import serve
 
 
 class Fake:

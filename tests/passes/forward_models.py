@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from curate.tokens import Encoded, EncodedPair, common_prefix
+from curate.passes.tokens import Encoded, EncodedPair, common_prefix
 
 VOCABULARY = 101
 BODY = {

@@ -13,9 +13,9 @@ import torch
 from curate.errors import ModelError
 from curate.measurements import MEASUREMENTS
 from curate.passes import forward
-from curate.passes.adapter_config import read_adapter_config, vllm_refusal
 from curate.passes.gradients import backward, mean
-from curate.tokens import EncodedPair
+from curate.passes.loading.adapter_config import read_adapter_config, vllm_refusal
+from curate.passes.tokens import EncodedPair
 from tests.passes.forward_models import double, make, random_pairs
 from tests.passes.test_backward import columns, products, worst
 
@@ -111,7 +111,9 @@ def test_a_series_of_adapters_is_exchanged_in_place(tmp_path, monkeypatch):
             fresh[name] = measured(model)
     swapped = []
     swap = forward.load_model.__globals__["weights"].swap
-    monkeypatch.setattr("curate.passes.weights.swap", lambda module, path: swapped.append(path) or swap(module, path))
+    monkeypatch.setattr(
+        "curate.passes.loading.weights.swap", lambda module, path: swapped.append(path) or swap(module, path)
+    )
     with forward.load_model(tmp_path / "1", base=base, device="cpu") as model:
         for name, kept in (("2", True), ("1", True), ("wide", False), ("2", False)):
             model.known["of its layers"] = ...

@@ -19,8 +19,8 @@ from curate.passes.gradients import backward
 from curate.passes.gradients import head as head_gradient
 from curate.passes.gradients import memory as backward_memory
 from curate.passes.gradients.capture import Capture
-from curate.passes.model import Model
-from curate.tokens import Encoded, EncodedPair
+from curate.passes.loading.model import Model
+from curate.passes.tokens import Encoded, EncodedPair
 from tests.passes.forward_models import BODY, FAMILIES, adapted, detach_below, double, make, random_pairs
 
 ENTK = [MEASUREMENTS["entk"]]

@@ -11,7 +11,7 @@ from curate.measurements import MEASUREMENTS
 from curate.passes import forward
 from curate.passes.kernels import attention, block_mask
 from curate.passes.layout import Group, Item, Layout
-from curate.passes.model import Model
+from curate.passes.loading.model import Model
 from tests.passes.forward_models import make, random_pairs
 
 PAIRS = [MEASUREMENTS["likelihood"], MEASUREMENTS["hidden"]]

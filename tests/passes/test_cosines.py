@@ -11,7 +11,7 @@ import torch
 from curate.errors import ModelError
 from curate.passes.gradients import cosines
 from curate.passes.gradients.cosines import Cosines
-from curate.passes.model import Model
+from curate.passes.loading.model import Model
 from tests.passes.forward_models import adapted, detach_below, double, make, random_pairs
 from tests.passes.test_cross import gradients
 

@@ -18,7 +18,7 @@ from curate.passes.gradients import mean
 from curate.passes.head import NOTHING, STATISTICS, Head
 from curate.passes.kernels import attention as packing
 from curate.passes.kernels import cpu_kernels
-from curate.passes.model import Model
+from curate.passes.loading.model import Model
 from tests.passes.forward_models import make, random_pairs
 from tests.passes.test_block_mask import random_layout, who_sees_whom
 
@@ -296,7 +296,7 @@ import numpy as np
 from curate import doctor
 from curate.measurements import MEASUREMENTS
 from curate.passes import forward
-from curate.passes.model import Model
+from curate.passes.loading.model import Model
 from tests.passes.forward_models import make, random_pairs
 print(doctor._cpu_kernels().text)
 model = Model(make("llama"))

@@ -11,7 +11,7 @@ from torch import nn
 
 from curate.passes.kernels import cpu_kernels
 from curate.passes.kernels.cpu_sweeps import ROTARY, Sweeps
-from curate.passes.model import Model
+from curate.passes.loading.model import Model
 from tests.passes.forward_models import make
 
 kernels = cpu_kernels.kernels()

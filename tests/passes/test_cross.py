@@ -14,8 +14,8 @@ from curate.errors import ModelError
 from curate.measurements import MEASUREMENTS
 from curate.passes.gradients import backward, influence
 from curate.passes.gradients.backward import understood
-from curate.passes.model import Model
-from curate.tokens import Encoded, EncodedPair
+from curate.passes.loading.model import Model
+from curate.passes.tokens import Encoded, EncodedPair
 from tests.passes.forward_models import adapted, detach_below, double, make, random_pairs
 from tests.passes.test_backward import gradient
 

@@ -14,9 +14,9 @@ from curate.passes.gradients import derivatives as along
 from curate.passes.gradients import mean
 from curate.passes.gradients.adam import second_moments
 from curate.passes.gradients.warmup import WarmUp, warm_up
-from curate.passes.model import Model
+from curate.passes.loading.model import Model
+from curate.passes.tokens import Encoded, encode, load_tokenizer
 from curate.rows import Pair
-from curate.tokens import Encoded, encode, load_tokenizer
 from tests.passes.forward_models import FAMILIES, double, make, oracle, random_pairs
 
 BETA = 0.3
@@ -82,7 +82,7 @@ def test_the_step_is_trls(shared, tmp_path):
     wanted = {name: -p.grad for name, p in trainer.model.named_parameters()}
     from transformers import AutoModelForCausalLM
 
-    from curate.tokens import Limits
+    from curate.passes.tokens import Limits
 
     pairs = [encode(Pair(**row), tokenizer, Limits(256)) for row in table]
     pairs = [pair for pair in pairs if pair.problem is None]

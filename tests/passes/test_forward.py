@@ -17,8 +17,8 @@ from curate.measurements import MEASUREMENTS
 from curate.passes import forward
 from curate.passes.contract import Measurement
 from curate.passes.layout import Layout
-from curate.passes.model import Model
-from curate.tokens import Encoded, EncodedPair
+from curate.passes.loading.model import Model
+from curate.passes.tokens import Encoded, EncodedPair
 from tests.passes.forward_models import FAMILIES, VOCABULARY, double, make, oracle, oracle_side, random_pairs
 
 PADDED = {"bloom", "mamba"}  # no attention interface
@@ -259,7 +259,7 @@ def test_freed_memory_is_reused():
     """
     code = """
 import resource, torch
-from curate.passes.model import _keep_freed_memory
+from curate.passes.loading.model import _keep_freed_memory
 
 def use():
     kept = [torch.ones(2 << 20) for _ in range(15)]

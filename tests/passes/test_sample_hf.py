@@ -8,10 +8,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from curate.errors import EngineError, UsageError
-from curate.passes import sample_hf
-from curate.passes.sample_hf import HfSampler
-from curate.passes.sampling import Prompt, Sampling, engine_seed, open_sampler, room, sampler_identity
-from curate.tokens import Encoded, load_tokenizer
+from curate.passes.sampling import hf
+from curate.passes.sampling.engines import sampler_identity
+from curate.passes.sampling.hf import HfSampler
+from curate.passes.sampling.open import open_sampler
+from curate.passes.sampling.types import Prompt, Sampling, engine_seed, room
+from curate.passes.tokens import Encoded, load_tokenizer
 from tests.tiny_models import make_llama
 
 CONTEXT = 80
@@ -158,8 +160,8 @@ def test_the_nucleus_of_a_hand_table():
     """Shares .5 .3 .15 .05 at top_p .8: the first two, as .625 and .375."""
     logits = torch.tensor([[0.15, 0.5, 0.05, 0.3]]).log().repeat(4, 1)
     uniform = torch.tensor([0.0, 0.62, 0.63, 0.999], dtype=torch.float64)
-    assert sample_hf._draw(logits, Sampling(top_p=0.79), uniform).tolist() == [1, 1, 3, 3]
-    assert sample_hf._draw(logits, Sampling(temperature=0), uniform).tolist() == [1, 1, 1, 1]
+    assert hf._draw(logits, Sampling(top_p=0.79), uniform).tolist() == [1, 1, 3, 3]
+    assert hf._draw(logits, Sampling(temperature=0), uniform).tolist() == [1, 1, 1, 1]
 
 
 def test_a_real_model_is_sampled_and_keeps_the_space_between_prompt_and_answer(shared):

@@ -18,10 +18,11 @@ import pytest
 pytest.importorskip("openai")
 
 from curate.errors import EngineError, UsageError
-from curate.passes.sample_hf import HfSampler
-from curate.passes.sample_openai import OpenAISampler
-from curate.passes.sampling import Prompt, Sampling, sampler_identity
-from curate.tokens import load_tokenizer
+from curate.passes.sampling.engines import sampler_identity
+from curate.passes.sampling.hf import HfSampler
+from curate.passes.sampling.openai import OpenAISampler
+from curate.passes.sampling.types import Prompt, Sampling
+from curate.passes.tokens import load_tokenizer
 from tests.tiny_models import make_llama
 
 CONTEXT = 96
@@ -31,7 +32,7 @@ CONTEXT = 96
 def server(tmp_path_factory):
     """(url, model folder) of one vLLM server for all tests; about 30 s to start."""
     pytest.importorskip("vllm", reason="vLLM is not installed")
-    from curate.passes.sample_vllm import cpu_environment
+    from curate.passes.sampling.vllm import cpu_environment
 
     model = make_llama(tmp_path_factory.mktemp("served") / "tiny", seed=1, context=CONTEXT, template=True)
     with socket.socket() as probe:
@@ -130,7 +131,7 @@ def test_a_model_that_is_not_served_is_named_with_those_that_are(server, tmp_pat
 @pytest.mark.slow
 def test_probes_of_one_served_model_agree(server):
     """One by one, all at once, and again."""
-    from curate.passes.server_probe import FIXED, difference, measured_noise
+    from curate.passes.sampling.server_probe import FIXED, difference, measured_noise
 
     prompts = [prompt[:60] for prompt in FIXED]
     with opened(server[0]) as sampler:

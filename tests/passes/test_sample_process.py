@@ -17,10 +17,10 @@ import pytest
 pytest.importorskip("vllm", reason="the parent's side asks whether vLLM is installed")
 
 from curate.errors import EngineError
-from curate.passes.sample_vllm import VllmSampler, _by_tokens
-from curate.passes.sampling import Prompt, Sampling
-from curate.passes.vllm_memory import Memory, less_memory
-from curate.tokens import Encoded
+from curate.passes.sampling.types import Prompt, Sampling
+from curate.passes.sampling.vllm import VllmSampler, _by_tokens
+from curate.passes.sampling.vllm_memory import Memory, less_memory
+from curate.passes.tokens import Encoded
 from tests.conftest import REPOSITORY
 from tests.tiny_models import make_llama
 
@@ -151,7 +151,7 @@ def test_what_is_no_want_of_memory_is_not_tried_again(models):
 
 def test_the_child_ends_with_its_parent():
     script = (
-        "import os; from curate.passes.engine_process import EngineProcess\n"
+        "import os; from curate.passes.sampling.process import EngineProcess\n"
         "child = EngineProcess('tests.passes.fake_engine', environment=dict(os.environ), label='fake')\n"
         "child.call('open', timeout=60); print(child.pid, flush=True)\n"
         "child.call('sample', timeout=600, ids=[[1]])"

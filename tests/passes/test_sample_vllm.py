@@ -18,10 +18,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from curate.errors import EngineError, ModelError
-from curate.passes.sample_hf import HfSampler
-from curate.passes.sample_vllm import VllmSampler
-from curate.passes.sampling import Prompt, Sampling, sampler_identity
-from curate.tokens import Encoded, load_tokenizer
+from curate.passes.sampling.engines import sampler_identity
+from curate.passes.sampling.hf import HfSampler
+from curate.passes.sampling.types import Prompt, Sampling
+from curate.passes.sampling.vllm import VllmSampler
+from curate.passes.tokens import Encoded, load_tokenizer
 from tests.tiny_models import make_llama
 
 CONTEXT = 96

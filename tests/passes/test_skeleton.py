@@ -6,8 +6,8 @@ import pytest
 
 from curate.errors import ModelError
 from curate.passes.gradients.layer_rules import parameter_names
-from curate.passes.model import Model, load_model
-from curate.passes.skeleton import skeleton
+from curate.passes.loading.model import Model, load_model
+from curate.passes.loading.skeleton import skeleton
 from tests.passes.forward_models import FAMILIES, make
 from tests.tiny_models import make_llama
 

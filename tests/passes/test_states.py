@@ -9,10 +9,10 @@ import torch
 from curate.jobs.collect.pick import nearest
 from curate.jobs.demo import task
 from curate.jobs.demo.model import BASE
-from curate.passes.model import load_model
+from curate.passes.loading.model import load_model
 from curate.passes.states import prompt_states
+from curate.passes.tokens import Limits, load_tokenizer
 from curate.rows import Example, Pair
-from curate.tokens import Limits, load_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from curate.passes import forward
 from curate.passes.gradients import derivatives as along
 from curate.passes.gradients import mean
 from curate.passes.gradients.along import vector_products
-from curate.passes.model import Model
+from curate.passes.loading.model import Model
 from tests.passes.forward_models import FAMILIES, double, make, random_pairs
 
 

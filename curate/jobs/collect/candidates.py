@@ -66,7 +66,7 @@ def check_pool(loaded: Loaded, pool: str, like: str) -> None:
 
 
 def _by_states(asked: Round, pool: Sequence[Candidate]) -> list[int]:
-    from curate.passes.model import load_model
+    from curate.passes.loading.model import load_model
     from curate.passes.states import prompt_states
     from curate.rendering import limits_for
 
@@ -108,10 +108,11 @@ def from_model(template: Path, *, generator: str | None = None, agree: float = 0
         from curate.grading import grader
         from curate.identity import few_shot_text
         from curate.jobs.collect.generate import generate
-        from curate.passes.adapter_config import is_adapter, tokenizer_folder
-        from curate.passes.sampling import Prompt, Sampling, open_sampler
+        from curate.passes.loading.adapter_config import is_adapter, tokenizer_folder
+        from curate.passes.sampling.open import open_sampler
+        from curate.passes.sampling.types import Prompt, Sampling
+        from curate.passes.tokens import Limits, encode_prompt, load_tokenizer
         from curate.rendering import limits_for
-        from curate.tokens import Limits, encode_prompt, load_tokenizer
 
         recipe, loaded = asked.loaded.recipe, asked.loaded
         model, base = asked.checkpoint.path, asked.checkpoint.base

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from curate.errors import UsageError
 from curate.grading import Grader
 from curate.jobs.collect.pick import Candidate, Known
-from curate.passes.sampling import Prompt, Sample, Sampler, Sampling
+from curate.passes.sampling.types import Prompt, Sample, Sampler, Sampling
 from curate.rows import Example, Message, Text
 
 PLACE = re.compile(r"\{(\d+)\}")

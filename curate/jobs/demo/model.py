@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from curate.jobs.demo.task import FILLERS, GAINS, LOSSES, NAMES, OBJECTS
-from curate.passes.weights import quiet
+from curate.passes.loading.weights import quiet
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from curate.tokens import Encoded
+from curate.passes.tokens import Encoded
 
 if TYPE_CHECKING:
     from curate.passes.gradients.segments import Segments

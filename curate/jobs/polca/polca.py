@@ -227,7 +227,7 @@ def _measured(
 ) -> tuple[Decomposition, str, list[str], Path]:
     """The decomposition, from the store's files where they are there; how it was taken; notes; its folder."""
     from curate.measurements import MEASUREMENTS
-    from curate.passes.model import engine_identity
+    from curate.passes.loading.model import engine_identity
     from curate.rendering import Renderings
 
     engine, limits = loaded.recipe.engine, loaded.recipe.tokens
@@ -276,8 +276,8 @@ def _measure(
     """Run what is missing, a file per segment."""
     from curate.passes.gradients.projections import why_not_gradients
     from curate.passes.gradients.segments import Segments
-    from curate.passes.model import load_model
-    from curate.tokens import Encoded, Limits, encode, load_tokenizer
+    from curate.passes.loading.model import load_model
+    from curate.passes.tokens import Encoded, Limits, encode, load_tokenizer
 
     engine = loaded.recipe.engine
     tokenizer = load_tokenizer(subjects[-1].tokenizer)

@@ -15,8 +15,8 @@ import torch
 from curate.passes.gradients.layer_rules import Parameters
 from curate.passes.gradients.rows import HeadTokens, Lines, Name, Of, WeightPart, parts_of, prepared, rows_of, take
 from curate.passes.kernels.cpu_products import product
-from curate.passes.model import Model
-from curate.tokens import Encoded, EncodedPair
+from curate.passes.loading.model import Model
+from curate.passes.tokens import Encoded, EncodedPair
 
 
 def vector_products(

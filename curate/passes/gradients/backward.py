@@ -31,8 +31,8 @@ from curate.passes.gradients.pairs import PairProducts
 from curate.passes.gradients.products import embedding_sums
 from curate.passes.kernels import attention
 from curate.passes.layout import Group, Item, Layout
-from curate.passes.model import Model
-from curate.tokens import Encoded, EncodedPair
+from curate.passes.loading.model import Model
+from curate.passes.tokens import Encoded, EncodedPair
 
 if TYPE_CHECKING:
     from curate.passes.contract import Measurement

@@ -20,8 +20,8 @@ from curate.passes.gradients.layer_rules import Parameters
 from curate.passes.gradients.memory import SHARE, free_for
 from curate.passes.gradients.rows import parts_of, prepared, rows_of, take
 from curate.passes.gradients.targets import Crossing, Targets
-from curate.passes.model import Model
-from curate.tokens import Encoded, EncodedPair
+from curate.passes.loading.model import Model
+from curate.passes.tokens import Encoded, EncodedPair
 
 Vector = dict[str, torch.Tensor]  # parameter's name -> tensor of its shape
 

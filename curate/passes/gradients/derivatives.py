@@ -17,7 +17,6 @@ import numpy as np
 import torch
 
 from curate.errors import ModelError
-from curate.measurements import MEASUREMENTS
 from curate.passes import forward
 from curate.passes.batch import Batch, Side
 from curate.passes.contract import Measurement
@@ -25,8 +24,8 @@ from curate.passes.gradients.along import vector_products
 from curate.passes.gradients.layer_rules import Parameters
 from curate.passes.gradients.mean import Rows, Vector, accumulate, fixed_weights
 from curate.passes.gradients.residuals import residuals
-from curate.passes.model import Model
-from curate.tokens import EncodedPair
+from curate.passes.loading.model import Model
+from curate.passes.tokens import EncodedPair
 
 MOVED = 0.2  # nats: how far ε moves a typical row of the sample
 LADDER = (1.0, 0.25, 4.0)  # times that: the first that is good enough, else the best
@@ -78,15 +77,10 @@ class Along:
 
 def derivatives(line: Line, encoded: Rows, epsilon: float, *, token_budget: int = 16384) -> Along:
     """⟨∇ log π(y), v⟩ of every row by two runs of the forward pass."""
-    if _sides(encoded) == 2:
-        wanted, columns = MEASUREMENTS["likelihood"], ["chosen_logp", "rejected_logp"]
-    else:
-        wanted, columns = MEASUREMENTS["target_likelihood"], ["target_logp"]
     ends = []
     for t in (epsilon, -epsilon):
         line.to(t)
-        found = forward.measure(line.model, encoded, [wanted], token_budget=token_budget)
-        ends.append(np.stack([found[c] for c in columns], 1))
+        ends.append(forward.response_logps(line.model, encoded, token_budget=token_budget))
     line.to(0.0)
     return Along((ends[0] - ends[1]) / (2 * epsilon), (ends[0] + ends[1]) / 2)
 

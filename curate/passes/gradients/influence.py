@@ -25,8 +25,8 @@ from curate.passes.gradients.rows import HEAD, Name, Of, Sink, prepared, rows_of
 from curate.passes.gradients.sketches import Both, Projections, Sketches
 from curate.passes.gradients.targets import Crossing, Targets
 from curate.passes.layout import Item
-from curate.passes.model import Model
-from curate.tokens import Encoded, EncodedPair
+from curate.passes.loading.model import Model
+from curate.passes.tokens import Encoded, EncodedPair
 
 __all__ = ["CrossProducts", "cross_products"]
 

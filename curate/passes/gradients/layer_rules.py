@@ -22,8 +22,8 @@ from torch import nn
 
 from curate.errors import ModelError
 from curate.passes.gradients.products import wide
-from curate.passes.model import Model
-from curate.passes.skeleton import Skeleton
+from curate.passes.loading.model import Model
+from curate.passes.loading.skeleton import Skeleton
 
 Parameters = Literal["all", "lora"] | int
 

@@ -26,8 +26,8 @@ from curate.passes.gradients.head import head_backward
 from curate.passes.gradients.layer_rules import Parameters, parameter_names
 from curate.passes.kernels.cpu_products import NARROW
 from curate.passes.layout import Item
-from curate.passes.model import Model
-from curate.tokens import Encoded, EncodedPair, first_line
+from curate.passes.loading.model import Model
+from curate.passes.tokens import Encoded, EncodedPair, first_line
 
 Rows = Sequence[Encoded | EncodedPair]
 Vector = dict[str, torch.Tensor]  # parameter's name -> tensor of its shape, on the CPU

@@ -19,8 +19,8 @@ from curate.passes.gradients.head import KEEP, KEEP_ON_GPU
 from curate.passes.gradients.layer_rules import Rules
 from curate.passes.gradients.pairs import PairProducts
 from curate.passes.layout import Group, Item, Layout
-from curate.passes.model import Model
-from curate.passes.vllm_memory import free_memory
+from curate.passes.loading.model import Model
+from curate.passes.sampling.vllm_memory import free_memory
 
 SHARE = 0.8  # of the free memory that a batch may take
 SHORT, LONG = 16, 80  # tokens of the two sequences that are measured

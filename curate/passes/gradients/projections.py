@@ -22,7 +22,6 @@ import numpy as np
 import torch
 
 from curate.errors import ModelError
-from curate.measurements import providers
 from curate.passes import forward
 from curate.passes.bundles import CPU_BATCH, check_lengths
 from curate.passes.gradients.capture import Capture, Shared
@@ -33,8 +32,8 @@ from curate.passes.gradients.memory import Footprint, footprint
 from curate.passes.gradients.products import wide
 from curate.passes.gradients.segments import Directions
 from curate.passes.layout import Item
-from curate.passes.model import Model
-from curate.tokens import Encoded
+from curate.passes.loading.model import Model
+from curate.passes.tokens import Encoded
 
 MATRIX = 1 << 21  # numbers of layers' gradients formed at a time
 MATRIX_ON_GPU = 1 << 27
@@ -44,9 +43,8 @@ STEP = 1e-3  # ε of a unit direction, in parts of ‖θ‖, for differences in 
 
 def row_losses(model: Model, encoded: Sequence[Encoded], *, token_budget: int = 16384) -> np.ndarray:
     """(rows,) float64 ℓ at the model's present weights, by a packed forward pass; NaN where a row has a problem."""
-    measurement = providers("target_nll", "sft")
-    assert measurement is not None
-    return forward.measure(model, encoded, [measurement], token_budget=token_budget)["target_nll"]
+    lengths = np.asarray([math.nan if row.problem else row.n_response for row in encoded])
+    return -forward.response_logps(model, encoded, token_budget=token_budget)[:, 0] / lengths
 
 
 def why_not_gradients(model: Model) -> str | None:

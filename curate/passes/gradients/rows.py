@@ -29,8 +29,8 @@ from curate.passes.gradients.memory import Footprint
 from curate.passes.gradients.products import wide
 from curate.passes.kernels import attention
 from curate.passes.layout import Group, Item, Layout
-from curate.passes.model import Model
-from curate.tokens import Encoded, EncodedPair, common_prefix
+from curate.passes.loading.model import Model
+from curate.passes.tokens import Encoded, EncodedPair, common_prefix
 
 Of = Literal["margin", "chosen", "rejected"]  # of a pair; an SFT row has its completion
 Span = tuple[int, int]

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 
 from curate.errors import ModelError
-from curate.passes.adapter_config import is_adapter
 from curate.passes.gradients.memory import free_for
-from curate.passes.model import Model
+from curate.passes.loading.adapter_config import is_adapter
+from curate.passes.loading.model import Model
 
 ROUNDING = 1e-10  # of the largest eigenvalue
 COLUMNS = 1 << 20  # numbers of a delta that are in float64 at a time

@@ -16,11 +16,10 @@ import numpy as np
 import torch
 
 from curate.errors import ModelError
-from curate.measurements import MEASUREMENTS
 from curate.passes import forward
 from curate.passes.gradients.mean import ADAM_EPSILON, Rows, Vector, accumulate, dpo_weights, token_mean_weights
-from curate.passes.model import Model
-from curate.tokens import EncodedPair
+from curate.passes.loading.model import Model
+from curate.passes.tokens import EncodedPair
 
 BETAS = 0.9, 0.999
 
@@ -53,10 +52,7 @@ def warm_up(
     reference = np.full((len(known), 2), np.nan)
     if pairs:
         used = sorted({i for batch in batches for i in batch})
-        found = forward.measure(
-            model, [known[i] for i in used], [MEASUREMENTS["likelihood"]], token_budget=token_budget
-        )
-        reference[used] = np.stack([found["chosen_logp"], found["rejected_logp"]], 1)
+        reference[used] = forward.response_logps(model, [known[i] for i in used], token_budget=token_budget)
     wanted = dict(model.module.named_parameters())
     try:
         m, v = ({name: torch.zeros_like(p, dtype=torch.float32) for name, p in wanted.items()} for _ in range(2))

@@ -6,7 +6,7 @@ bfloat16    products in bfloat16, everything between them in float32: residual s
             at every layer is what disorders close pairs (benchmarks/README.md); to keep it costs about 8% more time.
 
 Installed around a pass, over whatever calls the model makes (`F.linear`, embeddings, norms); the model itself is left as it is. Whether a
-model takes float32 between its products is tried on the spot (passes/model.py). Passes with a backward of their own (passes/gradients/capture.py)
+model takes float32 between its products is tried on the spot (loading/model.py). Passes with a backward of their own (gradients/capture.py)
 call
 `linear` and `product` themselves. Under autograd `linear` has a first derivative, and no second one.
 """

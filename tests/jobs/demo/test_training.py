@@ -34,8 +34,8 @@ def tuned(rows, tmp_path_factory):
 
 
 def test_tokens_are_those_that_the_package_measures(rows, base):
+    from curate.passes.tokens import Limits, encode
     from curate.rows import Example
-    from curate.tokens import Limits, encode
 
     for prompt, completion in rows[:8]:
         ids, start = training.encode(prompt, completion, base[1])

@@ -8,8 +8,8 @@ import pytest
 from curate.jobs.polca.decomposition import Decomposition, Integrator, decompose, simpson
 from curate.passes.gradients import projections
 from curate.passes.gradients.segments import Segments
-from curate.passes.model import load_model
-from curate.tokens import Encoded
+from curate.passes.loading.model import load_model
+from curate.passes.tokens import Encoded
 from tests.tiny_models import make_llama
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from curate.errors import UsageError
 from curate.jobs.polca.polca import audit
-from curate.passes import model as models
+from curate.passes.loading import model as models
 from pipelines import polca
 from tests.tiny_models import make_llama
 

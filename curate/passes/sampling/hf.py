@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 
 from curate.errors import EngineError, ModelError
-from curate.passes.adapter_config import tokenizer_folder
-from curate.passes.sampling import Prompt, Sample, Sampling, engine_seed, hf_engine, room
-from curate.tokens import context_length, load_tokenizer
+from curate.passes.loading.adapter_config import tokenizer_folder
+from curate.passes.sampling.engines import hf_engine
+from curate.passes.sampling.types import Prompt, Sample, Sampling, engine_seed, room
+from curate.passes.tokens import context_length, load_tokenizer
 
 CONTEXT_TOKENS = 6  # prompt tokens decoded with the response, so that its first space is kept
 
@@ -93,12 +94,9 @@ class HfSampler:
     def likelihood(self, encoded: list[Any]) -> np.ndarray:
         """(rows,) float64: summed log-prob in nats of ids[start:] per Encoded; NaN where it has a problem."""
         self._check_open()
-        from curate.measurements import MEASUREMENTS
-        from curate.passes.forward import measure
+        from curate.passes.forward import response_logps
 
-        return np.asarray(
-            measure(self._model, encoded, [MEASUREMENTS["target_likelihood"]])["target_logp"], dtype=np.float64
-        )
+        return response_logps(self._model, encoded)[:, 0]
 
     def use(self, weights_path: str | Path, *, base: str | Path | None = None) -> None:
         """Another checkpoint's weights, in place; of an adapter its factors alone."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from curate.passes.vllm_facts import head_sizes
+from curate.passes.sampling.vllm_facts import head_sizes
 
 MIB = 1 << 20
 MEMORY_WORDS = re.compile(

@@ -24,8 +24,19 @@ from typing import Any
 import numpy as np
 
 from curate.errors import EngineError, UsageError
-from curate.passes.sampling import Prompt, Sample, Sampling, engine_seed, room, sampler_identity
-from curate.passes.server_probe import FIXED, TOKENS, Asked, Noise, Probe, Spoken, difference, key_of, prompt_of
+from curate.passes.sampling.engines import sampler_identity
+from curate.passes.sampling.server_probe import (
+    FIXED,
+    TOKENS,
+    Asked,
+    Noise,
+    Probe,
+    Spoken,
+    difference,
+    key_of,
+    prompt_of,
+)
+from curate.passes.sampling.types import Prompt, Sample, Sampling, engine_seed, room
 
 CONTEXT_WORDS = re.compile(
     r"context length|context_length|maximum.{0,20}(tokens|length)|max_model_len|too long", re.IGNORECASE

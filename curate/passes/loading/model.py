@@ -21,16 +21,16 @@ import numpy as np
 import torch
 
 from curate.errors import ModelError
-from curate.passes import weights
-from curate.passes.adapter import Adapter, Factors
-from curate.passes.adapter_config import is_adapter, read_adapter_config
 from curate.passes.head import Head
 from curate.passes.kernels import attention as packing
 from curate.passes.kernels import cpu_kernels
 from curate.passes.kernels.cpu_products import NARROW, CpuProducts, one_dnn_is_faster
 from curate.passes.kernels.cpu_sweeps import Sweeps
 from curate.passes.layout import Group, Item, Layout
-from curate.tokens import describe_folder, first_line
+from curate.passes.loading import weights
+from curate.passes.loading.adapter import Adapter, Factors
+from curate.passes.loading.adapter_config import is_adapter, read_adapter_config
+from curate.passes.tokens import describe_folder, first_line
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 M_TRIM_THRESHOLD = -1  # glibc's name for it

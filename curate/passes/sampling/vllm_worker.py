@@ -1,6 +1,6 @@
-"""The child's side of sample_vllm.py: one vLLM engine, in-process, answering sample / likelihood / use / adapt.
+"""The child's side of vllm.py: one vLLM engine, in-process, answering sample / likelihood / use / adapt.
 
-Run as `python -m curate.passes.sample_vllm_worker FD` by engine_process.py; nothing else imports it.
+Run as `python -m curate.passes.sampling.vllm_worker FD` by process.py; nothing else imports it.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from curate.passes.engine_process import serve
+from curate.passes.sampling.process import serve
 
 
 class Engine:

