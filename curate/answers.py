@@ -111,6 +111,10 @@ class KeptAnswers:
         to_draw: set[str] = set()
         for fingerprint, task in tasks.items():
             donors = self.of(task, rows[fingerprint])
+            if not donors:
+                draws += samples * len(rows[fingerprint])
+                to_draw.update(rows[fingerprint])
+                continue
             for row_id in rows[fingerprint]:
                 donor = donors.get(row_id)
                 lacking = samples if donor is None else donor.lacking(samples, greedy=greedy)
@@ -119,7 +123,7 @@ class KeptAnswers:
                     answers += donor.n * min(samples, donor.each) // donor.each
                 if lacking:
                     to_draw.add(row_id)
-        every = {row_id for ids in rows.values() for row_id in ids}
+        every = set().union(*rows.values())
         return Need(answers, len(every - to_draw), draws)
 
 

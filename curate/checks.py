@@ -158,9 +158,10 @@ def rows_become_prompts(ahead: Ahead) -> None:
     """
     from curate.measuring import trial
 
-    tried: set[tuple[str, bool]] = set()
+    tried: set[tuple[str, bool, bool]] = set()
     for step in ahead.to_do:
-        key = step.subject.tokenizer, step.reads == "sample"
+        params = step.tasks[0].measured.params  # checkpoints have a tokenizer each, most often the same one
+        key = str(params.get("tokenizer")), bool(params.get("chat")), step.reads == "sample"
         if key in tried:
             continue
         tried.add(key)

@@ -25,13 +25,18 @@ if TYPE_CHECKING:
 FORWARD = ("forward", "neighbours", "backward", "direction")  # passes over whole rows; samplers keep to the context
 
 
-def with_cost(step: Step, loaded: Loaded, speed: float | None, lengths: Lengths, answers: float | None = None) -> Step:
+def with_cost(
+    step: Step,
+    loaded: Loaded,
+    speed: float | None,
+    lengths: Lengths,
+    at: np.ndarray,
+    answers: float | None = None,
+) -> Step:
     """The step with an estimate of its tokens and time, and with how many of its rows cannot be measured. speed: tokens per second of earlier runs
-    of such a step, None where there were none. answers: tokens of a sampled answer, on average over those that are there; None: as many as may be.
+    of such a step, None where there were none. at: where its missing rows stand in `lengths`. answers: tokens of a sampled answer, on average
+    over those that are there; None: as many as may be.
     """
-    if not step.missing:
-        return step
-    at = lengths.places(row_id for _, rows, _ in step.blocks for row_id in rows)
     if step.reads in FORWARD and not any(task.measurement.prompt_only for task in step.tasks):
         lost = at[~lengths.measurable[at]]
         known = int(lengths.counted[lost].sum())
@@ -87,23 +92,30 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def answer_tokens(step: Step, store: Store) -> float | None:
-    """Mean tokens of the answers that the step's settings have drawn so far: from its own model, else from any; None where there are none."""
-    alike = [
-        m
-        for m in store.measured(reads="sample")
-        if any(
-            _lengths_alike(m.params, task.measured.params)
-            for task in step.tasks
-            if m.measurement == task.measurement.name
-        )
-    ]
-    own = [m for m in alike if m.model_fingerprint == step.tasks[0].measured.model_fingerprint]
-    for found in (own, alike):
-        mean = store.mean_answer_tokens([m.fingerprint for m in found])
-        if mean is not None:
-            return mean
-    return None
+class AnswerTokens:
+    """How long the answers are that a step's settings have drawn so far; the store is asked once for all steps of a plan."""
+
+    def __init__(self, store: Store):
+        self.measured = store.measured(reads="sample")
+        self.lengths = store.answer_lengths() if self.measured else {}
+
+    def mean(self, step: Step) -> float | None:
+        """From its own model, else from any; None where there are none."""
+        alike = [
+            m
+            for m in self.measured
+            if any(
+                _lengths_alike(m.params, task.measured.params)
+                for task in step.tasks
+                if m.measurement == task.measurement.name
+            )
+        ]
+        own = [m for m in alike if m.model_fingerprint == step.tasks[0].measured.model_fingerprint]
+        for found in (own, alike):
+            counted = [self.lengths[m.fingerprint] for m in found if m.fingerprint in self.lengths]
+            if counted:
+                return sum(tokens for _, tokens in counted) / sum(n for n, _ in counted)
+        return None
 
 
 def _lengths_alike(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

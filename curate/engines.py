@@ -49,7 +49,7 @@ def engine_name(
     if engine.device not in ("auto", "cpu") or (engine.device == "auto" and may_have_gpu()):
         return asked()
     about = [engine.sampler, path and _configs(path), subject.base and _configs(subject.base)]
-    key = content_id(_installed(), dtype, about if reads == "sample" else None)
+    key = content_id(cache.once("installed", _installed), dtype, about if reads == "sample" else None)
     return cache.kept(f"engine|{key}", asked)
 
 

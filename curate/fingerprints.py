@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from curate.errors import BrokenCheckpoint
 from curate.layouts import WEIGHTS, check_folder, weight_files
@@ -35,6 +35,13 @@ class FingerprintCache:
             self.known: dict[str, str] = json.loads(file.read_text()) if file else {}
         except (OSError, ValueError):
             self.known = {}
+        self._once: dict[str, Any] = {}
+
+    def once(self, what: str, find: Callable[[], Any]) -> Any:
+        """What stays as it is while this object is used, such as the installed versions: found out once, and kept in no file."""
+        if what not in self._once:
+            self._once[what] = find()
+        return self._once[what]
 
     def of(self, path: Path) -> str:
         """SHA-256 of a file."""
@@ -58,7 +65,10 @@ class FingerprintCache:
     def _tokenizer_state(self, folder: Path) -> str:
         found = (*folder.iterdir(), *folder.glob("*/*.jinja"))
         files = sorted(p for p in found if p.is_file() and not any(p.match(w) for w in WEIGHTS))
-        return content_id(version("transformers"), [(p.relative_to(folder).as_posix(), file_state(p)) for p in files])
+        return content_id(self._transformers(), [(p.relative_to(folder).as_posix(), file_state(p)) for p in files])
+
+    def _transformers(self) -> str:
+        return str(self.once("transformers", lambda: version("transformers")))
 
     def template(self, folder: Path, model: Path) -> Template | None:
         """`template_of` a folder's tokenizer, which is loaded only where a file of it has changed. model: the folder with the generation settings."""
@@ -93,7 +103,7 @@ class FingerprintCache:
         """`context_length` of a model folder, its config read by transformers only where it has changed."""
         from curate.passes.tokens import context_length
 
-        state = content_id(version("transformers"), file_state(folder / "config.json"))
+        state = content_id(self._transformers(), file_state(folder / "config.json"))
         found = self.kept(f"positions|{folder.resolve()}|{state}", lambda: str(context_length(folder) or ""))
         return int(found) if found else None
 

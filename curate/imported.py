@@ -39,8 +39,8 @@ def imported_uses(
             f"`curate import {store.folder} FILE{about} --map row=… checkpoint=… …`."
         )
     if sources:
-        with_text = len(store.missing("", sources, kind=kind))
-        if all(len(store.missing(m.fingerprint, sources, kind=kind)) == with_text for m in known):
+        imported = store.coverage([m.fingerprint for m in known], sources, kind=kind)
+        if all(lacking.all() for lacking in imported.lacking.values()):
             raise UsageError(
                 f"What was imported into {store.folder} is about other rows than those of {', '.join(sources)}: its ids are the file's own. If they "
                 f"are row numbers, import it again with `{about.strip()}`; if they are in a column of your data, put our row_id in their place "

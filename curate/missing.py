@@ -1,13 +1,15 @@
-"""Which rows a measurement misses, in shards of fixed membership."""
+"""Which rows the measurements of a plan miss, in shards of fixed membership."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import groupby
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 if TYPE_CHECKING:
     from curate.identity import Task
+    from curate.lengths import Lengths
     from curate.store import Store
 
 # Rows of a shard, fixed for ever: a row's shard is its position in the store // SHARD_ROWS, whatever is missing of it.
@@ -16,46 +18,48 @@ Block = tuple[int, list[str], "tuple[Task, ...]"]  # shard's number, row ids by 
 
 
 class Rows:
-    """The rows of the recipe's sources: how many, and which of them a task misses. Lists that are alike are kept once."""
+    """The rows of the recipe's sources: how many, and which of them each task misses.
 
-    def __init__(self, store: Store, sources: list[str], kind: str):
-        self.store, self.sources, self.kind = store, sources, kind
-        self.n = len(store.row_ids_of(sources, kind=kind))
-        self._seen: list[list[tuple[int, str]]] = []
+    The store is asked once for all tasks, and what several steps miss alike is worked out once: their blocks share their lists of row ids.
+    """
 
-    def missing(self, task: Task) -> list[tuple[int, str]]:
-        """(position, row id) by position."""
-        found = self.store.missing(task.fingerprint, self.sources, kind=self.kind)
-        for known in self._seen:
-            if known == found:
-                return known
-        self._seen.append(found)
-        return found
+    def __init__(self, store: Store, sources: list[str], kind: str, tasks: Sequence[Task]):
+        found = store.coverage([task.fingerprint for task in tasks], sources, kind=kind)
+        self.n, self.positions, self._lacking = found.n, found.positions, found.lacking
+        self.row_ids = np.array(found.row_ids, object)
+        self._blocks: dict[tuple[int, ...], list[tuple[int, list[str], tuple[int, ...]]]] = {}
+        self._places: dict[tuple[int, ...], np.ndarray] = {}
 
     def blocks(self, tasks: Sequence[Task], reads: str) -> tuple[Block, ...]:
-        """What a pass has to run for these tasks, of one subject."""
-        return tuple(_blocks([(task, self.missing(task)) for task in tasks], SHARD_ROWS[reads]))
+        """What a pass has to run for these tasks, of one subject. Rows of one shard that miss different things are measured apart."""
+        lacking = [self._lacking[task.fingerprint] for task in tasks]
+        key = (SHARD_ROWS[reads], *map(id, lacking))
+        if key not in self._blocks:
+            self._blocks[key] = self._split(lacking, SHARD_ROWS[reads])
+        return tuple((number, rows, tuple(tasks[i] for i in which)) for number, rows, which in self._blocks[key])
 
+    def places(self, tasks: Sequence[Task], lengths: Lengths) -> np.ndarray:
+        """(rows,) int: where the rows that miss one of these tasks stand in `lengths`."""
+        lacking = [self._lacking[task.fingerprint] for task in tasks]
+        key = (id(lengths), *sorted({id(one) for one in lacking}))
+        if key not in self._places:
+            self._places[key] = lengths.places(self.row_ids[np.logical_or.reduce(lacking)])
+        return self._places[key]
 
-def _blocks(missing: list[tuple[Task, list[tuple[int, str]]]], size: int) -> Iterator[Block]:
-    """Shards of fixed membership; rows of one shard that miss different things are measured apart."""
-    alike: dict[
-        int, tuple[list[tuple[int, str]], list[Task]]
-    ] = {}  # tasks that miss the same rows (`Rows` keeps such lists once)
-    for task, rows in missing:
-        alike.setdefault(id(rows), (rows, []))[1].append(task)
-    if len(alike) == 1:
-        rows, tasks = next(iter(alike.values()))
-        for number, block in groupby(rows, lambda row: row[0] // size):
-            yield number, [row_id for _, row_id in block], tuple(tasks)
-        return
-    of: dict[tuple[int, str], list[Task]] = {}
-    for rows, tasks in alike.values():
-        for place in rows:
-            of.setdefault(place, []).extend(tasks)
-    groups: dict[tuple[int, tuple[str, ...]], tuple[list[str], tuple[Task, ...]]] = {}
-    for (position, row_id), missed in sorted(of.items()):
-        key = (position // size, tuple(t.fingerprint for t in missed))
-        groups.setdefault(key, ([], tuple(missed)))[0].append(row_id)
-    for (number, _), (row_ids, missed_by) in groups.items():
-        yield number, row_ids, missed_by
+    def _split(self, lacking: Sequence[np.ndarray], size: int) -> list[tuple[int, list[str], tuple[int, ...]]]:
+        """(shard's number, row ids, which of the tasks they miss), in the order of their first rows. lacking: of each task."""
+        at = np.flatnonzero(np.logical_or.reduce(lacking))
+        if not len(at):
+            return []
+        shard = self.positions[at] // size
+        group = shard  # a number for all rows of a shard that miss the same
+        for one in {id(one): one for one in lacking}.values():
+            group = np.unique(2 * group + one[at], return_inverse=True)[1]
+        _, first = np.unique(group, return_index=True)
+        order = np.argsort(group, kind="stable")
+        parts = np.split(order, np.flatnonzero(np.diff(group[order])) + 1)
+        found = []
+        for start, part in sorted(zip(first.tolist(), parts, strict=True), key=lambda entry: entry[0]):
+            which = tuple(i for i, one in enumerate(lacking) if one[at[start]])
+            found.append((int(shard[start]), self.row_ids[at[part]].tolist(), which))
+        return found

@@ -40,9 +40,12 @@ def check_models(plan: Plan, renderings: Renderings, store: Store, sources: Sequ
         if of not in seen:
             seen.add(of)
             notes += check_tokenizer(step.subject, renderings.cache, store, sources)
-    missing = {
-        step.subject.tokenizer: step.subject for step in plan.steps if step.missing and Path(step.subject.home).is_dir()
-    }
+    missing: dict[
+        str, Subject
+    ] = {}  # of every tokenizer one model that has it: checkpoints have the same one, most often
+    for step in plan.steps:
+        if step.missing and Path(step.subject.home).is_dir():
+            missing.setdefault(str(step.tasks[0].measured.params.get("tokenizer")), step.subject)
     for subject in missing.values():
         notes += _left_out(subject, renderings, store, sources)
     return list(dict.fromkeys(notes))

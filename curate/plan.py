@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from curate.answers import KeptAnswers
 from curate.checkpoints import Subject
-from curate.cost import answer_tokens, step_line, weights_size, with_cost
+from curate.cost import AnswerTokens, step_line, weights_size, with_cost
 from curate.directions import Directions
 from curate.errors import UsageError
 from curate.fingerprints import FingerprintCache
@@ -345,7 +345,7 @@ def make_plan(
     order: dict[str, int] = {}
     for subject in (*subjects.series, *(s for s in (subjects.reference, subjects.policy, subjects.warmup) if s)):
         order.setdefault(subject.path, len(order))
-    rows = Rows(store, names, recipe.kind)
+    rows = Rows(store, names, recipe.kind, [task for found in tasks.values() for task in found.values()])
     for path in [path for reads, path in tasks if reads == "backward"]:  # which gives the forward's values too
         of_forward = tasks.pop(("forward", path), {})
         apart = {key: t for key, t in of_forward.items() if t.measurement.without_prompt or t.measurement.prompt_only}
@@ -358,7 +358,7 @@ def make_plan(
         if reads == "tokens"
     }
     plan.lengths = RowLengths(loaded, store, names, counts)
-    answers = KeptAnswers(store)
+    answers, answer_tokens, speeds = KeptAnswers(store), AnswerTokens(store), store.speeds()
     for reads, path in sorted(tasks, key=lambda place: (ORDER.index(place[0]), order.get(place[1], -1))):
         step = _step(reads, lone[reads, path], tuple(tasks[reads, path].values()), rows)
         if reads == "direction" and step.missing and kept.anew:
@@ -368,9 +368,10 @@ def make_plan(
             step = _with_answers(step, loaded, answers)
         if step.missing:
             lengths = plan.lengths.of(identity.tokenizer(step.subject), step.subject)
-            each = answer_tokens(step, store) if reads == "sample" else None
+            each = answer_tokens.mean(step) if reads == "sample" else None
             alike = step.key if reads == "sample" else step.key.rpartition("/")[0]  # the same model, other measurements
-            step = with_cost(step, loaded, store.throughput(step.key, alike=alike), lengths, each)
+            at = rows.places(step.tasks, lengths)
+            step = with_cost(step, loaded, speeds.of(step.key, alike=alike), lengths, at, each)
         plan.steps.append(step)
     plan.unused = unused_settings(loaded, plan)
     plan.chat_only = servers.chat_only

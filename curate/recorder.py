@@ -178,7 +178,7 @@ class Recorder(TrainerCallback):
             ]
         else:
             sources = self._add_rows(self._rows)
-        self.row_ids = [row_id for _, row_id in self.store.missing("", sources, kind=recipe.kind)]  # those with text
+        self.row_ids = self.store.rows_with_text(sources, kind=recipe.kind)
         found = list(self.store.iter_rows(self.row_ids))
         self.rows: list[Row] = [row for row in found if row is not None]
         self.rendering = Renderings(

@@ -60,7 +60,8 @@ def check_references(loaded: Loaded, store: Store, plan: Plan) -> list[str]:
     tasks = [t for step in plan.steps if step.reads == "sample" and step.missing for t in step.tasks]
     if loaded.recipe.kind != "sft" or not any(name in t.measurement.columns for t in tasks for name in GRADED):
         return []
-    blocks = [rows for step in plan.steps if step.reads == "sample" for _, rows, _ in step.blocks]
+    sampled = (rows for step in plan.steps if step.reads == "sample" for _, rows, _ in step.blocks)
+    blocks = {id(rows): rows for rows in sampled}.values()  # checkpoints that miss the same rows share the lists
     row_ids = list(dict.fromkeys(row_id for rows in blocks for row_id in rows))
     wanted = {want.need(text)[1] for want in plan.wanted for text in want.score.needs}
     chosen = grader(loaded.recipe.sampling.grader, folder=loaded.folder, named=named_rows(store, loaded))

@@ -23,9 +23,11 @@ import numpy as np
 from curate.errors import StoreError, UsageError
 from curate.locks import holder, locked
 from curate.rows import Row
-from curate.storage import conjuncts, imports, misread, query, readings, sources, syntax, tables, views
+from curate.storage import conjuncts, coverage, imports, misread, query, readings, sources, syntax, tables, views
+from curate.storage.coverage import Coverage
 from curate.storage.database import Database, one, process_alive
 from curate.storage.entries import (
+    RECENT,
     DatasetValue,
     Ingested,
     Measured,
@@ -33,6 +35,7 @@ from curate.storage.entries import (
     Role,
     SelectedRow,
     SourceRecord,
+    Speeds,
     Trajectories,
 )
 from curate.storage.imports import Forgotten, Import
@@ -197,6 +200,14 @@ class Store:
         with self.database.read() as con:
             return [row_id for _, row_id in query.rows_of(con, self._read_as(sources), kind=kind, role=role)]
 
+    def rows_with_text(
+        self, sources: Sequence[str] | None = None, *, kind: str | None = None, role: Role | None = None
+    ) -> list[str]:
+        """As `row_ids_of`, without the rows that an import knows only by their ids."""
+        with self.database.read() as con:
+            names = self._read_as(sources)
+            return [row_id for _, row_id in query.rows_of(con, names, kind=kind, role=role, with_text=True)]
+
     def missing(
         self,
         fingerprint: str,
@@ -213,6 +224,13 @@ class Store:
         with self.database.read() as con:
             names = self._read_as(sources)
             return query.rows_of(con, names, kind=kind, role=role, row_ids=row_ids, without=fingerprint)
+
+    def coverage(
+        self, fingerprints: Sequence[str], sources: Sequence[str] | None = None, *, kind: str | None = None
+    ) -> Coverage:
+        """Which rows with text these measurements have no line for, all asked at once; NULL values count as measured."""
+        with self.database.read() as con:
+            return coverage.coverage(con, self._read_as(sources), kind, fingerprints)
 
     def positions(self, row_ids: Sequence[str]) -> np.ndarray:
         """(rows,) int64; -1 where the store does not know the row."""
@@ -410,23 +428,23 @@ class Store:
             con.execute("INSERT INTO data.throughput VALUES (?, ?, ?, now()::TIMESTAMP)", [key, tokens, seconds])
 
     def throughput(self, key: str, *, alike: str | None = None) -> float | None:
-        """Tokens per second over the last 50 entries of a key; where there are none, of the key `alike` and of those that go on from it with a /;
-        None if there are none either.
-        """
-        with self.database.read() as con:
-            for condition, given in (("key = ?", [key]), ("key = ? OR starts_with(key, ? || '/')", [alike, alike])):
-                recent = f"SELECT * FROM data.throughput WHERE {condition} ORDER BY noted DESC LIMIT 50"
-                found = one(con, f"SELECT sum(tokens) / nullif(sum(seconds), 0) FROM ({recent})", given)
-                if found and found[0]:
-                    return float(found[0])
-        return None
+        """`Speeds.of` of what is logged here."""
+        return self.speeds().of(key, alike=alike)
 
-    def mean_answer_tokens(self, fingerprints: Sequence[str]) -> float | None:
-        """Tokens of the sampled answers of these measurements, on average; None where none is known."""
+    def speeds(self) -> Speeds:
+        """How fast everything ran that was logged here."""
         with self.database.read() as con:
-            text = "SELECT avg(n_tokens) FROM data.samples WHERE fingerprint IN (SELECT unnest(?))"
-            found = one(con, text, [list(fingerprints)]) if fingerprints else None
-        return found[0] if found else None
+            text = (
+                "SELECT key, tokens, seconds, noted FROM data.throughput "
+                f"QUALIFY row_number() OVER (PARTITION BY key ORDER BY noted DESC) <= {RECENT} ORDER BY noted DESC"
+            )
+            return Speeds(con.execute(text).fetchall())
+
+    def answer_lengths(self) -> dict[str, tuple[int, int]]:
+        """fingerprint -> how many of its sampled answers have a known length, and the tokens of these together."""
+        with self.database.read() as con:
+            text = "SELECT fingerprint, count(n_tokens), sum(n_tokens)::BIGINT FROM data.samples GROUP BY fingerprint HAVING count(n_tokens) > 0"
+            return {fingerprint: (n, tokens) for fingerprint, n, tokens in con.execute(text).fetchall()}
 
     # ---- recipes, scores, selections, runs ----------------------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -216,3 +217,125 @@ def test_speeds_are_those_of_the_same_measurements_first(model, tmp_path):
     assert store.throughput("forward/torch/5/entropy", alike="forward/torch/5") == pytest.approx(200 / 11)
     store.log_throughput("forward/torch/7", 100, 2.0)  # as stores of before have them
     assert store.throughput("forward/torch/7/entropy", alike="forward/torch/7") == 50
+
+
+def asked_of_the_database(monkeypatch, act) -> tuple[int, int]:
+    """How often `act` opens the database, and how many queries it sends."""
+    from curate.storage import database
+
+    opened = queries = 0
+    connect = database.Database._connect
+
+    class Counted:
+        def __init__(self, con):
+            self.con = con
+
+        def __getattr__(self, name):
+            nonlocal queries
+            queries += name in ("execute", "sql")
+            return getattr(self.con, name)
+
+    def counted(self, *given):
+        nonlocal opened
+        opened += 1
+        return Counted(connect(self, *given))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(database.Database, "_connect", counted)
+        act()
+    return opened, queries
+
+
+@pytest.mark.parametrize("measured", ["nothing", "one checkpoint", "everything"])
+def test_a_plan_asks_as_much_for_six_checkpoints_as_for_two(model, tmp_path, monkeypatch, measured):
+    """Each has weights and a tokenizer's folder of its own. What is there is asked of all of them at once."""
+    asked = []
+    for n in (2, 6):
+        folder = tmp_path / str(n)
+        folder.mkdir()
+        for step in range(n):
+            make_checkpoint(model, folder / "run" / f"checkpoint-{step}", 1 + step / 10)
+        models = {"reference": "run/checkpoint-0", "checkpoints": "run"}
+        path = write(folder, model, models=models, scores=["flipped", "ches", "ranking_gap"])
+        if measured == "one checkpoint":
+            curate.run(path, set={"models": {"reference": "run/checkpoint-0"}, "scores": ["ches", "ranking_gap"]})
+        if measured == "everything":
+            curate.run(path)
+        plan_of(path)  # reads the rows
+        asked.append(asked_of_the_database(monkeypatch, lambda path=path: plan_of(path)))
+    assert asked[0] == asked[1]
+
+
+def make_checkpoint(model: Path, folder: Path, scale: float) -> None:
+    """The model with other weights."""
+    from safetensors.numpy import load_file, save_file
+
+    shutil.copytree(model, folder)
+    weights = load_file(model / "model.safetensors")
+    moved = {name: values * np.float32(scale) for name, values in weights.items()}
+    save_file(moved, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_a_tokenizer_is_tried_once_however_many_checkpoints_have_it(model, tmp_path, monkeypatch):
+    from curate import measuring
+
+    for step in range(3):
+        make_checkpoint(model, tmp_path / "run" / f"checkpoint-{step}", 1 + step / 10)
+    path = write(tmp_path, model, models={"checkpoints": "run"}, scores=["flipped"])
+    tried, own = [], measuring.trial
+    monkeypatch.setattr(measuring, "trial", lambda loaded, step, rows: tried.append(step) or own(loaded, step, rows))
+    plan_of(path)
+    assert len(tried) == 1
+
+
+def test_blocks_are_the_rows_that_each_task_misses_in_shards_of_fixed_membership(tmp_path, monkeypatch):
+    """Against a plain loop over rows and tasks: nothing, some and all measured, rows of another source and without text between them."""
+    from types import SimpleNamespace
+
+    import curate.missing
+    from curate.missing import Rows
+    from curate.rows import Pair
+    from curate.store import Measured
+
+    monkeypatch.setitem(curate.missing.SHARD_ROWS, "forward", 4)
+    store = curate.Store(tmp_path / "store", create=True)
+    pairs = [Pair(f"{i}?", "yes", "no") for i in range(20)]
+
+    def records(chosen):
+        return [SimpleNamespace(index=i, row=row, columns={}) for i, row in enumerate(chosen)]
+
+    store.add_source("a", "1", records(pairs[:7]))
+    store.add_foreign_rows("a", ["x", "y"], kind="preference")
+    store.add_source("b", "1", records(pairs[7:10]))
+    store.add_source("c", "1", records(pairs[10:]))
+    ids = [row.row_id for row in pairs]
+    done = {
+        "none": [],
+        "all": ids[:7] + ids[10:],
+        "every row": ids,
+        "some": ids[2:9],
+        "alike": ids[2:7],
+        "one": ids[11:12],
+    }
+    tasks = []
+    for name, of in done.items():
+        measured = Measured(name, "entropy" if name == "one" else "likelihood", "forward")
+        tasks.append(SimpleNamespace(fingerprint=name, measured=measured))
+        if of:
+            store.write_shard(measured, 0, of, {"chosen_logp": np.zeros(len(of))})
+    store.ingest()
+    rows = Rows(store, ["a", "c"], "preference", tasks)
+    assert rows.n == 19
+    mine = [(int(p), i) for p, i in zip(store.positions(ids), ids, strict=True) if i not in ids[7:10]]
+    for chosen in (tasks, tasks[:1], tasks[1:3], tasks[3:5], [tasks[0], tasks[5]]):
+        expected: dict = {}
+        for position, row_id in sorted(mine):
+            missed = tuple(task.fingerprint for task in chosen if row_id not in done[task.fingerprint])
+            if missed:
+                expected.setdefault((position // 4, missed), []).append(row_id)
+        found = rows.blocks(chosen, "forward")
+        assert [((n, tuple(t.fingerprint for t in of)), ids) for n, ids, of in found] == list(expected.items())
+    for name in done:  # as each is told by itself
+        lacking = store.coverage([name], ["a", "c"], kind="preference")
+        alone = [row_id for _, row_id in store.missing(name, ["a", "c"], kind="preference")]
+        assert [i for i, lacks in zip(lacking.row_ids, lacking.lacking[name], strict=True) if lacks] == alone

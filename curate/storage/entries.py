@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -13,6 +13,7 @@ from curate.rows import Row
 
 Role = Literal["train", "heldout"]
 Place = tuple[str, str, int | None]  # a model's run, checkpoint and step
+RECENT = 50  # entries of a speed that count: those before are of another version or machine, perhaps
 
 
 class SourceRecord(Protocol):
@@ -34,6 +35,26 @@ class Ingested:
     new_rows: int
     duplicates: int
     bad: int
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """How fast things ran. entries: (key, tokens, seconds, when), the latest first, RECENT of a key or fewer."""
+
+    entries: Sequence[tuple[str, int, float, Any]]
+
+    def of(self, key: str, *, alike: str | None = None) -> float | None:
+        """Tokens per second over the last RECENT entries of a key; where there are none, of the key `alike` and of those that go on from it with
+        a /; None if there are none either.
+        """
+        own = [entry for entry in self.entries if entry[0] == key]
+        others = [entry for entry in self.entries if alike is not None and f"{entry[0]}/".startswith(f"{alike}/")]
+        for found in (own, others):
+            tokens = sum(tokens for _, tokens, _, _ in found[:RECENT])
+            seconds = sum(seconds for _, _, seconds, _ in found[:RECENT])
+            if tokens and seconds:
+                return tokens / seconds
+        return None
 
 
 @dataclass(frozen=True)

@@ -39,10 +39,46 @@ def rows_of(
     kind: str | None = None,
     role: str | None = None,
     row_ids: Sequence[str] | None = None,
+    with_text: bool = False,
     without: str | None = None,
 ) -> list[tuple[int, str]]:
-    """(position, row_id) by position: rows that occur in `sources` with `role`; with `without`, those with text that it has no line for."""
-    conditions: list[str] = []
+    """(position, row_id) by position: rows that occur in `sources` with `role`. with_text: those alone that have text. without: those with text that
+    this measurement has no line for.
+    """
+    conditions, params = _occurring(sources, kind, role)
+    if row_ids is not None:
+        ids_view(con, row_ids)
+        conditions.append("r.row_id IN (SELECT row_id FROM wanted_ids)")
+    if with_text or without is not None:
+        conditions.append("r.prompt IS NOT NULL")
+    if without is not None:
+        found = one(con, "SELECT measurement FROM data.measured WHERE fingerprint = ?", [without])
+        if found:
+            conditions.append(
+                f"r.row_id NOT IN (SELECT row_id FROM data.{quote(table_of(found[0]))} WHERE fingerprint = ?)"
+            )
+            params.append(without)
+    found_rows = con.sql(
+        f"SELECT r.position, r.row_id FROM data.rows r WHERE {' AND '.join(conditions)} ORDER BY r.position",
+        params=params,
+    ).to_arrow_table()
+    return list(zip(found_rows.column(0).to_pylist(), found_rows.column(1).to_pylist(), strict=True))
+
+
+def rows_to_cover(
+    con: Connection, sources: Sequence[str] | None, kind: str | None
+) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """(rows,) positions, whether each row has text, and row ids: of the rows that occur in `sources`, by position."""
+    conditions, params = _occurring(sources, kind, None)
+    text = f"SELECT r.position, r.prompt IS NOT NULL, r.row_id FROM data.rows r WHERE {' AND '.join(conditions)} ORDER BY r.position"
+    found = con.sql(text, params=params).to_arrow_table()
+    positions, has_text = (np.asarray(found.column(i).to_numpy()) for i in (0, 1))
+    return positions, has_text.astype(bool), found.column(2).to_pylist()
+
+
+def _occurring(sources: Sequence[str] | None, kind: str | None, role: str | None) -> tuple[list[str], list[Any]]:
+    """Conditions on rows r, with their parameters: that they occur in these sources, with this role, and are of this kind."""
+    conditions: list[str] = ["true"]
     params: list[Any] = []
     if sources is not None or role is not None:
         inner = []
@@ -56,22 +92,7 @@ def rows_of(
     if kind is not None:
         conditions.append("r.kind = ?")
         params.append(kind)
-    if row_ids is not None:
-        ids_view(con, row_ids)
-        conditions.append("r.row_id IN (SELECT row_id FROM wanted_ids)")
-    if without is not None:
-        conditions.append("r.prompt IS NOT NULL")
-        found = one(con, "SELECT measurement FROM data.measured WHERE fingerprint = ?", [without])
-        if found:
-            conditions.append(
-                f"r.row_id NOT IN (SELECT row_id FROM data.{quote(table_of(found[0]))} WHERE fingerprint = ?)"
-            )
-            params.append(without)
-    where = f"WHERE {' AND '.join(conditions)}" if conditions else ""
-    found_rows = con.sql(
-        f"SELECT r.position, r.row_id FROM data.rows r {where} ORDER BY r.position", params=params
-    ).to_arrow_table()
-    return list(zip(found_rows.column(0).to_pylist(), found_rows.column(1).to_pylist(), strict=True))
+    return conditions, params
 
 
 def positions(con: Connection, row_ids: Sequence[str]) -> np.ndarray:
