@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from curate.errors import EngineError, StoreError, UsageError, ValidationError
 from curate.rows import Row
+from curate.storage.database import let_go
 
 if TYPE_CHECKING:
     from curate.plan import Plan, Step
@@ -165,7 +166,9 @@ def rows_become_prompts(ahead: Ahead) -> None:
         if key in tried:
             continue
         tried.add(key)
-        texts = [prompt for prompt in trial(ahead.loaded, step, _trial_rows(ahead, step)) if prompt.messages is None]
+        rows = _trial_rows(ahead, step)
+        let_go()  # a tokenizer takes seconds to load
+        texts = [prompt for prompt in trial(ahead.loaded, step, rows) if prompt.messages is None]
         if texts and ahead.plan.chat_only and step.tasks[0].measured.engine.startswith("openai "):
             raise EngineError(
                 f"{ahead.loaded.recipe.server.url} takes messages alone (it has /v1/chat/completions, and no /v1/completions), and there are rows "

@@ -26,11 +26,11 @@ class FingerprintCache:
     """Fingerprints of files by path, size and time of change, so that weights are read once and a tokenizer need not be loaded to be known; and
     what else is slow to find out and follows from files.
 
-    Kept in a JSON file (None: not kept), which may be lost at any time.
+    Kept in a JSON file (None: not kept), which may be lost at any time. slow: called before what is not known is found out.
     """
 
-    def __init__(self, file: Path | None):
-        self.file = file
+    def __init__(self, file: Path | None, *, slow: Callable[[], None] = lambda: None):
+        self.file, self.slow = file, slow
         try:
             self.known: dict[str, str] = json.loads(file.read_text()) if file else {}
         except (OSError, ValueError):
@@ -110,6 +110,7 @@ class FingerprintCache:
     def kept(self, key: str, make: Callable[[], str]) -> str:
         """What is kept under a key that says all that it depends on; made where nothing is."""
         if key not in self.known:
+            self.slow()
             self._keep(key, make())
         return self.known[key]
 

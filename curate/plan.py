@@ -29,6 +29,7 @@ from curate.recordings import PREFIX, recorded_runs, recorded_uses, run_meant
 from curate.rendering import styles_of
 from curate.servers import Ask, Servers, first_rows, of_addresses
 from curate.show import table
+from curate.storage.database import let_go
 from curate.subjects import Subjects, find_subjects
 from curate.unused import unused_settings
 from curate.wanted import Wanted, check_checkpoints, wanted_scores
@@ -217,7 +218,7 @@ def make_plan(
 
     recipe = loaded.recipe
     wanted = wanted_scores(loaded)
-    cache = FingerprintCache(store.folder / "weights.json")
+    cache = FingerprintCache(store.folder / "weights.json", slow=let_go)
     train = sources.get("train", [])
     kept = kept or Kept()
     servers = Servers(loaded, store.folder, ask=ask, rows=first_rows(store, loaded, train))

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from curate.errors import UsageError
 from curate.row_names import named_rows
 from curate.rows import Example, Row
+from curate.storage.database import kept_open
 
 if TYPE_CHECKING:
     from curate.grading import Grader
@@ -66,9 +67,10 @@ def check_references(loaded: Loaded, store: Store, plan: Plan) -> list[str]:
     wanted = {want.need(text)[1] for want in plan.wanted for text in want.score.needs}
     chosen = grader(loaded.recipe.sampling.grader, folder=loaded.folder, named=named_rows(store, loaded))
     try:
-        if not chosen.needs_answer:
-            _try(chosen, store, row_ids)
-        found = _graded_by_themselves(chosen, store.iter_rows(row_ids))
+        with kept_open(False):  # graders may be slow
+            if not chosen.needs_answer:
+                _try(chosen, store, row_ids)
+            found = _graded_by_themselves(chosen, store.iter_rows(row_ids))
     finally:
         chosen.close()
     return _say(found, chosen, needed=bool(wanted & set(GRADED)))

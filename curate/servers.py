@@ -21,6 +21,7 @@ from curate.errors import CurateError, EngineError, UsageError
 from curate.fingerprints import FingerprintCache
 from curate.passes.sampling.server_probe import FIXED, Noise, Probe, Spoken, difference, key_of, measured_noise
 from curate.rows import Row, content_id
+from curate.storage.database import let_go
 
 if TYPE_CHECKING:
     from curate.recipe import Loaded
@@ -88,6 +89,7 @@ class Servers:
         from curate.passes.sampling.openai import OpenAISampler
 
         names = _names(subject, self.loaded) if subject else ()
+        let_go()  # a server takes its time
         with OpenAISampler(self.server.model_dump(), prefer=names) as sampler:
             said = sampler.said()
             now = sampler.probe(self.prompts)

@@ -19,6 +19,7 @@ from curate.recipe_rows import in_both_roles, open_rows, said_otherwise
 from curate.recordings import recorded_runs
 from curate.rows import content_id
 from curate.sharing import check_sources
+from curate.storage.database import let_go
 from curate.store import Role, Store
 from curate.wanted import wanted_scores
 
@@ -148,6 +149,7 @@ def _read_source(
     records = iter(reading) if source.on_bad_row == "drop" else reading.good("error", setting=setting, target=target)
     seen, good = set(), 0
     waits = kept is not None and bool(store.recipes())  # before that there are no views to keep
+    let_go()  # reading takes as long as there are rows
     with progress.bar(f"reading {role}" if role != "train" else "reading", 0) as count:
         for name, group in itertools.groupby(itertools.islice(records, source.limit), key=lambda record: record.source):
             seen.add(name)

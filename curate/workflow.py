@@ -26,6 +26,7 @@ from curate.references import check_references
 from curate.rows import content_id
 from curate.sharing import check_name, placed
 from curate.sourcing import read_sources
+from curate.storage.database import kept_open
 from curate.store import DatasetValue, Store
 from curate.wanted import Wanted, wanted_scores
 
@@ -124,10 +125,15 @@ def run(
 
 def run_steps(loaded: Loaded, steps: Sequence[str], *, progress: Progress, command: str = "run") -> Result:
     """Some steps of a recipe, in their order; the run's version and outcome are kept in the store."""
-    import curate
-
     _check_steps(loaded, steps, command)
     wanted_scores(loaded)  # a misspelt score is said before anything is read
+    with kept_open():
+        return _run_noted(loaded, steps, progress, command)
+
+
+def _run_noted(loaded: Loaded, steps: Sequence[str], progress: Progress, command: str) -> Result:
+    import curate
+
     store = _open_store(loaded, progress)
     check_name(loaded, store)
     check_imported_names(store, wanted_scores(loaded))
@@ -184,7 +190,8 @@ def _run(loaded: Loaded, steps: Sequence[str], result: Result, progress: Progres
         plan.of_lengths = beyond_positions(loaded, store, plan)  # now that tokens are counted
         for note in plan.of_lengths:
             progress.say(note)
-        store.keep(loaded.name, kept.record())
+        if result.measured or "score" not in steps:
+            store.keep(loaded.name, kept.record())
     scored = _compute(loaded, result, sources, progress) if "score" in steps else None
     decided = _decide(loaded, result, sources, scored) if "select" in steps and loaded.recipe.select else None
     follows = _views_follow(loaded, steps, result, sources, progress)
@@ -258,6 +265,11 @@ def selection_text(selection: Selection) -> str:
 def make_plan(loaded: Loaded, *, progress: Progress) -> Plan:
     """What a run would measure. Rows are read into the store (that is cheap, and done once); no model is run."""
     wanted_scores(loaded)
+    with kept_open():
+        return _plan_checked(loaded, progress)
+
+
+def _plan_checked(loaded: Loaded, progress: Progress) -> Plan:
     store = _open_store(loaded, progress)
     check_name(loaded, store)
     check_imported_names(store, wanted_scores(loaded))
@@ -294,10 +306,10 @@ def _check_ahead(loaded: Loaded, store: Store, plan: Plan, sources: dict[str, li
     """What a run would refuse. Columns of `select` are looked up in the views as they will be."""
     worst = _worst(store, plan.wanted)
     if loaded.recipe.select is not None:
-        staged = store.stage_recipe(loaded.name, **_meant(store, plan), roles=sources)
-        try:
+        meant = _meant(store, plan)
+        with store.transaction():
+            staged = store.stage_recipe(loaded.name, **meant, roles=sources)
             columns_exist(Ahead(loaded, store, plan, sources, _spec(loaded), worst, staged))
-        finally:
             store.unstage_recipe(loaded.name)
     check_ahead(loaded, store, plan, sources, None, worst)
 
@@ -338,7 +350,8 @@ def _measure(loaded: Loaded, result: Result, progress: Progress) -> None:
 
     assert result.plan is not None
     if result.plan.missing:
-        result.measured = measure(loaded, result.store, result.plan, progress)
+        with kept_open(False):
+            result.measured = measure(loaded, result.store, result.plan, progress)
         if result.plan.lengths is not None:
             result.plan.lengths.forget()
 
@@ -432,8 +445,10 @@ def _decide(loaded: Loaded, result: Result, sources: dict[str, list[str]], score
     assert plan is not None
     wanted = wanted_scores(loaded)
     if scored is not None:
-        name = store.stage_recipe(loaded.name, **_meant(store, plan), roles=sources)
-        scored.write(store, name, staged=True)
+        meant = _meant(store, plan)
+        with store.transaction():
+            name = store.stage_recipe(loaded.name, **meant, roles=sources)
+            scored.write(store, name, staged=True)
     there = scored is not None or any(r["name"] == name for r in store.recipes())
     columns = store.sql("SELECT * FROM scored LIMIT 0", recipe=name).columns if there else []
     if not there or not {w.name for w in wanted} <= set(columns):

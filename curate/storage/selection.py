@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from curate.decide import Reason
 from curate.rows import content_id
 from curate.storage import query
-from curate.storage.database import Connection, one, quote
+from curate.storage.database import Connection, let_go, one, quote
 from curate.storage.entries import SelectedRow
 from curate.storage.tables import control_name, ids_view
 
@@ -91,6 +91,8 @@ class Selection:
             extra = self.store.sql(text, [self.name], recipe=self.recipe)
             decided = decided.join(extra, on="row_id", how="left", maintain_order="left")
         for start in range(0, len(decided), BATCH):
+            if start:
+                let_go()  # between long batches others may write
             part = decided[start : start + BATCH]
             ids = part["row_id"].to_list()
             rows = self.store.iter_rows(ids, batch=BATCH)

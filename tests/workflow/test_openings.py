@@ -1,0 +1,102 @@
+"""How often a run opens the store's database, and who may use it meanwhile."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import yaml
+
+import curate
+from curate.storage import database
+from curate.storage.database import kept_open, let_go
+from tests.tiny_models import make_llama
+
+PAIRS = [{"prompt": f"{i} + 1 =", "chosen": f" {i + 1}", "rejected": f" {i * 7}?"} for i in range(50)]
+
+
+@pytest.fixture
+def opened(monkeypatch) -> list[bool]:
+    """An entry an opening: whether it is for reading alone."""
+    found, own = [], database.Database._connect
+
+    def counted(self, opening, read_only, patience):
+        found.append(read_only)
+        return own(self, opening, read_only, patience)
+
+    monkeypatch.setattr(database.Database, "_connect", counted)
+    return found
+
+
+def test_a_run_over_what_is_measured_opens_the_database_at_most_ten_times(tmp_path, opened):
+    """It was 89: one for every question. With checkpoints, a selection with a control, and an export."""
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, PAIRS)))
+    for step in range(2):
+        make_llama(tmp_path / "run" / f"checkpoint-{step}", seed=step)
+    raw = {
+        "kind": "preference",
+        "source": "pairs.jsonl",
+        "models": {"reference": "run/checkpoint-0", "checkpoints": "run"},
+        "engine": {"device": "cpu"},
+        "scores": ["flipped", "ches", "ranking_gap"],
+        "select": {"drop_worst": {"ches": 0.2}, "control": "random"},
+        "export": {"to": "out"},
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(raw))
+    first = curate.run(tmp_path / "recipe.yaml")
+    opened.clear()
+    again = curate.run(tmp_path / "recipe.yaml")
+    openings = len(opened)
+    assert not again.measured and again.exported is not None
+    assert again.selection.table().equals(first.selection.table())
+    assert openings <= 10
+
+
+def test_reading_stays_open_until_somebody_writes(tmp_path, opened):
+    store = curate.Store(tmp_path / "store", create=True)
+    opened.clear()
+    with kept_open():
+        assert store.sources() == store.recipes() == []
+        with kept_open():
+            store.measured()
+        store.sql("SELECT * FROM scored")
+        assert opened == [True]
+        store.log_throughput("key", 10, 1.0)
+        assert store.throughput("key") == 10 and store.speeds().of("key") == 10
+        assert opened == [True, False, True]
+        with kept_open(False):
+            store.measured(), store.measured()
+        assert opened == [True, False, True, True, True]
+        with pytest.raises(curate.errors.UsageError, match="no column"):
+            store.sql("SELECT nothing FROM scored")
+        let_go()
+        assert written_by_another_process(store)
+        assert store.throughput("key") == pytest.approx(20 / 2)
+    assert written_by_another_process(store)
+
+
+def test_other_processes_read_meanwhile_and_another_thread_writes_afterwards(tmp_path):
+    store = curate.Store(tmp_path / "store", create=True)
+    with kept_open():
+        store.measured()
+        code = f"import curate; print(curate.Store({str(store.folder)!r}).sources())"
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(curate.__file__).parents[1]
+        )
+        assert done.stdout.strip() == "[]", done.stderr
+    thread = threading.Thread(target=store.log_throughput, args=("key", 10, 1.0))
+    thread.start()
+    thread.join()
+    assert store.throughput("key") == 10
+
+
+def written_by_another_process(store) -> bool:
+    code = f"import curate; curate.Store({str(store.folder)!r}, patience=0.1).log_throughput('key', 10, 1.0)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(curate.__file__).parents[1]
+    )
+    return done.returncode == 0
