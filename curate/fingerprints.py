@@ -72,7 +72,7 @@ class FingerprintCache:
 
     def template(self, folder: Path, model: Path) -> Template | None:
         """`template_of` a folder's tokenizer, which is loaded only where a file of it has changed. model: the folder with the generation settings."""
-        from curate.rendering import from_json, to_json
+        from curate.passes.chat import template_from_json, template_to_json
 
         settings = [model / name for name in ("generation_config.json", "config.json")]
         about = content_id(self._tokenizer_state(folder), [file_state(f) if f.is_file() else "" for f in settings], 2)
@@ -81,9 +81,9 @@ class FingerprintCache:
             from curate.passes.chat import template_of
             from curate.passes.tokens import load_tokenizer
 
-            return to_json(template_of(load_tokenizer(folder), stop_ids(model)))
+            return template_to_json(template_of(load_tokenizer(folder), stop_ids(model)))
 
-        return from_json(self.kept(f"template|{folder.resolve()}|{about}", looked))
+        return template_from_json(self.kept(f"template|{folder.resolve()}|{about}", looked))
 
     def beyond(self, folder: Path, n: int) -> dict[str, int]:
         """The tokens of a folder's tokenizer whose id is n or more, by id."""

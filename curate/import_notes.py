@@ -18,7 +18,6 @@ NOT_OURS = (*BASE, "index", "key", "run", "checkpoint", "step", "subject")
 
 def check_columns(store: Store, columns: Mapping[str, np.ndarray]) -> None:
     """UsageError for a column whose name is one of ours, a score's, a column of the user's data, or an imported one of another type."""
-    from curate.importing import numeric_names
     from curate.scores import SCORES
 
     readable = numeric_names() | {"n_samples", "n_correct", "accuracy", "target_nll", "target_logp", "trained"}
@@ -65,7 +64,6 @@ def _score_names(text: str) -> list[str]:
 
 def notes_of(store: Store, one: Import, places: pl.DataFrame, columns: Mapping[str, np.ndarray]) -> list[str]:
     """Sentences about values that are unknown, that were there already, or that stand where nobody looks for them."""
-    from curate.importing import numeric_names
 
     notes = [*_unknown(columns), *_order(places)]
     ours = numeric_names()
@@ -135,3 +133,11 @@ def _there_already(store: Store, one: Import) -> list[str]:
                 f"{', '.join(shared)} came with import {old.number} ({old.file}) too: where both have a row, this file's values count."
             )
     return notes
+
+
+def numeric_names() -> set[str]:
+    """Columns that scores compute with: they are numbers, whatever they look like in a file."""
+    from curate.scores import DATASET_VALUES, SCORES
+
+    needs = [need for one in (*SCORES.values(), *DATASET_VALUES.values()) for need in (*one.needs, *one.optional)]
+    return {need.rpartition(".")[2] for need in needs if not need.startswith("row.")}

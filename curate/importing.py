@@ -27,7 +27,7 @@ import numpy as np
 import polars as pl
 
 from curate.errors import UsageError, ValidationError
-from curate.import_notes import check_columns, notes_of
+from curate.import_notes import check_columns, notes_of, numeric_names
 from curate.import_rows import Found, check_lines, find_rows
 from curate.import_table import GROUPED, Table, numbers, read_table, step_of, steps_of, text_of, values_of
 from curate.naming import natural
@@ -338,14 +338,6 @@ def _with_meaning(table: Table, mapping: Mapping[str, str], ours: str, theirs: s
         table.refuse((values != 0) & (values != 1) & ~np.isnan(values), theirs, "true or false")
         return {"trained": np.ma.MaskedArray(values == 1, np.isnan(values))}
     return {{"nll": "target_nll", "logp": "target_logp"}.get(ours, ours): values}
-
-
-def numeric_names() -> set[str]:
-    """Columns that scores compute with: they are numbers, whatever they look like in a file."""
-    from curate.scores import DATASET_VALUES, SCORES
-
-    needs = [need for one in (*SCORES.values(), *DATASET_VALUES.values()) for need in (*one.needs, *one.optional)]
-    return {need.rpartition(".")[2] for need in needs if not need.startswith("row.")}
 
 
 def lines_of(

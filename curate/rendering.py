@@ -8,7 +8,6 @@ Rows of messages always go through the template. What was measured as messages i
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -266,12 +265,3 @@ def lost_text(counts: Counter[str], n: int, rows: int, model: str, first: Mappin
                 "model that is measured nor one trained on them sees it."
             )
     return found
-
-
-def to_json(template: Template | None) -> str:
-    return json.dumps(None if template is None else {**template.__dict__, "stops": list(template.stops)})
-
-
-def from_json(text: str) -> Template | None:
-    found = json.loads(text)
-    return None if found is None else Template(**{**found, "stops": tuple(found["stops"])})

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any
 
 from curate.data.dialogues import (
@@ -20,6 +19,7 @@ from curate.data.dialogues import (
     split_messages,
     split_text_pair,
 )
+from curate.data.layout import Layout
 from curate.data.prompts import as_messages, beside_prompt, prompt_of, with_system
 from curate.data.records import Problem
 from curate.data.texts import MISSING, answer_text, describe, messages, plain_text, text_or_messages
@@ -38,32 +38,11 @@ FORMATS = {
     "alpaca": "instruction, input, output (or response)",
     "question_answer": "question (or prompt), answer; a final answer stands after '####' or in final_answer",
 }  # beside each prompt: system, and history where it is text
-PREFERENCE = ("preference", "implicit", "hh", "alpaca_preference", "sharegpt_preference")
 THOUSANDS = re.compile(r"[^\d\s,(\[{]*\d{1,3}(?:,\d{3})+(?!\d)[^,]*")
 KNOWN_COLUMNS = (
     "prompt", "chosen", "rejected", "completion", "answer", "final_answer", "label", "messages", "conversations", "question",
     "instruction", "input", "context", "output", "response", "system", "history",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Layout:
-    """A format as one source has it: which column the prompt and the reply come from, and which columns the row uses up."""
-
-    format: str
-    convert: Callable[[dict[str, Any], Layout, list[Problem]], Row | None]
-    prompt: str = ""
-    reply: str = ""
-    uses: frozenset[str] = frozenset()
-
-    @property
-    def kind(self) -> str:
-        return "preference" if self.format in PREFERENCE else "sft"
-
-    @property
-    def reads(self) -> frozenset[str]:
-        """Columns that make a difference to its rows: what they use up, and what is looked at and stays a column."""
-        return self.uses | ({"final_answer"} if self.kind == "sft" and self.format != "kto" else set())
 
 
 def layouts(

@@ -19,7 +19,7 @@ from curate.data.texts import MISSING, describe, holds, messages, plain_text, te
 from curate.rows import Message, Text
 
 if TYPE_CHECKING:
-    from curate.data.formats import Layout
+    from curate.data.layout import Layout
 
 BESIDE = ("system", "system_prompt", "history", "input", "context", "instruction", "tools", "functions", "documents")
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")

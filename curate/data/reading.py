@@ -14,7 +14,8 @@ from typing import Any, Literal
 
 from curate.data.cells import number, number_columns
 from curate.data.columns import Columns
-from curate.data.formats import FORMATS, KNOWN_COLUMNS, PREFERENCE, Layout, layouts
+from curate.data.formats import FORMATS, KNOWN_COLUMNS, layouts
+from curate.data.layout import PREFERENCE, Layout
 from curate.data.records import Defect, Problem, Record, SourceInfo, bad_rows_error, row_in_file
 from curate.data.sources import Source, find_sources
 from curate.data.texts import has_binary, holds, jsonable, unpacked, unread_keys

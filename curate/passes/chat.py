@@ -5,6 +5,7 @@ Source: transformers' `apply_chat_template`, as TRL 1.16 calls it; nothing is ap
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -144,3 +145,12 @@ def template_of(tokenizer: PreTrainedTokenizerBase, stops: Sequence[int] = ()) -
 def ids_of(tokenizer: PreTrainedTokenizerBase, rendered: str) -> list[int]:
     """Token ids of a rendered text, as `apply_chat_template` makes them: nothing is put before or after it."""
     return list(tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def template_to_json(template: Template | None) -> str:
+    return json.dumps(None if template is None else {**template.__dict__, "stops": list(template.stops)})
+
+
+def template_from_json(text: str) -> Template | None:
+    found = json.loads(text)
+    return None if found is None else Template(**{**found, "stops": tuple(found["stops"])})
