@@ -178,7 +178,7 @@ def sampled_accuracy(
     checkpoints: Sequence[Path], rows: Sequence[task.Problem], *, samples: int, temperature: float, top_p: float = 1.0
 ) -> np.ndarray:
     """(rows, checkpoints) share of right answers, graded as the demo's recipe does."""
-    from curate.grading import grader
+    from curate.measurements.grading import grader
     from curate.passes.sampling.hf import HfSampler
     from curate.passes.sampling.types import Prompt, Sampling
     from curate.passes.tokens import encode_prompt, load_tokenizer

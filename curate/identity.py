@@ -19,7 +19,7 @@ from curate.engines import engine_name
 from curate.errors import UsageError
 from curate.fingerprints import FingerprintCache
 from curate.kept import Kept
-from curate.perturbing import perturbation
+from curate.measurements.perturbations import perturbation
 from curate.rendering import Renderings
 from curate.rows import content_id
 from curate.servers import Servers
@@ -141,7 +141,7 @@ def params_of(loaded: Loaded, measurement: Measurement, tokenizer: str) -> dict[
         "truncation": tokens.truncation,
     }
     if measurement.reads == "sample":
-        from curate.grading import grader
+        from curate.measurements.grading import grader
 
         params |= {
             "samples": sampling.samples,

@@ -20,7 +20,7 @@ from curate.answers import KeptAnswers, by_prompt, padded
 from curate.embeddings import check_ids, embedding_rows
 from curate.errors import ModelError
 from curate.identity import few_shot_text
-from curate.perturbing import perturbation
+from curate.measurements.perturbations import perturbation
 from curate.plan import Plan, Step
 from curate.progress import Progress
 from curate.rendering import LOOKED_AT, lost_text
@@ -355,7 +355,7 @@ class SampleRunner(Runner):
 
     def __init__(self, loaded: Loaded, progress: Progress, store: Store | None = None):
         super().__init__(loaded, progress)
-        from curate.grading import grader
+        from curate.measurements.grading import grader
 
         self.sampler: Any = None
         self.step: Step | None = None  # whose weights the sampler is to have; None: it has them

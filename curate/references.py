@@ -20,7 +20,7 @@ from curate.rows import Example, Row
 from curate.storage.database import kept_open
 
 if TYPE_CHECKING:
-    from curate.grading import Grader
+    from curate.measurements.grading import Grader
     from curate.plan import Plan
     from curate.recipe import Loaded
     from curate.store import Store
@@ -56,7 +56,7 @@ def check_references(loaded: Loaded, store: Store, plan: Plan) -> list[str]:
     """What is said of the references of the rows that a plan samples. Raises UsageError for a grader that does not work, and where no row can
     be right.
     """
-    from curate.grading import grader
+    from curate.measurements.grading import grader
 
     tasks = [t for step in plan.steps if step.reads == "sample" and step.missing for t in step.tasks]
     if loaded.recipe.kind != "sft" or not any(name in t.measurement.columns for t in tasks for name in GRADED):

@@ -10,7 +10,7 @@ import pytest
 
 import curate
 from curate.errors import UsageError
-from curate.perturbing import perturbation
+from curate.measurements.perturbations import perturbation
 from curate.progress import Progress
 from curate.recipe import load_recipe
 from curate.rows import Example

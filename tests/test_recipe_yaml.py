@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from curate.errors import UsageError
-from curate.grading import grader
+from curate.measurements.grading import grader
 from curate.recipe import load_recipe
 from curate.recipe_yaml import plain, read_yaml
 

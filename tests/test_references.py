@@ -10,7 +10,7 @@ import pytest
 
 import curate
 from curate.errors import UsageError
-from curate.grading import grader
+from curate.measurements.grading import grader
 from curate.progress import Progress
 from curate.recipe import load_recipe
 from curate.references import _graded_by_themselves

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from curate.measurements import measurement
+from curate.measurements.declare import measurement
 
 
 @dataclass(frozen=True, slots=True)

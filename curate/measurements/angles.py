@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from curate.measurements import measurement
+from curate.measurements.declare import measurement
 
 if TYPE_CHECKING:
     import torch

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from curate.measurements import measurement
+from curate.measurements.declare import measurement
 from curate.passes.tokens import Encoded, EncodedPair
 
 

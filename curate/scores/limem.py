@@ -2,7 +2,7 @@
 
     limem = acc · (1 − CR)        acc: accuracy on the problem,  CR: mean accuracy on its perturbations
 
-Perturbations are made by a function of the user's own (`sampling.perturb`, curate/perturbing.py), or are rows of the source like any other,
+Perturbations are made by a function of the user's own (`sampling.perturb`, measurements/perturbations.py), or are rows of the source like any other,
 sampled and graded with their own answers. Two columns of the user's then say what belongs together: `problem`, the same for a problem and its
 perturbations, and `perturbed`, true on the perturbations.
 Source: Xie et al. 2024, arXiv:2410.23123, section 2.

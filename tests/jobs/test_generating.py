@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from curate.errors import UsageError
-from curate.grading import grader
 from curate.jobs.collect.generate import Template, generate, majority, problem_of, with_problem
 from curate.jobs.collect.pick import Candidate, Known
+from curate.measurements.grading import grader
 from curate.passes.sampling.types import Prompt, Sample, Sampling
 from curate.rows import Example
 

@@ -105,9 +105,9 @@ def from_model(template: Path, *, generator: str | None = None, agree: float = 0
 
     def collect(asked: Round) -> tuple[list[Candidate], dict[str, int]]:
         from curate.checkpoints import Subject, find_base, find_model
-        from curate.grading import grader
         from curate.identity import few_shot_text
         from curate.jobs.collect.generate import generate
+        from curate.measurements.grading import grader
         from curate.passes.loading.adapter_config import is_adapter, tokenizer_folder
         from curate.passes.sampling.open import open_sampler
         from curate.passes.sampling.types import Prompt, Sampling

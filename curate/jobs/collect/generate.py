@@ -18,8 +18,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from curate.errors import UsageError
-from curate.grading import Grader
 from curate.jobs.collect.pick import Candidate, Known
+from curate.measurements.grading import Grader
 from curate.passes.sampling.types import Prompt, Sample, Sampler, Sampling
 from curate.rows import Example, Message, Text
 

@@ -94,7 +94,7 @@ def test_the_tables_are_full(small):
 
 
 def test_pairs_are_a_right_and_a_wrong_answer_to_one_prompt(small):
-    from curate.grading import grader
+    from curate.measurements.grading import grader
 
     out, result, _ = small
     pairs = [json.loads(text) for text in (out / "pairs.jsonl").read_text().splitlines()]

@@ -103,7 +103,7 @@ def test_irreducible_nll_by_hand():
 
 
 def test_the_recipes_grader_takes_the_solutions_and_no_others(rows):
-    from curate.grading import grader
+    from curate.measurements.grading import grader
 
     grade = grader("gsm8k").grade
     rng = random.Random(0)

@@ -89,7 +89,7 @@ class MathEquality:
     def _start(self) -> None:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or "." for path in sys.path)}
         self._child = subprocess.Popen(
-            [sys.executable, "-m", "curate.grading_math", str(self.timeout)],
+            [sys.executable, "-m", "curate.measurements.grading_math", str(self.timeout)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -98,7 +98,7 @@ class MathEquality:
         if not self._read(START):
             self.close()
             raise CurateError(
-                "grader math: the process that compares answers did not start; try `python -m curate.grading_math 5`."
+                "grader math: the process that compares answers did not start; try `python -m curate.measurements.grading_math 5`."
             )
 
     def _write(self, data: bytes) -> None:

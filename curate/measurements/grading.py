@@ -31,9 +31,9 @@ from pathlib import Path
 from typing import Any
 
 from curate.errors import UsageError
-from curate.grading_choice import Choice
-from curate.grading_hedged import OTHER_LETTER, hedged, in_doubt, is_revised, last_is_hedged
-from curate.grading_values import MARKUP, last_value, only_value, plain, values, whole_value
+from curate.measurements.grading_choice import Choice
+from curate.measurements.grading_hedged import OTHER_LETTER, hedged, in_doubt, is_revised, last_is_hedged
+from curate.measurements.grading_values import MARKUP, last_value, only_value, plain, values, whole_value
 from curate.objects import load_object, places, source_version
 from curate.rows import Row
 
@@ -367,7 +367,10 @@ def _number() -> Grader:
 
 
 def _math(timeout: float = 5.0) -> Grader:
-    from curate.grading_math import MathEquality, version  # math-verify and sympy, in a child process of their own
+    from curate.measurements.grading_math import (  # math-verify and sympy, in a child process of their own
+        MathEquality,
+        version,
+    )
 
     if isinstance(timeout, bool) or not isinstance(timeout, int | float) or timeout <= 0:
         raise UsageError(f"grader math: timeout is {timeout!r}, expected seconds above 0.")

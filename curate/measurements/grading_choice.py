@@ -16,7 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from curate.grading_hedged import DOUBT, LINK, is_revised
+from curate.measurements.grading_hedged import DOUBT, LINK, is_revised
 from curate.rows import Example, Row
 
 OPEN = r"(?:\\(?:boxed|text|textbf|mathrm|mathbf)\s*\{\s*)*[(\[*_\"'$`\s]*"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import re
 
-from curate.grading_values import MARKUP, Value, plain, values
+from curate.measurements.grading_values import MARKUP, Value, plain, values
 
 Found = tuple[int, int, Value]  # start, end, value
 REVISED = re.compile(
