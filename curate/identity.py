@@ -93,7 +93,12 @@ class Identity:
         settings = content_id(tokenizer, recipe.engine.seed, *(one.model_dump(mode="json") for one in about))
         shots = recipe.sampling.few_shot
         gone = bool(shots) and "\n" not in str(shots) and not self.loaded.resolve(str(shots)).is_file()
-        find = lambda: params_of(self.loaded, measurement, tokenizer)  # noqa: E731
+        few_shot: str | None = None
+        if measurement.reads == "sample":  # asked by itself, so that another grader needs no file again
+            question = f"few-shot text {content_id(shots)}"
+            if not gone or question in self.kept.known:
+                few_shot = self.kept.ask(question, lambda: few_shot_text(self.loaded), gone=gone)
+        find = lambda: params_of(self.loaded, measurement, tokenizer, few_shot)  # noqa: E731
         return dict(self.kept.ask(f"settings of {measurement.name} {settings}", find, gone=gone))
 
     def _rendering(self, measurement: Measurement, subject: Subject) -> dict[str, Any]:
@@ -132,8 +137,8 @@ class Identity:
         return self._engines[key]
 
 
-def params_of(loaded: Loaded, measurement: Measurement, tokenizer: str) -> dict[str, Any]:
-    """The settings that a measurement's values depend on. tokenizer: its fingerprint."""
+def params_of(loaded: Loaded, measurement: Measurement, tokenizer: str, few_shot: str | None = None) -> dict[str, Any]:
+    """The settings that a measurement's values depend on. tokenizer: its fingerprint. few_shot: the text, where it is known already."""
     tokens, sampling = loaded.recipe.tokens, loaded.recipe.sampling
     params: dict[str, Any] = {
         "tokenizer": tokenizer,
@@ -150,7 +155,7 @@ def params_of(loaded: Loaded, measurement: Measurement, tokenizer: str) -> dict[
             "max_new_tokens": sampling.max_new_tokens,
             "stop": sampling.stop,
             "system": sampling.system,
-            "few_shot": few_shot_text(loaded),
+            "few_shot": few_shot if few_shot is not None else few_shot_text(loaded),
             "seed": loaded.recipe.engine.seed,
             "grader": grader(sampling.grader, folder=loaded.folder).fingerprint,
         }

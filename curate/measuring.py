@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -364,11 +365,15 @@ class SampleRunner(Runner):
         )
         perturb = self.recipe.sampling.perturb
         self.perturb = perturbation(perturb, folder=loaded.folder) if perturb else None
-        self.few_shot = few_shot_text(loaded)
         self.kept = KeptAnswers(store) if store is not None else None
         self.said = Counter[str]()
         self.label = "the model"
         self.lost = Counter[str]()  # rows that were not asked, by why; or whose prompt lost a turn's text
+
+    @cached_property
+    def few_shot(self) -> str | None:
+        """Read where a prompt is made: answers that are kept need no file of it."""
+        return few_shot_text(self.loaded)
 
     def use(self, step: Step) -> None:
         self.step, self.label = step, step.subject.label

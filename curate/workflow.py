@@ -192,6 +192,8 @@ def _run(loaded: Loaded, steps: Sequence[str], result: Result, progress: Progres
             progress.say(note)
         if result.measured or "score" not in steps:
             store.keep(loaded.name, kept.record())
+    elif "score" in steps:
+        _grade_kept(loaded, result, progress)
     scored = _compute(loaded, result, sources, progress) if "score" in steps else None
     decided = _decide(loaded, result, sources, scored) if "select" in steps and loaded.recipe.select else None
     follows = _views_follow(loaded, steps, result, sources, progress)
@@ -354,6 +356,23 @@ def _measure(loaded: Loaded, result: Result, progress: Progress) -> None:
             result.measured = measure(loaded, result.store, result.plan, progress)
         if result.plan.lengths is not None:
             result.plan.lengths.forget()
+
+
+def _grade_kept(loaded: Loaded, result: Result, progress: Progress) -> None:
+    """Another grader, or fewer samples, over answers that are kept: no model is asked for them, so scoring alone does it."""
+    from curate.measuring import measure
+
+    plan = result.plan
+    assert plan is not None
+    free = [step for step in plan.steps if step.reads == "sample" and step.missing and step.graded == step.missing]
+    if not free:
+        return
+    graded = replace(plan, steps=free)
+    for note in check_references(loaded, result.store, graded):
+        progress.say(note)
+    rows = sum(step.missing for step in free)
+    progress.say(f"The kept answers of {rows:,} rows are graded as the recipe says now; no model is asked.")
+    result.measured = measure(loaded, result.store, graded, progress)
 
 
 @dataclass(frozen=True)

@@ -259,3 +259,25 @@ def test_rounds_of_adapters_collect_by_the_states_of_the_last_one(place):
         collect=from_pool(str(place / "pool.jsonl"), "states"),
     )
     assert [(line["rows"], line["hard"]) for line in lines] == [(4, 4), (7, 7)]
+
+
+@pytest.mark.parametrize("left", ["nothing", "config"])
+def test_scores_of_a_moved_store_touch_no_adapter_s_base(place, tmp_path, left):
+    """The adapters came along, their base did not, or only its configuration."""
+    from curate.workflow import run_steps
+
+    models = {"reference": "base", "checkpoints": "runs/dpo", "on_broken_checkpoint": "skip"}
+    path = recipe(place, "moved", ["never_flipped"], models=models)
+    before = curate.run(path).store.sql("SELECT row_id, never_flipped FROM scored ORDER BY 1").rows()
+    shutil.copytree(place / "stores" / "moved", tmp_path / "stores" / "moved")
+    shutil.copytree(place / "runs", tmp_path / "runs")
+    for config in (tmp_path / "runs").rglob("adapter_config.json"):
+        told = json.loads(config.read_text())
+        config.write_text(json.dumps(told | {"base_model_name_or_path": "base"}))
+    shutil.copy(path, tmp_path)
+    if left == "config":
+        (tmp_path / "base").mkdir()
+        for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(place / "base" / name, tmp_path / "base")
+    found = run_steps(load_recipe(tmp_path / "moved.yaml"), ["score"], progress=Progress(quiet=True), command="score")
+    assert found.store.sql("SELECT row_id, never_flipped FROM scored ORDER BY 1").rows() == before

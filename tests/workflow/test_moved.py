@@ -164,3 +164,16 @@ def test_the_store_names_no_folder_of_the_machine(measured):
     found = [path for path in measured.joinpath("store").rglob("*") if path.is_file() and path.name != "weights.json"]
     assert len(found) > 10
     assert [path.name for path in found if str(measured).encode() in path.read_bytes()] == []
+
+
+def test_another_grader_over_kept_answers_needs_no_model(measured, laptop, capsys):
+    (laptop / "other_grader.py").write_text("def kind(text, answer):\n    return True\n")
+    recipe = laptop / "sft.yaml"
+    change = {"sampling.grader": "other_grader:kind"}
+    found = step(recipe, "score", Progress(), **change)
+    assert "graded as the recipe says now; no model is asked" in capsys.readouterr().err
+    assert found.store.scored(recipe="sft")["accuracy"].drop_nulls().to_list() == [1.0] * 6
+    fewer = step(recipe, "score", **change, **{"sampling.samples": 1})
+    assert fewer.store.scored(recipe="sft")["accuracy"].drop_nulls().to_list() == [1.0] * 6
+    with pytest.raises(UsageError, match="never measured as the recipe has it now"):
+        step(recipe, "score", **change, **{"sampling.samples": 3})
