@@ -149,6 +149,11 @@ class Renderings:
             )
         return formats == {QUESTIONS}
 
+    def _some_questions(self) -> bool:
+        """Whether any source holds questions with answers; beside others too, where all are asked as plain text."""
+        formats = set(self.loaded.formats()) if self.loaded.recipe.kind == "sft" and self.loaded.formats else set()
+        return QUESTIONS in formats
+
     def notes(self, subjects: Iterable[Subject]) -> list[str]:
         """A line for each thing to know of the models' templates, each once."""
         rule = self.loaded.recipe.tokens.chat
@@ -156,7 +161,7 @@ class Renderings:
         for subject in subjects:
             if Path(subject.home).is_dir():
                 found += self.of(subject).notes(Path(subject.tokenizer).name, rule)
-            elif rule == "auto" and "standard" in self.styles and self._questions():
+            elif rule == "auto" and "standard" in self.styles and self._some_questions():
                 found.append(
                     "Question/answer rows are asked as plain text: whether the server's model has a chat template is not known here. "
                     "`--set tokens.chat=always` asks it as a chat."

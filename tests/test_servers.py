@@ -11,7 +11,7 @@ import yaml
 pytest.importorskip("openai")
 
 import curate
-from curate.errors import EngineError, UsageError
+from curate.errors import EngineError, UsageError, ValidationError
 from curate.passes.sampling.server_probe import Noise, Spoken, difference, measured_noise
 from curate.progress import Progress
 from curate.recipe import load_recipe
@@ -260,3 +260,29 @@ def test_a_server_that_fails_on_some_prompts_is_known_by_the_others(tmp_path):
         server.refuses = lambda prompt: True
         with pytest.raises(EngineError):
             plan_of(path)
+
+
+def test_sources_of_several_formats_are_asked_alike_where_a_server_is_all_there_is(tmp_path):
+    """Nothing would be asked as a chat, so there is nothing to decide."""
+    (tmp_path / "questions.jsonl").write_text(
+        "".join(json.dumps({"question": f"{i}+1?", "answer": str(i + 1)}) + "\n" for i in range(3))
+    )
+    (tmp_path / "texts.jsonl").write_text(
+        "".join(json.dumps({"prompt": f"say {i}", "completion": f" {i}"}) + "\n" for i in range(3))
+    )
+    with Served() as server:
+        given = {
+            "kind": "sft",
+            "source": [str(tmp_path / "questions.jsonl"), str(tmp_path / "texts.jsonl")],
+            "store": str(tmp_path / "store"),
+            "engine": {"sampler": "openai"},
+            "server": {"url": server.url},
+            "sampling": {"samples": 1, "max_new_tokens": 4, "grader": "number"},
+            "scores": ["accuracy"],
+        }
+        told = make_plan(load_recipe(given), progress=Progress(quiet=True)).text()
+        assert "asked as plain text" in told and "3 of 6 rows have no answer" in told
+        assert curate.run(given).measured == {"sample": 6}
+        (tmp_path / "alone.jsonl").write_text('{"prompt": "say 1"}\n')
+        with pytest.raises(ValidationError, match="A prompt alone is neither measured nor graded"):
+            make_plan(load_recipe({**given, "source": str(tmp_path / "alone.jsonl")}), progress=Progress(quiet=True))

@@ -289,6 +289,8 @@ def find_layout(source: str, head: list[dict[str, Any]], *, kind: str | None, fo
         hint = " To train on the chosen replies: `--set kind=sft --set source.columns.completion=chosen`."
     elif {"chosen", "rejected"} <= set(names):
         hint = " 'chosen' and 'rejected' are texts without turns, so the prompt has to be a column of its own."
+    elif {"prompt", "question", "instruction"} & set(names) and kind != "preference":
+        hint = " A prompt alone is neither measured nor graded: it needs a completion (for likelihoods) or an answer (to grade samples by)."
     listing = "\n".join(f"    {name:20} {what}" for name, what in FORMATS.items())
     raise ValidationError(
         f"{source}: no known format has the columns {', '.join(names)}.{hint} Name them with `--set source.columns.<ours>=<theirs>`. "
