@@ -8,13 +8,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from curate.dpo import asks_for_beta, beta_of, deviation_text
 from curate.errors import UsageError, ValidationError
 from curate.passes.chat import as_chat
 from curate.recipe import Export, Loaded
 from curate.rendering import card_notes, measured_as, styles_of
-from curate.scores import resolve
 from curate.scores.flags import ADVICE
 from curate.sourcing import noted
+from curate.wanted import wanted_scores
 
 if TYPE_CHECKING:
     from curate.data import ExportResult, ExportRow
@@ -45,7 +46,7 @@ def export_selection(
 def _export(
     loaded: Loaded, store: Store, selection: Selection, sources: list[str], asked: Export, subjects: Subjects
 ) -> ExportResult:
-    from curate.data import TrainedAs, export
+    from curate.data import export
 
     columns = _columns(loaded, store)
     if asked.weight:
@@ -63,9 +64,7 @@ def _export(
         resample=asked.resample,
         seed=loaded.recipe.engine.seed,
         push_to_hub=asked.push_to_hub,
-        trainer=TrainedAs(
-            loaded.recipe.tokens.max_length, loaded.recipe.tokens.truncation, _beta(loaded), bool(_flagged(loaded))
-        ),
+        trainer=_trained_as(loaded),
     )
 
 
@@ -91,13 +90,13 @@ def _columns(loaded: Loaded, store: Store) -> list[str]:
     return list(asked.columns) if isinstance(asked.columns, list) else []
 
 
-def _beta(loaded: Loaded) -> float | None:
-    """β of the first score that has one."""
-    for request in loaded.recipe.scores:
-        params = resolve(request.score, folder=loaded.folder).check(request.params)
-        if "beta" in params:
-            return float(params["beta"])
-    return None
+def _trained_as(loaded: Loaded) -> Any:
+    from curate.data import TrainedAs
+
+    recipe = loaded.recipe
+    beta = beta_of(recipe) if asks_for_beta(recipe) else None
+    unlike = [] if beta is None else deviation_text(wanted_scores(loaded), beta)
+    return TrainedAs(recipe.tokens.max_length, recipe.tokens.truncation, beta, bool(_flagged(loaded)), tuple(unlike))
 
 
 def _flagged(loaded: Loaded) -> str:

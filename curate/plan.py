@@ -16,6 +16,7 @@ from curate.answers import KeptAnswers
 from curate.checkpoints import Subject
 from curate.cost import AnswerTokens, step_line, weights_size, with_cost
 from curate.directions import Directions
+from curate.dpo import beta_of, deviation_text
 from curate.errors import UsageError
 from curate.fingerprints import FingerprintCache
 from curate.identity import Identity, Task
@@ -92,7 +93,7 @@ class Plan:
     `uses`. recorded: the recorded training run that they are read from, if any. pool: the rows that neighbours are taken from. of_lengths:
     what is said of rows that are too long, of_references: of those that cannot be graded, of_models: of the models, their chat templates above all.
     doubts: whether a server's model is the recipe's, which --quiet does not hide.
-    lengths: of the recipe's rows, None where no model is run.
+    lengths: of the recipe's rows, None where no model is run. beta: DPO's, of pairs; of_beta: what is said where scores take another one.
     """
 
     wanted: list[Wanted]
@@ -109,6 +110,8 @@ class Plan:
     of_server: list[str] = field(default_factory=list)
     doubts: list[str] = field(default_factory=list)
     of_references: list[str] = field(default_factory=list)
+    beta: float | None = None
+    of_beta: list[str] = field(default_factory=list)
     chat_only: bool = False
     unused: list[str] = field(default_factory=list)
 
@@ -171,6 +174,7 @@ class Plan:
             *self.of_answers(),
             *self.of_references,
             *self.of_lengths,
+            *self.of_beta,
             *self.unused,
         ]
 
@@ -224,6 +228,9 @@ def make_plan(
     servers = Servers(loaded, store.folder, ask=ask, rows=first_rows(store, loaded, train))
     subjects = find_subjects(loaded, cache, servers, kept)
     plan = Plan(wanted, subjects)
+    if recipe.kind == "preference":
+        plan.beta = beta_of(recipe)
+        plan.of_beta = deviation_text(wanted, plan.beta)
     if not subjects.reference and not subjects.series:
         plan.recorded = run_meant(loaded, store)
         plan.uses = (

@@ -142,7 +142,11 @@ class Sampling(Strict):
 class Forecast(Strict):
     """The training that forecasts are about, and the short warm-up that curate runs itself where a score asks for one."""
 
-    beta: float = Field(0.1, gt=0, description="DPO's β")
+    beta: float = Field(
+        0.1,
+        gt=0,
+        description="DPO's β: of forecasts, of scores that set none, of trainer_args.json; not given: the one that the scores agree on",
+    )
     optimizer: str | None = Field(
         None,
         description="optimizer.pt of a trainer's checkpoint, for step: adam; null: the measured checkpoint's own, else a warm-up's",

@@ -153,7 +153,7 @@ def compute_dataset_values(
 ) -> list[DatasetValue]:
     """Every dataset value whose columns are known, with its interval, per run and checkpoint where it is over checkpoints.
 
-    A threshold or β that the recipe sets for a score is used for the dataset values that share the parameter; those about one score are
+    A threshold that the recipe sets for a score is used for the dataset values that share the parameter, and so is DPO's β; those about one score are
     computed where the recipe asks for it, with its settings.
     """
     from curate.scores import DATASET_VALUES
@@ -165,6 +165,8 @@ def compute_dataset_values(
     for want in plan.wanted:
         for key, value in want.params.items():
             settings.setdefault(key, value)
+    if plan.beta is not None:
+        settings["beta"] = plan.beta
     result = []
     for declared in DATASET_VALUES.values():
         about = next((want.params for want in plan.wanted if want.score.name == declared.of), None)

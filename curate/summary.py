@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from curate.dpo import dpo_beta
 from curate.errors import UsageError
 from curate.imported import imported_values
 from curate.progress import counted
@@ -138,7 +139,7 @@ def summarise(store: Store, *, recipe: str | None = None, between: tuple[int, in
     known = store.recipes()
     mine = next((r for r in known if recipe in (None, r["name"])), None)
     threshold = setting(mine, "threshold", of="premem_accuracy")
-    beta = setting(mine, "beta") or 0.1
+    beta = _beta(mine)
     runs = stored_runs(store, ("chosen_logp", "rejected_logp"), kind="preference", recipe=mine)
     flips = [_flips(run, beta, between or (run.steps[0], run.steps[-1])) for run in _comparable(runs, between)]
     name = mine["name"] if mine else None
@@ -201,6 +202,15 @@ def _imported_lines(columns: list[dict[str, Any]]) -> list[str]:
             parts.append(table(other, head=("column", "rows with a value", "different values", "import")))
         lines += [said + ":", *parts] if parts else []
     return lines
+
+
+def _beta(recipe: dict[str, Any] | None) -> float:
+    """DPO's β of a kept recipe."""
+    from curate.recipe import ScoreRequest
+
+    raw = (read_yaml(recipe["text"])[0] or {}) if recipe else {}
+    given = (raw.get("forecast") or {}).get("beta")
+    return dpo_beta(given, [ScoreRequest.read(entry) for entry in raw.get("scores") or []])
 
 
 def setting(recipe: dict[str, Any] | None, key: str, *, of: str | None = None) -> float | None:

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel
 
+from curate.dpo import has_beta
+
 if TYPE_CHECKING:
     from curate.plan import Plan
     from curate.recipe import Loaded
@@ -27,7 +29,9 @@ def unused_settings(loaded: Loaded, plan: Plan) -> list[str]:
     if not gradients:
         found += _changed("gradients", recipe.gradients)
     if "direction" not in passes:
-        found += _changed("forecast", recipe.forecast)
+        of_scores = recipe.export is not None or any(has_beta(want.score.name) for want in plan.wanted)
+        used = ("forecast.beta",) if recipe.kind == "preference" and of_scores else ()  # an export's trainer takes it
+        found += [name for name in _changed("forecast", recipe.forecast) if name not in used]
     found += [f"targets.{name}" for name in recipe.targets if name not in named]
     policy = plan.subjects.policy
     if policy is not None and all(step.subject.path != policy.path for step in plan.steps):

@@ -28,13 +28,15 @@ class Wanted:
 
 def wanted_scores(loaded: Loaded) -> list[Wanted]:
     """The recipe's scores, found and checked. UsageError for a misspelt name, a wrong parameter, or a score of the other kind of row."""
+    from curate.dpo import beta_of, has_beta
     from curate.scores import resolve
 
-    found = []
+    found, beta = [], beta_of(loaded.recipe)
     for request in loaded.recipe.scores:
         try:
             score = resolve(request.score, folder=loaded.folder)
-            params = score.check(request.params)
+            own = {"beta": beta} if has_beta(request.score) and "beta" not in request.params else {}
+            params = score.check({**request.params, **own})
         except UsageError as error:
             raise UsageError(f"{loaded.path or 'recipe'}: scores: {error}") from None
         if score.kind not in ("any", loaded.recipe.kind):

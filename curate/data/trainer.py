@@ -20,12 +20,16 @@ OF = {"DPOConfig": "dpo_config.py", "SFTConfig": "sft_config.py"}
 
 @dataclass(frozen=True)
 class TrainedAs:
-    """What the settings follow from: how rows were cut when they were measured, the β of the scores, and whether signs of squeezing were scored."""
+    """What the settings follow from: how rows were cut when they were measured, DPO's β, and whether signs of squeezing were scored.
+
+    unlike: sentences on what was measured or scored otherwise than these settings train.
+    """
 
     max_length: int | None
     truncation: str
     beta: float | None = None
     squeezing: bool = False
+    unlike: tuple[str, ...] = ()
 
     def args(self, layout: str) -> tuple[str, dict[str, Any]] | None:
         """The configuration class that trains on an export of this layout, and its arguments; None for layouts that neither takes.
@@ -56,6 +60,8 @@ def write_trainer_args(folder: Path, trained: TrainedAs, layout: str) -> list[st
     (folder / FILE).write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
     shown = ", ".join(f"{name}={value!r}" for name, value in kept.items())
     notes = [f"`{config}(output_dir=..., **json.load(open('{FILE}')))` trains as it was measured: {shown}."]
+    if config == "DPOConfig":
+        notes += trained.unlike
     left = sorted(set(args) - set(kept))
     if left:
         notes.append(f"TRL {_installed()} has no argument {', '.join(left)}: {FILE} leaves it out.")
