@@ -36,8 +36,8 @@ def control_of(rows: Candidates, spec: SelectSpec, decisions: Decisions) -> Deci
         said = "control: drawn" if drawn[i] else "control: not among those drawn"
         deciding.reasons[i] = Reason("control", f"{said} {how} (seed {spec.seed})")
     deciding.notes.clear()  # the selection's own say it
-    names = np.array([str(g) for g in rows.groups], object)
-    by_group = {str(g): int((drawn & (names == str(g))).sum()) for g in dict.fromkeys(rows.groups)}
+    names = np.array([deciding.names[g] for g in rows.groups], object)
+    by_group = {name: int((drawn & (names == name)).sum()) for name in deciding.names.values()}
     missing = int(decisions.kept.sum() - drawn.sum())
     if missing and not by_tokens:
         deciding.notes.append(

@@ -166,6 +166,7 @@ class _Deciding:
         self.left = np.ones(self.n, bool)
         self.reasons: list[Reason | None] = [None] * self.n
         self.notes: list[str] = []
+        self.names = group_names(spec, rows.groups)
 
     def drop(self, which: np.ndarray, why: Callable[[int], Reason]) -> int:
         """Drop these of the rows that are left; returns how many."""
@@ -253,11 +254,12 @@ class _Deciding:
         self._check_groups(members)
         by_group: dict[str, int] = {}
         for group, index in members.items():
-            budget = spec.budgets.get(str(group), budget_of(spec.keep))
+            name = self.names[group]
+            budget = spec.budgets.get(name, budget_of(spec.keep))
             n_kept = self._keep_of(group, index, budget)
             rank[index] = np.arange(1, len(index) + 1)
             kept[index[:n_kept]] = True
-            by_group[str(group)] = n_kept
+            by_group[name] = n_kept
         return self.decisions(kept, rank, by_group)
 
     def decisions(self, kept: np.ndarray, rank: np.ndarray, by_group: Mapping[str, int]) -> Decisions:
@@ -276,7 +278,7 @@ class _Deciding:
         if self.spec.counts_tokens:
             counts["tokens_kept"] = int(tokens_of(self.rows, np.flatnonzero(kept)).sum())
             if self.spec.group:
-                names = np.array([str(g) for g in self.rows.groups], object)
+                names = np.array([self.names[g] for g in self.rows.groups], object)
                 counts["tokens_per_group"] = {
                     g: int(tokens_of(self.rows, np.flatnonzero(kept & (names == g))).sum()) for g in by_group
                 }
@@ -292,7 +294,7 @@ class _Deciding:
         cost = np.cumsum(tokens_of(self.rows, index) if kind == "tokens" else self.rows.weight[index])
         most: float = whole(amount * cost[-1]) if kind == "share" else amount
         n_kept = int((cost <= most).sum())
-        of = f" of {self.spec.group} {group if group is not None else 'NULL'}" if self.spec.group else ""
+        of = f" of {self.spec.group} {self.names[group]}" if self.spec.group else ""
         limit = f"{kind} {amount:.4g}" if kind == "share" else f"{int(amount):,} {kind}"
         everything = kind == "share" and amount == 1
         by = self._by()
@@ -302,7 +304,7 @@ class _Deciding:
             else:
                 text = f"beyond keep {limit}{of}{by}"
             self.reasons[i] = Reason("keep", text, *(() if everything else (float(cost[place]), float(most))))
-        name = f"{self.spec.group} {group if group is not None else 'NULL'}: " if self.spec.group else ""
+        name = f"{self.spec.group} {self.names[group]}: " if self.spec.group else ""
         if not n_kept and amount:
             why = f"; its first row has {cost[0]:,.0f} tokens" if kind == "tokens" else ""
             self.notes.append(f"keep: {name}{limit} keeps none of {len(index):,} rows{why}.")
@@ -328,17 +330,35 @@ class _Deciding:
         check_groups(self.spec, self.rows.groups)
         count = Counter(self.rows.groups)
         for group in sorted(set(self.rows.groups) - set(members), key=str):
-            name = group if group is not None else "NULL"
+            name = self.names[group]
             self.notes.append(
                 f"per: no row of {column} {name} is left to keep any of: the rules before drop all {count[group]:,}."
             )
         if count[None]:
-            self.notes.append(f"per: {column} is NULL for {count[None]:,} rows: they are a group of their own, `None`.")
+            self.notes.append(
+                f"per: {column} is NULL for {count[None]:,} rows: they are a group of their own, `{self.names[None]}`."
+            )
+
+
+def group_names(spec: SelectSpec, found: Iterable[str | None]) -> dict[str | None, str]:
+    """What a recipe and a message call each group: its text; rows without one are NULL, in brackets where that is some row's text.
+
+    A budget called None is theirs where no row has that text: earlier recipes call them so.
+    """
+    groups = dict.fromkeys(found)
+    names: dict[str | None, str] = {group: group for group in groups if group is not None}
+    if None in groups:
+        null = "NULL"
+        while null in names:
+            null = f"({null})"
+        old = "None" in spec.budgets and "None" not in names and null not in spec.budgets
+        names[None] = "None" if old else null
+    return names
 
 
 def check_groups(spec: SelectSpec, found: Iterable[str | None]) -> None:
     """UsageError for a group that no row is of, or that has no budget."""
-    budgets, names, column = spec.budgets, {str(g) for g in found}, spec.group
+    budgets, names, column = spec.budgets, set(group_names(spec, found).values()), spec.group
     if not isinstance(spec.per, Mapping):
         return
     strange = sorted(set(budgets) - names)

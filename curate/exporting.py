@@ -171,20 +171,25 @@ def _check_weights(name: str, loaded: Loaded, store: Store, selection: Selection
         raise UsageError(
             f"export.weight: the column {name!r} holds text, expected numbers. Write them without quotes in the source, or name another column."
         )
-    weights = [None if w is None else float(w) for w in found["weight"]]
+    weights = [None if w is None or math.isnan(w) else float(w) for w in found["weight"]]
     wrong: dict[str, list[str]] = {}
     for source, index, weight in zip(found["source"], found["index"], weights, strict=True):
         why = "unknown" if weight is None else "infinite" if math.isinf(weight) else "below 0" if weight < 0 else ""
         if why:
             wrong.setdefault(why, []).append(f"{source}, row {index + 1}" + (f": {weight:g}" if weight else ""))
     if wrong:
+        finite = (
+            f"isfinite({column}::DOUBLE) AND "
+            if any(w is not None and not math.isfinite(w) for w in found["weight"])
+            else ""
+        )
         told = "; ".join(
             f"{why} in {len(places):,} ({', '.join(places[:3])}{', …' if len(places) > 3 else ''})"
             for why, places in wrong.items()
         )
         raise ValidationError(
             f"export.weight: {name!r} cannot weight {sum(map(len, wrong.values())):,} of the {len(weights):,} kept rows: {told}. A weight is a "
-            f"number of at least 0. Leave these rows out with select.where: '{column} IS NOT NULL AND {column} >= 0', or name another column."
+            f"number of at least 0. Leave these rows out with select.where: '{column} IS NOT NULL AND {finite}{column} >= 0', or name another column."
         )
     if weights and not any(weights):
         raise ValidationError(

@@ -298,6 +298,8 @@ class Select(Strict):
 
 
 def _group_name(group: Any) -> str:
+    if group is None:
+        return "NULL"  # rows without a group
     return str(group).lower() if isinstance(group, bool) else str(group)
 
 

@@ -327,6 +327,14 @@ def check_numbers(store: Store, spec: SelectSpec, recipe: str | None) -> None:
         if name in spec.worst:  # a column, which curate and the user may both have
             store.check_sql(quote(name), f"select.drop_worst.{name}", recipe=recipe)
         if str(kinds.get(name)) == "String":
+            told = store.numbers_in(name, recipe=recipe)
+            if told is not None:
+                raise UsageError(
+                    f"select.drop_worst: {name!r} is text, and {told.how_many} of its values are numbers. drop_worst takes a column of numbers: "
+                    "write them without quotes (and commas) in the source, or select by the cast instead, with a bound: "
+                    f"`where: {told.cast} >= …`, or by rank: `order_by: {told.cast} desc` (asc where high is bad) and "
+                    f"`keep: {{share: {1 - spec.drop_worst[name]:g}}}`."
+                )
             raise UsageError(
                 f"select.drop_worst: {name!r} is text, which has no high and no low end. Use `where`, such as `where: {name} <> '…'`."
             )

@@ -684,6 +684,12 @@ class Store:
             views.narrow(con, f"scored occurrences {text}", recipe=recipe, sources=None)
             return misread.checked(con, text, key, misread.frame(con, recipe, planned), is_order=is_order)
 
+    def numbers_in(self, column: str, *, recipe: str | None = None) -> misread.Numbers | None:
+        """Of a column of `scored` that is text: which of it are numbers, and the cast that reads them. None where less than half are."""
+        with self.database.read() as con:
+            views.narrow(con, "scored", recipe=recipe, sources=None)
+            return misread.numbers_in(con, misread.quoted(column), "scored")
+
     def conjuncts(self, where: str) -> list[conjuncts.Conjunct]:
         """The parts of a condition that AND joins, with what they compare."""
         with self.database.read() as con:

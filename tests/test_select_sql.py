@@ -8,7 +8,7 @@ import pytest
 
 from curate.errors import UsageError, ValidationError
 from curate.rows import Example, Message
-from curate.select import SelectSpec, check_select, select
+from curate.select import SelectSpec, check_select, select, select_with_control
 from curate.store import Store
 
 
@@ -228,7 +228,7 @@ def test_random_in_sql_is_refused(tmp_path):
     ({"drop_worst": {"loss": 0.05}}, "drop_worst: 5% of 4 rows by loss is not one row: it drops none."),
     ({"where": "topic = 'x'", "per": "topic"}, "per: no row of topic y is left to keep any of: the rules before drop all 2."),
     ({"where": "topic = 'x'", "per": {"topic": {"x": 0.5, "y": 0.5}}}, "per: no row of topic y is left"),
-    ({"per": "nullif(topic, 'y')"}, "per: nullif(topic, 'y') is NULL for 2 rows: they are a group of their own, `None`."),
+    ({"per": "nullif(topic, 'y')"}, "per: nullif(topic, 'y') is NULL for 2 rows: they are a group of their own, `NULL`."),
     ({"per": "topic", "keep": {"share": 0.1}}, "keep: topic x: share 0.1 keeps none of 2 rows."),
     ({"keep": {"rows": 9}}, "keep: 9 rows is more than there is (4 rows left): all of it is kept."),
     ({"exclude": "heldout"}, "exclude: heldout drops no row"),
@@ -348,3 +348,85 @@ def test_a_mistake_in_a_runs_transaction_is_told_as_anywhere(tmp_path, spec, tol
 def test_a_comparison_with_what_surrounds_a_subquery(tmp_path):
     where = "EXISTS (SELECT 1 FROM occurrences o WHERE o.row_id = scored.row_id AND o.index >= scored.position)"
     assert kept(made(tmp_path, [{}] * 3), where=where)[0] == "012"
+
+
+# ---- what orders nothing, groups without a value, text that is to have a bad end --------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text", ["1", "'loss'", "loss, 2 desc", "1 + 1", "lower('A')", "NULL", "CAST(1 AS BIGINT)", "current_date"]
+)
+def test_a_constant_orders_nothing(tmp_path, text):
+    store = made(tmp_path, [{"topic": "x"}] * 3)
+    for ask in (
+        lambda: kept(store, order_by=text),
+        lambda: check_select(store, SelectSpec(order_by=text), worst={}, planned=[], recipe="r"),
+    ):
+        with pytest.raises(
+            UsageError,
+            match=r"select.order_by: .* is the same for every row, so it orders nothing. Write the name of a column",
+        ):
+            ask()
+    if "," not in text:
+        with pytest.raises(UsageError, match=r"select.per: .* makes one group of all rows"):
+            kept(store, per=text)
+        with pytest.raises(UsageError, match=r"select.per: .* makes one group of all rows"):
+            kept(store, per={text: {"loss": 0.5}}, keep={"share": 1.0})
+
+
+def test_what_is_no_constant_orders(tmp_path):
+    store = made(tmp_path, [{"topic": "x"}, {"topic": "y"}])
+    assert kept(store, order_by="-loss", keep={"rows": 1})[0] == "1"
+    assert kept(store, order_by="loss + 1 desc", keep={"rows": 1})[0] == "1"
+    assert kept(store, order_by="random", keep={"rows": 2})[0] == "01"
+
+
+def test_rows_without_a_group_are_not_those_of_the_group_none(tmp_path):
+    topics = [None, None, None, "None", "None", "NULL"]
+    store = made(tmp_path, [{"topic": t} for t in topics])
+    found, told = kept(
+        store, per={"topic": {"None": {"rows": 1}, "NULL": {"rows": 1}, "(NULL)": {"rows": 2}}}, order_by="loss"
+    )
+    assert found == "0135" and told.counts["kept_per_group"] == {"(NULL)": 2, "None": 1, "NULL": 1}
+    assert any("a group of their own, `(NULL)`" in note for note in told.counts["notes"])
+    assert {r.text.split(" by ")[0] for r, k in zip(told.reasons, told.kept, strict=True) if k} == {
+        "kept: within keep 2 rows of topic (NULL)", "kept: within keep 1 rows of topic None", "kept: within keep 1 rows of topic NULL"}  # fmt: skip
+    with pytest.raises(UsageError, match=r"no share for '\(NULL\)'"):
+        kept(store, per={"topic": {"None": 0.5, "NULL": 0.5}})
+    control = select_with_control(
+        store, SelectSpec(per="topic", keep={"rows": 1}, control="random"), worst={}, recipe="r", sources=("a",)
+    )[1]
+    assert control.counts["kept_per_group"] == {"(NULL)": 1, "None": 1, "NULL": 1}
+
+
+def test_a_budget_called_none_is_of_null_where_no_text_is_none(tmp_path):
+    store = made(tmp_path, [{"topic": t} for t in (None, None, "x")])
+    for name in ("None", "NULL"):
+        found, told = kept(store, per={"topic": {name: {"rows": 1}, "x": 1.0}})
+        assert found == "02" and told.counts["kept_per_group"] == {name: 1, "x": 1}
+
+
+@pytest.mark.parametrize("values, cast, share", [
+    (["0.7", "0.1", "0.9", "0.5"], "rating::DOUBLE", "0.75"),
+    (["1,700", "900", "12,000.5", "1,234,567"], "replace(rating, ',', '')::DOUBLE", "0.75"),
+    (["1,700", "900", "n/a", "5"], "TRY_CAST(replace(rating, ',', '') AS DOUBLE)", "0.75"),
+])  # fmt: skip
+def test_the_worst_of_numbers_that_are_text(tmp_path, values, cast, share):
+    """The message's own ways out are run: by rank and by a bound."""
+    store = made(tmp_path, [{"rating": v} for v in values])
+    spec = SelectSpec(drop_worst={"rating": 0.25}, worst={"rating": "low"})
+    with pytest.raises(UsageError, match="values are numbers.*without quotes") as refused:
+        select(store, spec, worst={}, recipe="r", sources=("a",))
+    assert f"`where: {cast} >= …`" in str(refused.value) and f"`order_by: {cast} desc`" in str(refused.value)
+    assert f"`keep: {{share: {share}}}`" in str(refused.value)
+    assert len(kept(store, order_by=f"{cast} desc", keep={"share": 0.75}, unknown="keep")[0]) == 3
+    numbers = [float(v.replace(",", "")) for v in values if v != "n/a"]
+    assert len(kept(store, where=f"{cast} >= {sorted(numbers)[1]}", unknown="drop")[0]) == len(numbers) - 1
+    with pytest.raises(UsageError, match="values are numbers") as refused:
+        kept(store, order_by="rating desc")
+    assert f"Write `{cast}`" in str(refused.value)
+
+
+def test_text_that_only_looks_like_thousands_is_text(tmp_path):
+    store = made(tmp_path, [{"rating": v} for v in ("1,2", "1,23", "12,34", "a,bcd")])
+    assert kept(store, order_by="rating", keep={"rows": 1})[0] == "0"

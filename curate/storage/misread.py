@@ -26,6 +26,13 @@ BY_ORDER = {
     *("quantile", "quantile_cont", "quantile_disc", "approx_quantile"),
 }
 RANDOM = {"random", "setseed", "uuid", "gen_random_uuid", "uuidv4", "uuidv7", "nextval"}
+CLOCK = {
+    "current_date",
+    "current_time",
+    "current_timestamp",
+    "localtime",
+    "localtimestamp",
+}  # SQL's words, read as columns
 OURS = {  # what our column of a name that users have too is
     "source": "which source the row was read from",
     "index": "the row's number in its source",
@@ -88,9 +95,28 @@ def checked(con: Connection, text: str, key: str, seen: Frame, *, is_order: bool
                 f"{key}: {part['function_name']}() gives another selection every time. For an order that is random and can be repeated: "
                 "`order_by: random`."
             )
+    if (is_order or key == "select.per") and _is_constant(tree):
+        does = "orders nothing" if is_order else "makes one group of all rows"
+        raise UsageError(
+            f"{key}: {text.strip()} is the same for every row, so it {does}. Write the name of a column, without single quotes"
+            + (
+                ", such as `order_by: prompt_tokens desc`; a number is no column's place here."
+                if is_order
+                else ", such as `per: source`."
+            )
+        )
     for operand, scope in [*([(expression, Scope(top))] if is_order else []), *_ordered(tree)]:
         _refuse_text(con, operand, _from(con, scope, top, seen), key)
     return _without_nan(con, tree, seen) or text
+
+
+def _is_constant(tree: Node) -> bool:
+    """Whether an expression reads no column and numbers no rows."""
+    return not any(
+        part.get("class") in ("WINDOW", "STAR", "SUBQUERY")
+        or (part.get("class") == "COLUMN_REF" and str(part["column_names"][0]).lower() not in CLOCK)
+        for part, _ in syntax.parts(tree)
+    )
 
 
 def ambiguous(con: Connection, tree: Node, own: Mapping[str, Sequence[OwnColumn]]) -> Iterator[str]:
@@ -108,15 +134,17 @@ def ambiguous(con: Connection, tree: Node, own: Mapping[str, Sequence[OwnColumn]
 
 
 def _both(name: str, view: str, found: Sequence[OwnColumn]) -> str:
-    mine = ", ".join(f"`{_quoted(c.shown)}` for your column {c.name!r}" for c in found)
+    mine = ", ".join(f"`{quoted(c.shown)}` for your column {c.name!r}" for c in found)
     other = found[0].taken_by
     if found[0].by_own:
-        return f"{name!r} could be your column {other!r} or {found[0].name!r}. Write `{view}.{_quoted(other)}` for {other!r}, {mine}."
+        return f"{name!r} could be your column {other!r} or {found[0].name!r}. Write `{view}.{quoted(other)}` for {other!r}, {mine}."
     what = f" ({OURS[other.lower()]})" if other.lower() in OURS else ""
-    return f"{name!r} is a column of curate's and one of yours. Write {mine}, `{view}.{_quoted(other)}` for curate's{what}."
+    return (
+        f"{name!r} is a column of curate's and one of yours. Write {mine}, `{view}.{quoted(other)}` for curate's{what}."
+    )
 
 
-def _quoted(name: str) -> str:
+def quoted(name: str) -> str:
     return name if name.replace("_", "a").isalnum() and not name[0].isdigit() else quote(name)
 
 
@@ -161,22 +189,40 @@ def _refuse_text(con: Connection, operand: Node, table: str, key: str) -> None:
     if operand.get("class") in ("CONSTANT", "SUBQUERY", "LAMBDA") or _says_text(operand):
         return
     shown = syntax.text_of(con, operand)
+    told = numbers_in(con, shown, table)
+    if told is None:
+        return
+    raise UsageError(
+        f"{key}: {shown} is text, and {told.how_many} of its values are numbers: as text, '10' comes before '9'. "
+        f"Write `{told.cast}` (or `{shown}::VARCHAR` where the order of text is meant)."
+    )
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """Of a text column that holds numbers: how many of its values are, in words, and the cast that reads them."""
+
+    how_many: str
+    cast: str
+
+
+def numbers_in(con: Connection, shown: str, table: str) -> Numbers | None:
+    """Whether half of the values or more of an expression that is text are numbers; None where they are not, or cannot be asked."""
     value = "nullif(trim(v::VARCHAR, ' \"'), '')"
+    grouped = f"regexp_full_match({value}, '[-+]?\\d{{1,3}}(,\\d{{3}})+(\\.\\d*)?')"  # 1,234.5
+    read = f"TRY_CAST(CASE WHEN {grouped} THEN replace({value}, ',', '') ELSE {value} END AS DOUBLE)"
     try:
         found = con.execute(
-            f"SELECT any_value(typeof(v)), count({value}), count(TRY_CAST({value} AS DOUBLE)) FROM (SELECT TRY({shown}) AS v FROM {table})"
+            f"SELECT any_value(typeof(v)), count({value}), count({read}), count(*) FILTER ({grouped}) FROM (SELECT TRY({shown}) AS v FROM {table})"
         ).fetchall()[0]
     except duckdb.Error:  # it leans on what surrounds it; or it is wrong, which asking the whole says better
-        return
-    kind, known, numbers = found
+        return None
+    kind, known, numbers, commas = found
     if kind not in ("VARCHAR", "JSON") or not numbers or 2 * numbers < known:
-        return
-    cast = f"{shown}::DOUBLE" if numbers == known else f"TRY_CAST({shown} AS DOUBLE)"
-    how_many = "all" if numbers == known else f"{numbers:,} of {known:,}"
-    raise UsageError(
-        f"{key}: {shown} is text, and {how_many} of its values are numbers: as text, '10' comes before '9'. "
-        f"Write `{cast}` (or `{shown}::VARCHAR` where the order of text is meant)."
-    )
+        return None
+    plain = f"replace({shown}, ',', '')" if commas else shown
+    cast = f"{plain}::DOUBLE" if numbers == known else f"TRY_CAST({plain} AS DOUBLE)"
+    return Numbers("all" if numbers == known else f"{numbers:,} of {known:,}", cast)
 
 
 def _says_text(operand: Node) -> bool:
