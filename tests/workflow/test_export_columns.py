@@ -124,3 +124,17 @@ def test_a_weight_may_be_called_as_a_column_of_selections(recipe, tmp_path, name
     write_rows(tmp_path / "pairs.jsonl", [r | {name: i + 1} for i, r in enumerate(pairs(3))])
     curate.run(recipe(scores=["edit_distance"], select={}, export={"to": "out", "weight": name}))
     assert sorted(pl.read_parquet(tmp_path / "out/data/*.parquet")["weight"]) == [1, 2, 3]
+
+
+def test_infinite_weights_of_a_score_name_a_way_out_that_works(recipe, tmp_path):
+    weighted(tmp_path, [1, 1, 1])
+    (tmp_path / "boundless.py").write_text(
+        "from curate import score\n\n@score(needs=('chosen_tokens',))\ndef heavy(chosen_tokens):\n"
+        "    return [float('inf')] + [1.0] * (len(chosen_tokens) - 1)\n"
+    )
+    asked = {"to": "out", "weight": "heavy"}
+    with pytest.raises(ValidationError, match="(unknown|infinite) in 1 .pairs.jsonl, row 1") as refused:
+        curate.run(recipe(scores=["boundless:heavy"], select={}, export=asked))
+    hint = str(refused.value).split("select.where: '")[1].split("', or name")[0]
+    curate.run(recipe(scores=["boundless:heavy"], select={"where": hint}, export=asked))
+    assert list(pl.read_parquet(tmp_path / "out/data/*.parquet")["weight"]) == [1.0, 1.0]
