@@ -14,7 +14,7 @@ from curate.passes.chat import as_chat
 from curate.recipe import Export, Loaded
 from curate.rendering import card_notes, measured_as, styles_of
 from curate.scores.flags import ADVICE
-from curate.sourcing import noted
+from curate.sourcing import noted, source_types
 from curate.wanted import wanted_scores
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ def _export(
         format=asked.format,
         split=loaded.recipe.source.split if loaded.recipe.source else "train",
         card=_card(loaded, store, selection, sources, subjects),
+        types=_types(store, sources),
         sources=[loaded.resolve(name) for name in sources],
         resample=asked.resample,
         seed=loaded.recipe.engine.seed,
@@ -195,6 +196,11 @@ def _check_weights(name: str, loaded: Loaded, store: Store, selection: Selection
         raise ValidationError(
             f"export.weight: {name!r} is 0 in all {len(weights):,} kept rows: nothing would be trained on. Name another column."
         )
+
+
+def _types(store: Store, sources: Sequence[str]) -> dict[str, str]:
+    prints = {s["source"]: s["fingerprint"] for s in store.sources() if s["role"] == "train" and s["source"] in sources}
+    return source_types(store, prints)
 
 
 def quoted(name: str) -> str:

@@ -155,11 +155,12 @@ def _read_source(
             seen.add(name)
             notes = Notes()
             found = store.add_source(name, prints[name], _counted(group, count, notes), role=role, waits=waits)
-            said = {
+            said: dict[str, Any] = {
                 "lines": reading.notes(),
                 "traits": dict(notes.seen),
                 "prompt": reading.prompt_column,
                 "bad": found.bad,
+                "types": reading.types(name),
             }
             store.note_source(name, role, prints[name], said)
             good += found.records
@@ -193,6 +194,13 @@ def noted(store: Store, role: Role, prints: Mapping[str, str], *, counts: bool =
         bad, column = bad + found.get("bad", 0), column or found.get("prompt", "")
     left_out = [f"{bad:,} bad rows were left out (`curate validate` names them)."] if bad and counts else []
     return [*left_out, *lines, *notes.left_out(column)]
+
+
+def source_types(store: Store, sources: Mapping[str, str]) -> dict[str, str]:
+    """The Arrow types of columns that all of these training sources have alike. sources: name -> fingerprint."""
+    found = [store.noted_of(name, "train", fingerprint).get("types", {}) for name, fingerprint in sources.items()]
+    first, *others = found or [{}]
+    return {name: kind for name, kind in first.items() if all(other.get(name) == kind for other in others)}
 
 
 def _counted(records: Iterator[Any], count: Any, notes: Notes) -> Iterator[Any]:

@@ -12,12 +12,13 @@ Written beside `to` and exchanged with it in one step, so that a kill leaves the
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+from curate.data.arrow_types import read_types
 from curate.data.card import Card, write_card
 from curate.data.exported import (
     SIDE,
@@ -71,6 +72,7 @@ def export(
     seed: int = 0,
     push_to_hub: str | None = None,
     trainer: TrainedAs | None = None,
+    types: Mapping[str, str] | None = None,
 ) -> ExportResult:
     """Writes an export and puts it in the place of the one before.
 
@@ -80,7 +82,7 @@ def export(
     sources: paths that were read, which an export never overwrites. card: what README.md says of sources, models, scores.
     resample: that many rows, each in proportion to its `weight` (systematic resampling, fixed by `seed`; copies stand together).
     push_to_hub: also to this hub dataset, which is made private if it is new.
-    trainer: what trainer_args.json is made from.
+    trainer: what trainer_args.json is made from. types: the Arrow types of the rows' own columns, as far as they are known (`arrow_types`).
     Memory is bounded. Errors: ValidationError (no rows, text beside messages, missing completions, weights that cannot be used),
     UsageError (`to` is a source, or a folder that is no export).
     """
@@ -94,7 +96,17 @@ def export(
         with ExitStack() as stack:
             stack.callback(shutil.rmtree, staging, True)
             result = write_export(
-                staging, target, iter(records), iter(dropped), format, split, card or Card(), resample, seed, trainer
+                staging,
+                target,
+                iter(records),
+                iter(dropped),
+                format,
+                split,
+                card or Card(),
+                resample,
+                seed,
+                trainer,
+                types,
             )
             replace_folder(staging, target)
     except Exception as error:  # `datasets` has errors of its own for a full disk
@@ -120,6 +132,7 @@ def write_export(
     resample: int | None,
     seed: int,
     trainer: TrainedAs | None,
+    types: Mapping[str, str] | None = None,
 ) -> ExportResult:
     if format == "extend":
         records, format = both_responses(records), "prompt_completion"
@@ -132,7 +145,11 @@ def write_export(
     plan = Plan.of(first, format)
     weights = Weights()
     work = staging / "work"
-    with Spool(work / "kept", plan.schema(False)) as kept, Spool(work / "dropped", plan.schema(True)) as left:
+    typed = read_types(types or {})
+    with (
+        Spool(work / "kept", plan.schema(False), typed) as kept,
+        Spool(work / "dropped", plan.schema(True), typed) as left,
+    ):
         for record in with_first(first, records):
             weights.add(record)
             kept.add(plan.kept(record) | asked_columns(record), own_columns(record))
@@ -153,7 +170,7 @@ def write_export(
         name: new for name, new in {**left.called, **kept.called}.items() if name in kept.called or name in left.own
     }
     notes = [_renamed(old, new) for old, new in sorted(other.items())]
-    as_text = sorted(kept.names(kept.as_text))
+    as_text = sorted(kept.names(kept.as_text - kept.typed))
     notes += [f"Column `{name}` holds values of several types and is kept as text." for name in as_text]
     warnings = [
         f"Column `{name}` held bytes (images, audio), which the store does not keep: here it says only how many they were. Join them again by "

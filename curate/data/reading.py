@@ -87,6 +87,11 @@ class Reading:
             for name, new in sorted(self._columns.moved.items())
         ]
 
+    def types(self, name: str) -> dict[str, str]:
+        """The Arrow types of a source's columns, under the names that they have here; none of a source of text."""
+        source = next(source for source in self._sources if source.name == name)
+        return {self._columns.moved.get(column, column): kind for column, kind in source.types().items()}
+
     def formats(self) -> dict[str, str]:
         """source -> its format, of those that have rows."""
         return {name: layout.format for name, (layout, _) in self._told.items()}

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from curate.data.arrow_types import types_in_file, types_of
 from curate.data.by_column import turned_lists
 from curate.data.files import FILE_TYPES, RawRow, file_type, rows_of_file
 from curate.data.hub import HUB, find_on_hub, first_line, hub_parts, hub_rows, streamed
@@ -66,6 +67,18 @@ class Source:
             yield from without_lines(saved_rows(self))
         else:
             yield from without_lines(folder_rows(self))
+
+    def types(self) -> dict[str, str]:
+        """The Arrow types of a parquet file's columns, or of a save_to_disk folder's; see `arrow_types`."""
+        if self.path is not None and not self.path.is_dir():
+            return types_in_file(self.path) if file_type(self.path) == ".parquet" else {}
+        if self.path is None or not is_saved(self.path):
+            return {}
+        import datasets
+
+        loaded = datasets.load_from_disk(str(self.path))
+        features = (loaded[self.split] if isinstance(loaded, datasets.DatasetDict) else loaded).features
+        return types_of(features.arrow_schema, class_names(features))
 
     def fingerprint(self) -> str:
         """Changes when the content does: hash of a file (or folder), commit of a hub dataset."""

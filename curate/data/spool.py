@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
+
+from curate.data.arrow_types import as_typed
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -28,8 +30,11 @@ class Spool:
     store's words for bytes in them.
     """
 
-    def __init__(self, path: Path, fixed: dict[str, pa.DataType]) -> None:
-        """`fixed`: columns whose type is settled; they come first."""
+    def __init__(
+        self, path: Path, fixed: dict[str, pa.DataType], typed: Mapping[str, pa.DataType] | None = None
+    ) -> None:
+        """`fixed`: columns whose type is settled; they come first. typed: types of the user's columns, kept where every value is of it."""
+        self._typed = {OWN + name: kind for name, kind in (typed or {}).items()}
         self._file: TextIO = open(path, "w+", encoding="utf-8")  # noqa: SIM115 (lives as long as the spool)
         self._fixed = fixed
         self._types: dict[str, pa.DataType] = {}
@@ -50,9 +55,20 @@ class Spool:
         self.without_bytes |= {
             name.removeprefix(OWN) for name, value in held.items() if name not in self._fixed and said_bytes(value)
         }
+        self._check_types(held)
         self._waiting.append(held)
         if len(self._waiting) == BATCH:
             self._learn()
+
+    def _check_types(self, held: dict[str, Any]) -> None:
+        """Forget the type of a column with a value that is not of it: then it is what its values are together."""
+        import pyarrow as pa
+
+        for name in self._typed.keys() & held.keys():
+            try:
+                pa.scalar(as_typed(held[name], self._typed[name]), self._typed[name])
+            except (pa.ArrowException, AttributeError, ArithmeticError, TypeError, ValueError):
+                del self._typed[name]
 
     def _learn(self) -> None:
         import pyarrow as pa
@@ -79,7 +95,8 @@ class Spool:
 
         self._learn()
         learned = (
-            (self._named(name), pa.string() if pa.types.is_null(kind) else kind) for name, kind in self._types.items()
+            (self._named(name), self._typed.get(name) or (pa.string() if pa.types.is_null(kind) else kind))
+            for name, kind in self._types.items()
         )
         return pa.schema([*self._fixed.items(), *learned])
 
@@ -88,10 +105,16 @@ class Spool:
         self._file.seek(0)
         for line in self._file:
             row = json.loads(line)
-            for name in self.as_text & row.keys():
+            for name in self._typed.keys() & row.keys():
+                row[name] = as_typed(row[name], self._typed[name])
+            for name in (self.as_text - self._typed.keys()) & row.keys():
                 value = row[name]
                 row[name] = value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False)
             yield {self._named(name): value for name, value in row.items()}
+
+    @property
+    def typed(self) -> set[str]:
+        return set(self._typed)
 
     def names(self, held: set[str]) -> set[str]:
         return set(map(self._named, held))

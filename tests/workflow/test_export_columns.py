@@ -138,3 +138,32 @@ def test_infinite_weights_of_a_score_name_a_way_out_that_works(recipe, tmp_path)
     hint = str(refused.value).split("select.where: '")[1].split("', or name")[0]
     curate.run(recipe(scores=["boundless:heavy"], select={"where": hint}, export=asked))
     assert list(pl.read_parquet(tmp_path / "out/data/*.parquet")["weight"]) == [1.0, 1.0]
+
+
+def test_types_of_a_typed_source_come_back(recipe, tmp_path):
+    """Times with their unit and zone, dates, small integers, lists and mappings; a csv's or jsonl's text stays text."""
+    import datetime
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    zoned = datetime.datetime(2026, 3, 1, 12, 30, 0, 250_000, tzinfo=datetime.UTC)
+    columns = {
+        "at": pa.array([zoned, None, zoned], pa.timestamp("ms", tz="Europe/Oslo")),
+        "naive": pa.array([1, 2, 3], pa.timestamp("ns")),
+        "day": pa.array([zoned.date()] * 3, pa.date32()),
+        "small": pa.array([1, 2, None], pa.int16()),
+        "seen": pa.array([[zoned], [], None], pa.list_(pa.timestamp("us", tz="UTC"))),
+        "meta": pa.array([{"n": 1, "on": zoned.date()}] * 3, pa.struct([("n", pa.int8()), ("on", pa.date32())])),
+    }
+    texts = {name: [r[name] for r in pairs(3)] for name in ("prompt", "chosen", "rejected")}
+    given = pa.table(texts | columns)
+    pq.write_table(given, tmp_path / "pairs.parquet")
+    curate.run(recipe(scores=["edit_distance"], select={}, export={"to": "out"}, source={"path": "pairs.parquet"}))
+    found = pq.read_table(tmp_path / "out/data/train-00000.parquet")
+    for name in columns:
+        assert (name, found.schema.field(name).type) == (name, given.schema.field(name).type)
+        assert found[name].cast(given.schema.field(name).type).equals(given[name]), name
+    write_rows(tmp_path / "pairs.jsonl", [r | {"at": "2026-03-01T12:30:00"} for r in pairs(3)])
+    curate.run(recipe(scores=["edit_distance"], select={}, export={"to": "text"}))
+    assert pq.read_schema(tmp_path / "text/data/train-00000.parquet").field("at").type == pa.string()
