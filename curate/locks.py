@@ -16,8 +16,8 @@ TAKEN = BlockingIOError, PermissionError  # the second from file systems of othe
 
 
 @contextmanager
-def locked(path: Path, taken: Callable[[str], CurateError], *, inherited: bool = False) -> Iterator[None]:
-    """Hold a file, made where there is none, for this process alone.
+def locked(path: Path, taken: Callable[[str], CurateError], *, inherited: bool = False) -> Iterator[int]:
+    """Hold a file, made where there is none, for this process alone. Gives the file's descriptor: a child that gets it (`pass_fds`) holds it too.
 
     taken: the error to raise where another process holds it, from a word for that one ("4711", "of another machine"). inherited: a child that is
     started with close_fds=False goes on holding it where this process is killed. StoreError where the file cannot be written or locked.
@@ -33,7 +33,7 @@ def locked(path: Path, taken: Callable[[str], CurateError], *, inherited: bool =
             os.set_inheritable(file.fileno(), inherited)
         except OSError as error:
             raise StoreError(f"{path}: cannot be written or locked ({error.strerror}).") from None
-        yield
+        yield file.fileno()
 
 
 def holder(path: Path) -> int | None:

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ import numpy as np
 
 from curate.answers import KeptAnswers, by_prompt, padded
 from curate.embeddings import check_ids, embedding_rows
+from curate.encodings import Encodings
 from curate.errors import ModelError
 from curate.identity import few_shot_text
 from curate.measurements.perturbations import perturbation
@@ -43,6 +44,7 @@ INGEST_EVERY = 5.0  # seconds: how long finished shards may wait until readers s
 def measure(loaded: Loaded, store: Store, plan: Plan, progress: Progress) -> dict[str, int]:
     """Run every step that misses rows, inside `store.measuring()`. Returns how many rows each pass measured, and what truncation touched."""
     counts: dict[str, int] = {}
+    encodings = Encodings()
     with ExitStack() as engines:
         runner: Runner | None = None
         to_do = [step for step in plan.steps if step.missing]
@@ -51,6 +53,7 @@ def measure(loaded: Loaded, store: Store, plan: Plan, progress: Progress) -> dic
                 engines.close()  # one engine at a time: its memory is free before the next one starts
                 subjects = [s.subject for s in to_do if s.reads == step.reads]
                 runner = engines.enter_context(_runner(step.reads, loaded, progress, subjects, store, plan))
+                runner.encodings = encodings
             _run_step(step, runner, store, progress, following)
             for name, n in ((step.reads, step.missing - step.graded), ("kept answers graded anew", step.graded)):
                 if n:
@@ -133,7 +136,9 @@ class Runner:
 
     def __init__(self, loaded: Loaded, progress: Progress):
         self.loaded, self.recipe, self.progress = loaded, loaded.recipe, progress
+        self.encodings = Encodings()
         self._tokenizers: dict[str, Any] = {}
+        self._tokenizer_id = ""
 
     def use(self, step: Step) -> None:
         """Get ready for a step's subject."""
@@ -158,10 +163,12 @@ class Runner:
 
         if not Path(step.subject.home).is_dir():
             return None
-        path = step.subject.tokenizer
-        if path not in self._tokenizers:
-            self._tokenizers = {path: load_tokenizer(path)}
-        return self._tokenizers[path]
+        self._tokenizer_id = str(
+            step.tasks[0].measured.params["tokenizer"]
+        )  # checkpoints have the same one, most often
+        if self._tokenizer_id not in self._tokenizers:
+            self._tokenizers = {self._tokenizer_id: load_tokenizer(step.subject.tokenizer)}
+        return self._tokenizers[self._tokenizer_id]
 
     def _limits(self) -> Any:
         from curate.passes.tokens import Limits
@@ -171,7 +178,9 @@ class Runner:
     def _encode(self, rows: list[Row]) -> list[Any]:
         from curate.passes.tokens import encode
 
-        found = [encode(row, self.tokenizer, self._limits()) for row in rows]
+        limits = self._limits()
+        how = (self._tokenizer_id, limits)
+        found = [self.encodings.of(how, row.row_id, partial(encode, row, self.tokenizer, limits)) for row in rows]
         if self.embeddings is not None:
             check_ids(found, self.embeddings, self.tokenizer)
         return found
@@ -289,7 +298,11 @@ class NeighboursRunner(ForwardRunner):
     ) -> tuple[Mapping[str, Any], None, int]:
         from curate.passes import forward
 
-        found = [self._after(row, row_id) for row, row_id in zip(rows, row_ids, strict=True)]
+        how = ("after its neighbours", self._tokenizer_id, self.chat)
+        found = [
+            self.encodings.of(how, row_id, partial(self._after, row, row_id))
+            for row, row_id in zip(rows, row_ids, strict=True)
+        ]
         at = [i for i, encoded in enumerate(found) if encoded is not None]
         encoded = [found[i] for i in at]
         measured = forward.measure(self.model, encoded, measurements, token_budget=self.recipe.engine.token_budget)
@@ -494,7 +507,10 @@ class SampleRunner(Runner):
         system = self.recipe.sampling.system
         if self.tokenizer is None:
             return _plain_prompt(as_chat(row) if self.chat else row, seed, system, self.few_shot)
-        tokens = encode_prompt(row, self.tokenizer, system=system, few_shot=self.few_shot, limits=self._limits())
+        limits = self._limits()
+        settings = {"system": system, "few_shot": self.few_shot, "limits": limits}
+        how = ("prompt", self._tokenizer_id, limits)
+        tokens = self.encodings.of(how, row_id, partial(encode_prompt, row, self.tokenizer, **settings))
         if self.embeddings is not None:
             check_ids([tokens], self.embeddings, self.tokenizer)
         self.lost.update([tokens.problem] if tokens.problem else tokens.left_out)

@@ -11,7 +11,6 @@ With events (`--json`) every fact is an object too: `next` and `started` with th
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import importlib.util
 import json
@@ -30,7 +29,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from curate.errors import StoreError, UsageError
+from curate.errors import CurateError, StoreError, UsageError
+from curate.locks import locked
 
 GRACE = 60.0  # seconds a child gets to stop by itself; a shard being written needs a fraction of that
 DAYS = (
@@ -150,6 +150,10 @@ def lock_file(store: Path, recipe: str | Path) -> Path:
     return folder / f"{Path(recipe).stem}-{digest}.lock"
 
 
+class _Taken(CurateError):
+    """Another scheduler's run holds the lock."""
+
+
 class Runs:
     """The runs of one recipe, one at a time. Calling it does one run and says what came of it."""
 
@@ -179,13 +183,19 @@ class Runs:
 
     def __call__(self) -> int | None:
         """The child's exit code; None where there was no run: another one holds the lock, or the schedule is being stopped."""
-        with self.lock.open("a") as lock, tempfile.TemporaryFile() as printed:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                text = f"{self.name}: another scheduler's run is still going; this one is left out."
-                self.tell(text, "left_out", reason="another scheduler's run is still going")
-                return None
+        try:
+            with locked(self.lock, lambda holder: _Taken(f"process {holder} holds {self.lock}")) as lock:
+                return self._run(lock)
+        except _Taken:
+            text = f"{self.name}: another scheduler's run is still going; this one is left out."
+            self.tell(text, "left_out", reason="another scheduler's run is still going")
+        except StoreError as error:
+            self.tell(f"{self.name}: the run could not be started ({error})", "failed", reason=str(error))
+        return None
+
+    def _run(self, lock: int) -> int | None:
+        """One run as a child that holds the lock too."""
+        with tempfile.TemporaryFile() as printed:
             started = time.monotonic()
             with self._guard:
                 if self.stopping.is_set():
@@ -200,7 +210,7 @@ class Runs:
                         stdin=subprocess.DEVNULL,
                         stdout=printed if self.events else None,
                         start_new_session=True,
-                        pass_fds=(lock.fileno(),),
+                        pass_fds=(lock,),
                     )
                 except OSError as error:
                     text = f"{self.name}: the run could not be started ({error.strerror})."

@@ -88,14 +88,11 @@ def series_of(
     return result
 
 
-def compute_scores(
-    store: Store, plan: Plan, row_ids: list[str], sources: list[str]
-) -> tuple[dict[str, np.ndarray], list[Trajectories]]:
-    """name -> (rows,) float64, NaN where unknown, for every score that the recipe wants; and run by run those with a value at every checkpoint."""
-    columns = Columns(store, plan, row_ids, sources)
+def compute_scores(columns: Columns, wanted: Sequence[Wanted]) -> tuple[dict[str, np.ndarray], list[Trajectories]]:
+    """name -> (rows,) float64, NaN where unknown, for every score that is wanted; and run by run those with a value at every checkpoint."""
     result: dict[str, np.ndarray] = {}
     each: dict[str, Trajectories] = {}
-    for want in plan.wanted:
+    for want in wanted:
         per_run = []
         for series in columns.runs(want.score.over):
             given = columns.of(want, series)
@@ -116,14 +113,14 @@ def compute_scores(
                 )
             per_run.append(columns.where_trained(values, series))
         over_runs = _most_common if want.score.names else _mean
-        result[want.name] = over_runs(per_run) if per_run else np.full(len(row_ids), np.nan)
+        result[want.name] = over_runs(per_run) if per_run else np.full(len(columns.row_ids), np.nan)
     return result, list(each.values())
 
 
-def nothing_known(columns: Columns, scores: Mapping[str, np.ndarray]) -> list[str]:
+def nothing_known(columns: Columns, wanted: Sequence[Wanted], scores: Mapping[str, np.ndarray]) -> list[str]:
     """A sentence for every score that no row has a value of: which, and why."""
     notes = []
-    for want in columns.plan.wanted:
+    for want in wanted:
         if want.name not in scores or not len(scores[want.name]) or np.isfinite(scores[want.name]).any():
             continue
         least = max((sum(s.trained) for s in columns.runs(want.score.over) if s), default=0)
@@ -148,9 +145,7 @@ def named(plan: Plan, scores: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return result
 
 
-def compute_dataset_values(
-    store: Store, plan: Plan, row_ids: list[str], sources: list[str], prefix: str = ""
-) -> list[DatasetValue]:
+def compute_dataset_values(columns: Columns, wanted: Sequence[Wanted], prefix: str = "") -> list[DatasetValue]:
     """Every dataset value whose columns are known, with its interval, per run and checkpoint where it is over checkpoints.
 
     A threshold that the recipe sets for a score is used for the dataset values that share the parameter, and so is DPO's β; those about one score are
@@ -158,18 +153,17 @@ def compute_dataset_values(
     """
     from curate.scores import DATASET_VALUES
 
-    if not row_ids:
+    if not columns.row_ids:
         return []
-    columns = Columns(store, plan, row_ids, sources)
     settings: dict[str, Any] = {}
-    for want in plan.wanted:
+    for want in wanted:
         for key, value in want.params.items():
             settings.setdefault(key, value)
-    if plan.beta is not None:
-        settings["beta"] = plan.beta
+    if columns.plan.beta is not None:
+        settings["beta"] = columns.plan.beta
     result = []
     for declared in DATASET_VALUES.values():
-        about = next((want.params for want in plan.wanted if want.score.name == declared.of), None)
+        about = next((want.params for want in wanted if want.score.name == declared.of), None)
         if (prefix and declared.name in OF_TRAINED_ROWS) or (declared.of and about is None):
             continue
         given_by = settings if about is None else about
@@ -212,7 +206,8 @@ class Columns:
         self.measured = list(known.values())
         self.names = store.measured_columns()
         self._of = {m.fingerprint: m for m in self.measured}
-        self._known: dict[tuple[str, ...], np.ndarray] = {}
+        self._known: dict[tuple[str, ...], np.ndarray] = {}  # fingerprints and a column -> (rows, K)
+        self._at: dict[tuple[str, str], tuple[np.ndarray, int]] = {}  # a fingerprint and a column -> where of those
         self._own: dict[str, np.ndarray] = {}
 
     def runs(self, over: str | None) -> list[Any]:
@@ -321,10 +316,17 @@ class Columns:
         return values if trained is None else np.where(trained[:, -1] if values.ndim == 1 else trained, values, np.nan)
 
     def _read(self, fingerprints: tuple[str, ...], column: str) -> np.ndarray:
-        """(rows, K) float64."""
+        """(rows, K) float64. "" for a checkpoint that lacks it. What one series has read is not read again for another."""
         key = (*fingerprints, column)
         if key not in self._known:
-            self._known[key] = self.store.series([f or None for f in fingerprints], [column], self.row_ids)[column]
+            new = list(dict.fromkeys(f for f in fingerprints if f and (f, column) not in self._at))
+            if new:
+                self._known[(*new, column)] = read = self.store.series(new, [column], self.row_ids)[column]
+                self._at |= {(f, column): (read, k) for k, f in enumerate(new)}
+        if key not in self._known:
+            nothing = np.full((len(self.row_ids), 1), np.nan)
+            found = [self._at[f, column] if f else (nothing, 0) for f in fingerprints]
+            self._known[key] = np.stack([values[:, k] for values, k in found], 1)
         return self._known[key]
 
 

@@ -408,20 +408,20 @@ def _compute(loaded: Loaded, result: Result, sources: dict[str, list[str]], prog
     ids = store.row_ids_of(heldout, kind=loaded.recipe.kind, role="heldout") if heldout else []
     made_of = _scores_of(store, result, sources)
     columns = Columns(store, plan, row_ids, train)
-    found = with_thresholds(store, plan, columns, Columns(store, plan, ids, heldout) if ids else None)
+    of_heldout = Columns(store, plan, ids, heldout) if ids else None
+    found = with_thresholds(store, plan, columns, of_heldout)
     for note in found.notes:
         progress.say(note)
     plan = found.plan
-    scores, each = compute_scores(store, plan, row_ids, train)
-    for note in (
-        nothing_known(Columns(store, plan, row_ids, train), scores) if not plan.missing or result.measured else []
-    ):
-        progress.warn(note)
+    scores, each = compute_scores(columns, plan.wanted)
+    if not plan.missing or result.measured:
+        for note in nothing_known(columns, plan.wanted, scores):
+            progress.warn(note)
     each = [replace(one, values=named(plan, one.values)) for one in each]
     result.scores = list(scores)
-    values = found.values + compute_dataset_values(store, plan, row_ids, train)
-    if ids:
-        values += compute_dataset_values(store, plan, ids, heldout, prefix="heldout_")
+    values = found.values + compute_dataset_values(columns, plan.wanted)
+    if of_heldout is not None:
+        values += compute_dataset_values(of_heldout, plan.wanted, prefix="heldout_")
     result.values = values
     return Scored(row_ids, named(plan, scores), each, values, made_of)
 

@@ -6,6 +6,8 @@ for a fixed time: everything waits for a fact, with a deadline.
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import signal
@@ -290,6 +292,24 @@ def test_a_run_that_cannot_be_started_is_said_and_the_schedule_goes_on(folder):
     assert runs() is None
     assert "could not be started (No such file or directory)" in lines[-1]
     assert runs() is None  # and its lock was given back
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [
+        (errno.EACCES, "another scheduler's run is still going"),  # as shared file systems say that a lock is taken
+        (errno.EAGAIN, "another scheduler's run is still going"),
+        (errno.ENOLCK, "could not be started"),
+    ],
+)
+def test_a_lock_of_another_machine_is_one_too(folder, monkeypatch, number, said):
+    def flock(file, how):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    lines: list[str] = []
+    assert stand_in(folder, "short", lines)() is None
+    assert said in lines[-1] and notes(folder) == []
 
 
 def test_with_json_every_fact_is_an_object_a_line(tmp_path):

@@ -32,8 +32,10 @@ def opened(monkeypatch) -> list[bool]:
     return found
 
 
-def test_a_run_over_what_is_measured_opens_the_database_at_most_ten_times(tmp_path, opened):
-    """It was 89: one for every question. With checkpoints, a selection with a control, and an export."""
+def test_a_run_over_what_is_measured_opens_the_database_at_most_ten_times(tmp_path, opened, monkeypatch):
+    """It was 89: one for every question. With checkpoints, a selection with a control, and an export. Every stored column is read once for all
+    scores and dataset values: the reference's too, which is the first of the series.
+    """
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, PAIRS)))
     for step in range(2):
         make_llama(tmp_path / "run" / f"checkpoint-{step}", seed=step)
@@ -48,12 +50,20 @@ def test_a_run_over_what_is_measured_opens_the_database_at_most_ten_times(tmp_pa
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(raw))
     first = curate.run(tmp_path / "recipe.yaml")
+    read, series = [], curate.Store.series
+
+    def counted(self, fingerprints, names, row_ids):
+        read.extend((f, name) for f in fingerprints for name in names if not name.endswith("_tokens"))  # rows' lengths
+        return series(self, fingerprints, names, row_ids)
+
+    monkeypatch.setattr(curate.Store, "series", counted)
     opened.clear()
     again = curate.run(tmp_path / "recipe.yaml")
     openings = len(opened)
     assert not again.measured and again.exported is not None
     assert again.selection.table().equals(first.selection.table())
     assert openings <= 10
+    assert len(read) == len(set(read)) and {name for _, name in read} >= {"chosen_logp", "hidden_cc"}
 
 
 def test_reading_stays_open_until_somebody_writes(tmp_path, opened):
