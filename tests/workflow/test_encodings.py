@@ -40,7 +40,7 @@ def test_fifty_rows_and_two_checkpoints_are_fifty_encodings(tmp_path, monkeypatc
     assert len(set(encoded)) == 50 and trial <= 10
     for step, expected in alone.items():
         got = result.store.sql(
-            "SELECT row_id, chosen_logp - rejected_logp AS gap FROM trajectories JOIN data.rows USING (row_id) WHERE step = ? ORDER BY position",
+            "SELECT row_id, rejected_logp - chosen_logp AS gap FROM trajectories JOIN data.rows USING (row_id) WHERE step = ? ORDER BY position",
             [step],
         )
         np.testing.assert_allclose(got["gap"], expected["gap"], rtol=1e-12)
