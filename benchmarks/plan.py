@@ -1,6 +1,6 @@
 """What planning costs: 200,000 pairs and 51 checkpoints, three measurements of each, nothing measured yet and everything measured.
 
-    python benchmarks/plan.py            a minute, most of it for the rows; --quick: 20,000 rows and 11 checkpoints, a few seconds
+    python benchmarks/plan.py            some minutes, most of it for the rows; --quick: 20,000 rows and 11 checkpoints, half a minute
 
 The rows go through curate's own reader; the checkpoints are the demo's model 51 times, each with weights of its own. No model is run: what is
 measured is written into the store's tables as SQL makes it up, one line a row and measurement. Printed are CPU seconds of `curate plan`, one thread,
