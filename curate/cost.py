@@ -15,9 +15,9 @@ from curate.passes.nearest import COUNT
 from curate.progress import span
 
 if TYPE_CHECKING:
-    from curate.checkpoints import Subject
     from curate.identity import Task
     from curate.lengths import Lengths
+    from curate.models.checkpoints import Subject
     from curate.plan import Step
     from curate.recipe import Loaded
     from curate.store import Store

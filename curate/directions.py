@@ -16,8 +16,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from curate.checkpoints import Subject
 from curate.errors import ModelError, UsageError
+from curate.models.checkpoints import Subject
 from curate.rows import content_id
 from curate.targets import Targets, split
 

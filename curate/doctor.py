@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Literal
 
 from curate.errors import CurateError
-from curate.layouts import check_folder
+from curate.models.layouts import check_folder
 from curate.passes.sampling.engines import TORCHVISION_HINT, refusal, target_device
 from curate.passes.sampling.vllm_facts import vllm_distribution
 

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from curate.errors import BrokenCheckpoint, ModelError
-from curate.layouts import read_config, weight_files
+from curate.models.layouts import read_config, weight_files
 
 if TYPE_CHECKING:
-    from curate.checkpoints import Subject
-    from curate.fingerprints import FingerprintCache
+    from curate.models.checkpoints import Subject
+    from curate.models.fingerprints import FingerprintCache
     from curate.store import Store
 
 TABLE = re.compile(

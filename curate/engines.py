@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from curate import passes
-from curate.fingerprints import FingerprintCache, file_state
+from curate.models.fingerprints import FingerprintCache, file_state
 from curate.rows import content_id
 
 if TYPE_CHECKING:
-    from curate.checkpoints import Subject
+    from curate.models.checkpoints import Subject
     from curate.recipe import Recipe
     from curate.servers import Servers
 

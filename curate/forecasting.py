@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from curate.checkpoints import Subject
 from curate.errors import ModelError
 from curate.mean_gradients import MeanGradients
 from curate.measuring import ForwardRunner
+from curate.models.checkpoints import Subject
 from curate.progress import Progress
 from curate.rows import Row
 

@@ -14,12 +14,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from curate.checkpoints import Subject
 from curate.engines import engine_name
 from curate.errors import UsageError
-from curate.fingerprints import FingerprintCache
 from curate.kept import Kept
 from curate.measurements.perturbations import perturbation
+from curate.models.checkpoints import Subject
+from curate.models.fingerprints import FingerprintCache
 from curate.rendering import Renderings
 from curate.rows import content_id
 from curate.servers import Servers

@@ -9,7 +9,7 @@ import polars as pl
 
 from curate.errors import UsageError
 from curate.import_rows import own_columns
-from curate.naming import natural
+from curate.models.naming import natural
 from curate.storage.views import BASE
 from curate.store import Import, Store
 

@@ -21,7 +21,7 @@ import polars as pl
 
 from curate.errors import UsageError, ValidationError
 from curate.import_table import WHOLE_FLOAT, Table, text_of
-from curate.naming import natural
+from curate.models.naming import natural
 from curate.rows import ID_DIGITS, foreign_id
 from curate.store import Store
 

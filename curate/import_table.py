@@ -20,7 +20,7 @@ import polars as pl
 from curate.data.files import FILE_TYPES, file_type, rows_of_file
 from curate.data.records import row_in_file
 from curate.errors import UsageError, ValidationError
-from curate.naming import step_in_name
+from curate.models.naming import step_in_name
 
 PLAIN = r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"  # a number as programs write it
 LIKE_A_NUMBER = r"^[\s$€£+-]*\d[\d.,_'\s]*%?$"  # 1,000 or 85% or 1.000,5

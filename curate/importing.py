@@ -30,7 +30,7 @@ from curate.errors import UsageError, ValidationError
 from curate.import_notes import check_columns, notes_of, numeric_names
 from curate.import_rows import Found, check_lines, find_rows
 from curate.import_table import GROUPED, Table, numbers, read_table, step_of, steps_of, text_of, values_of
-from curate.naming import natural
+from curate.models.naming import natural
 from curate.progress import counted
 from curate.rows import content_id
 from curate.store import DatasetValue, Import, Measured, Store

@@ -13,9 +13,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from curate.checkpoints import HUB_ID, Subject
 from curate.errors import BrokenCheckpoint, CurateError, ModelError, UsageError
-from curate.fingerprints import WEIGHTS
+from curate.models.checkpoints import HUB_ID, Subject
+from curate.models.fingerprints import WEIGHTS
 
 if TYPE_CHECKING:
     from curate.recipe import Loaded

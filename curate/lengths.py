@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from curate.checkpoints import Subject
+    from curate.models.checkpoints import Subject
     from curate.recipe import Loaded
     from curate.store import Store
 

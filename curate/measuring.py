@@ -31,9 +31,9 @@ from curate.rows import Example, Row
 from curate.servers import expected
 
 if TYPE_CHECKING:
-    from curate.checkpoints import Subject
     from curate.identity import Task
     from curate.measurements.accuracy import Graded
+    from curate.models.checkpoints import Subject
     from curate.recipe import Loaded
     from curate.store import Store
 

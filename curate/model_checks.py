@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 from curate.embeddings import check_tokenizer
 from curate.errors import BrokenCheckpoint, ModelError
-from curate.layouts import read_config
+from curate.models.layouts import read_config
 from curate.rendering import LOOKED_AT, Renderings, look, lost_text
 
 if TYPE_CHECKING:
-    from curate.checkpoints import Subject
+    from curate.models.checkpoints import Subject
     from curate.plan import Plan, Step
     from curate.store import Store
 

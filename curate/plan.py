@@ -13,18 +13,18 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from curate.answers import KeptAnswers
-from curate.checkpoints import Subject
 from curate.cost import AnswerTokens, step_line, weights_size, with_cost
 from curate.directions import Directions
 from curate.dpo import beta_of, deviation_text
 from curate.errors import UsageError
-from curate.fingerprints import FingerprintCache
 from curate.identity import Identity, Task
 from curate.imported import imported_uses
 from curate.kept import Kept
 from curate.lengths import RowLengths
 from curate.missing import Block, Rows
 from curate.model_checks import check_models
+from curate.models.checkpoints import Subject
+from curate.models.fingerprints import FingerprintCache
 from curate.progress import span
 from curate.recordings import PREFIX, recorded_runs, recorded_uses, run_meant
 from curate.rendering import styles_of

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from curate.cost import FORWARD
-from curate.fingerprints import FingerprintCache
+from curate.models.fingerprints import FingerprintCache
 
 if TYPE_CHECKING:
-    from curate.checkpoints import Subject
+    from curate.models.checkpoints import Subject
     from curate.plan import Plan
     from curate.recipe import Loaded
     from curate.store import Store

@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from transformers import TrainerCallback
 
-from curate.checkpoints import Subject
 from curate.errors import CurateError, UsageError
 from curate.identity import Task, params_of, task_of
+from curate.models.checkpoints import Subject
 from curate.progress import Progress, span
 from curate.recipe import Loaded, load_recipe
 from curate.recordings import PREFIX, VERSION, recorded_runs, weights_of
@@ -149,7 +149,7 @@ class Recorder(TrainerCallback):
     def _prepare(self, args: Any, state: Any, model: Any, tokenizer: Any) -> None:
         """Rows into the store, tokens, the model's head and layout. Everything that can be wrong is wrong here."""
         import curate
-        from curate.fingerprints import FingerprintCache
+        from curate.models.fingerprints import FingerprintCache
         from curate.passes.chat import template_of
         from curate.passes.forward import Model
         from curate.passes.loading.live import untouched

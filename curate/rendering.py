@@ -21,9 +21,9 @@ from curate.rows import Pair, Row
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from curate.checkpoints import Subject
-    from curate.fingerprints import FingerprintCache
     from curate.measurements import Measurement
+    from curate.models.checkpoints import Subject
+    from curate.models.fingerprints import FingerprintCache
     from curate.passes.tokens import Limits
     from curate.recipe import Loaded
     from curate.store import Store
@@ -171,7 +171,7 @@ class Renderings:
 
 def limits_for(loaded: Loaded, rows: Iterable[Row], subject: Subject) -> Limits:
     """How rows that are prompts and completions become tokens outside a plan, as a recipe over them measures them."""
-    from curate.fingerprints import FingerprintCache
+    from curate.models.fingerprints import FingerprintCache
     from curate.passes.tokens import Limits
 
     found = Renderings(loaded, FingerprintCache(None), {row.style for row in rows})

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from curate.checkpoints import Subject, single_model
 from curate.errors import CurateError, EngineError, UsageError
-from curate.fingerprints import FingerprintCache
+from curate.models.checkpoints import Subject, single_model
+from curate.models.fingerprints import FingerprintCache
 from curate.passes.sampling.server_probe import FIXED, Noise, Probe, Spoken, difference, key_of, measured_noise
 from curate.rows import Row, content_id
 from curate.storage.database import let_go

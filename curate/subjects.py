@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from curate.checkpoints import Subject, find_checkpoints, single_model
 from curate.errors import UsageError
-from curate.fingerprints import FingerprintCache
 from curate.kept import Kept
+from curate.models.checkpoints import Subject, find_checkpoints, single_model
+from curate.models.fingerprints import FingerprintCache
 from curate.recordings import PREFIX
 from curate.rows import content_id
 from curate.servers import Servers

@@ -206,8 +206,8 @@ def test_each_subject_is_sampled_by_the_engine_that_takes_it(place, monkeypatch)
     """vLLM takes the base and one adapter, not the other: that one goes to transformers, which the plan knew, and back."""
     from types import SimpleNamespace
 
-    from curate.checkpoints import Subject
     from curate.measuring import SampleRunner
+    from curate.models.checkpoints import Subject
     from curate.passes.sampling import engines
 
     base, one, other = (str(place / p) for p in ("base", "runs/dpo/checkpoint-10", "runs/dpo/checkpoint-20"))

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from curate.checkpoints import find_checkpoints, find_model, single_model
 from curate.errors import BrokenCheckpoint, ModelError, UsageError
-from curate.fingerprints import FingerprintCache, weights_fingerprint
+from curate.models.checkpoints import find_checkpoints, find_model, single_model
+from curate.models.fingerprints import FingerprintCache, weights_fingerprint
 
 
 def save(folder: Path, value: int = 0, config: str = "{}") -> Path:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from curate.checkpoints import find_checkpoints, find_model, single_model
 from curate.errors import BrokenCheckpoint, ModelError, OtherLayout
+from curate.models.checkpoints import find_checkpoints, find_model, single_model
 from tests.test_checkpoints import save
 
 

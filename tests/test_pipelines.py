@@ -226,9 +226,9 @@ def test_the_default_trainer_leaves_checkpoints_along_the_run(tmp_path):
     import torch
     from safetensors.torch import load_file
 
-    from curate.checkpoints import find_checkpoints
     from curate.jobs.demo import task
     from curate.jobs.demo.model import BASE
+    from curate.models.checkpoints import find_checkpoints
     from pipelines.train_sft import train
 
     rows = task.splits(seed=1, train=8)["train"]

@@ -15,8 +15,8 @@ import yaml
 
 import curate
 from curate import engines, lengths
-from curate.checkpoints import Subject
-from curate.fingerprints import FingerprintCache
+from curate.models.checkpoints import Subject
+from curate.models.fingerprints import FingerprintCache
 from curate.progress import Progress
 from curate.recipe import load_recipe
 from curate.workflow import make_plan

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from curate.errors import StoreError, UsageError
-from curate.naming import natural
+from curate.models.naming import natural
 from curate.rows import content_id
 from curate.storage.database import Connection, literal, one, quote
 from curate.storage.entries import Measured, Place, Trajectories

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from curate.checkpoints import single_model
 from curate.errors import CurateError, UsageError
 from curate.jobs.collect import candidates, rounds
 from curate.jobs.collect.pick import Candidate
 from curate.jobs.demo import task, training
 from curate.jobs.demo.line import one_thread
+from curate.models.checkpoints import single_model
 from curate.rows import Example, content_id
 
 RECIPE = """

@@ -53,5 +53,5 @@ def test_rows_beyond_the_models_positions_are_said(recipe, tmp_path, capsys, mon
         assert result.to_json()["notes"] == make_plan(loaded, progress=quiet).notes() == [f"3 {says}"]
     fits = load_recipe(recipe(scores=["ranking_gap"], select=None, export=None, tokens={"max_length": 128}))
     assert not any("positions" in note for note in make_plan(fits, progress=quiet).notes())
-    monkeypatch.setattr("curate.fingerprints.FingerprintCache.positions", lambda cache, folder: None)
+    monkeypatch.setattr("curate.models.fingerprints.FingerprintCache.positions", lambda cache, folder: None)
     assert not make_plan(loaded, progress=quiet).notes()

@@ -104,10 +104,10 @@ def from_model(template: Path, *, generator: str | None = None, agree: float = 0
     shots = Template.of(text, file=str(template))
 
     def collect(asked: Round) -> tuple[list[Candidate], dict[str, int]]:
-        from curate.checkpoints import Subject, find_base, find_model
         from curate.identity import few_shot_text
         from curate.jobs.collect.generate import generate
         from curate.measurements.grading import grader
+        from curate.models.checkpoints import Subject, find_base, find_model
         from curate.passes.loading.adapter_config import is_adapter, tokenizer_folder
         from curate.passes.sampling.open import open_sampler
         from curate.passes.sampling.types import Prompt, Sampling

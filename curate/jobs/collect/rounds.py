@@ -28,11 +28,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from curate.checkpoints import Subject, find_checkpoints
 from curate.errors import CurateError, UsageError
-from curate.fingerprints import FingerprintCache
 from curate.jobs.collect.pick import Candidate
 from curate.locks import locked
+from curate.models.checkpoints import Subject, find_checkpoints
+from curate.models.fingerprints import FingerprintCache
 from curate.progress import Progress
 from curate.recipe import Loaded, Source, load_recipe
 from curate.recipe_rows import open_rows

@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from curate.checkpoints import Subject
 from curate.errors import UsageError
-from curate.fingerprints import FingerprintCache
 from curate.jobs.polca.clusters import Cluster, find_clusters
 from curate.jobs.polca.decomposition import Decomposition, Integrator, Way, checkpoint_losses
+from curate.models.checkpoints import Subject
+from curate.models.fingerprints import FingerprintCache
 from curate.progress import Progress, counted
 from curate.recipe import Loaded, load_recipe
 from curate.rows import Row, content_id

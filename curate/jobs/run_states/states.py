@@ -80,7 +80,7 @@ class RunStates:
 
 def read_run(folder: Path, *, converged: float = math.nan) -> Run:
     """A trainer's output folder as a Run: its checkpoints in step order, their statistics computed. ModelError where it is none."""
-    from curate.checkpoints import find_checkpoints
+    from curate.models.checkpoints import find_checkpoints
 
     found = find_checkpoints(str(folder.resolve()), Path())
     if any(s.base for s in found):

@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from curate.errors import BrokenCheckpoint, ModelError, OtherLayout
-from curate.fingerprints import FingerprintCache, weights_fingerprint
-from curate.layouts import check_folder, no_folder, training_state
-from curate.naming import natural, step_in_name
+from curate.models.fingerprints import FingerprintCache, weights_fingerprint
+from curate.models.layouts import check_folder, no_folder, training_state
+from curate.models.naming import natural, step_in_name
 from curate.passes.loading.adapter_config import is_adapter, read_adapter_config, tokenizer_folder
 
 HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")

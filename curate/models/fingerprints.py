@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from curate.errors import BrokenCheckpoint
-from curate.layouts import WEIGHTS, check_folder, weight_files
+from curate.models.layouts import WEIGHTS, check_folder, weight_files
 from curate.passes.loading.adapter_config import read_adapter_config
 from curate.rows import content_id
 

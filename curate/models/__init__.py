@@ -1,0 +1,1 @@
+"""Models on the disk: where checkpoints are, in which order, and what a folder holds, by content."""
