@@ -27,7 +27,7 @@ from safetensors.numpy import load_file, save_file
 from curate.jobs.demo.model import BASE
 from curate.plan import Plan
 from curate.progress import Progress
-from curate.recipe import load_recipe
+from curate.recipe.load import load_recipe
 from curate.show import table
 from curate.storage import database
 from curate.storage.database import quote

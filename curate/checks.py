@@ -20,7 +20,7 @@ from curate.storage.database import let_go
 
 if TYPE_CHECKING:
     from curate.plan import Plan, Step
-    from curate.recipe import Loaded
+    from curate.recipe.load import Loaded
     from curate.select import SelectSpec
     from curate.store import Store
 

@@ -20,7 +20,7 @@ from curate.quiet import hush
 from curate.show import STOPPED, out, table, to_json, told
 
 if TYPE_CHECKING:
-    from curate.recipe import Loaded
+    from curate.recipe.load import Loaded
     from curate.store import Store
 
 app = typer.Typer(
@@ -114,9 +114,9 @@ def init(
     from importlib.resources import files
 
     if schema:
-        from curate import recipe
+        from curate.recipe.schema import schema as schema_of
 
-        out(to_json(recipe.schema()))
+        out(to_json(schema_of()))
         return
     if kind not in ("preference", "sft"):
         raise UsageError(
@@ -124,7 +124,7 @@ def init(
         )
     if file.exists() and not force:
         raise UsageError(f"{file} exists. Give another name, or write over it with --force.")
-    package = files("curate")
+    package = files("curate.recipe")
     schema_file = Path(str(package / "recipe.schema.json"))
     text = (
         (package / "starters" / f"{kind}.yaml")
@@ -477,7 +477,7 @@ def schedule(
 
 
 def _recipe(path: Path, overrides: list[str] | None, store: Path | None) -> Loaded:
-    from curate.recipe import load_recipe
+    from curate.recipe.load import load_recipe
 
     return load_recipe(path, set=overrides, store=store)
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from curate.lengths import Lengths
     from curate.models.checkpoints import Subject
     from curate.plan import Step
-    from curate.recipe import Loaded
+    from curate.recipe.load import Loaded
     from curate.store import Store
 
 FORWARD = ("forward", "neighbours", "backward", "direction")  # passes over whole rows; samplers keep to the context

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from curate.identity import Identity, Task
     from curate.passes.contract import Direction
     from curate.plan import Step
-    from curate.recipe import Loaded
+    from curate.recipe.load import Loaded
     from curate.store import Store
     from curate.subjects import Subjects
 

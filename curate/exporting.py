@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from curate.dpo import asks_for_beta, beta_of, deviation_text
 from curate.errors import UsageError, ValidationError
 from curate.passes.chat import as_chat
-from curate.recipe import Export, Loaded
+from curate.recipe.load import Loaded
+from curate.recipe.schema import Export
 from curate.rendering import card_notes, measured_as, styles_of
 from curate.scores.flags import ADVICE
 from curate.sourcing import noted, source_types

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from curate.passes.gradients.derivatives import Epsilon
     from curate.passes.gradients.mean import Vector
     from curate.plan import Plan, Step
-    from curate.recipe import Loaded
+    from curate.recipe.load import Loaded
     from curate.store import Store
 
 ROUGH = 0.02  # error over the spread from which on it is said

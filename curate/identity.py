@@ -28,7 +28,7 @@ from curate.store import Measured
 if TYPE_CHECKING:
     from curate.directions import Directions
     from curate.passes.contract import Measurement
-    from curate.recipe import Loaded
+    from curate.recipe.load import Loaded
     from curate.store import Store
 
 

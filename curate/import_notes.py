@@ -57,7 +57,7 @@ def _check_type(store: Store, name: str, values: np.ndarray) -> None:
 def _score_names(text: str) -> list[str]:
     import yaml
 
-    from curate.recipe import ScoreRequest
+    from curate.recipe.schema import ScoreRequest
 
     return [ScoreRequest.read(entry).name for entry in (yaml.safe_load(text) or {}).get("scores", [])]
 

@@ -18,7 +18,7 @@ from curate.models.checkpoints import HUB_ID, Subject
 from curate.models.fingerprints import WEIGHTS
 
 if TYPE_CHECKING:
-    from curate.recipe import Loaded
+    from curate.recipe.load import Loaded
     from curate.store import Store
 
 Answer = TypeVar("Answer")

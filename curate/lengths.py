@@ -17,7 +17,7 @@ import numpy as np
 
 if TYPE_CHECKING:
     from curate.models.checkpoints import Subject
-    from curate.recipe import Loaded
+    from curate.recipe.load import Loaded
     from curate.store import Store
 
 CHARACTERS_PER_TOKEN = 3.6  # where there is no tokenizer to ask

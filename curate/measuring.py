@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from curate.identity import Task
     from curate.measurements.accuracy import Graded
     from curate.models.checkpoints import Subject
-    from curate.recipe import Loaded
+    from curate.recipe.load import Loaded
     from curate.store import Store
 
 TEXT = np.dtypes.StringDType(na_object=None)  # text even where all of it is NULL

@@ -36,7 +36,7 @@ from curate.unused import unused_settings
 from curate.wanted import Wanted, check_checkpoints, wanted_scores
 
 if TYPE_CHECKING:
-    from curate.recipe import Loaded
+    from curate.recipe.load import Loaded
     from curate.store import Place, Store
 
 ORDER = ("tokens", "sample", "forward", "neighbours", "backward", "direction")

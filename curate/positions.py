@@ -13,7 +13,7 @@ from curate.models.fingerprints import FingerprintCache
 if TYPE_CHECKING:
     from curate.models.checkpoints import Subject
     from curate.plan import Plan
-    from curate.recipe import Loaded
+    from curate.recipe.load import Loaded
     from curate.store import Store
 
 

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from curate.errors import CurateError
-from curate.recipe_sources import Source, differences
+from curate.recipe.sources import Source, differences
 
 if TYPE_CHECKING:
     from curate.data import Reading
-    from curate.recipe import Loaded
+    from curate.recipe.load import Loaded
 
 
 def open_rows(

@@ -26,7 +26,7 @@ from curate.errors import CurateError, UsageError
 from curate.identity import Task, params_of, task_of
 from curate.models.checkpoints import Subject
 from curate.progress import Progress, span
-from curate.recipe import Loaded, load_recipe
+from curate.recipe.load import Loaded, load_recipe
 from curate.recordings import PREFIX, VERSION, recorded_runs, weights_of
 from curate.rows import Row, content_id
 from curate.sourcing import read_sources

@@ -15,7 +15,7 @@ from curate.errors import UsageError
 from curate.rows import content_id
 
 if TYPE_CHECKING:
-    from curate.recipe import Loaded
+    from curate.recipe.load import Loaded
     from curate.store import Measured, Store
     from curate.wanted import Wanted
 

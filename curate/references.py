@@ -22,7 +22,7 @@ from curate.storage.database import kept_open
 if TYPE_CHECKING:
     from curate.measurements.grading import Grader
     from curate.plan import Plan
-    from curate.recipe import Loaded
+    from curate.recipe.load import Loaded
     from curate.store import Store
 
 GRADED = ("accuracy", "n_correct", "perturbed_accuracy")

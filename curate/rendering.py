@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from curate.models.checkpoints import Subject
     from curate.models.fingerprints import FingerprintCache
     from curate.passes.tokens import Limits
-    from curate.recipe import Loaded
+    from curate.recipe.load import Loaded
     from curate.store import Store
 
 QUESTIONS = "question_answer"  # the format that auto asks as a chat

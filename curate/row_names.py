@@ -12,7 +12,7 @@ from curate.errors import CurateError
 from curate.rows import Row
 
 if TYPE_CHECKING:
-    from curate.recipe import Loaded
+    from curate.recipe.load import Loaded
     from curate.store import Store
 
 

@@ -71,7 +71,7 @@ def schedule(
     fact (header); what a run prints then goes into its `ended`, not to stdout. grace: seconds a run gets to stop when the schedule is stopped.
     Raises UsageError for a bad cron line, a bad recipe, or when the extra `schedule` is missing.
     """
-    from curate.recipe import load_recipe
+    from curate.recipe.load import load_recipe
 
     trigger = parse_cron(cron)
     loaded = load_recipe(recipe, set=_given(extra_args, "--set"), store=next(iter(_given(extra_args, "--store")), None))

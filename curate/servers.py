@@ -24,7 +24,7 @@ from curate.rows import Row, content_id
 from curate.storage.database import let_go
 
 if TYPE_CHECKING:
-    from curate.recipe import Loaded
+    from curate.recipe.load import Loaded
     from curate.store import Store
 
 Ask = Literal[

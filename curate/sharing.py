@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from curate.errors import UsageError
 
 if TYPE_CHECKING:
-    from curate.recipe import Loaded
+    from curate.recipe.load import Loaded
     from curate.store import Store
 
 PLACE = "# recipe: "

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from curate.errors import UsageError, ValidationError
 from curate.kept import Kept
 from curate.progress import Progress
-from curate.recipe import Loaded, Source, load_recipe
+from curate.recipe.load import Loaded, load_recipe
+from curate.recipe.schema import Source
 from curate.recipe_rows import in_both_roles, open_rows, said_otherwise
 from curate.recordings import recorded_runs
 from curate.rows import content_id

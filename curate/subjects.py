@@ -14,7 +14,7 @@ from curate.rows import content_id
 from curate.servers import Servers
 
 if TYPE_CHECKING:
-    from curate.recipe import Loaded
+    from curate.recipe.load import Loaded
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from curate.dpo import dpo_beta
 from curate.errors import UsageError
 from curate.imported import imported_values
 from curate.progress import counted
-from curate.recipe_yaml import read_yaml
+from curate.recipe.yaml import read_yaml
 from curate.scores.words import heading
 from curate.series import StoredRun, stored_runs
 from curate.show import table, wrapped
@@ -153,7 +153,7 @@ def summarise(store: Store, *, recipe: str | None = None, between: tuple[int, in
 
 def _known(store: Store, recipe: dict[str, Any]) -> list[dict[str, Any]]:
     """name, known, rows of every score that a recipe has in the view `scored`."""
-    from curate.recipe import ScoreRequest
+    from curate.recipe.schema import ScoreRequest
 
     requests = [ScoreRequest.read(entry) for entry in (read_yaml(recipe["text"])[0] or {}).get("scores") or []]
     there = store.sql("SELECT * FROM scored LIMIT 0", recipe=recipe["name"]).columns
@@ -206,7 +206,7 @@ def _imported_lines(columns: list[dict[str, Any]]) -> list[str]:
 
 def _beta(recipe: dict[str, Any] | None) -> float:
     """DPO's β of a kept recipe."""
-    from curate.recipe import ScoreRequest
+    from curate.recipe.schema import ScoreRequest
 
     raw = (read_yaml(recipe["text"])[0] or {}) if recipe else {}
     given = (raw.get("forecast") or {}).get("beta")

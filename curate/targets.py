@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from curate.data import Reading
     from curate.data.records import Record
     from curate.passes.contract import Measurement
-    from curate.recipe import Loaded, Target
+    from curate.recipe.load import Loaded
+    from curate.recipe.schema import Target
     from curate.wanted import Wanted
 
 MOST_GROUPS = 100  # each is a column of the store, and a gradient on the disk

@@ -10,7 +10,7 @@ from curate.dpo import has_beta
 
 if TYPE_CHECKING:
     from curate.plan import Plan
-    from curate.recipe import Loaded
+    from curate.recipe.load import Loaded
 
 
 def unused_settings(loaded: Loaded, plan: Plan) -> list[str]:

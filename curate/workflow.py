@@ -20,7 +20,8 @@ from curate.plan import Plan
 from curate.plan import make_plan as _make_plan
 from curate.positions import beyond_positions, unmeasurable_rows
 from curate.progress import Progress, counted
-from curate.recipe import Loaded, Worst, load_recipe
+from curate.recipe.load import Loaded, load_recipe
+from curate.recipe.schema import Worst
 from curate.recordings import recorded_runs
 from curate.references import check_references
 from curate.rows import content_id

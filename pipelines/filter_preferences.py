@@ -16,7 +16,7 @@ from pathlib import Path
 import curate
 from curate.errors import CurateError, UsageError
 from curate.progress import Progress
-from curate.recipe import load_recipe
+from curate.recipe.load import load_recipe
 from curate.rows import Pair, Text
 from curate.show import cell, out, table, told
 

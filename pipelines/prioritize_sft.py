@@ -28,7 +28,7 @@ import curate
 from curate.errors import CurateError, UsageError
 from curate.jobs.collect import candidates, rounds
 from curate.progress import Progress
-from curate.recipe import load_recipe
+from curate.recipe.load import load_recipe
 from curate.show import out, table, told
 
 SERIES = """

@@ -37,7 +37,7 @@ def cli() -> str:
 
 def recipe() -> str:
     """Every key of the recipe, section by section."""
-    schema = json.loads((REPOSITORY / "curate" / "recipe.schema.json").read_text())
+    schema = json.loads((REPOSITORY / "curate" / "recipe" / "recipe.schema.json").read_text())
     known = schema["$defs"]
     parts = [
         "# The recipe, key by key",

@@ -13,7 +13,7 @@ from curate.errors import UsageError
 from curate.explain import explain_row
 from curate.importing import import_file
 from curate.progress import Progress
-from curate.recipe import load_recipe
+from curate.recipe.load import load_recipe
 from curate.rows import Example
 from curate.scores.premem import running
 from curate.summary import summarise

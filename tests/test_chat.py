@@ -12,7 +12,7 @@ from curate.errors import ModelError, UsageError
 from curate.passes.chat import DATE, as_chat, template_of
 from curate.passes.tokens import Limits, encode, encode_prompt
 from curate.progress import Progress
-from curate.recipe import load_recipe
+from curate.recipe.load import load_recipe
 from curate.rows import Example, Pair
 from curate.workflow import make_plan
 from tests.test_tokens import make_tokenizer, messages, words

@@ -307,7 +307,7 @@ def test_revisions_of_a_hub_repository(hub):
 
 
 def test_revisions_in_a_recipe(hub):
-    from curate.recipe import load_recipe
+    from curate.recipe.load import load_recipe
     from curate.subjects import find_subjects
 
     models = {

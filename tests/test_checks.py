@@ -10,7 +10,7 @@ import yaml
 import curate
 from curate.errors import EngineError, ModelError, StoreError, UsageError, ValidationError
 from curate.progress import Progress
-from curate.recipe import load_recipe
+from curate.recipe.load import load_recipe
 from curate.workflow import make_plan
 from tests.tiny_models import make_llama
 

@@ -11,7 +11,7 @@ import pytest
 from curate.cli import app
 from curate.diff import compare
 from curate.errors import UsageError
-from curate.recipe import Recipe
+from curate.recipe.schema import Recipe
 from curate.rows import Pair
 from curate.select import SelectSpec, select_with_control
 from curate.store import Measured, Store

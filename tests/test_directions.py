@@ -17,7 +17,7 @@ from curate.passes.gradients import mean as direction
 from curate.passes.loading.model import load_model
 from curate.passes.tokens import Limits, encode, load_tokenizer
 from curate.progress import Progress
-from curate.recipe import load_recipe
+from curate.recipe.load import load_recipe
 from curate.rows import Example, Pair
 from curate.workflow import make_plan
 from tests.tiny_models import make_llama

@@ -31,7 +31,7 @@ def blocks(language: str) -> list:
 def test_every_recipe_is_one(page, block, tmp_path):
     """A block with a `kind` is a whole recipe; one without is sections of one, under either kind."""
     from curate.errors import UsageError
-    from curate.recipe import load_recipe
+    from curate.recipe.load import load_recipe
 
     recipe = tmp_path / "recipe.yaml"
     if re.search(r"^kind:", block, re.M):

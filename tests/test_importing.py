@@ -15,7 +15,7 @@ import curate
 from curate.errors import UsageError, ValidationError
 from curate.importing import import_file
 from curate.progress import Progress
-from curate.recipe import load_recipe
+from curate.recipe.load import load_recipe
 from curate.rows import Example, foreign_id
 from curate.store import Store
 from curate.summary import summarise

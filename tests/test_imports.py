@@ -199,7 +199,7 @@ CALL = "import sys; sys.argv = ['curate', {arguments}]\nfrom curate.cli import m
         CALL.format(arguments="'--version'"),
         CALL.format(arguments="'run', '--help'"),
         CALL.format(arguments="'schedule', '--help'"),
-        "import curate.schedule, curate.recipe, curate.errors, curate.rows",
+        "import curate.schedule, curate.recipe.schema, curate.errors, curate.rows",
     ],
     ids=["import curate", "--help", "--version", "run --help", "schedule --help", "recipe and schedule"],
 )

@@ -10,8 +10,8 @@ from curate.errors import UsageError
 from curate.jobs.collect.candidates import check_pool, pool_rows
 from curate.jobs.collect.rounds import read_rows
 from curate.progress import Progress
-from curate.recipe import load_recipe
-from curate.recipe_sources import inherit
+from curate.recipe.load import load_recipe
+from curate.recipe.sources import inherit
 from curate.rows import Example
 from curate.sourcing import read_sources, validate_rows
 from curate.store import Store

@@ -12,7 +12,7 @@ import pytest
 import curate
 from curate.jobs.demo.model import BASE
 from curate.progress import Progress
-from curate.recipe import load_recipe
+from curate.recipe.load import load_recipe
 from curate.workflow import make_plan
 from tests.old_store.models import make_models
 

@@ -12,7 +12,7 @@ import curate
 from curate.errors import UsageError
 from curate.measurements.perturbations import perturbation
 from curate.progress import Progress
-from curate.recipe import load_recipe
+from curate.recipe.load import load_recipe
 from curate.rows import Example
 from curate.workflow import make_plan
 from tests.tiny_models import make_llama

@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from curate.errors import UsageError
-from curate.recipe import Recipe, load_recipe, schema
+from curate.recipe.load import load_recipe
+from curate.recipe.schema import Recipe, schema
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -153,16 +154,16 @@ def test_paths_are_relative_to_the_recipe(write):
 
 
 def test_the_shipped_schema_is_the_models_schema():
-    shipped = REPOSITORY / "curate" / "recipe.schema.json"
+    shipped = REPOSITORY / "curate" / "recipe" / "recipe.schema.json"
     assert json.loads(shipped.read_text()) == schema(), (
-        "write it anew: python -m curate init --schema > curate/recipe.schema.json"
+        "write it anew: python -m curate init --schema > curate/recipe/recipe.schema.json"
     )
 
 
 def test_every_recipe_that_ships_is_valid():
     files = [
         *REPOSITORY.glob("configs/*.yaml"),
-        *REPOSITORY.glob("curate/starters/*.yaml"),
+        *REPOSITORY.glob("curate/recipe/starters/*.yaml"),
         *REPOSITORY.glob("curate/jobs/demo/*.yaml"),
     ]
     assert len(files) >= 5

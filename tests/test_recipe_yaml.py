@@ -7,8 +7,8 @@ import yaml
 
 from curate.errors import UsageError
 from curate.measurements.grading import grader
-from curate.recipe import load_recipe
-from curate.recipe_yaml import plain, read_yaml
+from curate.recipe.load import load_recipe
+from curate.recipe.yaml import plain, read_yaml
 
 #  written without quotes -> meant
 MEANT = [

@@ -12,7 +12,7 @@ import curate
 from curate.errors import UsageError
 from curate.measurements.grading import grader
 from curate.progress import Progress
-from curate.recipe import load_recipe
+from curate.recipe.load import load_recipe
 from curate.references import _graded_by_themselves
 from curate.rows import Example
 from curate.workflow import make_plan

@@ -12,7 +12,7 @@ import pytest
 
 from curate.data import read
 from curate.errors import UsageError
-from curate.recipe import load_recipe
+from curate.recipe.load import load_recipe
 from curate.scores import SCORES, score
 from curate.scoring import Columns, own_values, series_of
 from curate.store import Measured, Store

@@ -14,7 +14,7 @@ import curate
 from curate.errors import EngineError, UsageError, ValidationError
 from curate.passes.sampling.server_probe import Noise, Spoken, difference, measured_noise
 from curate.progress import Progress
-from curate.recipe import load_recipe
+from curate.recipe.load import load_recipe
 from curate.storage.entries import Measured
 from curate.workflow import make_plan, run_steps
 from tests.served import Served

@@ -19,7 +19,7 @@ from curate.errors import UsageError
 from curate.passes.loading.model import load_model
 from curate.passes.tokens import Encoded, Limits, encode, load_tokenizer
 from curate.progress import Progress
-from curate.recipe import load_recipe
+from curate.recipe.load import load_recipe
 from curate.rows import Example, Pair
 from curate.targets import MOST_GROUPS
 from curate.workflow import STEPS, make_plan, run_steps

@@ -34,7 +34,7 @@ from curate.errors import UsageError
 from curate.measurements.grading_choice import Choice
 from curate.measurements.grading_hedged import OTHER_LETTER, hedged, in_doubt, is_revised, last_is_hedged
 from curate.measurements.grading_values import MARKUP, last_value, only_value, plain, values, whole_value
-from curate.objects import load_object, places, source_version
+from curate.recipe.objects import load_object, places, source_version
 from curate.rows import Row
 
 # What `last_number` and `as_number` read. A minus is a sign unless it follows a digit, a letter, a point or a closing bracket.

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from curate.errors import UsageError
-from curate.objects import load_object, places, source_version
+from curate.recipe.objects import load_object, places, source_version
 from curate.rows import Example, Text
 
 

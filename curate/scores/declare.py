@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from curate.errors import UsageError
-from curate.objects import load_object
+from curate.recipe.objects import load_object
 from curate.scores.declared import Array, DatasetValue, Kind, Over, Score, Worst
 from curate.scores.parameters import Parameter
 from curate.scores.words import PLAIN

@@ -210,7 +210,7 @@ def test_a_recipe_that_cannot_say_what_is_hard_is_refused(made, change, missing)
 
 
 def asked_of(made, hard, take=6) -> rounds.Round:
-    from curate.recipe import load_recipe
+    from curate.recipe.load import load_recipe
 
     loaded = load_recipe(made / "sft.yaml")
     last = single_model("ready/checkpoint-20", made)

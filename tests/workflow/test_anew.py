@@ -21,7 +21,7 @@ from curate import workflow
 from curate.errors import UsageError
 from curate.passes import forward
 from curate.progress import Progress
-from curate.recipe import load_recipe
+from curate.recipe.load import load_recipe
 from curate.workflow import make_plan
 from tests.workflow.pairs import pairs, scored, write_rows
 

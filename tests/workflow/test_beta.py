@@ -9,7 +9,8 @@ import pytest
 import curate
 from curate.dpo import dpo_beta
 from curate.progress import Progress
-from curate.recipe import ScoreRequest, load_recipe
+from curate.recipe.load import load_recipe
+from curate.recipe.schema import ScoreRequest
 from curate.summary import summarise
 from curate.workflow import make_plan
 

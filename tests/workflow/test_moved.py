@@ -16,7 +16,7 @@ from curate.describe import store_status
 from curate.errors import CurateError, ModelError, UsageError, ValidationError
 from curate.explain import explain_row
 from curate.progress import Progress
-from curate.recipe import load_recipe
+from curate.recipe.load import load_recipe
 from curate.store import Store
 from curate.summary import summarise
 from tests.old_store.models import make_models

@@ -11,7 +11,7 @@ import curate
 import curate.missing
 from curate.errors import CurateError, ModelError, StoreError, UsageError, ValidationError
 from curate.progress import Progress
-from curate.recipe import load_recipe
+from curate.recipe.load import load_recipe
 from curate.workflow import make_plan
 from tests.workflow.pairs import pairs, scored, write_rows
 

@@ -6,7 +6,7 @@ import curate
 import curate.missing
 from curate import workflow
 from curate.progress import Progress
-from curate.recipe import load_recipe
+from curate.recipe.load import load_recipe
 from curate.workflow import make_plan
 from tests.workflow.pairs import pairs, write_rows
 

@@ -16,7 +16,7 @@ import curate
 from curate import measuring, scoring, select, workflow
 from curate.errors import UsageError
 from curate.progress import Progress
-from curate.recipe import load_recipe
+from curate.recipe.load import load_recipe
 from curate.store import Store
 from tests.workflow.pairs import write_rows
 

@@ -10,9 +10,9 @@ from typing import Any
 from curate.errors import UsageError
 from curate.jobs.collect.pick import Candidate, Known, by_function, by_group, fresh, nearest
 from curate.jobs.collect.rounds import Collect, Round, read_rows
-from curate.objects import load_object
-from curate.recipe import Loaded
-from curate.recipe_sources import Source, inherit
+from curate.recipe.load import Loaded
+from curate.recipe.objects import load_object
+from curate.recipe.sources import Source, inherit
 from curate.rows import Example
 
 

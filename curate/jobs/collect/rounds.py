@@ -34,7 +34,8 @@ from curate.locks import locked
 from curate.models.checkpoints import Subject, find_checkpoints
 from curate.models.fingerprints import FingerprintCache
 from curate.progress import Progress
-from curate.recipe import Loaded, Source, load_recipe
+from curate.recipe.load import Loaded, load_recipe
+from curate.recipe.schema import Source
 from curate.recipe_rows import open_rows
 from curate.rows import Example
 

@@ -24,7 +24,7 @@ from curate.jobs.polca.decomposition import Decomposition, Integrator, Way, chec
 from curate.models.checkpoints import Subject
 from curate.models.fingerprints import FingerprintCache
 from curate.progress import Progress, counted
-from curate.recipe import Loaded, load_recipe
+from curate.recipe.load import Loaded, load_recipe
 from curate.rows import Row, content_id
 from curate.show import cell, table
 from curate.sourcing import read_sources

@@ -12,7 +12,7 @@ import curate
 from curate.errors import UsageError
 from curate.jobs.demo import line, task, training
 from curate.jobs.demo.report import report
-from curate.recipe import load_recipe
+from curate.recipe.load import load_recipe
 
 
 def test_prepare_writes_rows_and_recipes_and_leaves_them_alone_afterwards(tmp_path):
