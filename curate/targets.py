@@ -12,9 +12,9 @@ from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING
 
+from curate.data.sections import open_rows
 from curate.errors import UsageError
 from curate.kept import Kept
-from curate.recipe_rows import open_rows
 from curate.rows import Row, content_id
 from curate.show import cell
 

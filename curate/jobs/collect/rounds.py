@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from curate.data.sections import open_rows
 from curate.errors import CurateError, UsageError
 from curate.jobs.collect.pick import Candidate
 from curate.locks import locked
@@ -36,7 +37,6 @@ from curate.models.fingerprints import FingerprintCache
 from curate.progress import Progress
 from curate.recipe.load import Loaded, load_recipe
 from curate.recipe.schema import Source
-from curate.recipe_rows import open_rows
 from curate.rows import Example
 
 LAST_VALUES = """
