@@ -40,9 +40,9 @@ from typing import Any
 
 import numpy as np
 
+from curate.console import table
 from curate.jobs.demo import task, training
 from curate.jobs.demo.line import one_thread
-from curate.show import table
 
 RESULTS = Path(__file__).with_suffix(".jsonl")
 METHODS = ("rounds", "iid", "loss", "first", "length")

@@ -28,14 +28,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy as np
 
 import curate
+from curate.console import Progress, table
 from curate.jobs.demo import task, training
 from curate.jobs.demo.line import one_thread
-from curate.progress import Progress
 from curate.scores import hmm
 from curate.scores.calibration import r_squared
 from curate.scores.phases import FORGOTTEN, LEARNED, NAMES, by_rules, smoothed
 from curate.series import stored_runs
-from curate.show import table
 from curate.store import Store
 
 TAU = 0.66  # as in the demo

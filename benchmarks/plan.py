@@ -24,11 +24,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import yaml
 from safetensors.numpy import load_file, save_file
 
+from curate.console import Progress, table
 from curate.jobs.demo.model import BASE
 from curate.plan import Plan
-from curate.progress import Progress
 from curate.recipe.load import load_recipe
-from curate.show import table
 from curate.storage import database
 from curate.storage.database import quote
 from curate.storage.tables import merge, remember, table_of

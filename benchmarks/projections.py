@@ -26,10 +26,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy as np
 import torch
 
+from curate.console import table
 from curate.passes.gradients import projections
 from curate.passes.loading.model import Model
 from curate.passes.tokens import Encoded
-from curate.show import table
 
 DIRECTIONS = 9
 ROUNDS = 3

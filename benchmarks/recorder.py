@@ -27,10 +27,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 
 import curate
+from curate.console import Progress, table
 from curate.jobs.demo.model import BASE
 from curate.jobs.demo.task import splits, write_jsonl
-from curate.progress import Progress
-from curate.show import table
 
 BATCH = 32
 # rows recorded, share of the training between recordings, answers sampled for each row

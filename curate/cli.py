@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from curate.console import STOPPED, out, table, to_json, told
 from curate.disk import disk_trouble
 from curate.errors import CurateError, UsageError
 from curate.quiet import hush
-from curate.show import STOPPED, out, table, to_json, told
 
 if TYPE_CHECKING:
     from curate.recipe.load import Loaded
@@ -302,8 +302,8 @@ def forget(
 
     Whole: its values, the rows that only its ids knew, its dataset values.
     """
+    from curate.console import counted
     from curate.describe import imports_text
-    from curate.progress import counted
     from curate.store import Store
 
     held = Store(store, on_wait=_progress(quiet).say)
@@ -489,7 +489,7 @@ def _store(path: Path) -> Store:
 
 
 def _progress(quiet: bool) -> Any:
-    from curate.progress import Progress
+    from curate.console import Progress
 
     return Progress(quiet=quiet)
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from curate.console import span
 from curate.passes.nearest import COUNT
-from curate.progress import span
 
 if TYPE_CHECKING:
     from curate.identity import Task

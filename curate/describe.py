@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from curate.progress import counted
+from curate.console import counted, table, wrapped
 from curate.scores.words import FAMILIES
-from curate.show import table, wrapped
 from curate.store import Import, Store
 
 if TYPE_CHECKING:

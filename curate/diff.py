@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from curate.console import table
 from curate.errors import UsageError
-from curate.show import table
 from curate.store import Store
 
 DECIDED = """

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from curate.console import cell, wrapped
 from curate.decide import Reason
 from curate.errors import UsageError
 from curate.recipe.yaml import read_yaml
 from curate.row_answers import answers_of, answers_text
 from curate.scores import SCORES
 from curate.scores.flags import ADVICE, REASONS, reasons
-from curate.show import cell, wrapped
 from curate.storage.views import BASE
 from curate.store import Store
 

@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from curate.console import Progress
 from curate.errors import ModelError
 from curate.mean_gradients import MeanGradients
 from curate.measuring import ForwardRunner
 from curate.models.checkpoints import Subject
-from curate.progress import Progress
 from curate.rows import Row
 
 if TYPE_CHECKING:

@@ -26,12 +26,12 @@ from typing import Any, Literal
 import numpy as np
 import polars as pl
 
+from curate.console import counted
 from curate.errors import UsageError, ValidationError
 from curate.import_notes import check_columns, notes_of, numeric_names
 from curate.import_rows import Found, check_lines, find_rows
 from curate.import_table import GROUPED, Table, numbers, read_table, step_of, steps_of, text_of, values_of
 from curate.models.naming import natural
-from curate.progress import counted
 from curate.rows import content_id
 from curate.store import DatasetValue, Import, Measured, Store
 

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from curate.console import Count, Progress
 from curate.errors import ModelError, UsageError
-from curate.progress import Count, Progress
 from curate.rows import Row
 from curate.targets import split
 

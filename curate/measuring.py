@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from curate.answers import KeptAnswers, by_prompt, padded
+from curate.console import Progress
 from curate.embeddings import check_ids, embedding_rows
 from curate.encodings import Encodings
 from curate.errors import ModelError
 from curate.identity import few_shot_text
 from curate.measurements.perturbations import perturbation
 from curate.plan import Plan, Step
-from curate.progress import Progress
 from curate.rendering import LOOKED_AT, lost_text
 from curate.row_names import named_rows
 from curate.rows import Example, Row

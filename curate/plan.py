@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from curate.answers import KeptAnswers
+from curate.console import span, table
 from curate.cost import AnswerTokens, step_line, weights_size, with_cost
 from curate.directions import Directions
 from curate.dpo import beta_of, deviation_text
@@ -25,11 +26,9 @@ from curate.missing import Block, Rows
 from curate.model_checks import check_models
 from curate.models.checkpoints import Subject
 from curate.models.fingerprints import FingerprintCache
-from curate.progress import span
 from curate.recordings import PREFIX, recorded_runs, recorded_uses, run_meant
 from curate.rendering import styles_of
 from curate.servers import Ask, Servers, first_rows, of_addresses
-from curate.show import table
 from curate.storage.database import let_go
 from curate.subjects import Subjects, find_subjects
 from curate.unused import unused_settings

@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from transformers import TrainerCallback
 
+from curate.console import Progress, span
 from curate.errors import CurateError, UsageError
 from curate.identity import Task, params_of, task_of
 from curate.models.checkpoints import Subject
-from curate.progress import Progress, span
 from curate.recipe.load import Loaded, load_recipe
 from curate.recordings import PREFIX, VERSION, recorded_runs, weights_of
 from curate.rows import Row, content_id

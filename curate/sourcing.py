@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from curate.console import Progress
 from curate.data.sections import in_both_roles, open_rows, said_otherwise
 from curate.errors import UsageError, ValidationError
 from curate.kept import Kept
-from curate.progress import Progress
 from curate.recipe.load import Loaded, load_recipe
 from curate.recipe.schema import Source
 from curate.recordings import recorded_runs

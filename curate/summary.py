@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from curate.console import counted, table, wrapped
 from curate.dpo import dpo_beta
 from curate.errors import UsageError
 from curate.imported import imported_values
-from curate.progress import counted
 from curate.recipe.yaml import read_yaml
 from curate.scores.words import heading
 from curate.series import StoredRun, stored_runs
-from curate.show import table, wrapped
 from curate.store import Store
 
 if TYPE_CHECKING:

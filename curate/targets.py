@@ -12,11 +12,11 @@ from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING
 
+from curate.console import cell
 from curate.data.sections import open_rows
 from curate.errors import UsageError
 from curate.kept import Kept
 from curate.rows import Row, content_id
-from curate.show import cell
 
 if TYPE_CHECKING:
     from curate.data import Reading

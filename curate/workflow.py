@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from curate.checks import Ahead, check_ahead, columns_exist
+from curate.console import Progress, counted
 from curate.disk import disk_trouble
 from curate.errors import CurateError, ModelError, UsageError
 from curate.imported import check_imported_names
@@ -19,7 +20,6 @@ from curate.kept import Kept, open_kept
 from curate.plan import Plan
 from curate.plan import make_plan as _make_plan
 from curate.positions import beyond_positions, unmeasurable_rows
-from curate.progress import Progress, counted
 from curate.recipe.load import Loaded, load_recipe
 from curate.recipe.schema import Worst
 from curate.recordings import recorded_runs

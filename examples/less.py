@@ -19,9 +19,9 @@ import numpy as np
 import yaml
 
 import curate
+from curate.console import out, table
 from curate.jobs.demo.model import BASE
 from curate.jobs.demo.task import CELLS, problem
-from curate.show import out, table
 
 SKILLS = sorted(CELLS)
 

@@ -20,9 +20,9 @@ from pathlib import Path
 
 import numpy as np
 
+from curate.console import out, told
 from curate.errors import CurateError, UsageError
 from curate.rows import Example, Pair, Row
-from curate.show import out, told
 
 WIDTH = 100  # characters of a text
 

@@ -24,13 +24,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from curate.console import cell, table
 from curate.jobs.polca.clusters import breakthrough, homogeneity, labels_of
 from curate.jobs.polca.decomposition import Decomposition, Integrator, checkpoint_losses
 from curate.passes.forward import load_model
 from curate.passes.gradients.segments import Segments
 from curate.passes.loading.weights import quiet
 from curate.passes.tokens import Encoded
-from curate.show import cell, table
 
 PLUS, EQUALS, BOS = 10, 11, 12
 START = 9  # where the answer begins: BOS a a a + b b b =

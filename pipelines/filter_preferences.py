@@ -14,11 +14,10 @@ from itertools import islice
 from pathlib import Path
 
 import curate
+from curate.console import Progress, cell, out, table, told
 from curate.errors import CurateError, UsageError
-from curate.progress import Progress
 from curate.recipe.load import load_recipe
 from curate.rows import Pair, Text
-from curate.show import cell, out, table, told
 
 SHOWN = 5  # dropped pairs, unless --show says otherwise
 WIDTH = 160  # characters of a text

@@ -13,10 +13,9 @@ import argparse
 import sys
 from pathlib import Path
 
+from curate.console import Progress, out, to_json, told
 from curate.errors import CurateError
 from curate.jobs.polca.polca import TOLERANCE, audit
-from curate.progress import Progress
-from curate.show import out, to_json, told
 
 
 def main() -> int:

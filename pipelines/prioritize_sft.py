@@ -25,11 +25,10 @@ from pathlib import Path
 from typing import Any
 
 import curate
+from curate.console import Progress, out, table, told
 from curate.errors import CurateError, UsageError
 from curate.jobs.collect import candidates, rounds
-from curate.progress import Progress
 from curate.recipe.load import load_recipe
-from curate.show import out, table, told
 
 SERIES = """
     SELECT checkpoint, max(value) FILTER (name = 'accuracy') AS accuracy, max(value) FILTER (name = 'premem_accuracy') AS premem

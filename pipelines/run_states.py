@@ -20,11 +20,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from curate.console import Progress, out, table, to_json, told
 from curate.errors import CurateError, UsageError
 from curate.jobs.run_states.states import DETOUR, MOST_STATES, Run, RunStates, convergence_step, read_run, run_states
 from curate.jobs.run_states.weights import STATISTICS
-from curate.progress import Progress
-from curate.show import out, table, to_json, told
 
 METRIC = "eval_loss"
 HIGH_IS_GOOD = ("accuracy", "reward", "margin", "f1", "score")  # in a metric's name; anything else is a loss

@@ -10,10 +10,10 @@ import pytest
 import yaml
 
 import curate
+from curate.console import Progress
 from curate.errors import ModelError, UsageError
 from curate.jobs.collect import rounds
 from curate.jobs.collect.candidates import from_pool
-from curate.progress import Progress
 from curate.recipe.load import load_recipe
 from curate.workflow import make_plan
 from tests.tiny_models import make_llama

@@ -9,7 +9,7 @@ import pytest
 
 import curate
 import curate.passes.sampling.open
-from curate.progress import Progress
+from curate.console import Progress
 from curate.recipe.load import load_recipe
 from curate.workflow import make_plan
 from tests.tiny_models import make_llama

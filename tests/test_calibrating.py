@@ -9,10 +9,10 @@ import polars as pl
 import pytest
 
 import curate
+from curate.console import Progress
 from curate.errors import UsageError
 from curate.explain import explain_row
 from curate.importing import import_file
-from curate.progress import Progress
 from curate.recipe.load import load_recipe
 from curate.rows import Example
 from curate.scores.premem import running

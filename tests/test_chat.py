@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 import curate
+from curate.console import Progress
 from curate.errors import ModelError, UsageError
 from curate.passes.chat import DATE, as_chat, template_of
 from curate.passes.tokens import Limits, encode, encode_prompt
-from curate.progress import Progress
 from curate.recipe.load import load_recipe
 from curate.rows import Example, Pair
 from curate.workflow import make_plan

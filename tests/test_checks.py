@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 import curate
+from curate.console import Progress
 from curate.errors import EngineError, ModelError, StoreError, UsageError, ValidationError
-from curate.progress import Progress
 from curate.recipe.load import load_recipe
 from curate.workflow import make_plan
 from tests.tiny_models import make_llama

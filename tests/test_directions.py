@@ -11,12 +11,12 @@ import torch
 import yaml
 
 import curate
+from curate.console import Progress
 from curate.errors import ModelError, UsageError
 from curate.passes.gradients import derivatives as along
 from curate.passes.gradients import mean as direction
 from curate.passes.loading.model import load_model
 from curate.passes.tokens import Limits, encode, load_tokenizer
-from curate.progress import Progress
 from curate.recipe.load import load_recipe
 from curate.rows import Example, Pair
 from curate.workflow import make_plan

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 
 from curate.cli import app
+from curate.console import Progress
 from curate.errors import UsageError, ValidationError
 from curate.importing import import_file
-from curate.progress import Progress
 from curate.recipe.load import load_recipe
 from curate.rows import Example
 from curate.store import Store

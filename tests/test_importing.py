@@ -12,9 +12,9 @@ import polars as pl
 import pytest
 
 import curate
+from curate.console import Progress
 from curate.errors import UsageError, ValidationError
 from curate.importing import import_file
-from curate.progress import Progress
 from curate.recipe.load import load_recipe
 from curate.rows import Example, foreign_id
 from curate.store import Store

@@ -6,10 +6,10 @@ import json
 
 import pytest
 
+from curate.console import Progress
 from curate.errors import UsageError
 from curate.jobs.collect.candidates import check_pool, pool_rows
 from curate.jobs.collect.rounds import read_rows
-from curate.progress import Progress
 from curate.recipe.load import load_recipe
 from curate.recipe.sources import inherit
 from curate.rows import Example

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 import curate
+from curate.console import Progress
 from curate.jobs.demo.model import BASE
-from curate.progress import Progress
 from curate.recipe.load import load_recipe
 from curate.workflow import make_plan
 from tests.old_store.models import make_models

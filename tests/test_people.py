@@ -10,10 +10,10 @@ import yaml
 
 import curate
 from curate.cli import main
+from curate.console import table, wrapped
 from curate.describe import differences
 from curate.scores import DATASET_VALUES, SCORES
 from curate.scores.words import FAMILIES, OTHER, PLAIN, heading
-from curate.show import table, wrapped
 from curate.store import Store
 from curate.summary import summarise
 from tests.tiny_models import make_llama

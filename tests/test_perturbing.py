@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 import curate
+from curate.console import Progress
 from curate.errors import UsageError
 from curate.measurements.perturbations import perturbation
-from curate.progress import Progress
 from curate.recipe.load import load_recipe
 from curate.rows import Example
 from curate.workflow import make_plan

@@ -15,9 +15,9 @@ import yaml
 
 import curate
 from curate import engines, lengths
+from curate.console import Progress
 from curate.models.checkpoints import Subject
 from curate.models.fingerprints import FingerprintCache
-from curate.progress import Progress
 from curate.recipe.load import load_recipe
 from curate.workflow import make_plan
 from tests.tiny_models import make_llama

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from curate import progress
-from curate.progress import Progress
+from curate import console
+from curate.console import Progress
 
 
 @pytest.mark.parametrize(
@@ -24,7 +24,7 @@ def test_one_row_is_no_rows(text, expected, capsys):
 def test_what_is_left_is_not_told_from_the_first_batch(capsys, monkeypatch):
     """100 batches of ten rows, 2 s each, the first one 60 s: silence about the rest until two more batches, then the truth."""
     clock = 1000.0
-    monkeypatch.setattr(progress.time, "monotonic", lambda: clock)
+    monkeypatch.setattr(console.time, "monotonic", lambda: clock)
     with Progress(every=1).bar("forward", 1500, done=500) as count:
         for at in range(100):
             clock += 2 if at else 60
@@ -54,7 +54,7 @@ def test_a_bar_tells_what_is_left_of_a_slow_pass():
 def test_rows_that_are_done_again_leave_no_nonsense(capsys, monkeypatch):
     """A pass that runs out of memory takes back what it counted and begins anew."""
     clock = 0.0
-    monkeypatch.setattr(progress.time, "monotonic", lambda: clock)
+    monkeypatch.setattr(console.time, "monotonic", lambda: clock)
     with Progress(every=1).bar("gradient", 100) as count:
         for n in (10, 10, -20, 5, 5):
             clock += 2

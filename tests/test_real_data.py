@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 import curate
+from curate.console import Progress
 from curate.explain import explain_row
 from curate.importing import import_file
-from curate.progress import Progress
 from curate.summary import summarise
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 import curate
+from curate.console import Progress
 from curate.errors import UsageError
-from curate.progress import Progress
 from tests.tiny_models import make_llama
 
 REPOSITORY = Path(__file__).resolve().parent.parent

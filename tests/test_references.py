@@ -9,9 +9,9 @@ import polars as pl
 import pytest
 
 import curate
+from curate.console import Progress
 from curate.errors import UsageError
 from curate.measurements.grading import grader
-from curate.progress import Progress
 from curate.recipe.load import load_recipe
 from curate.references import _graded_by_themselves
 from curate.rows import Example

@@ -11,9 +11,9 @@ import yaml
 pytest.importorskip("openai")
 
 import curate
+from curate.console import Progress
 from curate.errors import EngineError, UsageError, ValidationError
 from curate.passes.sampling.server_probe import Noise, Spoken, difference, measured_noise
-from curate.progress import Progress
 from curate.recipe.load import load_recipe
 from curate.storage.entries import Measured
 from curate.workflow import make_plan, run_steps

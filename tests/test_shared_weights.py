@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 import curate
-from curate.progress import Progress
+from curate.console import Progress
 from curate.recipe.load import load_recipe
 from curate.series import stored_runs
 from curate.workflow import make_plan

@@ -15,10 +15,10 @@ import torch
 import yaml
 
 import curate
+from curate.console import Progress
 from curate.errors import UsageError
 from curate.passes.loading.model import load_model
 from curate.passes.tokens import Encoded, Limits, encode, load_tokenizer
-from curate.progress import Progress
 from curate.recipe.load import load_recipe
 from curate.rows import Example, Pair
 from curate.targets import MOST_GROUPS

@@ -18,9 +18,9 @@ import yaml
 import curate
 import curate.missing
 from curate import workflow
+from curate.console import Progress
 from curate.errors import UsageError
 from curate.passes import forward
-from curate.progress import Progress
 from curate.recipe.load import load_recipe
 from curate.workflow import make_plan
 from tests.workflow.pairs import pairs, scored, write_rows

@@ -7,8 +7,8 @@ import json
 import pytest
 
 import curate
+from curate.console import Progress
 from curate.dpo import dpo_beta
-from curate.progress import Progress
 from curate.recipe.load import load_recipe
 from curate.recipe.schema import ScoreRequest
 from curate.summary import summarise

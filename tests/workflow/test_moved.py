@@ -12,10 +12,10 @@ import yaml
 
 import curate
 from curate import workflow
+from curate.console import Progress
 from curate.describe import store_status
 from curate.errors import CurateError, ModelError, UsageError, ValidationError
 from curate.explain import explain_row
-from curate.progress import Progress
 from curate.recipe.load import load_recipe
 from curate.store import Store
 from curate.summary import summarise

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import curate
-from curate.progress import Progress
+from curate.console import Progress
 from curate.recipe.load import load_recipe
 from curate.workflow import make_plan, run_steps
 from tests.workflow.pairs import pairs, write_rows

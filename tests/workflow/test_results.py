@@ -9,8 +9,8 @@ import pytest
 
 import curate
 import curate.missing
+from curate.console import Progress
 from curate.errors import CurateError, ModelError, StoreError, UsageError, ValidationError
-from curate.progress import Progress
 from curate.recipe.load import load_recipe
 from curate.workflow import make_plan
 from tests.workflow.pairs import pairs, scored, write_rows
@@ -119,7 +119,7 @@ def test_groups_weights_and_resampling(recipe, tmp_path):
 
 def test_results_speak_json_and_text(recipe):
     result = curate.run(recipe())
-    from curate.show import to_json
+    from curate.console import to_json
 
     shown = json.loads(to_json(result.to_json()))
     assert shown["selection"]["kept"] == 18 and shown["measured"] == {"tokens": 40, "forward": 40}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import curate
 import curate.missing
 from curate import workflow
-from curate.progress import Progress
+from curate.console import Progress
 from curate.recipe.load import load_recipe
 from curate.workflow import make_plan
 from tests.workflow.pairs import pairs, write_rows

@@ -14,8 +14,8 @@ import yaml
 
 import curate
 from curate import measuring, scoring, select, workflow
+from curate.console import Progress
 from curate.errors import UsageError
-from curate.progress import Progress
 from curate.recipe.load import load_recipe
 from curate.store import Store
 from tests.workflow.pairs import write_rows

@@ -28,13 +28,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from curate.console import Progress
 from curate.data.sections import open_rows
 from curate.errors import CurateError, UsageError
 from curate.jobs.collect.pick import Candidate
 from curate.locks import locked
 from curate.models.checkpoints import Subject, find_checkpoints
 from curate.models.fingerprints import FingerprintCache
-from curate.progress import Progress
 from curate.recipe.load import Loaded, load_recipe
 from curate.recipe.schema import Source
 from curate.rows import Example

@@ -20,10 +20,10 @@ from typing import Any
 
 import curate
 from curate import workflow
+from curate.console import Progress
 from curate.errors import UsageError
 from curate.jobs.demo import task, training
 from curate.jobs.demo.report import report
-from curate.progress import Progress
 
 RECIPES = ("sft.yaml", "pool.yaml", "preference.yaml", "dpo.yaml")
 STEPS = 400

@@ -8,8 +8,7 @@ import shutil
 import sys
 from typing import Any
 
-from curate.progress import span
-from curate.show import table
+from curate.console import span, table
 
 ARMS = {"all": "all pairs", "selected": "selected: ches_ln's worst 10% dropped", "random": "as many, dropped at random"}
 

@@ -18,15 +18,14 @@ from typing import Any
 
 import numpy as np
 
+from curate.console import Progress, cell, counted, table
 from curate.errors import UsageError
 from curate.jobs.polca.clusters import Cluster, find_clusters
 from curate.jobs.polca.decomposition import Decomposition, Integrator, Way, checkpoint_losses
 from curate.models.checkpoints import Subject
 from curate.models.fingerprints import FingerprintCache
-from curate.progress import Progress, counted
 from curate.recipe.load import Loaded, load_recipe
 from curate.rows import Row, content_id
-from curate.show import cell, table
 from curate.sourcing import read_sources
 from curate.store import Store
 from curate.subjects import find_subjects
