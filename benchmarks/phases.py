@@ -34,8 +34,8 @@ from curate.jobs.demo.line import one_thread
 from curate.scores import hmm
 from curate.scores.calibration import r_squared
 from curate.scores.phases import FORGOTTEN, LEARNED, NAMES, by_rules, smoothed
-from curate.series import stored_runs
 from curate.store import Store
+from curate.store.runs import stored_runs
 
 TAU = 0.66  # as in the demo
 LEVEL = 0.5

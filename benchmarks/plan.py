@@ -28,10 +28,9 @@ from curate.console import Progress, table
 from curate.jobs.demo.model import BASE
 from curate.plan import Plan
 from curate.recipe.load import load_recipe
-from curate.storage import database
-from curate.storage.database import quote
-from curate.storage.tables import merge, remember, table_of
-from curate.store import Store
+from curate.store import Store, database
+from curate.store.database import quote
+from curate.store.tables import merge, remember, table_of
 from curate.workflow import make_plan
 
 MEASURED = 10  # checkpoints of those that are measured in the second row; all are in the third

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from curate.errors import EngineError, StoreError, UsageError, ValidationError
 from curate.rows import Row
-from curate.storage.database import let_go
+from curate.store.database import let_go
 
 if TYPE_CHECKING:
     from curate.plan import Plan, Step

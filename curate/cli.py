@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from curate.console import STOPPED, out, table, to_json, told
-from curate.disk import disk_trouble
-from curate.errors import CurateError, UsageError
+from curate.errors import CurateError, UsageError, disk_trouble
 from curate.quiet import hush
 
 if TYPE_CHECKING:
@@ -278,8 +277,8 @@ def import_(
 
     Without a `row` or --on they are dataset-level values. See docs/importing.md.
     """
-    from curate.importing import import_file
     from curate.store import Store
+    from curate.store.importing.importing import import_file
 
     pairs = _pairs([*mapping, *(more or [])], "--map")
     into: Any = Store(store, on_wait=_progress(quiet).say) if (store / "curate.duckdb").exists() else store
@@ -421,7 +420,7 @@ def sql(
 
     The table for people cuts long texts short; --json and --csv give them whole.
     """
-    from curate.storage.query import csv_text
+    from curate.store.query import csv_text
 
     opened = _store(store)
     frame = opened.sql(query, recipe=recipe, source=source)

@@ -19,7 +19,7 @@ from curate.errors import UsageError
 from curate.scores import SCORES
 from curate.scores.cartography import NAMES, regions
 from curate.scores.trajectories import confidence, of_training, variability
-from curate.series import stored_runs
+from curate.store.runs import stored_runs
 from curate.summary import setting
 
 if TYPE_CHECKING:

@@ -3,6 +3,10 @@
 Every message says what was wanted, what was found (file, row, column), and the next command. Raised once, never logged and raised.
 """
 
+from __future__ import annotations
+
+import errno
+
 
 class CurateError(Exception):
     """Something failed that the user can do something about. Exit code 1."""
@@ -38,3 +42,41 @@ class EngineError(CurateError):
 
 class StoreError(CurateError):
     """A store that is locked, damaged, full, or of another version."""
+
+
+# A disk that is full, cannot be written, or a limit of the system that is reached: told from other errors, whatever library met it.
+KEPT = "What was finished is kept; run the same command again."
+FULL = f"the disk is full. Free some space (or name another folder). {KEPT}"
+LIMITS = {
+    errno.ENOSPC: FULL,
+    errno.EDQUOT: f"the disk quota is used up. Free some space (or name another folder). {KEPT}",
+    errno.EFBIG: f"a file would be larger than this system allows (`ulimit -f`, or the file system). {KEPT}",
+    errno.EROFS: "the file system is read-only. Name a folder that can be written, with --store or export.to.",
+    errno.EMFILE: f"too many files are open at once (`ulimit -n` says how many may be). {KEPT}",
+    errno.ENFILE: f"the system has too many files open. {KEPT}",
+}
+SPELT = {
+    "no space left on device": errno.ENOSPC,
+    "not enough space": errno.ENOSPC,
+    "os error 28": errno.ENOSPC,
+    "disk quota exceeded": errno.EDQUOT,
+    "file too large": errno.EFBIG,
+    "read-only file system": errno.EROFS,
+    "too many open files": errno.EMFILE,
+}
+
+
+def disk_trouble(error: BaseException | None) -> StoreError | None:
+    """What is wrong with the disk, of an error or of what caused it; None where that is not it."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen and not isinstance(error, CurateError):
+        seen.add(id(error))
+        text = str(error).lower()
+        number = getattr(error, "errno", None) if isinstance(error, OSError) else None
+        if number not in LIMITS:
+            number = next((n for spelt, n in SPELT.items() if spelt in text), None)
+        if number is not None:
+            file = getattr(error, "filename", None)
+            return StoreError(f"{f'{file}: ' if file else ''}{LIMITS[number]}")
+        error = error.__cause__ or error.__context__
+    return None

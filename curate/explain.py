@@ -12,8 +12,8 @@ from curate.recipe.yaml import read_yaml
 from curate.row_answers import answers_of, answers_text
 from curate.scores import SCORES
 from curate.scores.flags import ADVICE, REASONS, reasons
-from curate.storage.views import BASE
 from curate.store import Store
+from curate.store.views import BASE
 
 
 @dataclass(frozen=True)

@@ -135,7 +135,7 @@ class Kept:
 
 def open_kept(loaded: Loaded, store: Store, *, anew: bool) -> Kept:
     """Of this recipe, or of another of the same folder."""
-    from curate.sharing import recipe_file
+    from curate.store.sharing import recipe_file
 
     own = store.kept(loaded.name)
     if own is None and not anew:

@@ -29,7 +29,7 @@ from curate.models.fingerprints import FingerprintCache
 from curate.recordings import PREFIX, recorded_runs, recorded_uses, run_meant
 from curate.rendering import styles_of
 from curate.servers import Ask, Servers, first_rows, of_addresses
-from curate.storage.database import let_go
+from curate.store.database import let_go
 from curate.subjects import Subjects, find_subjects
 from curate.unused import unused_settings
 from curate.wanted import Wanted, check_checkpoints, wanted_scores

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from curate.errors import UsageError
 from curate.row_names import named_rows
 from curate.rows import Example, Row
-from curate.storage.database import kept_open
+from curate.store.database import kept_open
 
 if TYPE_CHECKING:
     from curate.measurements.grading import Grader

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from curate.errors import CurateError, StoreError, UsageError
-from curate.locks import locked
+from curate.store.locks import locked
 
 GRACE = 60.0  # seconds a child gets to stop by itself; a shard being written needs a fraction of that
 DAYS = (

@@ -33,12 +33,12 @@ import numpy as np
 from curate.control import control_of
 from curate.decide import Candidates, Decisions, Reason, SelectSpec, check_groups, decide, whole
 from curate.errors import UsageError
-from curate.storage.database import literal, quote
-from curate.storage.expressions import check_expression, order_keys
+from curate.store.database import literal, quote
+from curate.store.expressions import check_expression, order_keys
 
 if TYPE_CHECKING:
-    from curate.storage.misread import Frame
     from curate.store import Store
+    from curate.store.misread import Frame
 
 __all__ = [
     "Candidates",

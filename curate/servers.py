@@ -21,7 +21,7 @@ from curate.models.checkpoints import Subject, single_model
 from curate.models.fingerprints import FingerprintCache
 from curate.passes.sampling.server_probe import FIXED, Noise, Probe, Spoken, difference, key_of, measured_noise
 from curate.rows import Row, content_id
-from curate.storage.database import let_go
+from curate.store.database import let_go
 
 if TYPE_CHECKING:
     from curate.recipe.load import Loaded

@@ -19,9 +19,9 @@ from curate.recipe.load import Loaded, load_recipe
 from curate.recipe.schema import Source
 from curate.recordings import recorded_runs
 from curate.rows import content_id
-from curate.sharing import check_sources
-from curate.storage.database import let_go
 from curate.store import Role, Store
+from curate.store.database import let_go
+from curate.store.sharing import check_sources
 from curate.wanted import wanted_scores
 
 if TYPE_CHECKING:

@@ -19,8 +19,8 @@ from curate.errors import UsageError
 from curate.imported import imported_values
 from curate.recipe.yaml import read_yaml
 from curate.scores.words import heading
-from curate.series import StoredRun, stored_runs
 from curate.store import Store
+from curate.store.runs import StoredRun, stored_runs
 
 if TYPE_CHECKING:
     from curate.scores.calibration import Calibration

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from curate.checks import Ahead, check_ahead, columns_exist
 from curate.console import Progress, counted
-from curate.disk import disk_trouble
-from curate.errors import CurateError, ModelError, UsageError
+from curate.errors import CurateError, ModelError, UsageError, disk_trouble
 from curate.imported import check_imported_names
 from curate.kept import Kept, open_kept
 from curate.plan import Plan
@@ -25,10 +24,10 @@ from curate.recipe.schema import Worst
 from curate.recordings import recorded_runs
 from curate.references import check_references
 from curate.rows import content_id
-from curate.sharing import check_name, placed
 from curate.sourcing import read_sources
-from curate.storage.database import kept_open
 from curate.store import DatasetValue, Store
+from curate.store.database import kept_open
+from curate.store.sharing import check_name, placed
 from curate.wanted import Wanted, wanted_scores
 
 if TYPE_CHECKING:

@@ -12,10 +12,10 @@ import curate
 from curate.console import Progress
 from curate.errors import UsageError
 from curate.explain import explain_row
-from curate.importing import import_file
 from curate.recipe.load import load_recipe
 from curate.rows import Example
 from curate.scores.premem import running
+from curate.store.importing.importing import import_file
 from curate.summary import summarise
 from curate.workflow import run_steps
 

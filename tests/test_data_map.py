@@ -13,7 +13,7 @@ import curate
 from curate.cli import main
 from curate.data_map import HEIGHT, LARGEST, WIDTH, DataMap, data_maps, svg, write_maps
 from curate.errors import UsageError
-from curate.importing import import_file
+from curate.store.importing.importing import import_file
 
 SVG = "{http://www.w3.org/2000/svg}"
 MAP = {"row": "id", "run": "run", "checkpoint": "step", "nll": "nll", "trained": "trained"}

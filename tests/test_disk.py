@@ -12,8 +12,7 @@ import pytest
 import yaml
 
 import curate
-from curate.disk import disk_trouble
-from curate.errors import CurateError, StoreError
+from curate.errors import CurateError, StoreError, disk_trouble
 from curate.explain import explain_row
 from curate.rows import Example
 from curate.store import Store

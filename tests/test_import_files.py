@@ -9,8 +9,8 @@ import pytest
 
 import curate
 from curate.errors import CurateError, UsageError, ValidationError
-from curate.importing import import_file
 from curate.store import Store
+from curate.store.importing.importing import import_file
 
 MAP = {"row": "id", "step": "step", "accuracy": "acc"}
 READ = "SELECT o.key, t.step, t.accuracy FROM trajectories t JOIN occurrences o USING (row_id) ORDER BY 1, 2"

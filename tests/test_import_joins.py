@@ -10,10 +10,10 @@ import pytest
 from curate.cli import app
 from curate.console import Progress
 from curate.errors import UsageError, ValidationError
-from curate.importing import import_file
 from curate.recipe.load import load_recipe
 from curate.rows import Example
 from curate.store import Store
+from curate.store.importing.importing import import_file
 from curate.summary import summarise
 from curate.workflow import run_steps
 

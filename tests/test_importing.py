@@ -14,10 +14,10 @@ import pytest
 import curate
 from curate.console import Progress
 from curate.errors import UsageError, ValidationError
-from curate.importing import import_file
 from curate.recipe.load import load_recipe
 from curate.rows import Example, foreign_id
 from curate.store import Store
+from curate.store.importing.importing import import_file
 from curate.summary import summarise
 from curate.workflow import run_steps
 

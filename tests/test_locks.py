@@ -8,8 +8,8 @@ import os
 
 import pytest
 
-from curate import locks
 from curate.errors import CurateError, StoreError
+from curate.store import locks
 
 
 def taken(holder: str) -> CurateError:

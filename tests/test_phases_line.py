@@ -9,10 +9,10 @@ import pytest
 
 import curate
 from curate.explain import explain_row
-from curate.importing import import_file
 from curate.scores.phases import NAMES
 from curate.scoring import _most_common
 from curate.store import Store
+from curate.store.importing.importing import import_file
 from curate.summary import summarise
 
 # row -> run -> (correct of 4, NLL) at steps 10, 20, 30

@@ -221,7 +221,7 @@ def test_speeds_are_those_of_the_same_measurements_first(model, tmp_path):
 
 def asked_of_the_database(monkeypatch, act) -> tuple[int, int]:
     """How often `act` opens the database, and how many queries it sends."""
-    from curate.storage import database
+    from curate.store import database
 
     opened = queries = 0
     connect = database.Database._connect

@@ -36,7 +36,7 @@ RECIPE = """
 """
 DRIVER = """
     import os, signal, sys
-    import curate.missing, curate.storage.shards as shards
+    import curate.missing, curate.store.shards as shards
     curate.missing.SHARD_ROWS.update(sample=4)
     kill_at, writes, done = int(sys.argv[1]), shards.write_parquet, 0
 

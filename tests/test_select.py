@@ -10,8 +10,8 @@ import pytest
 from curate.errors import UsageError, ValidationError
 from curate.rows import Pair
 from curate.select import Candidates, Reason, SelectSpec, decide, select, whole
-from curate.storage.expressions import check_expression, order_keys, split_top
 from curate.store import Measured, Store
+from curate.store.expressions import check_expression, order_keys, split_top
 
 nan = float("nan")
 WORST = {"loss": "high", "gap": "low", "either": "none"}

@@ -11,7 +11,7 @@ import yaml
 import curate
 from curate.console import Progress
 from curate.recipe.load import load_recipe
-from curate.series import stored_runs
+from curate.store.runs import stored_runs
 from curate.workflow import make_plan
 from tests.tiny_models import make_llama
 

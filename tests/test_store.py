@@ -10,8 +10,7 @@ import pytest
 
 from curate.errors import StoreError, UsageError
 from curate.rows import Example, Pair
-from curate.storage import database, shards
-from curate.store import DatasetValue, Measured, Store
+from curate.store import DatasetValue, Measured, Store, database, shards
 
 
 def record(index, row, **columns):
@@ -247,7 +246,7 @@ def test_every_view_has_its_columns(store):
 
 
 def database_views():
-    from curate.storage.query import VIEWS
+    from curate.store.query import VIEWS
 
     return VIEWS
 

@@ -67,7 +67,7 @@ with store.measuring():
         # while the shard is being written: this shard is lost, its temporary file is removed
         (
             FIRST
-            + "    from curate.storage import shards; shards.os.replace = die; store.write_shard(M, 1, ids[2:4], {'nll': [0.3, 0.4]})",
+            + "    from curate.store import shards; shards.os.replace = die; store.write_shard(M, 1, ids[2:4], {'nll': [0.3, 0.4]})",
             4,
         ),
         # between the shard's rename and its ingestion: nothing is lost
@@ -75,7 +75,7 @@ with store.measuring():
         # in the middle of the transaction: nothing is lost
         (
             FIRST + "    store.write_shard(M, 1, ids[2:4], {'nll': [0.3, 0.4]})\n"
-            "    from curate.storage import tables; tables.merge = die\n"
+            "    from curate.store import tables; tables.merge = die\n"
             "    M2 = Measured('g', 'other', 'forward'); store.write_shard(M2, 0, ids[:1], {'x': [1.0]}); store.ingest()",
             2,
         ),
@@ -102,7 +102,7 @@ def test_a_kill_while_a_source_is_read_in(store):
     code = """
 from types import SimpleNamespace as R
 from curate.rows import Example
-from curate.storage import sources
+from curate.store import sources
 {}
 store.add_source("b", "1", (R(index=i, row=Example(f"new {{i}}", "a"), columns={{}}) for i in range(5)))
 """
@@ -223,7 +223,7 @@ def test_a_shard_that_is_no_shard_is_named(store):
 
 
 def test_what_did_not_fit_into_memory_lay_beside_the_store_and_is_gone(store, monkeypatch):
-    from curate.storage import database
+    from curate.store import database
 
     monkeypatch.setattr(database, "_engines", defaultdict(list))  # the small memory is this test's alone
     beside = store.folder / "curate.duckdb.tmp"

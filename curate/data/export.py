@@ -36,8 +36,7 @@ from curate.data.hub import first_line
 from curate.data.replace import MARK, carry_over, check_target, replace_folder
 from curate.data.spool import Spool, write_parquet
 from curate.data.trainer import FILE, TrainedAs, write_trainer_args
-from curate.disk import disk_trouble
-from curate.errors import CurateError, UsageError, ValidationError
+from curate.errors import CurateError, UsageError, ValidationError, disk_trouble
 
 ExportFormat = Literal["trl", "prompt_completion", "messages", "extend"]
 

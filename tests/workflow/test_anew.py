@@ -158,7 +158,7 @@ def test_two_recipes_of_one_store_stay_apart(recipe, tmp_path):
 
 DRIVER = """
     import os, signal, sys
-    import curate.missing, curate.store, curate.storage.shards as shards
+    import curate.missing, curate.store, curate.store.shards as shards
     from curate.passes import forward
     curate.missing.SHARD_ROWS.update(tokens=8, forward=8)
     how, at, log = sys.argv[1], int(sys.argv[2]), sys.argv[3]

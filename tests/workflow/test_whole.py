@@ -108,7 +108,7 @@ def test_a_run_that_fails_leaves_the_views_as_they_were(sft, tmp_path, monkeypat
 DRIVER = """
     import os, signal, sys
     from curate import measuring
-    from curate.storage import tables
+    from curate.store import tables
     def die(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGKILL)
     if sys.argv[1] == "measuring":

@@ -32,12 +32,12 @@ from curate.console import Progress
 from curate.data.sections import open_rows
 from curate.errors import CurateError, UsageError
 from curate.jobs.collect.pick import Candidate
-from curate.locks import locked
 from curate.models.checkpoints import Subject, find_checkpoints
 from curate.models.fingerprints import FingerprintCache
 from curate.recipe.load import Loaded, load_recipe
 from curate.recipe.schema import Source
 from curate.rows import Example
+from curate.store.locks import locked
 
 LAST_VALUES = """
     SELECT name, value FROM dataset_values WHERE name IN ('accuracy', 'premem_accuracy', 'heldout_accuracy')

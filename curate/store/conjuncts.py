@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from curate.storage import syntax
-from curate.storage.database import Connection
-from curate.storage.syntax import Node
+from curate.store import syntax
+from curate.store.database import Connection
+from curate.store.syntax import Node
 
 PREFIX = "SELECT (\n"
 NUMBERS = "('TINYINT', 'SMALLINT', 'INTEGER', 'BIGINT', 'HUGEINT', 'UTINYINT', 'USMALLINT', 'UINTEGER', 'UBIGINT', 'DOUBLE', 'FLOAT')"

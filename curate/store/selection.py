@@ -10,16 +10,17 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from curate.decide import Reason
+from curate.errors import UsageError
 from curate.rows import content_id
-from curate.storage import query
-from curate.storage.database import Connection, let_go, one, quote
-from curate.storage.entries import SelectedRow
-from curate.storage.tables import control_name, ids_view
+from curate.store import query
+from curate.store.database import Connection, let_go, one, quote
+from curate.store.entries import SelectedRow
+from curate.store.tables import control_name, ids_view
 
 if TYPE_CHECKING:
     import polars as pl
 
-    from curate.store import Store
+    from curate.store.reader import StoreReader
 
 BATCH = 20_000
 Occurrence = tuple[str | None, int | None, dict[str, Any]]  # source, index, the user's columns
@@ -29,7 +30,7 @@ Occurrence = tuple[str | None, int | None, dict[str, Any]]  # source, index, the
 class Selection:
     """name, recipe, spec (the recipe's `select`), counts (kept, dropped and why)."""
 
-    store: Store
+    store: StoreReader
     name: str
     recipe: str | None
     spec: dict[str, Any]
@@ -46,7 +47,7 @@ class Selection:
     @property
     def control(self) -> Selection | None:
         """The control that was drawn beside it, None where none was."""
-        return self.store.selection(control_name(self.name)) if self.spec.get("control") else None
+        return find_selection(self.store, control_name(self.name)) if self.spec.get("control") else None
 
     def kept(self, columns: Sequence[str] = ()) -> Iterator[SelectedRow]:
         """The kept rows by position, with the user's columns and those named (columns of `scored`).
@@ -150,3 +151,18 @@ def _occurrences(con: Connection, row_ids: Sequence[str], sources: list[str] | N
             (line["source"], line["index"], json.loads(line["columns"] or "{}"))
         )
     return result
+
+
+def find_selection(store: StoreReader, name: str | None = None) -> Selection:
+    """A selection by name; the latest if None. Raises UsageError naming those that exist."""
+    with store.database.read() as con:
+        found = query.dicts(con, "SELECT * FROM data.selections ORDER BY created DESC, length(name), name")
+    chosen = [s for s in found if name is None or s["name"] == name]
+    if not chosen:
+        names = ", ".join(s["name"] for s in found)
+        wanted = f"no selection {name!r}" if name is not None else "no selection"
+        hint = f"There are: {names}." if names else "Make one with `curate select RECIPE`."
+        raise UsageError(f"{store.folder}: {wanted} in this store. {hint}")
+    first = chosen[0]
+    spec, counts = json.loads(first["spec"] or "{}"), json.loads(first["counts"])
+    return Selection(store, first["name"], first["recipe"], spec, counts, first["created"])

@@ -18,10 +18,10 @@ import pyarrow as pa
 from curate.errors import StoreError, UsageError
 from curate.models.naming import natural
 from curate.rows import content_id
-from curate.storage.database import Connection, literal, one, quote
-from curate.storage.entries import Measured, Place, Trajectories
-from curate.storage.readings import NO_RECIPE_WAITS
-from curate.storage.shards import arrow_column, read_shard
+from curate.store.database import Connection, literal, one, quote
+from curate.store.entries import Measured, Place, Trajectories
+from curate.store.readings import NO_RECIPE_WAITS
+from curate.store.shards import arrow_column, read_shard
 
 if TYPE_CHECKING:
     from curate.decide import Decisions
@@ -396,7 +396,7 @@ def note(con: Connection, key: str, value: str | None) -> None:
 
 
 def note_places(con: Connection, recipe: str, places: Mapping[str, Sequence[Place]]) -> None:
-    """See `Store.register_recipe`; the views read it (storage/views.py)."""
+    """See `Store.register_recipe`; the views read it (store/views.py)."""
     lines = [
         {"fingerprint": fingerprint, "run": run, "checkpoint": checkpoint, "step": step}
         for fingerprint, found in places.items()

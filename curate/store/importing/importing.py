@@ -11,7 +11,7 @@
 
 Instead of a row, `on` names a column that the rows have too. With neither the file is about datasets: every other name is a dataset value,
 with `n`, `low` and `high` where mapped. Empty cells, NaN and infinities are unknown (NULL). Importing a file again replaces what it brought.
-An import is numbered, and `curate forget STORE --import N` takes it back (storage/imports.py).
+An import is numbered, and `curate forget STORE --import N` takes it back (store/imports.py).
 """
 
 from __future__ import annotations
@@ -28,12 +28,14 @@ import polars as pl
 
 from curate.console import counted
 from curate.errors import UsageError, ValidationError
-from curate.import_notes import check_columns, notes_of, numeric_names
-from curate.import_rows import Found, check_lines, find_rows
-from curate.import_table import GROUPED, Table, numbers, read_table, step_of, steps_of, text_of, values_of
 from curate.models.naming import natural
 from curate.rows import content_id
-from curate.store import DatasetValue, Import, Measured, Store
+from curate.store.entries import DatasetValue, Measured
+from curate.store.importing.notes import check_columns, notes_of, numeric_names
+from curate.store.importing.rows import Found, check_lines, find_rows
+from curate.store.importing.table import GROUPED, Table, numbers, read_table, step_of, steps_of, text_of, values_of
+from curate.store.imports import Import
+from curate.store.store import Store
 
 PLACES = ("run", "checkpoint", "step")
 ROWS = ("row", "index", "row_id")
@@ -346,7 +348,7 @@ def lines_of(
     """One fingerprint a run and checkpoint, and a pyarrow table of all values; every column stands in the measurement `imported`."""
     import pyarrow as pa
 
-    from curate.storage.shards import arrow_column
+    from curate.store.shards import arrow_column
 
     places = places[found.lines]
     distinct = places.unique(maintain_order=True)

@@ -21,11 +21,11 @@ import pyarrow as pa
 
 from curate.errors import StoreError
 from curate.rows import Example, Pair, foreign_id, text_to_column
-from curate.storage import readings
-from curate.storage.database import Connection, Database, literal, process_alive
-from curate.storage.entries import Ingested, Role, SourceRecord
-from curate.storage.shapes import Shape, merged, shape_of, written
-from curate.storage.shards import clean_text, write_parquet
+from curate.store import readings
+from curate.store.database import Connection, Database, literal, process_alive
+from curate.store.entries import Ingested, Role, SourceRecord
+from curate.store.shapes import Shape, merged, shape_of, written
+from curate.store.shards import clean_text, write_parquet
 
 BATCH = 10_000
 ROW_COLUMNS = ("row_id", "kind", "style", "prompt", "chosen", "rejected", "completion", "answer", "label")
@@ -75,7 +75,7 @@ def add(
             con.execute("DELETE FROM data.source_state WHERE source = ? AND role = ?", [source, role])
             state = [source, role, fingerprint, good, bad, distinct]
             con.execute("INSERT INTO data.source_state VALUES (?, ?, ?, ?, ?, ?, now()::TIMESTAMP)", state)
-            from curate.storage import views
+            from curate.store import views
 
             views.define(con)
     finally:
@@ -87,7 +87,7 @@ def add_foreign(folder: Path, database: Database, source: str, keys: Sequence[An
     """See `Store.add_foreign_rows`."""
     with foreign_staged(folder, source, keys, kind=kind) as staged, database.write() as con:
         ingest_foreign(con, staged, source)
-        from curate.storage import views
+        from curate.store import views
 
         views.define(con)
     return [foreign_id(source, key) for key in keys]

@@ -20,10 +20,10 @@ import numpy as np
 import polars as pl
 
 from curate.errors import UsageError, ValidationError
-from curate.import_table import WHOLE_FLOAT, Table, text_of
 from curate.models.naming import natural
 from curate.rows import ID_DIGITS, foreign_id
-from curate.store import Store
+from curate.store.importing.table import WHOLE_FLOAT, Table, text_of
+from curate.store.store import Store
 
 OURS = ("prompt", "completion", "answer", "chosen", "rejected")  # columns of ours that people may join on
 NUMBERS = ("BIGINT", "UBIGINT", "HUGEINT", "UHUGEINT", "DOUBLE", "INTEGER", "UINTEGER")

@@ -1,7 +1,7 @@
 """The user's own columns in the views: their types, and what each is called where its name is taken.
 
 A column keeps its name. Where a view has that name for something else (SQL does not see case), the user's is called user_<name> there; SQL
-that uses such a name by itself is refused (storage/misread.py), so that nobody takes the one for the other.
+that uses such a name by itself is refused (store/misread.py), so that nobody takes the one for the other.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from curate.storage.database import Connection, literal, quote
-from curate.storage.shapes import merged_all, read, transform, written
+from curate.store.database import Connection, literal, quote
+from curate.store.shapes import merged_all, read, transform, written
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ import pyarrow as pa
 
 from curate.errors import UsageError
 from curate.rows import Example, Pair, Row, text_from_column
-from curate.storage.database import Connection, one, quote
-from curate.storage.readings import HIDDEN, NO_RECIPE_WAITS, WAITS, any_waits
-from curate.storage.tables import ids_view, table_of
+from curate.store.database import Connection, one, quote
+from curate.store.readings import HIDDEN, NO_RECIPE_WAITS, WAITS, any_waits
+from curate.store.tables import ids_view, table_of
 
 if TYPE_CHECKING:
     import polars as pl

@@ -15,9 +15,9 @@ from typing import Any, Literal
 import pyarrow as pa
 
 from curate.errors import UsageError
-from curate.storage.database import Connection, literal, quote
-from curate.storage.entries import DatasetValue, Measured
-from curate.storage.tables import columns_of, merge, outdate, remember, table_of
+from curate.store.database import Connection, literal, quote
+from curate.store.entries import DatasetValue, Measured
+from curate.store.tables import columns_of, merge, outdate, remember, table_of
 
 MEASUREMENT = "imported"
 VALUES = table_of(MEASUREMENT)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from curate.store import Store
+    from curate.store.store import Store
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 

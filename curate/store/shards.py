@@ -22,11 +22,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from curate.disk import disk_trouble
-from curate.errors import StoreError
+from curate.errors import StoreError, disk_trouble
 from curate.rows import content_id
-from curate.storage.database import process_alive
-from curate.storage.entries import Measured
+from curate.store.database import process_alive
+from curate.store.entries import Measured
 
 RECORD = b"curate.measured"
 SAMPLE = pa.struct(

@@ -23,8 +23,7 @@ from uuid import uuid4
 
 import duckdb
 
-from curate.disk import disk_trouble
-from curate.errors import StoreError
+from curate.errors import StoreError, disk_trouble
 
 SCHEMA_VERSION = 1
 MIGRATIONS: dict[int, str] = {}  # version -> the SQL that makes it version + 1

@@ -8,10 +8,11 @@ import numpy as np
 import polars as pl
 
 from curate.errors import UsageError
-from curate.import_rows import own_columns
 from curate.models.naming import natural
-from curate.storage.views import BASE
-from curate.store import Import, Store
+from curate.store.importing.rows import own_columns
+from curate.store.imports import Import
+from curate.store.store import Store
+from curate.store.views import BASE
 
 NOT_OURS = (*BASE, "index", "key", "run", "checkpoint", "step", "subject")
 

@@ -14,7 +14,7 @@ from curate.errors import UsageError
 
 if TYPE_CHECKING:
     from curate.recipe.load import Loaded
-    from curate.store import Store
+    from curate.store.store import Store
 
 PLACE = "# recipe: "
 

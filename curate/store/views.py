@@ -15,11 +15,11 @@ from collections.abc import Callable, Iterable, Sequence
 
 from curate.errors import UsageError
 from curate.rows import ROW_COLUMNS
-from curate.storage import imports
-from curate.storage.database import Connection, literal, one, quote
-from curate.storage.own_columns import OwnColumn, own_columns
-from curate.storage.readings import HIDDEN, MARK, NO_RECIPE_WAITS, PLAIN, WAITS, any_waits, plain_name
-from curate.storage.tables import columns_of, table_of, trajectories_table
+from curate.store import imports
+from curate.store.database import Connection, literal, one, quote
+from curate.store.own_columns import OwnColumn, own_columns
+from curate.store.readings import HIDDEN, MARK, NO_RECIPE_WAITS, PLAIN, WAITS, any_waits, plain_name
+from curate.store.tables import columns_of, table_of, trajectories_table
 
 FIRST = "1152921504606846976"  # 2**60: a held-out occurrence comes after every training one
 TRAJECTORY = {

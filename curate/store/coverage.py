@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from curate.storage.database import Connection, literal, quote
-from curate.storage.query import rows_to_cover
-from curate.storage.tables import table_of
+from curate.store.database import Connection, literal, quote
+from curate.store.query import rows_to_cover
+from curate.store.tables import table_of
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import duckdb
 
 from curate.errors import UsageError
-from curate.storage import syntax, views
-from curate.storage.database import Connection, quote
-from curate.storage.own_columns import OwnColumn
-from curate.storage.syntax import Node, Scope
+from curate.store import syntax, views
+from curate.store.database import Connection, quote
+from curate.store.own_columns import OwnColumn
+from curate.store.syntax import Node, Scope
 
 ORDERING = {f"COMPARE_{name}" for name in ("LESSTHAN", "GREATERTHAN", "LESSTHANOREQUALTO", "GREATERTHANOREQUALTO")}
 BY_ORDER = {

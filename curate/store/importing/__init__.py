@@ -1,0 +1,1 @@
+"""Measurements taken elsewhere: `curate import STORE FILE --map ours=theirs …`."""
