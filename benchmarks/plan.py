@@ -26,7 +26,7 @@ from safetensors.numpy import load_file, save_file
 
 from curate.console import Progress, table
 from curate.jobs.demo.model import BASE
-from curate.plan import Plan
+from curate.plan.plan import Plan
 from curate.recipe.load import load_recipe
 from curate.store import Store, database
 from curate.store.database import quote

@@ -21,11 +21,11 @@ from curate.scores.premem import AUTO, group_names
 from curate.store import DatasetValue
 
 if TYPE_CHECKING:
-    from curate.plan import Plan
+    from curate.plan.plan import Plan
+    from curate.plan.step import Wanted
     from curate.scores.calibration import Calibration, Run
     from curate.scoring import Columns
     from curate.store import Store
-    from curate.wanted import Wanted
 
 IMPORTED = ("test_accuracy", "heldout_accuracy")
 LOOSE = 0.2  # how much R² may lose when τ comes from the other runs, before that is a warning

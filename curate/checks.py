@@ -19,7 +19,8 @@ from curate.rows import Row
 from curate.store.database import let_go
 
 if TYPE_CHECKING:
-    from curate.plan import Plan, Step
+    from curate.plan.plan import Plan
+    from curate.plan.step import Step
     from curate.recipe.load import Loaded
     from curate.select import SelectSpec
     from curate.store import Store

@@ -464,8 +464,8 @@ def schedule(
 
     Only what is new is measured, and never are two runs of it at once.
     """
+    from curate.plan.requests import wanted_scores
     from curate.schedule import schedule as start
-    from curate.wanted import wanted_scores
 
     wanted_scores(_recipe(recipe, overrides, store))  # a wrong recipe is said now, not tonight
     extra = [arg for entry in overrides or [] for arg in ("--set", entry)]

@@ -8,20 +8,20 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from curate.dpo import asks_for_beta, beta_of, deviation_text
 from curate.errors import UsageError, ValidationError
 from curate.passes.chat import as_chat
+from curate.plan.beta import asks_for_beta, beta_of, deviation_text
+from curate.plan.rendering import card_notes, measured_as, styles_of
+from curate.plan.requests import wanted_scores
 from curate.recipe.load import Loaded
 from curate.recipe.schema import Export
-from curate.rendering import card_notes, measured_as, styles_of
 from curate.scores.flags import ADVICE
 from curate.sourcing import noted, source_types
-from curate.wanted import wanted_scores
 
 if TYPE_CHECKING:
     from curate.data import ExportResult, ExportRow
+    from curate.plan.roles import Subjects
     from curate.store import Selection, Store
-    from curate.subjects import Subjects
 
 
 def export_selection(

@@ -27,12 +27,12 @@ from curate.models.checkpoints import Subject
 from curate.rows import Row
 
 if TYPE_CHECKING:
-    from curate.identity import Task
     from curate.passes.contract import Direction, Measurement
     from curate.passes.gradients.cosines import Cosines
     from curate.passes.gradients.derivatives import Epsilon
     from curate.passes.gradients.mean import Vector
-    from curate.plan import Plan, Step
+    from curate.plan.plan import Plan
+    from curate.plan.step import Step, Task
     from curate.recipe.load import Loaded
     from curate.store import Store
 
@@ -198,9 +198,9 @@ class DirectionRunner(ForwardRunner):
         return encoded
 
     def _moments(self) -> Vector:
-        from curate.directions import MOMENTS
         from curate.passes.gradients.adam import second_moments
         from curate.passes.gradients.mean import load_vector
+        from curate.plan.directions import MOMENTS
 
         found = self.directions.optimizer(self.step.subject)
         if isinstance(found, Path):
@@ -230,10 +230,10 @@ class DirectionRunner(ForwardRunner):
 
     def _warm_up(self, step: Step, subject: Subject) -> None:
         """Train the reference for a few steps; its weights and Adam's second moments into the subject's folder, whole or not at all."""
-        from curate.directions import MOMENTS
         from curate.passes.gradients.mean import save_vector
         from curate.passes.gradients.warmup import WarmUp, warm_up
         from curate.passes.loading.weights import quiet
+        from curate.plan.directions import MOMENTS
 
         forecast, start = self.recipe.forecast, self.directions.start
         super().use(replace(step, subject=start))

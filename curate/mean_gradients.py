@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 from curate.console import Count, Progress
 from curate.errors import ModelError, UsageError
+from curate.plan.targets import split
 from curate.rows import Row
-from curate.targets import split
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from curate.directions import Directions
     from curate.passes.gradients.mean import Vector
     from curate.passes.loading.model import Model
-    from curate.plan import Step
+    from curate.plan.directions import Directions
+    from curate.plan.step import Step
 
 CHUNK = 4096  # rows encoded at a time
 

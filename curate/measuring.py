@@ -17,23 +17,24 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from curate.answers import KeptAnswers, by_prompt, padded
 from curate.console import Progress
-from curate.embeddings import check_ids, embedding_rows
 from curate.encodings import Encodings
 from curate.errors import ModelError
-from curate.identity import few_shot_text
 from curate.measurements.perturbations import perturbation
-from curate.plan import Plan, Step
-from curate.rendering import LOOKED_AT, lost_text
-from curate.row_names import named_rows
+from curate.plan.answers import KeptAnswers, by_prompt, padded
+from curate.plan.embeddings import check_ids, embedding_rows
+from curate.plan.identity import few_shot_text
+from curate.plan.plan import Plan
+from curate.plan.rendering import LOOKED_AT, lost_text
+from curate.plan.row_names import named_rows
+from curate.plan.servers import expected
+from curate.plan.step import Step
 from curate.rows import Example, Row
-from curate.servers import expected
 
 if TYPE_CHECKING:
-    from curate.identity import Task
     from curate.measurements.accuracy import Graded
     from curate.models.checkpoints import Subject
+    from curate.plan.step import Task
     from curate.recipe.load import Loaded
     from curate.store import Store
 
@@ -362,7 +363,7 @@ class BackwardRunner(ForwardRunner):
 class SampleRunner(Runner):
     """One sampling engine for all subjects that it takes, started when an answer has to be drawn; answers are graded as they come.
 
-    store: where answers of earlier runs are kept (curate/answers.py); None: all are drawn.
+    store: where answers of earlier runs are kept (curate/plan/answers.py); None: all are drawn.
     """
 
     reads = "sample"

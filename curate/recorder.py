@@ -24,14 +24,15 @@ from transformers import TrainerCallback
 
 from curate.console import Progress, span
 from curate.errors import CurateError, UsageError
-from curate.identity import Task, params_of, task_of
 from curate.models.checkpoints import Subject
+from curate.plan.identity import params_of, task_of
+from curate.plan.recorded import PREFIX, VERSION, recorded_runs, weights_of
+from curate.plan.requests import wanted_scores
+from curate.plan.step import Task
 from curate.recipe.load import Loaded, load_recipe
-from curate.recordings import PREFIX, VERSION, recorded_runs, weights_of
 from curate.rows import Row, content_id
 from curate.sourcing import read_sources
 from curate.store import Measured, Store
-from curate.wanted import wanted_scores
 
 if TYPE_CHECKING:
     from curate.data.records import Record
@@ -154,7 +155,7 @@ class Recorder(TrainerCallback):
         from curate.passes.forward import Model
         from curate.passes.loading.live import untouched
         from curate.passes.tokens import Limits, encode, tokenizer_fingerprint
-        from curate.rendering import Renderings
+        from curate.plan.rendering import Renderings
 
         if tokenizer is None:
             raise UsageError("The trainer has no tokenizer: give it processing_class=tokenizer.")

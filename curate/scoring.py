@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from curate.errors import UsageError
-from curate.plan import Plan
+from curate.plan.plan import Plan
+from curate.plan.step import Wanted
 from curate.store import DatasetValue, Measured, Trajectories
-from curate.wanted import Wanted
 
 if TYPE_CHECKING:
     from curate.store import Place, Store

@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any, Literal
 from curate.console import Progress
 from curate.data.sections import in_both_roles, open_rows, said_otherwise
 from curate.errors import UsageError, ValidationError
-from curate.kept import Kept
+from curate.plan.kept import Kept
+from curate.plan.recorded import recorded_runs
+from curate.plan.requests import wanted_scores
 from curate.recipe.load import Loaded, load_recipe
 from curate.recipe.schema import Source
-from curate.recordings import recorded_runs
 from curate.rows import content_id
 from curate.store import Role, Store
 from curate.store.database import let_go
 from curate.store.sharing import check_sources
-from curate.wanted import wanted_scores
 
 if TYPE_CHECKING:
     from curate.data import Reading, Validation

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from curate.console import counted, table, wrapped
-from curate.dpo import dpo_beta
 from curate.errors import UsageError
-from curate.imported import imported_values
+from curate.plan.beta import dpo_beta
+from curate.plan.imported import imported_values
 from curate.recipe.yaml import read_yaml
 from curate.scores.words import heading
 from curate.store import Store

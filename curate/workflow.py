@@ -14,28 +14,29 @@ from typing import TYPE_CHECKING, Any, Literal
 from curate.checks import Ahead, check_ahead, columns_exist
 from curate.console import Progress, counted
 from curate.errors import CurateError, ModelError, UsageError, disk_trouble
-from curate.imported import check_imported_names
-from curate.kept import Kept, open_kept
-from curate.plan import Plan
-from curate.plan import make_plan as _make_plan
-from curate.positions import beyond_positions, unmeasurable_rows
+from curate.plan.imported import check_imported_names
+from curate.plan.kept import Kept, open_kept
+from curate.plan.make import make_plan as _make_plan
+from curate.plan.notes import beyond_positions, unmeasurable_rows
+from curate.plan.plan import Plan
+from curate.plan.recorded import recorded_runs
+from curate.plan.references import check_references
+from curate.plan.requests import wanted_scores
+from curate.plan.step import Wanted
 from curate.recipe.load import Loaded, load_recipe
 from curate.recipe.schema import Worst
-from curate.recordings import recorded_runs
-from curate.references import check_references
 from curate.rows import content_id
 from curate.sourcing import read_sources
 from curate.store import DatasetValue, Store
 from curate.store.database import kept_open
 from curate.store.sharing import check_name, placed
-from curate.wanted import Wanted, wanted_scores
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
     from curate.data import ExportResult
+    from curate.plan.servers import Ask
     from curate.select import Decisions, SelectSpec
-    from curate.servers import Ask
     from curate.store import Selection
 
 STEPS = ("measure", "score", "select", "export")

@@ -307,8 +307,8 @@ def test_revisions_of_a_hub_repository(hub):
 
 
 def test_revisions_in_a_recipe(hub):
+    from curate.plan.roles import find_subjects
     from curate.recipe.load import load_recipe
-    from curate.subjects import find_subjects
 
     models = {
         "reference": "owner/model@main",

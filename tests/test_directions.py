@@ -121,7 +121,7 @@ def test_forecasts_contributions_and_influence(line):
 
 def test_killed_between_shards_it_goes_on(line, monkeypatch):
     """What was made is not made again, and the values are those of an undisturbed run."""
-    monkeypatch.setitem(curate.missing.SHARD_ROWS, "direction", 4)
+    monkeypatch.setitem(curate.plan.missing.SHARD_ROWS, "direction", 4)
     whole = line("preference", "batch_forecast")
     rows, _ = encoded_pairs(line.folder / "model")
     wanted = column(whole.store, "batch_forecast", rows)

@@ -10,12 +10,12 @@ from curate.console import Progress
 from curate.errors import UsageError
 from curate.jobs.collect.candidates import check_pool, pool_rows
 from curate.jobs.collect.rounds import read_rows
+from curate.plan.targets import Targets
 from curate.recipe.load import load_recipe
 from curate.recipe.sources import inherit
 from curate.rows import Example
 from curate.sourcing import read_sources, validate_rows
 from curate.store import Store
-from curate.targets import Targets
 
 TEMPLATE = "Question: {q}\nAnswer:"
 SFT = {"path": "train.jsonl", "columns": {"prompt": TEMPLATE, "completion": "a"}, "on_bad_row": "drop"}

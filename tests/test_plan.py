@@ -14,10 +14,10 @@ import pytest
 import yaml
 
 import curate
-from curate import engines, lengths
 from curate.console import Progress
 from curate.models.checkpoints import Subject
 from curate.models.fingerprints import FingerprintCache
+from curate.plan import engines, lengths
 from curate.recipe.load import load_recipe
 from curate.workflow import make_plan
 from tests.tiny_models import make_llama
@@ -172,12 +172,12 @@ def test_times_after_the_first_shard_are_those_of_what_is_left(model, tmp_path, 
     """Answers are as long as the first ones were, not as long as they may be; starting an engine is no work on rows."""
     import time
 
-    import curate.missing
+    import curate.plan.missing
     from curate.measuring import SampleRunner
     from curate.passes.sampling.hf import HfSampler
     from curate.passes.sampling.types import Sample
 
-    monkeypatch.setitem(curate.missing.SHARD_ROWS, "sample", 4)
+    monkeypatch.setitem(curate.plan.missing.SHARD_ROWS, "sample", 4)
     clock = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
     opened, shards = SampleRunner._open, []
@@ -292,12 +292,12 @@ def test_blocks_are_the_rows_that_each_task_misses_in_shards_of_fixed_membership
     """Against a plain loop over rows and tasks: nothing, some and all measured, rows of another source and without text between them."""
     from types import SimpleNamespace
 
-    import curate.missing
-    from curate.missing import Rows
+    import curate.plan.missing
+    from curate.plan.missing import Rows
     from curate.rows import Pair
     from curate.store import Measured
 
-    monkeypatch.setitem(curate.missing.SHARD_ROWS, "forward", 4)
+    monkeypatch.setitem(curate.plan.missing.SHARD_ROWS, "forward", 4)
     store = curate.Store(tmp_path / "store", create=True)
     pairs = [Pair(f"{i}?", "yes", "no") for i in range(20)]
 

@@ -12,8 +12,8 @@ import curate
 from curate.console import Progress
 from curate.errors import UsageError
 from curate.measurements.grading import grader
+from curate.plan.references import _graded_by_themselves
 from curate.recipe.load import load_recipe
-from curate.references import _graded_by_themselves
 from curate.rows import Example
 from curate.workflow import make_plan
 from tests.tiny_models import make_llama

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import curate
-import curate.missing
+import curate.plan.missing
 from curate.errors import UsageError
 from curate.rows import Example
 from tests.tiny_models import make_llama
@@ -36,8 +36,8 @@ RECIPE = """
 """
 DRIVER = """
     import os, signal, sys
-    import curate.missing, curate.store.shards as shards
-    curate.missing.SHARD_ROWS.update(sample=4)
+    import curate.plan.missing, curate.store.shards as shards
+    curate.plan.missing.SHARD_ROWS.update(sample=4)
     kill_at, writes, done = int(sys.argv[1]), shards.write_parquet, 0
 
     def written(table, path):
@@ -82,7 +82,7 @@ def test_a_series_is_sampled_by_one_engine_and_a_killed_run_repeats_itself(tmp_p
         make_llama(runs / f"checkpoint-{step}", seed=step)
     killed, whole = folder(tmp_path / "killed", runs), folder(tmp_path / "whole", runs)
     killed_after(killed, shards=2)  # 11 rows in shards of 4: the third shard of the first checkpoint is under way
-    monkeypatch.setitem(curate.missing.SHARD_ROWS, "sample", 4)
+    monkeypatch.setitem(curate.plan.missing.SHARD_ROWS, "sample", 4)
     result = curate.run(killed / "recipe.yaml")
     assert result.measured["sample"] == 11 * 2 - 8
     curate.run(whole / "recipe.yaml")

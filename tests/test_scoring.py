@@ -12,11 +12,11 @@ import pytest
 
 from curate.data import read
 from curate.errors import UsageError
+from curate.plan.requests import wanted_scores
 from curate.recipe.load import load_recipe
 from curate.scores import SCORES, score
 from curate.scoring import Columns, own_values, series_of
 from curate.store import Measured, Store
-from curate.wanted import wanted_scores
 
 
 def measured(name: str, step: int | None) -> Measured:

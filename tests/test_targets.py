@@ -19,9 +19,9 @@ from curate.console import Progress
 from curate.errors import UsageError
 from curate.passes.loading.model import load_model
 from curate.passes.tokens import Encoded, Limits, encode, load_tokenizer
+from curate.plan.targets import MOST_GROUPS
 from curate.recipe.load import load_recipe
 from curate.rows import Example, Pair
-from curate.targets import MOST_GROUPS
 from curate.workflow import STEPS, make_plan, run_steps
 from tests.passes.test_backward import gradient
 from tests.test_cli import REPOSITORY
@@ -221,7 +221,7 @@ def test_killed_between_shards_it_goes_on(line, monkeypatch):
     from curate import forecasting
     from curate.passes.gradients import mean as direction
 
-    monkeypatch.setitem(curate.missing.SHARD_ROWS, "direction", 4)
+    monkeypatch.setitem(curate.plan.missing.SHARD_ROWS, "direction", 4)
     recipe = line.plan("sft", {"influence_cosine": {"target": "bbh"}}) and line.folder / "recipe.yaml"
     rows = [Example(**row) for row in POOL]
     whole = column(curate.run(recipe).store, "influence_cosine", rows)

@@ -218,7 +218,7 @@ class StoreReader:
             return {fingerprint: (n, tokens) for fingerprint, n, tokens in con.execute(text).fetchall()}
 
     def kept(self, recipe: str) -> dict[str, Any] | None:
-        """What a recipe's values rested on when it was measured last (`curate.kept`); None where nobody noted it."""
+        """What a recipe's values rested on when it was measured last (`curate.plan.kept`); None where nobody noted it."""
         with self.database.read() as con:
             found = one(con, "SELECT value FROM data.meta WHERE key = ?", [f"kept of {recipe}"])
         return json.loads(found[0]) if found else None

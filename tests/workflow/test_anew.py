@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 import curate
-import curate.missing
+import curate.plan.missing
 from curate import workflow
 from curate.console import Progress
 from curate.errors import UsageError
@@ -158,9 +158,9 @@ def test_two_recipes_of_one_store_stay_apart(recipe, tmp_path):
 
 DRIVER = """
     import os, signal, sys
-    import curate.missing, curate.store, curate.store.shards as shards
+    import curate.plan.missing, curate.store, curate.store.shards as shards
     from curate.passes import forward
-    curate.missing.SHARD_ROWS.update(tokens=8, forward=8)
+    curate.plan.missing.SHARD_ROWS.update(tokens=8, forward=8)
     how, at, log = sys.argv[1], int(sys.argv[2]), sys.argv[3]
     rows_run, writes = forward.measure, shards.write_parquet
     done = 0
@@ -209,7 +209,7 @@ def test_killed_at_any_moment_the_same_recipe_goes_on(recipe, tmp_path, monkeypa
 
     monkeypatch.setattr(forward, "measure", counted)
     for name in ("tokens", "forward"):
-        monkeypatch.setitem(curate.missing.SHARD_ROWS, name, 8)
+        monkeypatch.setitem(curate.plan.missing.SHARD_ROWS, name, 8)
     killed = curate.run(path).store
     assert not list((tmp_path / "store" / "shards").glob("**/*.tmp"))
     assert 40 <= sum(rows) <= 48  # at most one shard was run twice

@@ -8,7 +8,7 @@ import pytest
 
 import curate
 from curate.console import Progress
-from curate.dpo import dpo_beta
+from curate.plan.beta import dpo_beta
 from curate.recipe.load import load_recipe
 from curate.recipe.schema import ScoreRequest
 from curate.summary import summarise

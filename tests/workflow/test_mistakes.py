@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import curate
-import curate.missing
+import curate.plan.missing
 from curate.errors import ModelError, UsageError, ValidationError
 from tests.workflow.pairs import pairs, write_rows
 

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 import curate
-import curate.missing
+import curate.plan.missing
 from curate.errors import UsageError
 from tests.tiny_models import make_llama
 from tests.workflow.pairs import WORDS, scored, write_rows

@@ -94,7 +94,7 @@ def shown(folder: Path, name: str) -> list[list[dict]]:
 
 @pytest.mark.parametrize("name", ["sft", "pairs"])
 def test_no_model_and_no_source_is_needed_after_measuring(measured, laptop, name, capsys, monkeypatch):
-    from curate import identity
+    from curate.plan import identity
 
     monkeypatch.setattr(identity, "engine_name", lambda *_: "the laptop's own")
     monkeypatch.delitem(sys.modules, "moved_grader", raising=False)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import curate
-import curate.missing
+import curate.plan.missing
 from curate.console import Progress
 from curate.errors import CurateError, ModelError, StoreError, UsageError, ValidationError
 from curate.recipe.load import load_recipe

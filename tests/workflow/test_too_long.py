@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import curate
-import curate.missing
+import curate.plan.missing
 from curate import workflow
 from curate.console import Progress
 from curate.recipe.load import load_recipe

@@ -68,7 +68,7 @@ def check_pool(loaded: Loaded, pool: str, like: str) -> None:
 def _by_states(asked: Round, pool: Sequence[Candidate]) -> list[int]:
     from curate.passes.loading.model import load_model
     from curate.passes.states import prompt_states
-    from curate.rendering import limits_for
+    from curate.plan.rendering import limits_for
 
     recipe = asked.loaded.recipe
     last, engine = asked.checkpoint, recipe.engine
@@ -104,7 +104,6 @@ def from_model(template: Path, *, generator: str | None = None, agree: float = 0
     shots = Template.of(text, file=str(template))
 
     def collect(asked: Round) -> tuple[list[Candidate], dict[str, int]]:
-        from curate.identity import few_shot_text
         from curate.jobs.collect.generate import generate
         from curate.measurements.grading import grader
         from curate.models.checkpoints import Subject, find_base, find_model
@@ -112,7 +111,8 @@ def from_model(template: Path, *, generator: str | None = None, agree: float = 0
         from curate.passes.sampling.open import open_sampler
         from curate.passes.sampling.types import Prompt, Sampling
         from curate.passes.tokens import Limits, encode_prompt, load_tokenizer
-        from curate.rendering import limits_for
+        from curate.plan.identity import few_shot_text
+        from curate.plan.rendering import limits_for
 
         recipe, loaded = asked.loaded.recipe, asked.loaded
         model, base = asked.checkpoint.path, asked.checkpoint.base

@@ -24,11 +24,11 @@ from curate.jobs.polca.clusters import Cluster, find_clusters
 from curate.jobs.polca.decomposition import Decomposition, Integrator, Way, checkpoint_losses
 from curate.models.checkpoints import Subject
 from curate.models.fingerprints import FingerprintCache
+from curate.plan.roles import find_subjects
 from curate.recipe.load import Loaded, load_recipe
 from curate.rows import Row, content_id
 from curate.sourcing import read_sources
 from curate.store import Store
-from curate.subjects import find_subjects
 
 VERSION = 1  # of what is kept
 TOLERANCE = 0.02
@@ -227,7 +227,7 @@ def _measured(
     """The decomposition, from the store's files where they are there; how it was taken; notes; its folder."""
     from curate.measurements import MEASUREMENTS
     from curate.passes.loading.model import engine_identity
-    from curate.rendering import Renderings
+    from curate.plan.rendering import Renderings
 
     engine, limits = loaded.recipe.engine, loaded.recipe.tokens
     rendering = Renderings(loaded, cache, {row.style for row in rows if row is not None}, store).of(subjects[-1])

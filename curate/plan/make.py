@@ -9,205 +9,35 @@ measurement and version, its parameters), and a row that has a line under that f
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from curate.answers import KeptAnswers
-from curate.console import span, table
-from curate.cost import AnswerTokens, step_line, weights_size, with_cost
-from curate.directions import Directions
-from curate.dpo import beta_of, deviation_text
 from curate.errors import UsageError
-from curate.identity import Identity, Task
-from curate.imported import imported_uses
-from curate.kept import Kept
-from curate.lengths import RowLengths
-from curate.missing import Block, Rows
-from curate.model_checks import check_models
 from curate.models.checkpoints import Subject
 from curate.models.fingerprints import FingerprintCache
-from curate.recordings import PREFIX, recorded_runs, recorded_uses, run_meant
-from curate.rendering import styles_of
-from curate.servers import Ask, Servers, first_rows, of_addresses
+from curate.plan.answers import KeptAnswers
+from curate.plan.beta import beta_of, deviation_text
+from curate.plan.cost import AnswerTokens, weights_size, with_cost
+from curate.plan.directions import Directions
+from curate.plan.identity import Identity
+from curate.plan.imported import imported_uses
+from curate.plan.kept import Kept
+from curate.plan.lengths import RowLengths
+from curate.plan.missing import Rows
+from curate.plan.model_checks import check_models
+from curate.plan.plan import Plan
+from curate.plan.recorded import PREFIX, recorded_runs, recorded_uses, run_meant
+from curate.plan.rendering import styles_of
+from curate.plan.requests import check_checkpoints, wanted_scores
+from curate.plan.roles import find_subjects
+from curate.plan.servers import Ask, Servers, first_rows, of_addresses
+from curate.plan.step import ORDER, Step, Task
+from curate.plan.unused import unused_settings
 from curate.store.database import let_go
-from curate.subjects import Subjects, find_subjects
-from curate.unused import unused_settings
-from curate.wanted import Wanted, check_checkpoints, wanted_scores
 
 if TYPE_CHECKING:
     from curate.recipe.load import Loaded
-    from curate.store import Place, Store
-
-ORDER = ("tokens", "sample", "forward", "neighbours", "backward", "direction")
-
-
-@dataclass(frozen=True)
-class Step:
-    """One pass over one subject: everything that is read off it, and the rows that still miss something.
-
-    tokens, seconds: an estimate for what is missing; seconds is None where nothing is known, `rough` where no run here has been timed.
-    ahead: what comes before the rows, in rows run forward: gradients of directions, a warm-up. unmeasurable: missing rows that are known to get
-    NULL, being too long for instance; perhaps_unmeasurable: those that seem so by their characters. kept: sampled answers that are taken again;
-    graded: missing rows that need no others; draws: answers to draw, at most.
-    """
-
-    reads: str
-    subject: Subject
-    tasks: tuple[Task, ...]
-    rows: int
-    blocks: tuple[Block, ...]
-    key: str
-    tokens: int = 0
-    seconds: float | None = None
-    rough: bool = False
-    ahead: int = 0
-    unmeasurable: int = 0
-    perhaps_unmeasurable: int = 0
-    kept: int = 0
-    graded: int = 0
-    draws: int = 0
-
-    at_most: bool = False
-
-    @property
-    def is_served(self) -> bool:
-        """Whether a server does it."""
-        return self.tasks[0].measured.engine.startswith("openai ")
-
-    @property
-    def missing(self) -> int:
-        """Rows without a line, those among them that will get one of NULLs."""
-        return sum(len(rows) for _, rows, _ in self.blocks)
-
-    @property
-    def to_measure(self) -> int:
-        return self.missing - self.unmeasurable - self.graded
-
-
-@dataclass(repr=False)
-class Plan:
-    """The steps in the order they run, and for every (role, column, over) the fingerprints that scores read.
-
-    places: of every fingerprint the (run, checkpoint, step) of the models that it is of: several where their weights are the same, in the order of
-    `uses`. recorded: the recorded training run that they are read from, if any. pool: the rows that neighbours are taken from. of_lengths:
-    what is said of rows that are too long, of_references: of those that cannot be graded, of_models: of the models, their chat templates above all.
-    doubts: whether a server's model is the recipe's, which --quiet does not hide.
-    lengths: of the recipe's rows, None where no model is run. beta: DPO's, of pairs; of_beta: what is said where scores take another one.
-    """
-
-    wanted: list[Wanted]
-    subjects: Subjects
-    steps: list[Step] = field(default_factory=list)
-    uses: dict[tuple[str, str, str | None], list[str]] = field(default_factory=dict)
-    places: dict[str, list[Place]] = field(default_factory=dict)
-    recorded: str | None = None
-    directions: Directions | None = None
-    pool: list[str] = field(default_factory=list)
-    of_models: list[str] = field(default_factory=list)
-    of_lengths: list[str] = field(default_factory=list)
-    lengths: RowLengths | None = None
-    of_server: list[str] = field(default_factory=list)
-    doubts: list[str] = field(default_factory=list)
-    of_references: list[str] = field(default_factory=list)
-    beta: float | None = None
-    of_beta: list[str] = field(default_factory=list)
-    chat_only: bool = False
-    unused: list[str] = field(default_factory=list)
-
-    @property
-    def missing(self) -> int:
-        return sum(step.missing for step in self.steps)
-
-    def __repr__(self) -> str:
-        return self.text()
-
-    def text(self) -> str:
-        if not self.steps:
-            why = (
-                f"the scores are read from the recorded run {self.recorded}"
-                if self.recorded
-                else "no score of this recipe needs a model"
-            )
-            lines = [f"Nothing to measure: {why}."]
-        else:
-            head = ("pass", "model", "measurements", "rows", "missing", "tokens", "time")
-            lines = [table([step_line(step) for step in self.steps], head=head)]
-            known = [s.seconds for s in self.steps if s.to_measure and s.seconds is not None]
-            if not any(s.to_measure or s.graded for s in self.steps):
-                lines.append("Everything is measured already.")
-            elif not known and not any(s.to_measure for s in self.steps):
-                lines.append("Everything is sampled and measured already.")
-            elif known:
-                partly = (
-                    ""
-                    if len(known) == sum(1 for s in self.steps if s.to_measure)
-                    else " for the passes that could be estimated"
-                )
-                rough = (
-                    ", a rough guess before anything ran here"
-                    if any(s.rough for s in self.steps if s.to_measure)
-                    else ""
-                )
-                lines.append(f"About {span(sum(known))} in all{partly}{rough}.")
-        return "\n".join([*lines, *self.notes()])
-
-    def notes(self) -> list[str]:
-        """What a user may not expect: which checkpoints were left out, which no score asks for, which rows a model has no positions for."""
-        found = self.left_out()
-        run = [s for s in self.subjects.series if s.step != 0]
-        measured = {task.measured.model_fingerprint for step in self.steps for task in step.tasks}
-        idle = [s for s in run if s.fingerprint not in measured]
-        if idle and self.steps:
-            names = ", ".join(s.checkpoint for s in idle[:3]) + (", …" if len(idle) > 3 else "")
-            plain = self.subjects.plain
-            of = f"what it measures is of {plain.label} alone" if plain else "what it measures is of one model"
-            found.append(
-                f"{len(idle)} of {len(run)} checkpoints are not measured ({names}): no score of this recipe is over checkpoints; "
-                f"{of}. `curate scores` says which are (needs … over checkpoints)."
-            )
-        return [
-            *self.doubts,
-            *self.of_server,
-            *found,
-            *self.of_models,
-            *self.of_answers(),
-            *self.of_references,
-            *self.of_lengths,
-            *self.of_beta,
-            *self.unused,
-        ]
-
-    def of_answers(self) -> list[str]:
-        """A line where answers that were sampled before are taken again."""
-        kept, draws = sum(s.kept for s in self.steps), sum(s.draws for s in self.steps if s.kept)
-        rest = f"at most {draws:,} more are sampled" if draws else "none has to be sampled"
-        return [f"{kept:,} sampled answers are kept and graded anew; {rest}."] if kept else []
-
-    def left_out(self) -> list[str]:
-        """A line for every checkpoint that models.on_broken_checkpoint: skip left out."""
-        return [f"Left out: {message}" for message in self.subjects.skipped]
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "steps": [
-                {
-                    "pass": s.reads,
-                    "model": s.subject.label,
-                    "measurements": [t.measurement.name for t in s.tasks],
-                    "fingerprints": [t.fingerprint for t in s.tasks],
-                    "rows": s.rows,
-                    "missing": s.to_measure,
-                    "unmeasurable": s.unmeasurable,
-                    "answers_kept": s.kept,
-                    "graded_anew": s.graded,
-                    "tokens": s.tokens,
-                    "seconds": s.seconds,
-                }
-                for s in self.steps
-            ],
-            "missing": sum(s.to_measure for s in self.steps),
-            "notes": self.notes(),
-        }
+    from curate.store import Store
 
 
 def make_plan(
@@ -245,7 +75,7 @@ def make_plan(
     styles = styles_of(store, names, recipe.kind)
     identity = Identity(loaded, cache, servers=servers, styles=styles, store=store, kept=kept)
     identity.pool = plan.pool
-    directions = identity.directions = Directions(loaded, store, subjects, identity, train)
+    directions = Directions(loaded, store, subjects, identity, train)
     wanted = plan.wanted = [directions.targets.over_groups(want) for want in wanted]
     if any(want.need(text).role == "warmup" for want in wanted for text in want.score.needs):
         subjects = plan.subjects = replace(subjects, warmup=directions.warmup())
@@ -312,7 +142,8 @@ def make_plan(
             and any(directions.has_margins(s) for s in who)
         ):
             need("chosen_logp", "", None)  # the reference's: margins are against it
-        found = [(subject, identity.task(measurement, subject)) for subject in who]
+        along = measurement.direction
+        found = [(s, identity.task(measurement, s, directions.identity(along, s) if along else None)) for s in who]
         if optional and not all(task.fingerprint in planned for _, task in found):
             return
         for subject, task in found:

@@ -15,8 +15,8 @@ from curate.recipe.schema import Forecast, ScoreRequest
 from curate.scores import SCORES
 
 if TYPE_CHECKING:
+    from curate.plan.step import Wanted
     from curate.recipe.schema import Recipe
-    from curate.wanted import Wanted
 
 DEFAULT: float = Forecast().beta
 OF_FORECASTS = ("forecast_", "head_forecast_", "contribution_", "influence_")  # columns that are measured with β

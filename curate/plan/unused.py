@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel
 
-from curate.dpo import has_beta
+from curate.plan.beta import has_beta
 
 if TYPE_CHECKING:
-    from curate.plan import Plan
+    from curate.plan.plan import Plan
     from curate.recipe.load import Loaded
 
 

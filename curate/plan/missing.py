@@ -7,14 +7,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from curate.identity import Task
-    from curate.lengths import Lengths
-    from curate.store import Store
+from curate.plan.step import SHARD_ROWS, Block
 
-# Rows of a shard, fixed for ever: a row's shard is its position in the store // SHARD_ROWS, whatever is missing of it.
-SHARD_ROWS = {"tokens": 8192, "forward": 512, "backward": 128, "sample": 256, "direction": 512, "neighbours": 512}
-Block = tuple[int, list[str], "tuple[Task, ...]"]  # shard's number, row ids by position, the tasks that these rows miss
+if TYPE_CHECKING:
+    from curate.plan.lengths import Lengths
+    from curate.plan.step import Task
+    from curate.store import Store
 
 
 class Rows:

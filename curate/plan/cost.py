@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -11,18 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from curate.console import span
 from curate.passes.nearest import COUNT
+from curate.plan.step import FORWARD
 
 if TYPE_CHECKING:
-    from curate.identity import Task
-    from curate.lengths import Lengths
     from curate.models.checkpoints import Subject
-    from curate.plan import Step
+    from curate.plan.lengths import Lengths
+    from curate.plan.step import Step
     from curate.recipe.load import Loaded
     from curate.store import Store
-
-FORWARD = ("forward", "neighbours", "backward", "direction")  # passes over whole rows; samplers keep to the context
 
 
 def with_cost(
@@ -123,32 +119,3 @@ def _lengths_alike(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     return all(one.get(key) == other.get(key) for key in keys) and list(one.get("stop") or ()) == list(
         other.get("stop") or ()
     )
-
-
-def step_line(step: Step) -> tuple[Any, ...]:
-    """A step as a line of `curate plan`: pass, model, measurements, rows, missing, tokens, time."""
-    time = tokens = "-"
-    if step.to_measure:
-        seconds = None if step.seconds is None else span(max(step.seconds, 0.1))
-        time = "?" if seconds is None else f"≈ {seconds}" if step.rough else seconds
-        at_most = step.reads == "sample" and step.at_most and not any(task.measurement.perturbed for task in step.tasks)
-        tokens = f"{'≤' if at_most else '≈'} {_short(step.tokens)}"
-    measurements = ", ".join(_named(task) for task in step.tasks)
-    return step.reads, step.subject.label, measurements, step.rows, step.to_measure, tokens, time
-
-
-def _named(task: Task) -> str:
-    """A measurement's name, and over which parameters its gradients are where that is not all."""
-    over = task.measured.params.get("parameters")
-    if over is None:
-        return task.measurement.name
-    layers = "last layer" if over == 1 else f"last {over} layers"
-    return f"{task.measurement.name} ({layers if isinstance(over, int) else over})"
-
-
-def _short(n: int) -> str:
-    digits = int(math.log10(n)) if n > 0 else 0
-    for limit, unit, name in ((4, 1, ""), (6, 1e3, " k"), (9, 1e6, " M"), (99, 1e9, " G")):
-        if digits < limit:
-            return f"{n:,}" if unit == 1 else f"{n / unit:.{0 if unit == 1e3 else 1}f}{name}"
-    return f"{n:,}"

@@ -3,32 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from curate.errors import UsageError
+from curate.plan.step import Wanted
 
 if TYPE_CHECKING:
     from curate.recipe.load import Loaded
-    from curate.scores import Need, Score
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """A score that the recipe asks for, under the name its column gets, with its checked parameters."""
-
-    name: str
-    score: Score
-    params: dict[str, Any]
-
-    def need(self, text: str) -> Need:
-        """One of the score's needs, its parameters filled in."""
-        return self.score.need(text, self.params)
 
 
 def wanted_scores(loaded: Loaded) -> list[Wanted]:
     """The recipe's scores, found and checked. UsageError for a misspelt name, a wrong parameter, or a score of the other kind of row."""
-    from curate.dpo import beta_of, has_beta
+    from curate.plan.beta import beta_of, has_beta
     from curate.scores import resolve
 
     found, beta = [], beta_of(loaded.recipe)

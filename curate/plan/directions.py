@@ -18,16 +18,16 @@ from typing import TYPE_CHECKING, Any
 
 from curate.errors import ModelError, UsageError
 from curate.models.checkpoints import Subject
+from curate.plan.targets import Targets, split
 from curate.rows import content_id
-from curate.targets import Targets, split
 
 if TYPE_CHECKING:
-    from curate.identity import Identity, Task
     from curate.passes.contract import Direction
-    from curate.plan import Step
+    from curate.plan.identity import Identity
+    from curate.plan.roles import Subjects
+    from curate.plan.step import Step, Task
     from curate.recipe.load import Loaded
     from curate.store import Store
-    from curate.subjects import Subjects
 
 OPTIMIZER = "optimizer.pt"
 MOMENTS = "second_moments.safetensors"

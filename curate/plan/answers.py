@@ -18,9 +18,8 @@ from curate.rows import content_id
 from curate.store import Measured, Store
 
 if TYPE_CHECKING:
-    from curate.identity import Task
-    from curate.missing import Block
     from curate.passes.sampling.types import Sample
+    from curate.plan.step import Block, Task
 
 NOT_OF_ANSWERS = ("grader", "samples")
 

@@ -15,16 +15,16 @@ from typing import TYPE_CHECKING
 from curate.console import cell
 from curate.data.sections import open_rows
 from curate.errors import UsageError
-from curate.kept import Kept
+from curate.plan.kept import Kept
 from curate.rows import Row, content_id
 
 if TYPE_CHECKING:
     from curate.data import Reading
     from curate.data.records import Record
     from curate.passes.contract import Measurement
+    from curate.plan.step import Wanted
     from curate.recipe.load import Loaded
     from curate.recipe.schema import Target
-    from curate.wanted import Wanted
 
 MOST_GROUPS = 100  # each is a column of the store, and a gradient on the disk
 

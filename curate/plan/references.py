@@ -15,13 +15,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from curate.errors import UsageError
-from curate.row_names import named_rows
+from curate.plan.row_names import named_rows
 from curate.rows import Example, Row
 from curate.store.database import kept_open
 
 if TYPE_CHECKING:
     from curate.measurements.grading import Grader
-    from curate.plan import Plan
+    from curate.plan.plan import Plan
     from curate.recipe.load import Loaded
     from curate.store import Store
 

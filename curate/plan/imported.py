@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from curate.errors import UsageError
 
 if TYPE_CHECKING:
+    from curate.plan.step import Wanted
     from curate.store import Store
-    from curate.wanted import Wanted
 
 
 def check_imported_names(store: Store, wanted: Iterable[Wanted]) -> None:

@@ -8,40 +8,27 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from curate.engines import engine_name
 from curate.errors import UsageError
-from curate.kept import Kept
 from curate.measurements.perturbations import perturbation
 from curate.models.checkpoints import Subject
 from curate.models.fingerprints import FingerprintCache
-from curate.rendering import Renderings
+from curate.plan.engines import engine_name
+from curate.plan.kept import Kept
+from curate.plan.rendering import Renderings
+from curate.plan.servers import Servers
+from curate.plan.step import Task
 from curate.rows import content_id
-from curate.servers import Servers
 from curate.store import Measured
 
 if TYPE_CHECKING:
-    from curate.directions import Directions
     from curate.passes.contract import Measurement
     from curate.recipe.load import Loaded
     from curate.store import Store
-
-
-@dataclass(frozen=True)
-class Task:
-    """One measurement of one subject, with the record that identifies its values."""
-
-    measurement: Measurement
-    measured: Measured
-
-    @property
-    def fingerprint(self) -> str:
-        return self.measured.fingerprint
 
 
 class Identity:
@@ -51,7 +38,6 @@ class Identity:
         self,
         loaded: Loaded,
         cache: FingerprintCache,
-        directions: Directions | None = None,
         servers: Servers | None = None,
         *,
         styles: Collection[str] | None = None,
@@ -61,19 +47,20 @@ class Identity:
         """styles: of the recipe's rows, as `rows.style` has them (None: not known)."""
         self.servers = servers or Servers(loaded, loaded.store)
         self.kept = kept or Kept()
-        self.loaded, self.recipe, self.cache, self.directions = loaded, loaded.recipe, cache, directions
+        self.loaded, self.recipe, self.cache = loaded, loaded.recipe, cache
         self.pool: Sequence[str] = ()  # the rows that a row's neighbours are taken from
         self.renderings = Renderings(loaded, cache, styles, store)
         self._tokenizers: dict[str, str] = {}
         self._engines: dict[tuple[str, str], str] = {}
 
-    def task(self, measurement: Measurement, subject: Subject) -> Task:
+    def task(self, measurement: Measurement, subject: Subject, direction: Mapping[str, Any] | None = None) -> Task:
+        """direction: of a measurement along a direction, `Directions.identity` of that."""
         engine = "" if measurement.reads == "tokens" else self.engine(measurement.reads, subject)
         params = self._settings(measurement, self.tokenizer(subject))
         params |= self._rendering(measurement, subject)
         if measurement.direction is not None:
-            assert self.directions is not None
-            params |= self.directions.identity(measurement.direction, subject)
+            assert direction is not None
+            params |= direction
         if measurement.reads == "neighbours":
             params["neighbours"] = self._neighbours
         if measurement.reads == "sample" and (ends := self.ends(subject)):

@@ -6,12 +6,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from curate.errors import UsageError
-from curate.kept import Kept
 from curate.models.checkpoints import Subject, find_checkpoints, single_model
 from curate.models.fingerprints import FingerprintCache
-from curate.recordings import PREFIX
+from curate.plan.kept import Kept
+from curate.plan.recorded import PREFIX
+from curate.plan.servers import Servers
 from curate.rows import content_id
-from curate.servers import Servers
 
 if TYPE_CHECKING:
     from curate.recipe.load import Loaded
