@@ -31,7 +31,7 @@ from curate.recipe.load import load_recipe
 from curate.store import Store, database
 from curate.store.database import quote
 from curate.store.tables import merge, remember, table_of
-from curate.workflow import make_plan
+from curate.workflow.run import make_plan
 
 MEASURED = 10  # checkpoints of those that are measured in the second row; all are in the third
 SCORES = """from curate import score

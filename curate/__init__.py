@@ -20,13 +20,13 @@ except PackageNotFoundError:  # a checkout on the path without an installation
     __version__ = "0+unknown"
 
 _HOME = {
-    "run": "curate.workflow",
+    "run": "curate.workflow.run",
     "Store": "curate.store",
     "load": "curate.data",
     "score": "curate.scores",
     "dataset_value": "curate.scores",
     "measurement": "curate.measurements",
-    "Recorder": "curate.recorder",
+    "Recorder": "curate.workflow.recorder",
 }
 
 __all__ = [*_HOME, "__version__"]

@@ -176,7 +176,7 @@ def validate(
     quiet: Quiet = False,
 ) -> None:
     """Name every bad row, with file, row, column and what was found. Exit 1 if there is any. Of a recipe: its held-out rows too."""
-    from curate.sourcing import validate_source
+    from curate.workflow.read import validate_source
 
     columns = dict(_split(entry, "--column") for entry in column or [])
     found = validate_source(source, kind=kind, format=format, split=split, columns=columns, set=overrides, store=store)
@@ -205,7 +205,7 @@ def plan(
 
     Passes × checkpoints × rows still missing, tokens, estimated time. No model is run.
     """
-    from curate.workflow import make_plan
+    from curate.workflow.run import make_plan
 
     result = make_plan(_recipe(recipe, overrides, store), progress=_progress(quiet))
     out(to_json(result.to_json()) if json else result.text())
@@ -217,7 +217,7 @@ def _step(name: str, steps: tuple[str, ...], text: str) -> None:
     def command(
         recipe: RecipePath, overrides: Set = None, store: StoreOption = None, json: Json = False, quiet: Quiet = False
     ) -> None:
-        from curate.workflow import run_steps
+        from curate.workflow.run import run_steps
 
         result = run_steps(_recipe(recipe, overrides, store), steps, progress=_progress(quiet), command=name)
         out(to_json(result.to_json()) if json else result.text())

@@ -6,13 +6,13 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from curate.console import cell, wrapped
-from curate.decide import Reason
 from curate.errors import UsageError
 from curate.recipe.yaml import read_yaml
 from curate.row_answers import answers_of, answers_text
 from curate.scores import SCORES
 from curate.scores.flags import ADVICE, REASONS, reasons
 from curate.store import Store
+from curate.store.decisions import Reason
 from curate.store.views import BASE
 
 

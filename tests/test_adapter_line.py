@@ -15,7 +15,7 @@ from curate.errors import ModelError, UsageError
 from curate.jobs.collect import rounds
 from curate.jobs.collect.candidates import from_pool
 from curate.recipe.load import load_recipe
-from curate.workflow import make_plan
+from curate.workflow.run import make_plan
 from tests.tiny_models import make_llama
 
 pytest.importorskip("peft", reason="PEFT is not installed (extra: prove)")
@@ -206,9 +206,9 @@ def test_each_subject_is_sampled_by_the_engine_that_takes_it(place, monkeypatch)
     """vLLM takes the base and one adapter, not the other: that one goes to transformers, which the plan knew, and back."""
     from types import SimpleNamespace
 
-    from curate.measuring import SampleRunner
     from curate.models.checkpoints import Subject
     from curate.passes.sampling import engines
+    from curate.workflow.runners.sample import SampleRunner
 
     base, one, other = (str(place / p) for p in ("base", "runs/dpo/checkpoint-10", "runs/dpo/checkpoint-20"))
     log = []
@@ -264,7 +264,7 @@ def test_rounds_of_adapters_collect_by_the_states_of_the_last_one(place):
 @pytest.mark.parametrize("left", ["nothing", "config"])
 def test_scores_of_a_moved_store_touch_no_adapter_s_base(place, tmp_path, left):
     """The adapters came along, their base did not, or only its configuration."""
-    from curate.workflow import run_steps
+    from curate.workflow.run import run_steps
 
     models = {"reference": "base", "checkpoints": "runs/dpo", "on_broken_checkpoint": "skip"}
     path = recipe(place, "moved", ["never_flipped"], models=models)

@@ -11,7 +11,7 @@ import curate
 import curate.passes.sampling.open
 from curate.console import Progress
 from curate.recipe.load import load_recipe
-from curate.workflow import make_plan
+from curate.workflow.run import make_plan
 from tests.tiny_models import make_llama
 
 OWN = """

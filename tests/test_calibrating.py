@@ -17,7 +17,7 @@ from curate.rows import Example
 from curate.scores.premem import running
 from curate.store.importing.importing import import_file
 from curate.summary import summarise
-from curate.workflow import run_steps
+from curate.workflow.run import run_steps
 
 STEPS = (10, 20, 30, 40)
 TAUS = {"a": 0.1, "b": 0.5}

@@ -14,7 +14,7 @@ from curate.passes.chat import DATE, as_chat, template_of
 from curate.passes.tokens import Limits, encode, encode_prompt
 from curate.recipe.load import load_recipe
 from curate.rows import Example, Pair
-from curate.workflow import make_plan
+from curate.workflow.run import make_plan
 from tests.test_tokens import make_tokenizer, messages, words
 from tests.tiny_models import make_llama
 from tests.tiny_models import make_tokenizer as make_characters

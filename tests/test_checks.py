@@ -11,7 +11,7 @@ import curate
 from curate.console import Progress
 from curate.errors import EngineError, ModelError, StoreError, UsageError, ValidationError
 from curate.recipe.load import load_recipe
-from curate.workflow import make_plan
+from curate.workflow.run import make_plan
 from tests.tiny_models import make_llama
 
 PAIRS = [{"prompt": f"{i} + 1 =", "chosen": f" {i + 1}", "rejected": f" {i * 7}?"} for i in range(6)]

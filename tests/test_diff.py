@@ -13,9 +13,9 @@ from curate.diff import compare
 from curate.errors import UsageError
 from curate.recipe.schema import Recipe
 from curate.rows import Pair
-from curate.select import SelectSpec, select_with_control
 from curate.store import Measured, Store
-from curate.workflow import selection_text
+from curate.workflow.run import selection_text
+from curate.workflow.select import SelectSpec, select_with_control
 
 PAIRS = [Pair(f"q{i}", "yes", "no") for i in range(40)]
 IDS = [p.row_id for p in PAIRS]

@@ -19,7 +19,7 @@ from curate.passes.loading.model import load_model
 from curate.passes.tokens import Limits, encode, load_tokenizer
 from curate.recipe.load import load_recipe
 from curate.rows import Example, Pair
-from curate.workflow import make_plan
+from curate.workflow.run import make_plan
 from tests.tiny_models import make_llama
 
 PAIRS = [{"prompt": f"{i} + 1 =", "chosen": f" {i + 1}", "rejected": f" {i * 7}?" + "!" * (i % 3)} for i in range(12)]
@@ -126,7 +126,7 @@ def test_killed_between_shards_it_goes_on(line, monkeypatch):
     rows, _ = encoded_pairs(line.folder / "model")
     wanted = column(whole.store, "batch_forecast", rows)
     shutil.rmtree(line.folder / "store")
-    from curate import forecasting
+    from curate.workflow.runners import directions as forecasting
 
     run, made = forecasting.DirectionRunner.run, []
 
@@ -190,7 +190,7 @@ def test_what_no_recipe_uses_any_more_is_deleted(line):
 
 def test_the_step_length_is_checked_on_rows_that_can_be_measured(line, monkeypatch):
     """Every other row is too long here; what remains is measured as if they were not there."""
-    monkeypatch.setattr("curate.forecasting.CHECKED", 6)
+    monkeypatch.setattr("curate.workflow.runners.directions.CHECKED", 6)
     long = [row | {"prompt": row["prompt"] + " " * 90 * (i % 2 == 0)} for i, row in enumerate(PAIRS)]
     (line.folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, long)))
     result = line(

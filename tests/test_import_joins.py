@@ -15,7 +15,7 @@ from curate.rows import Example
 from curate.store import Store
 from curate.store.importing.importing import import_file
 from curate.summary import summarise
-from curate.workflow import run_steps
+from curate.workflow.run import run_steps
 
 ROWS = [
     {"prompt": f"q{i}", "completion": "a", "prompt_id": f"p{i}", "group": "gh"[i % 2], "number": i} for i in range(4)

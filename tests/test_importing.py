@@ -19,7 +19,7 @@ from curate.rows import Example, foreign_id
 from curate.store import Store
 from curate.store.importing.importing import import_file
 from curate.summary import summarise
-from curate.workflow import run_steps
+from curate.workflow.run import run_steps
 
 LOGS = {
     "id": [7, 7, 8],

@@ -70,7 +70,7 @@ ONLY_IN = {
     "sklearn": ["jobs.polca.*"],
     "typer": ["cli"],
     "pandas": [],
-    "curate.workflow": ["", "cli", "jobs.*"],
+    "curate.workflow.run": ["", "cli", "jobs.*"],
     "curate.schedule": ["cli"],
     "curate.cli": ["__main__"],
     "pipelines": [],

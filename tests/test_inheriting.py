@@ -14,8 +14,8 @@ from curate.plan.targets import Targets
 from curate.recipe.load import load_recipe
 from curate.recipe.sources import inherit
 from curate.rows import Example
-from curate.sourcing import read_sources, validate_rows
 from curate.store import Store
+from curate.workflow.read import read_sources, validate_rows
 
 TEMPLATE = "Question: {q}\nAnswer:"
 SFT = {"path": "train.jsonl", "columns": {"prompt": TEMPLATE, "completion": "a"}, "on_bad_row": "drop"}

@@ -13,7 +13,7 @@ import curate
 from curate.console import Progress
 from curate.jobs.demo.model import BASE
 from curate.recipe.load import load_recipe
-from curate.workflow import make_plan
+from curate.workflow.run import make_plan
 from tests.old_store.models import make_models
 
 HERE = Path(__file__).parent / "old_store"

@@ -14,7 +14,7 @@ from curate.errors import UsageError
 from curate.measurements.perturbations import perturbation
 from curate.recipe.load import load_recipe
 from curate.rows import Example
-from curate.workflow import make_plan
+from curate.workflow.run import make_plan
 from tests.tiny_models import make_llama
 
 OWN = """

@@ -10,10 +10,10 @@ import pytest
 import curate
 from curate.explain import explain_row
 from curate.scores.phases import NAMES
-from curate.scoring import _most_common
 from curate.store import Store
 from curate.store.importing.importing import import_file
 from curate.summary import summarise
+from curate.workflow.score import _most_common
 
 # row -> run -> (correct of 4, NLL) at steps 10, 20, 30
 LOGS = {

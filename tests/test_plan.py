@@ -19,7 +19,7 @@ from curate.models.checkpoints import Subject
 from curate.models.fingerprints import FingerprintCache
 from curate.plan import engines, lengths
 from curate.recipe.load import load_recipe
-from curate.workflow import make_plan
+from curate.workflow.run import make_plan
 from tests.tiny_models import make_llama
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -173,9 +173,9 @@ def test_times_after_the_first_shard_are_those_of_what_is_left(model, tmp_path, 
     import time
 
     import curate.plan.missing
-    from curate.measuring import SampleRunner
     from curate.passes.sampling.hf import HfSampler
     from curate.passes.sampling.types import Sample
+    from curate.workflow.runners.sample import SampleRunner
 
     monkeypatch.setitem(curate.plan.missing.SHARD_ROWS, "sample", 4)
     clock = [0.0]
@@ -277,13 +277,13 @@ def make_checkpoint(model: Path, folder: Path, scale: float) -> None:
 
 
 def test_a_tokenizer_is_tried_once_however_many_checkpoints_have_it(model, tmp_path, monkeypatch):
-    from curate import measuring
+    from curate.workflow import measure
 
     for step in range(3):
         make_checkpoint(model, tmp_path / "run" / f"checkpoint-{step}", 1 + step / 10)
     path = write(tmp_path, model, models={"checkpoints": "run"}, scores=["flipped"])
-    tried, own = [], measuring.trial
-    monkeypatch.setattr(measuring, "trial", lambda loaded, step, rows: tried.append(step) or own(loaded, step, rows))
+    tried, own = [], measure.trial
+    monkeypatch.setattr(measure, "trial", lambda loaded, step, rows: tried.append(step) or own(loaded, step, rows))
     plan_of(path)
     assert len(tried) == 1
 

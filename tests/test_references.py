@@ -15,7 +15,7 @@ from curate.measurements.grading import grader
 from curate.plan.references import _graded_by_themselves
 from curate.recipe.load import load_recipe
 from curate.rows import Example
-from curate.workflow import make_plan
+from curate.workflow.run import make_plan
 from tests.tiny_models import make_llama
 
 OWN = """

@@ -15,8 +15,8 @@ from curate.errors import UsageError
 from curate.plan.requests import wanted_scores
 from curate.recipe.load import load_recipe
 from curate.scores import SCORES, score
-from curate.scoring import Columns, own_values, series_of
 from curate.store import Measured, Store
+from curate.workflow.score import Columns, own_values, series_of
 
 
 def measured(name: str, step: int | None) -> Measured:

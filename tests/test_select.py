@@ -9,9 +9,9 @@ import pytest
 
 from curate.errors import UsageError, ValidationError
 from curate.rows import Pair
-from curate.select import Candidates, Reason, SelectSpec, decide, select, whole
 from curate.store import Measured, Store
 from curate.store.expressions import check_expression, order_keys, split_top
+from curate.workflow.select import Candidates, Reason, SelectSpec, decide, select, whole
 
 nan = float("nan")
 WORST = {"loss": "high", "gap": "low", "either": "none"}

@@ -8,8 +8,8 @@ import pytest
 
 from curate.errors import UsageError, ValidationError
 from curate.rows import Example, Message
-from curate.select import SelectSpec, check_select, select, select_with_control
 from curate.store import Store
+from curate.workflow.select import SelectSpec, check_select, select, select_with_control
 
 
 def record(i, row, /, **columns):

@@ -16,7 +16,7 @@ from curate.errors import EngineError, UsageError, ValidationError
 from curate.passes.sampling.server_probe import Noise, Spoken, difference, measured_noise
 from curate.recipe.load import load_recipe
 from curate.store.entries import Measured
-from curate.workflow import make_plan, run_steps
+from curate.workflow.run import make_plan, run_steps
 from tests.served import Served
 from tests.tiny_models import make_llama
 

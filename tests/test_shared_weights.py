@@ -12,7 +12,7 @@ import curate
 from curate.console import Progress
 from curate.recipe.load import load_recipe
 from curate.store.runs import stored_runs
-from curate.workflow import make_plan
+from curate.workflow.run import make_plan
 from tests.tiny_models import make_llama
 
 ROWS = [{"prompt": f"{i} + 2 =", "completion": f" {i + 2}"} for i in range(4)]

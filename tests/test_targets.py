@@ -22,7 +22,7 @@ from curate.passes.tokens import Encoded, Limits, encode, load_tokenizer
 from curate.plan.targets import MOST_GROUPS
 from curate.recipe.load import load_recipe
 from curate.rows import Example, Pair
-from curate.workflow import STEPS, make_plan, run_steps
+from curate.workflow.run import STEPS, make_plan, run_steps
 from tests.passes.test_backward import gradient
 from tests.test_cli import REPOSITORY
 from tests.tiny_models import make_llama
@@ -218,15 +218,15 @@ def test_what_a_value_depends_on(line):
 
 
 def test_killed_between_shards_it_goes_on(line, monkeypatch):
-    from curate import forecasting
     from curate.passes.gradients import mean as direction
+    from curate.workflow.runners import directions
 
     monkeypatch.setitem(curate.plan.missing.SHARD_ROWS, "direction", 4)
     recipe = line.plan("sft", {"influence_cosine": {"target": "bbh"}}) and line.folder / "recipe.yaml"
     rows = [Example(**row) for row in POOL]
     whole = column(curate.run(recipe).store, "influence_cosine", rows)
     shutil.rmtree(line.folder / "store")
-    run, made = forecasting.DirectionRunner.run, []
+    run, made = directions.DirectionRunner.run, []
 
     def killed(self, rows, *rest):
         if made:
@@ -234,10 +234,10 @@ def test_killed_between_shards_it_goes_on(line, monkeypatch):
         made.append(len(rows))
         return run(self, rows, *rest)
 
-    monkeypatch.setattr(forecasting.DirectionRunner, "run", killed)
+    monkeypatch.setattr(directions.DirectionRunner, "run", killed)
     with pytest.raises(KeyboardInterrupt):
         curate.run(recipe)
-    monkeypatch.setattr(forecasting.DirectionRunner, "run", run)
+    monkeypatch.setattr(directions.DirectionRunner, "run", run)
     monkeypatch.setattr(direction, "accumulate", lambda *a, **k: pytest.fail("the gradients were there"))
     again = curate.run(recipe)
     assert made == [4] and again.measured["direction"] == 5

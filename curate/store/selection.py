@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from curate.decide import Reason
 from curate.errors import UsageError
 from curate.rows import content_id
 from curate.store import query
 from curate.store.database import Connection, let_go, one, quote
+from curate.store.decisions import Reason
 from curate.store.entries import SelectedRow
 from curate.store.tables import control_name, ids_view
 

@@ -38,7 +38,7 @@ from curate.store.reader import StoreReader
 from curate.store.selection import Selection, find_selection
 
 if TYPE_CHECKING:
-    from curate.decide import Decisions
+    from curate.store.decisions import Decisions
 
 
 VALUE_FIELDS = "name, value, low, high, n, run, checkpoint, step"

@@ -24,7 +24,7 @@ from curate.store.readings import NO_RECIPE_WAITS
 from curate.store.shards import arrow_column, read_shard
 
 if TYPE_CHECKING:
-    from curate.decide import Decisions
+    from curate.store.decisions import Decisions
 
 MEASURED = (
     "fingerprint",

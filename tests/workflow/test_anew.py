@@ -17,12 +17,12 @@ import yaml
 
 import curate
 import curate.plan.missing
-from curate import workflow
 from curate.console import Progress
 from curate.errors import UsageError
 from curate.passes import forward
 from curate.recipe.load import load_recipe
-from curate.workflow import make_plan
+from curate.workflow import run
+from curate.workflow.run import make_plan
 from tests.workflow.pairs import pairs, scored, write_rows
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
@@ -88,7 +88,7 @@ def test_another_end_of_answers_is_another_accuracy(tmp_path, model):
         generation.unlink(missing_ok=True)
         if ends is not None:
             generation.write_text(json.dumps({"eos_token_id": ends}))
-        return workflow.make_plan(load_recipe(tmp_path / "recipe.yaml"), progress=Progress(quiet=True)).uses
+        return run.make_plan(load_recipe(tmp_path / "recipe.yaml"), progress=Progress(quiet=True)).uses
 
     accuracy, nll = ("", "accuracy", None), ("", "target_nll", None)
     none, same, other = prints(None), prints(config["eos_token_id"]), prints([config["eos_token_id"], 5])
@@ -109,7 +109,7 @@ def test_a_source_that_grew_is_measured_only_where_it_is_new(recipe, tmp_path):
 def test_no_selection_or_export_of_rows_that_have_changed_since(recipe, tmp_path):
     """One step at a time over a source that grew: what was made of the rows before is refused, with the command that makes it anew."""
     loaded = load_recipe(recipe(select={"order_by": "flip_loss", "unknown": "keep"}))
-    step = lambda *steps: workflow.run_steps(loaded, steps, progress=Progress(quiet=True))  # noqa: E731
+    step = lambda *steps: run.run_steps(loaded, steps, progress=Progress(quiet=True))  # noqa: E731
     step("measure", "score", "select")
     write_rows(tmp_path / "pairs.jsonl", pairs(47))
     with pytest.raises(UsageError, match=r"as scores of 'recipe' comes from other .*rows.*curate score"):

@@ -8,9 +8,9 @@ import numpy as np
 import yaml
 
 import curate
-from curate.encodings import Encodings
 from curate.passes import tokens
 from curate.passes.tokens import Encoded
+from curate.workflow.encodings import Encodings
 from tests.tiny_models import make_llama
 
 

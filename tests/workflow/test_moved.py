@@ -11,7 +11,6 @@ import pytest
 import yaml
 
 import curate
-from curate import workflow
 from curate.console import Progress
 from curate.describe import store_status
 from curate.errors import CurateError, ModelError, UsageError, ValidationError
@@ -19,6 +18,7 @@ from curate.explain import explain_row
 from curate.recipe.load import load_recipe
 from curate.store import Store
 from curate.summary import summarise
+from curate.workflow import run as workflow
 from tests.old_store.models import make_models
 from tests.tiny_models import make_llama
 from tests.workflow.pairs import pairs, write_rows

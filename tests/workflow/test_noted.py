@@ -5,7 +5,7 @@ from __future__ import annotations
 import curate
 from curate.console import Progress
 from curate.recipe.load import load_recipe
-from curate.workflow import make_plan, run_steps
+from curate.workflow.run import make_plan, run_steps
 from tests.workflow.pairs import pairs, write_rows
 
 

@@ -12,7 +12,7 @@ import curate.plan.missing
 from curate.console import Progress
 from curate.errors import CurateError, ModelError, StoreError, UsageError, ValidationError
 from curate.recipe.load import load_recipe
-from curate.workflow import make_plan
+from curate.workflow.run import make_plan
 from tests.workflow.pairs import pairs, scored, write_rows
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import curate
 import curate.plan.missing
-from curate import workflow
 from curate.console import Progress
 from curate.recipe.load import load_recipe
-from curate.workflow import make_plan
+from curate.workflow import run
+from curate.workflow.run import make_plan
 from tests.workflow.pairs import pairs, write_rows
 
 
@@ -48,7 +48,7 @@ def test_rows_beyond_the_models_positions_are_said(recipe, tmp_path, capsys, mon
     assert before[0].startswith("By their characters about 1 of the missing rows cannot be measured (max_length 1024, ")
     assert before[1:] == [f"By their characters about 3 {says}"]
     for _ in range(2):  # where nothing is left to measure, too
-        result = workflow.run_steps(loaded, workflow.STEPS, progress=Progress())
+        result = run.run_steps(loaded, run.STEPS, progress=Progress())
         assert f"\n3 {says}\n" in "\n" + capsys.readouterr().err
         assert result.to_json()["notes"] == make_plan(loaded, progress=quiet).notes() == [f"3 {says}"]
     fits = load_recipe(recipe(scores=["ranking_gap"], select=None, export=None, tokens={"max_length": 128}))

@@ -13,11 +13,15 @@ import pytest
 import yaml
 
 import curate
-from curate import measuring, scoring, select, workflow
 from curate.console import Progress
 from curate.errors import UsageError
 from curate.recipe.load import load_recipe
 from curate.store import Store
+from curate.workflow import measure as measuring
+from curate.workflow import run as workflow
+from curate.workflow import score as scoring
+from curate.workflow import select
+from curate.workflow.runners.forward import ForwardRunner
 from tests.workflow.pairs import write_rows
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
@@ -83,7 +87,7 @@ def test_a_run_that_fails_leaves_the_views_as_they_were(sft, tmp_path, monkeypat
         raise Broken
 
     for where, name in (
-        (measuring.ForwardRunner, "run"),
+        (ForwardRunner, "run"),
         (scoring, "compute_scores"),
         (select, "select_with_control"),
         (Store, "write_selection"),
@@ -107,12 +111,12 @@ def test_a_run_that_fails_leaves_the_views_as_they_were(sft, tmp_path, monkeypat
 
 DRIVER = """
     import os, signal, sys
-    from curate import measuring
+    from curate.workflow import measure as measuring
     from curate.store import tables
     def die(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGKILL)
     if sys.argv[1] == "measuring":
-        measuring.ForwardRunner.run = die
+        ForwardRunner.run = die
     else:
         tables.write_selection = die
     sys.argv = ["curate", "run", sys.argv[2], "--quiet", "--set", "sampling.temperature=0.5", "--set", "select.keep.rows=3"]

@@ -168,7 +168,7 @@ def _measure(
     recipe: str | Path, overrides: list[str] | None, folder: Path, run: Path, store: Path, progress: Progress
 ) -> None:
     """The recipe over this round's rows and checkpoints; its numbers and hard rows into the round's folder."""
-    from curate import workflow
+    from curate.workflow import run as workflow
 
     data, asked = folder / "data.jsonl", load_recipe(recipe, set=overrides).recipe
     source = {"path": str(data.resolve()), "format": "prompt_completion"}

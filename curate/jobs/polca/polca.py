@@ -27,8 +27,8 @@ from curate.models.fingerprints import FingerprintCache
 from curate.plan.roles import find_subjects
 from curate.recipe.load import Loaded, load_recipe
 from curate.rows import Row, content_id
-from curate.sourcing import read_sources
 from curate.store import Store
+from curate.workflow.read import read_sources
 
 VERSION = 1  # of what is kept
 TOLERANCE = 0.02

@@ -16,7 +16,7 @@ from curate.plan.requests import wanted_scores
 from curate.recipe.load import Loaded
 from curate.recipe.schema import Export
 from curate.scores.flags import ADVICE
-from curate.sourcing import noted, source_types
+from curate.workflow.read import noted, source_types
 
 if TYPE_CHECKING:
     from curate.data import ExportResult, ExportRow

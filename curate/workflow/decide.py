@@ -1,4 +1,4 @@
-"""Decisions from arrays: which rows are kept, and for every row why. The pure part of selecting (curate/select.py asks the store for the arrays).
+"""Decisions from arrays: which rows are kept, and for every row why. The pure part of selecting (select.py asks the store for the arrays).
 
 exclude  →  where  →  drop_worst  →  order_by  →  keep (in every group of `per`)
 """
@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from curate.errors import UsageError, ValidationError
+from curate.store.decisions import Decisions, Reason
 
 Budget = tuple[str, float]  # ("share", 0.8), ("rows", 100) or ("tokens", 5000)
 EXCLUDED = {"row": "the same row is in the held-out set", "prompt": "its prompt is in the held-out set"}
@@ -63,38 +64,6 @@ def budget_of(given: float | Mapping[str, float] | None) -> Budget:
     if given is None:
         return ("share", 1.0)
     return next(iter(given.items())) if isinstance(given, Mapping) else ("share", given)
-
-
-@dataclass(frozen=True, slots=True)
-class Reason:
-    """Why a row is kept or dropped. rule: the key that decided. text: a sentence without the row's own numbers, so that reasons can be counted.
-
-    value, cut: the row's number and the one that it was compared with, where there are such.
-    """
-
-    rule: str
-    text: str
-    value: float | None = None
-    cut: float | None = None
-
-    def __str__(self) -> str:
-        if self.value is None:
-            return self.text
-        return f"{self.text} ({self.value:.6g}" + (")" if self.cut is None else f" against {self.cut:.6g})")
-
-
-@dataclass(frozen=True)
-class Decisions:
-    """What was decided, aligned to row_ids. rank: 1 is first in its group, 0 for a row dropped before ranking.
-
-    counts: rows, kept, dropped, dropped_by (rule -> rows), notes (what is likely not meant), and by group and in tokens where asked.
-    """
-
-    row_ids: list[str]
-    kept: np.ndarray  # (rows,) bool
-    rank: np.ndarray  # (rows,) int64
-    reasons: list[Reason]
-    counts: dict[str, Any]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ import hashlib
 
 import numpy as np
 
-from curate.decide import Candidates, Decisions, Reason, SelectSpec, after_where, tokens_of
+from curate.store.decisions import Decisions, Reason
+from curate.workflow.decide import Candidates, SelectSpec, after_where, tokens_of
 
 STRATA = 10  # classes of length, of equal numbers of candidates
 

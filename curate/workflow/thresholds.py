@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from curate.plan.plan import Plan
     from curate.plan.step import Wanted
     from curate.scores.calibration import Calibration, Run
-    from curate.scoring import Columns
     from curate.store import Store
+    from curate.workflow.score import Columns
 
 IMPORTED = ("test_accuracy", "heldout_accuracy")
 LOOSE = 0.2  # how much R² may lose when τ comes from the other runs, before that is a warning

@@ -17,7 +17,7 @@
 A recipe's SQL sees the views of the recipe, as `curate sql STORE --recipe NAME` does: its training rows and its held-out rows. Only training
 rows are decided on (docs/selection.md).
 
-`curate.decide` is the pure part: arrays in, decisions out. `select` asks the store for the arrays.
+`curate.workflow.decide` is the pure part: arrays in, decisions out. `select` asks the store for the arrays.
 """
 
 from __future__ import annotations
@@ -30,11 +30,12 @@ from typing import TYPE_CHECKING, Any
 import duckdb
 import numpy as np
 
-from curate.control import control_of
-from curate.decide import Candidates, Decisions, Reason, SelectSpec, check_groups, decide, whole
 from curate.errors import UsageError
 from curate.store.database import literal, quote
+from curate.store.decisions import Decisions, Reason
 from curate.store.expressions import check_expression, order_keys
+from curate.workflow.control import control_of
+from curate.workflow.decide import Candidates, SelectSpec, check_groups, decide, whole
 
 if TYPE_CHECKING:
     from curate.store import Store

@@ -31,8 +31,8 @@ from curate.plan.requests import wanted_scores
 from curate.plan.step import Task
 from curate.recipe.load import Loaded, load_recipe
 from curate.rows import Row, content_id
-from curate.sourcing import read_sources
 from curate.store import Measured, Store
+from curate.workflow.read import read_sources
 
 if TYPE_CHECKING:
     from curate.data.records import Record
@@ -222,7 +222,7 @@ class Recorder(TrainerCallback):
     def _write_tokens(self) -> None:
         """Token counts, under the fingerprint that a plan gives them, too: what has the same tokenizer has the same tokens."""
         from curate.measurements import MEASUREMENTS, measure_tokens
-        from curate.measuring import TEXT
+        from curate.workflow.runners.base import TEXT
 
         lone = Subject("", "", "", "")
         for m in [
@@ -279,8 +279,8 @@ class Recorder(TrainerCallback):
         return own | {"recorder": VERSION}
 
     def _sample(self, measurements: list[Any]) -> tuple[dict[str, Any], Any]:
-        from curate.measuring import SampleRunner
         from curate.passes.sampling.hf import HfSampler
+        from curate.workflow.runners.sample import SampleRunner
 
         runner = SampleRunner(self.loaded, self.progress)
         runner.tokenizer, runner.chat = self.tokenizer, self.rendering.chat

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from curate.plan.plan import Plan
     from curate.plan.step import Step
     from curate.recipe.load import Loaded
-    from curate.select import SelectSpec
     from curate.store import Store
+    from curate.workflow.select import SelectSpec
 
 ROWS = 256  # rows that are looked at for a trial
 OF_WEIGHTS = ("forward", "neighbours", "backward", "direction")
@@ -76,8 +76,8 @@ def weights_are_there(ahead: Ahead) -> None:
 
 def columns_exist(ahead: Ahead) -> None:
     """A misspelt column in `select` or `export` is said before anything is measured, not in the morning."""
-    from curate.exporting import check_columns
-    from curate.select import check_select
+    from curate.workflow.export import check_columns
+    from curate.workflow.select import check_select
 
     recipe, plan = ahead.loaded.recipe, ahead.plan
     if ahead.select is None:
@@ -158,7 +158,7 @@ def rows_become_prompts(ahead: Ahead) -> None:
     """A chat template for conversations, a server that takes the rows' style, and whatever else encoding a row raises: tried on the first rows, on
     one of each style, and on the longest.
     """
-    from curate.measuring import trial
+    from curate.workflow.measure import trial
 
     tried: set[tuple[str, bool, bool]] = set()
     for step in ahead.to_do:

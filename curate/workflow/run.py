@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from curate.checks import Ahead, check_ahead, columns_exist
 from curate.console import Progress, counted
 from curate.errors import CurateError, ModelError, UsageError, disk_trouble
 from curate.plan.imported import check_imported_names
@@ -26,18 +25,19 @@ from curate.plan.step import Wanted
 from curate.recipe.load import Loaded, load_recipe
 from curate.recipe.schema import Worst
 from curate.rows import content_id
-from curate.sourcing import read_sources
 from curate.store import DatasetValue, Store
 from curate.store.database import kept_open
 from curate.store.sharing import check_name, placed
+from curate.workflow.checks import Ahead, check_ahead, columns_exist
+from curate.workflow.read import read_sources
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
     from curate.data import ExportResult
     from curate.plan.servers import Ask
-    from curate.select import Decisions, SelectSpec
     from curate.store import Selection
+    from curate.workflow.select import Decisions, SelectSpec
 
 STEPS = ("measure", "score", "select", "export")
 
@@ -318,7 +318,7 @@ def _check_ahead(loaded: Loaded, store: Store, plan: Plan, sources: dict[str, li
 
 
 def _spec(loaded: Loaded) -> SelectSpec:
-    from curate.select import SelectSpec
+    from curate.workflow.select import SelectSpec
 
     asked = loaded.recipe.select
     assert asked is not None
@@ -349,7 +349,7 @@ def _worst(store: Store, wanted: Sequence[Wanted]) -> dict[str, str]:
 
 
 def _measure(loaded: Loaded, result: Result, progress: Progress) -> None:
-    from curate.measuring import measure
+    from curate.workflow.measure import measure
 
     assert result.plan is not None
     if result.plan.missing:
@@ -361,7 +361,7 @@ def _measure(loaded: Loaded, result: Result, progress: Progress) -> None:
 
 def _grade_kept(loaded: Loaded, result: Result, progress: Progress) -> None:
     """Another grader, or fewer samples, over answers that are kept: no model is asked for them, so scoring alone does it."""
-    from curate.measuring import measure
+    from curate.workflow.measure import measure
 
     plan = result.plan
     assert plan is not None
@@ -393,8 +393,8 @@ class Scored:
 
 
 def _compute(loaded: Loaded, result: Result, sources: dict[str, list[str]], progress: Progress) -> Scored:
-    from curate.calibrating import with_thresholds
-    from curate.scoring import Columns, compute_dataset_values, compute_scores, named, nothing_known
+    from curate.workflow.score import Columns, compute_dataset_values, compute_scores, named, nothing_known
+    from curate.workflow.thresholds import with_thresholds
 
     store, plan = result.store, result.plan
     assert plan is not None
@@ -459,7 +459,7 @@ class Decided:
 
 def _decide(loaded: Loaded, result: Result, sources: dict[str, list[str]], scored: Scored | None) -> Decided:
     """scored: the scores of this run, which the views do not show yet; None: those that they show."""
-    from curate.select import select_with_control
+    from curate.workflow.select import select_with_control
 
     store, plan, name = result.store, result.plan, loaded.name
     assert plan is not None
@@ -487,7 +487,7 @@ def _decide(loaded: Loaded, result: Result, sources: dict[str, list[str]], score
 
 
 def _export(loaded: Loaded, result: Result, sources: dict[str, list[str]], progress: Progress) -> None:
-    from curate.exporting import export_selection
+    from curate.workflow.export import export_selection
 
     if result.selection is None:
         result.selection = result.store.selection(loaded.name)
@@ -503,7 +503,7 @@ def _scores_of(store: Store, result: Result, sources: dict[str, list[str]]) -> s
     """What scores are computed from: the scores with their settings, the measurements that they read, the rows and what is missing of them, and
     imported held-out accuracies where they set a threshold.
     """
-    from curate.calibrating import calibrates, imported_accuracies
+    from curate.workflow.thresholds import calibrates, imported_accuracies
 
     plan = result.plan
     assert plan is not None

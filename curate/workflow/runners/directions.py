@@ -21,10 +21,10 @@ import numpy as np
 
 from curate.console import Progress
 from curate.errors import ModelError
-from curate.mean_gradients import MeanGradients
-from curate.measuring import ForwardRunner
 from curate.models.checkpoints import Subject
 from curate.rows import Row
+from curate.workflow.runners.forward import ForwardRunner
+from curate.workflow.runners.mean_gradients import MeanGradients
 
 if TYPE_CHECKING:
     from curate.passes.contract import Direction, Measurement

@@ -1,0 +1,1 @@
+"""One runner a pass: rows in, columns out."""

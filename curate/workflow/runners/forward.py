@@ -1,0 +1,137 @@
+"""The passes over whole rows: forward, after the nearest other rows, backward."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from curate.console import Progress
+from curate.errors import ModelError
+from curate.plan.plan import Plan
+from curate.plan.step import Step
+from curate.rows import Example, Row
+from curate.workflow.runners.base import Runner
+
+if TYPE_CHECKING:
+    from curate.recipe.load import Loaded
+    from curate.store import Store
+
+
+class ForwardRunner(Runner):
+    """One torch model for all subjects, weights swapped in place; every measurement is read off the same forward pass."""
+
+    reads = "forward"
+    dtype: str | None = None  # None: the engine's
+
+    def __init__(self, loaded: Loaded, progress: Progress):
+        super().__init__(loaded, progress)
+        self.model: Any = None
+
+    def use(self, step: Step) -> None:
+        from curate.passes.forward import load_model
+
+        super().use(step)
+        if self.model is not None:
+            try:
+                self.model.use(step.subject.path, base=step.subject.base)
+                return
+            except ModelError:  # another architecture: its own model
+                self.close()
+        engine, subject = self.recipe.engine, step.subject
+        dtype = self.dtype or engine.dtype
+        self.model = load_model(subject.path, base=subject.base, dtype=dtype, device=engine.device)
+
+    def run(
+        self, rows: list[Row], row_ids: Sequence[str], measurements: list[Any]
+    ) -> tuple[Mapping[str, Any], None, int]:
+        from curate.passes import forward
+
+        encoded = self._encode(rows)
+        columns = forward.measure(self.model, encoded, measurements, token_budget=self.recipe.engine.token_budget)
+        return columns, None, forward.tokens_to_run(encoded, without_prompt=any(m.without_prompt for m in measurements))
+
+    def close(self) -> None:
+        if self.model is not None:
+            self.model.close()
+            self.model = None
+
+
+class NeighboursRunner(ForwardRunner):
+    """The forward pass over rows with their nearest other training examples before the prompt: as many as fit into max_length."""
+
+    reads = "neighbours"
+
+    def __init__(self, loaded: Loaded, progress: Progress, store: Store, plan: Plan):
+        from curate.passes.nearest import Neighbours
+
+        super().__init__(loaded, progress)
+        self.neighbours = Neighbours(plan.pool, list(store.iter_rows(plan.pool)))
+        self.lonely = self.seen = 0
+
+    def run(
+        self, rows: list[Row], row_ids: Sequence[str], measurements: list[Any]
+    ) -> tuple[Mapping[str, Any], None, int]:
+        from curate.passes import forward
+
+        how = ("after its neighbours", self._tokenizer_id, self.chat)
+        found = [
+            self.encodings.of(how, row_id, partial(self._after, row, row_id))
+            for row, row_id in zip(rows, row_ids, strict=True)
+        ]
+        at = [i for i, encoded in enumerate(found) if encoded is not None]
+        encoded = [found[i] for i in at]
+        measured = forward.measure(self.model, encoded, measurements, token_budget=self.recipe.engine.token_budget)
+        columns = {name: np.full(len(rows), np.nan) for name in measured}
+        for name, values in measured.items():
+            columns[name][at] = values
+        self.seen += len(rows)
+        self.lonely += len(rows) - len(at)
+        return columns, None, forward.tokens_to_run(encoded)
+
+    def _after(self, row: Row, row_id: str) -> Any:
+        """The row encoded after its neighbours, the nearest last; None where not even one fits, or there is none."""
+        from curate.passes.tokens import Limits, after_examples, as_chat, encode
+
+        near = self.neighbours.nearest(row_id, row) if isinstance(row, Example) and row.completion else []
+        limits = Limits(self.recipe.tokens.max_length, "drop")
+        if self.chat:
+            row, near = as_chat(row), [as_chat(other) for other in near]  # type: ignore[misc]
+        for count in range(len(near), 0, -1):
+            encoded = encode(after_examples(row, near[:count][::-1]), self.tokenizer, limits)  # type: ignore[arg-type]
+            if encoded.problem is None:
+                return encoded
+        return None
+
+    def notes(self) -> list[str]:
+        if not self.lonely:
+            return []
+        said = f"{self.lonely:,} of {self.seen:,} rows: no neighbour, or none that fits into max_length; neighbour_nll is NULL there."
+        self.lonely = self.seen = 0
+        return [said]
+
+
+class BackwardRunner(ForwardRunner):
+    """The same model; what reads the forward pass is read off the backward's own, and alone where nothing else is missing."""
+
+    reads = "backward"
+
+    def run(
+        self, rows: list[Row], row_ids: Sequence[str], measurements: list[Any]
+    ) -> tuple[Mapping[str, Any], None, int]:
+        from curate.passes import forward
+        from curate.passes.gradients import backward
+
+        if all(m.reads == "forward" for m in measurements):
+            return super().run(rows, row_ids, measurements)
+        encoded = self._encode(rows)
+        columns = backward.measure(
+            self.model,
+            encoded,
+            measurements,
+            token_budget=self.recipe.engine.token_budget,
+            parameters=self.recipe.gradients.parameters,
+        )
+        return columns, None, forward.tokens_to_run(encoded)

@@ -1,0 +1,233 @@
+"""The sampling pass: prompts to an engine, answers graded and kept; kept answers are graded anew without one."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any
+
+from curate.console import Progress
+from curate.measurements.perturbations import perturbation
+from curate.plan.answers import KeptAnswers, by_prompt, padded
+from curate.plan.embeddings import check_ids
+from curate.plan.identity import few_shot_text
+from curate.plan.row_names import named_rows
+from curate.plan.servers import expected
+from curate.plan.step import Step
+from curate.rows import Example, Row
+from curate.workflow.runners.base import Runner
+
+if TYPE_CHECKING:
+    from curate.measurements.accuracy import Graded
+    from curate.recipe.load import Loaded
+    from curate.store import Store
+
+
+class SampleRunner(Runner):
+    """One sampling engine for all subjects that it takes, started when an answer has to be drawn; answers are graded as they come.
+
+    store: where answers of earlier runs are kept (curate/plan/answers.py); None: all are drawn.
+    """
+
+    reads = "sample"
+
+    def __init__(self, loaded: Loaded, progress: Progress, store: Store | None = None):
+        super().__init__(loaded, progress)
+        from curate.measurements.grading import grader
+
+        self.sampler: Any = None
+        self.step: Step | None = None  # whose weights the sampler is to have; None: it has them
+        self.grader = grader(
+            self.recipe.sampling.grader, folder=loaded.folder, named=named_rows(store, loaded) if store else None
+        )
+        perturb = self.recipe.sampling.perturb
+        self.perturb = perturbation(perturb, folder=loaded.folder) if perturb else None
+        self.kept = KeptAnswers(store) if store is not None else None
+        self.said = Counter[str]()
+        self.label = "the model"
+        self.lost = Counter[str]()  # rows that were not asked, by why; or whose prompt lost a turn's text
+
+    @cached_property
+    def few_shot(self) -> str | None:
+        """Read where a prompt is made: answers that are kept need no file of it."""
+        return few_shot_text(self.loaded)
+
+    def use(self, step: Step) -> None:
+        self.step, self.label = step, step.subject.label
+
+    def _start(self) -> None:
+        """The engine with the weights of the step's subject: nothing is started, and no tokenizer read, for answers that are kept."""
+        if self.step is None:
+            return
+        started = time.perf_counter()
+        self._open(self.step)
+        self.step = None
+        self.starting += time.perf_counter() - started
+
+    def _open(self, step: Step) -> None:
+        from curate.passes.sampling.engines import choose_sampler
+        from curate.passes.sampling.open import open_sampler
+
+        super().use(step)
+        engine, base = self.recipe.engine, step.subject.base
+        model = step.subject.path if self.tokenizer is not None else None
+        name, why = choose_sampler(engine.sampler, model, base=base, device=engine.device)
+        if self.sampler is not None and self.sampler.name == name:
+            self.sampler.use(step.subject.path, base=base)
+            return
+        self.close()  # an engine that does not take these weights: the plan knows them under the other's name
+        self.progress.say(why[:1].upper() + why[1:])
+        alike = [s for s in self.subjects if s.base is not None and s.base == (base or model)]
+        found = [(s.path, choose_sampler(engine.sampler, s.path, base=s.base, device=engine.device)[0]) for s in alike]
+        self.sampler = open_sampler(
+            name,
+            model,
+            base=base,
+            adapters=[path for path, taken_by in found if taken_by == name],
+            dtype=engine.dtype,
+            device=engine.device,
+            max_length=self.recipe.tokens.max_length,
+            seed=engine.seed,
+            server=self.recipe.server.model_dump(),
+            expected=expected(self.loaded, step.tasks[0].measured.engine) if name == "openai" else None,
+        )
+
+    def run(
+        self, rows: list[Row], row_ids: Sequence[str], measurements: list[Any]
+    ) -> tuple[Mapping[str, Any], Mapping[str, list[Any]] | None, int]:
+        columns: dict[str, Any] = {}
+        samples: dict[str, list[Any]] = {}
+        cost = 0
+        for perturbed in (False, True):
+            mine = [m for m in measurements if m.perturbed == perturbed]
+            if not mine:
+                continue
+            variants = [self._variants(row) if perturbed else [row] for row in rows]
+            kept = self._kept(mine[0].name, row_ids, [len(of_row) for of_row in variants])
+            every = [variant for of_row in variants for variant in of_row]
+            ids = [v.row_id for v in every] if perturbed else row_ids
+            graded, tokens = self._answers(every, ids, [one for of_row in kept for one in of_row])
+            answers = iter(graded)
+            of_rows = [[next(answers) for _ in of_row] for of_row in variants]
+            cost += tokens
+            for measurement in mine:
+                columns |= measurement.function(of_rows if perturbed else graded)
+                samples[measurement.name] = [padded(row, self.recipe.sampling.samples * perturbed) for row in of_rows]
+        return columns, samples, cost
+
+    def _variants(self, row: Row) -> list[Example]:
+        assert self.perturb is not None
+        return self.perturb.of(row) if isinstance(row, Example) else []
+
+    def _kept(self, measurement: str, row_ids: Sequence[str], counts: Sequence[int]) -> list[list[Any]]:
+        """Of every row and each of its `counts` prompts the answers that are kept; None where there are none, [] where none can be drawn."""
+        task = next((t for t in self.tasks if t.measurement.name == measurement), None)
+        if self.kept is None or task is None:
+            return [[None] * n for n in counts]
+        return [by_prompt(kept, n) for kept, n in zip(self.kept.take(task, row_ids), counts, strict=True)]
+
+    def _answers(
+        self, rows: Sequence[Row], row_ids: Sequence[str], kept: Sequence[list[Any] | None]
+    ) -> tuple[list[list[Graded]], int]:
+        """Every row's answers with their grades, and the tokens that were run for them. [] for a row that leaves nothing to sample from."""
+        from curate.passes.sampling.types import Prompt, Sampling
+
+        recipe = self.recipe.sampling
+        drawn: list[list[Any]] = [list(found or ())[: recipe.samples] for found in kept]
+        if recipe.temperature == 0:
+            drawn = [found[:1] * recipe.samples for found in drawn]
+        lacking: dict[int, list[int]] = {}  # number of the first answer to draw -> rows
+        for i, found in enumerate(kept):
+            if found is None or 0 < len(drawn[i]) < recipe.samples:
+                lacking.setdefault(len(drawn[i]), []).append(i)
+        tokens = 0
+        for first, at in lacking.items():
+            self._start()
+            prompts = {i: self._prompt(rows[i], row_ids[i]) for i in at}
+            asked = {i: replace(prompt, first=first) for i, prompt in prompts.items() if isinstance(prompt, Prompt)}
+            sampling = Sampling(
+                recipe.samples - first, recipe.temperature, recipe.top_p, recipe.max_new_tokens, tuple(recipe.stop)
+            )
+            for i, found in zip(asked, self.sampler.sample(list(asked.values()), sampling), strict=True):
+                drawn[i] = drawn[i] + found
+                tokens += len(asked[i].ids) + sum(s.n_tokens or 0 for s in found)
+        graded = [[self._graded(s, row) for s in found] for row, found in zip(rows, drawn, strict=True)]
+        return graded, tokens
+
+    def _graded(self, sample: Any, row: Row) -> Graded:
+        from curate.measurements.accuracy import Graded
+
+        self.said["answers"] += 1
+        self.said["empty"] += not sample.text.strip()
+        self.said["unfinished"] += not sample.finished
+        return Graded(self._correct(sample.text, row), sample.n_tokens, sample.logp, sample.finished, sample.text)
+
+    def _prompt(self, row: Row, row_id: str) -> Any:
+        """The row's prompt, or None where it leaves nothing to sample from. The seed is the row's own, so a row's answers stay its own."""
+        from curate.passes.sampling.types import Prompt
+        from curate.passes.tokens import as_chat, encode_prompt
+
+        seed = (int(row_id, 16) ^ self.recipe.engine.seed * 0x9E3779B97F4A7C15) % 2**63
+        system = self.recipe.sampling.system
+        if self.tokenizer is None:
+            return _plain_prompt(as_chat(row) if self.chat else row, seed, system, self.few_shot)
+        limits = self._limits()
+        settings = {"system": system, "few_shot": self.few_shot, "limits": limits}
+        how = ("prompt", self._tokenizer_id, limits)
+        tokens = self.encodings.of(how, row_id, partial(encode_prompt, row, self.tokenizer, **settings))
+        if self.embeddings is not None:
+            check_ids([tokens], self.embeddings, self.tokenizer)
+        self.lost.update([tokens.problem] if tokens.problem else tokens.left_out)
+        return None if tokens.problem else Prompt(tokens.ids, tokens.text, tokens.messages, seed)
+
+    def _correct(self, text: str, row: Row) -> bool | None:
+        answer = row.answer if isinstance(row, Example) else None
+        if answer is None or not self.grader.readable(answer, row):
+            return None
+        return self.grader.grade(text, answer, row)
+
+    def notes(self) -> list[str]:
+        notes: list[str] = [] if self.sampler is None else self.sampler.notes
+        said, most = self.said, self.recipe.sampling.max_new_tokens
+        self.said = Counter()
+        found = list(dict.fromkeys(notes))
+        for what, n in sorted(self.lost.items()):
+            left = "the chat template leaves out the text of their"
+            found.append(f"{n:,} rows: {what if ' ' in what else f'{left} {what} turn'}.")
+        self.lost.clear()
+        if 2 * said["empty"] > said["answers"]:
+            found.append(
+                f"Warning: {said['empty']:,} of {said['answers']:,} answers of {self.label} are empty. An instruct model wants its chat template: "
+                "`--set tokens.chat=always`, or give the rows as messages; a base model wants to see what an answer looks like: `sampling.few_shot`."
+            )
+        if 10 * said["unfinished"] >= 9 * said["answers"] > 0:
+            found.append(
+                f"Warning: {said['unfinished']:,} of {said['answers']:,} answers of {self.label} did not end within max_new_tokens {most}. Raise it "
+                "with `--set sampling.max_new_tokens=…`, or say where an answer ends: `sampling.stop`."
+            )
+        elif said["unfinished"]:
+            found.append(
+                f"{said['unfinished']:,} of {said['answers']:,} answers of {self.label} were cut at max_new_tokens {most}, and are graded as they "
+                "stand (n_unfinished)."
+            )
+        return found
+
+    def close(self) -> None:
+        if self.sampler is not None:
+            self.sampler.close()
+            self.sampler = None
+
+
+def _plain_prompt(row: Row, seed: int, system: str | None, few_shot: str | None) -> Any:
+    """A prompt for a server whose tokenizer is its own."""
+    from curate.passes.sampling.types import Prompt
+    from curate.passes.tokens import with_context
+
+    if isinstance(row.prompt, str):
+        parts = [f"{system}\n\n" if system else "", few_shot or "", row.prompt]
+        return Prompt([], "".join(parts), None, seed)
+    messages = with_context(row.prompt, system, few_shot)
+    return Prompt([], "\n".join(m["content"] for m in messages), messages, seed)
