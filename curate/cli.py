@@ -180,7 +180,7 @@ def validate(
 
     columns = dict(_split(entry, "--column") for entry in column or [])
     found = validate_source(source, kind=kind, format=format, split=split, columns=columns, set=overrides, store=store)
-    from curate.describe import validation_text  # after the rows: a path that is not there is said at once
+    from curate.report.describe import validation_text  # after the rows: a path that is not there is said at once
 
     if json:
         others = {name: result for name, result in found.items() if name != "source"}
@@ -302,7 +302,7 @@ def forget(
     Whole: its values, the rows that only its ids knew, its dataset values.
     """
     from curate.console import counted
-    from curate.describe import imports_text
+    from curate.report.describe import imports_text
     from curate.store import Store
 
     held = Store(store, on_wait=_progress(quiet).say)
@@ -328,7 +328,7 @@ def scores(
 
     What a high value means, which end is bad, unit, cost. Of one: also what it needs, its settings, the paper it is from.
     """
-    from curate.describe import describe_score, score_json, score_list
+    from curate.report.describe import describe_score, score_json, score_list
     from curate.scores import SCORES, resolve
 
     chosen = [resolve(name)] if name else [SCORES[key] for key in sorted(SCORES, key=lambda k: (SCORES[k].kind, k))]
@@ -354,7 +354,7 @@ def explain(
     quiet: Quiet = False,
 ) -> None:
     """Why this row scored and was kept or dropped as it was."""
-    from curate.explain import explain_row
+    from curate.report.explain import explain_row
 
     result = explain_row(_store(store), row, selection, every_answer=every)
     out(to_json(result.to_json()) if json else result.text())
@@ -379,14 +379,14 @@ def summary(
 
     With 95% intervals: ranking accuracies, pre-memorization accuracy per run and checkpoint, its calibration against held-out accuracy, flips.
     """
-    from curate.summary import summarise
+    from curate.report.summary import summarise
 
     steps = between.split(",") if between else []
     if between and not (len(steps) == 2 and all(s.strip().isdigit() for s in steps)):
         raise UsageError(f"--between {between}: expected two steps, such as --between 0,400.")
     result = summarise(_store(store), recipe=recipe, between=(int(steps[0]), int(steps[1])) if steps else None)
     if data_map is not None:
-        from curate.data_map import data_maps, write_maps
+        from curate.report.data_map import data_maps, write_maps
 
         write_maps(data_maps(_store(store), recipe=recipe), data_map)
         _progress(quiet).say(f"The data map is in {data_map}.")
@@ -396,7 +396,7 @@ def summary(
 @app.command()
 def status(store: StorePath, json: Json = False, quiet: Quiet = False) -> None:
     """What a store holds, and what ran on it."""
-    from curate.describe import store_status
+    from curate.report.describe import store_status
 
     result = store_status(_store(store))
     out(to_json(result.to_json()) if json else result.text())
@@ -444,7 +444,7 @@ def diff(
     quiet: Quiet = False,
 ) -> None:
     """Compare two selections: rows that both keep, that one keeps only, and which rule of the other dropped those."""
-    from curate.diff import compare
+    from curate.report.diff import compare
 
     result = compare(_store(store), a, b, rows=rows)
     out(to_json(result.to_json()) if json else result.text())

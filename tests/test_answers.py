@@ -169,7 +169,7 @@ def test_every_engine_seeds_a_sample_by_its_number():
 
 
 def test_explain_shows_a_few_answers_with_their_grades(line):
-    from curate.explain import explain_row
+    from curate.report.explain import explain_row
 
     store = curate.run(line, set=["sampling.samples=6"]).store
     row_id = store.sql("SELECT row_id FROM scored WHERE prompt = 'ada says'").item()

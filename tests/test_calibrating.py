@@ -11,12 +11,12 @@ import pytest
 import curate
 from curate.console import Progress
 from curate.errors import UsageError
-from curate.explain import explain_row
 from curate.recipe.load import load_recipe
+from curate.report.explain import explain_row
+from curate.report.summary import summarise
 from curate.rows import Example
 from curate.scores.premem import running
 from curate.store.importing.importing import import_file
-from curate.summary import summarise
 from curate.workflow.run import run_steps
 
 STEPS = (10, 20, 30, 40)

@@ -11,8 +11,8 @@ import pytest
 
 import curate
 from curate.cli import main
-from curate.data_map import HEIGHT, LARGEST, WIDTH, DataMap, data_maps, svg, write_maps
 from curate.errors import UsageError
+from curate.report.data_map import HEIGHT, LARGEST, WIDTH, DataMap, data_maps, svg, write_maps
 from curate.store.importing.importing import import_file
 
 SVG = "{http://www.w3.org/2000/svg}"

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from curate.cli import app
-from curate.diff import compare
 from curate.errors import UsageError
 from curate.recipe.schema import Recipe
+from curate.report.diff import compare
 from curate.rows import Pair
 from curate.store import Measured, Store
 from curate.workflow.run import selection_text

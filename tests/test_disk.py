@@ -13,10 +13,10 @@ import yaml
 
 import curate
 from curate.errors import CurateError, StoreError, disk_trouble
-from curate.explain import explain_row
+from curate.report.explain import explain_row
+from curate.report.summary import summarise
 from curate.rows import Example
 from curate.store import Store
-from curate.summary import summarise
 from tests.tiny_models import make_llama
 from tests.workflow.pairs import pairs, write_rows
 

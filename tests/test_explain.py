@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 import curate
-from curate.explain import explain_row
+from curate.report.explain import explain_row
 from tests.tiny_models import make_llama
 
 

@@ -11,10 +11,10 @@ from curate.cli import app
 from curate.console import Progress
 from curate.errors import UsageError, ValidationError
 from curate.recipe.load import load_recipe
+from curate.report.summary import summarise
 from curate.rows import Example
 from curate.store import Store
 from curate.store.importing.importing import import_file
-from curate.summary import summarise
 from curate.workflow.run import run_steps
 
 ROWS = [

@@ -15,10 +15,10 @@ import curate
 from curate.console import Progress
 from curate.errors import UsageError, ValidationError
 from curate.recipe.load import load_recipe
+from curate.report.summary import summarise
 from curate.rows import Example, foreign_id
 from curate.store import Store
 from curate.store.importing.importing import import_file
-from curate.summary import summarise
 from curate.workflow.run import run_steps
 
 LOGS = {

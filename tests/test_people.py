@@ -11,11 +11,11 @@ import yaml
 import curate
 from curate.cli import main
 from curate.console import table, wrapped
-from curate.describe import differences
+from curate.report.describe import differences
+from curate.report.summary import summarise
 from curate.scores import DATASET_VALUES, SCORES
 from curate.scores.words import FAMILIES, OTHER, PLAIN, heading
 from curate.store import Store
-from curate.summary import summarise
 from tests.tiny_models import make_llama
 from tests.workflow.pairs import pairs, write_rows
 

@@ -8,11 +8,11 @@ import polars as pl
 import pytest
 
 import curate
-from curate.explain import explain_row
+from curate.report.explain import explain_row
+from curate.report.summary import summarise
 from curate.scores.phases import NAMES
 from curate.store import Store
 from curate.store.importing.importing import import_file
-from curate.summary import summarise
 from curate.workflow.score import _most_common
 
 # row -> run -> (correct of 4, NLL) at steps 10, 20, 30

@@ -9,9 +9,9 @@ import pytest
 
 import curate
 from curate.console import Progress
-from curate.explain import explain_row
+from curate.report.explain import explain_row
+from curate.report.summary import summarise
 from curate.store.importing.importing import import_file
-from curate.summary import summarise
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 

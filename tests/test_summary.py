@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from curate.data.records import Record
+from curate.report.summary import summarise
 from curate.rows import Pair
 from curate.store import DatasetValue, Measured, Store
-from curate.summary import summarise
 
 UNKNOWN = float("nan")
 

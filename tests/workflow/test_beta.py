@@ -11,7 +11,7 @@ from curate.console import Progress
 from curate.plan.beta import dpo_beta
 from curate.recipe.load import load_recipe
 from curate.recipe.schema import ScoreRequest
-from curate.summary import summarise
+from curate.report.summary import summarise
 from curate.workflow.run import make_plan
 
 SAID = "DPO's β is 0.3 in this recipe (forecast.beta), and another one in flip_loss_b5 (0.5)"

@@ -12,12 +12,12 @@ import yaml
 
 import curate
 from curate.console import Progress
-from curate.describe import store_status
 from curate.errors import CurateError, ModelError, UsageError, ValidationError
-from curate.explain import explain_row
 from curate.recipe.load import load_recipe
+from curate.report.describe import store_status
+from curate.report.explain import explain_row
+from curate.report.summary import summarise
 from curate.store import Store
-from curate.summary import summarise
 from curate.workflow import run as workflow
 from tests.old_store.models import make_models
 from tests.tiny_models import make_llama

@@ -132,7 +132,7 @@ def test_results_speak_json_and_text(recipe):
 
 def test_flags_in_words_and_what_to_do(recipe, tmp_path):
     """The signs of `explain` are those that `squeezing_prone` counts; the card counts the pairs; settings for TRL lie beside them."""
-    from curate.explain import explain_row
+    from curate.report.explain import explain_row
 
     path = recipe(
         scores=["ches", {"squeezing_prone": {"share": 0.25}}, {"flip_loss": {"beta": 0.3}}],

@@ -8,7 +8,7 @@ from typing import Any
 from curate.console import cell, wrapped
 from curate.errors import UsageError
 from curate.recipe.yaml import read_yaml
-from curate.row_answers import answers_of, answers_text
+from curate.report.answers import answers_of, answers_text
 from curate.scores import SCORES
 from curate.scores.flags import ADVICE, REASONS, reasons
 from curate.store import Store

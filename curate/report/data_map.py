@@ -16,11 +16,11 @@ from xml.sax.saxutils import escape
 import numpy as np
 
 from curate.errors import UsageError
+from curate.report.summary import setting
 from curate.scores import SCORES
 from curate.scores.cartography import NAMES, regions
 from curate.scores.trajectories import confidence, of_training, variability
 from curate.store.runs import stored_runs
-from curate.summary import setting
 
 if TYPE_CHECKING:
     from curate.store import Store
