@@ -9,8 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from curate import doctor
-from curate.doctor import examine
+from curate.cli import doctor
+from curate.cli.doctor import examine
 from tests.conftest import REPOSITORY
 from tests.tiny_models import make_llama
 
@@ -66,7 +66,9 @@ def test_a_torchvision_that_does_not_fit_is_said_with_its_cure(tmp_path):
     package = tmp_path / "torchvision"
     package.mkdir()
     (package / "__init__.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')\n")
-    code = "import json; from curate.doctor import _torchvision; print(json.dumps([vars(f) for f in _torchvision()]))"
+    code = (
+        "import json; from curate.cli.doctor import _torchvision; print(json.dumps([vars(f) for f in _torchvision()]))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,

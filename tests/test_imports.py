@@ -71,7 +71,7 @@ ONLY_IN = {
     "typer": ["cli"],
     "pandas": [],
     "curate.workflow.run": ["", "cli", "jobs.*"],
-    "curate.schedule": ["cli"],
+    "curate.cli.schedule": ["cli"],
     "curate.cli": ["__main__"],
     "pipelines": [],
     "tests": [],
@@ -199,7 +199,7 @@ CALL = "import sys; sys.argv = ['curate', {arguments}]\nfrom curate.cli import m
         CALL.format(arguments="'--version'"),
         CALL.format(arguments="'run', '--help'"),
         CALL.format(arguments="'schedule', '--help'"),
-        "import curate.schedule, curate.recipe.schema, curate.errors, curate.rows",
+        "import curate.cli.schedule, curate.recipe.schema, curate.errors, curate.rows",
     ],
     ids=["import curate", "--help", "--version", "run --help", "schedule --help", "recipe and schedule"],
 )

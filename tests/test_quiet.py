@@ -12,7 +12,7 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parent.parent
 CODE = """
 import warnings
-from curate.quiet import hush
+from curate.cli.quiet import hush
 hush()
 from transformers.utils import logging
 logging.get_logger("transformers.generation.utils").warning("NOISE of a logger")

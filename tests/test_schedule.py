@@ -21,9 +21,9 @@ from zoneinfo import ZoneInfo
 
 import pytest
 
-from curate import schedule as module
+from curate.cli import schedule as module
+from curate.cli.schedule import Runs, lock_file, outcome, parse_cron, schedule
 from curate.errors import UsageError
-from curate.schedule import Runs, lock_file, outcome, parse_cron, schedule
 from tests.tiny_models import make_llama
 
 DEADLINE = 60.0  # seconds; what is waited for takes a fraction of one on an idle machine
@@ -56,7 +56,7 @@ import sys
 from datetime import timedelta
 from pathlib import Path
 from apscheduler.triggers.interval import IntervalTrigger
-from curate.schedule import Runs, now, serve
+from curate.cli.schedule import Runs, now, serve
 folder = Path(sys.argv[1])
 command = [sys.executable, str(folder / "run.py"), str(folder), sys.argv[2]]
 say = lambda text: print(text, flush=True)

@@ -293,7 +293,7 @@ def test_without_a_compiler_torchs_operators_run_and_doctor_says_so(tmp_path):
     empty = {"PATH": str(tmp_path), "CC": "", "XDG_CACHE_HOME": str(tmp_path)}
     code = """
 import numpy as np
-from curate import doctor
+from curate.cli import doctor
 from curate.measurements import MEASUREMENTS
 from curate.passes import forward
 from curate.passes.loading.model import Model

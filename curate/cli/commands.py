@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from curate.cli.quiet import hush
 from curate.console import STOPPED, out, table, to_json, told
 from curate.errors import CurateError, UsageError, disk_trouble
-from curate.quiet import hush
 
 if TYPE_CHECKING:
     from curate.recipe.load import Loaded
@@ -146,7 +146,7 @@ def doctor(
     quiet: Quiet = False,
 ) -> None:
     """What this machine can run: engines, devices, memory, versions. Exit 1 if something needed is missing."""
-    from curate.doctor import examine
+    from curate.cli.doctor import examine
 
     findings = examine(model)
     if json:
@@ -464,8 +464,8 @@ def schedule(
 
     Only what is new is measured, and never are two runs of it at once.
     """
+    from curate.cli.schedule import schedule as start
     from curate.plan.requests import wanted_scores
-    from curate.schedule import schedule as start
 
     wanted_scores(_recipe(recipe, overrides, store))  # a wrong recipe is said now, not tonight
     extra = [arg for entry in overrides or [] for arg in ("--set", entry)]
