@@ -445,8 +445,8 @@ def test_ctrl_c_keeps_what_is_measured_and_says_so(done, tmp_path):
     script = tmp_path / "driver.py"
     script.write_text(
         "import os, signal, sys\n"
-        "from curate import Store; from curate.plan.make import missing\n"
-        "missing.SHARD_ROWS['forward'] = 4\n"
+        "from curate import Store; from curate.plan import step\n"
+        "step.SHARD_ROWS['forward'] = 4\n"
         "write = Store.write_shard\n"
         "def stop(self, measured, *args, **kwargs):\n"
         "    found = write(self, measured, *args, **kwargs)\n"

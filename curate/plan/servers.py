@@ -1,7 +1,7 @@
 """Which model is behind `server.url`, asked whenever it matters, and whether this store has met it before.
 
 A URL is no identity: a training loop serves each new policy at the same one. A server's model is known by what the server says of it and by its
-answers to a few prompts (passes/server_probe.py). Models that were met are kept in the store's `servers.json`; one that says the same and answers
+answers to a few prompts (passes/sampling/server_probe.py). Models that were met are kept in the store's `servers.json`; one that says the same and answers
 alike, within the noise of the server, is the same, whatever its URL. Any other is measured under an identity of its own.
 
 `curate plan`, `run` and `measure` ask the server. The other commands, which need no server, mean the model that was measured last at this URL.

@@ -6,7 +6,7 @@
     curate.run("recipe.yaml")                                     # its scores over what was recorded
 
 At step 0, every so many steps and at the end, the model itself is put into evaluation mode and measured; what the training does is
-not changed by it (passes/live.py). A recording is one shard a measurement, in the store at once: a training that dies has lost the recording
+not changed by it (passes/loading/live.py). A recording is one shard a measurement, in the store at once: a training that dies has lost the recording
 under way at most. Of several processes only the first records, and the others wait for it.
 """
 
