@@ -69,9 +69,9 @@ def make(folder: Path, rows: int, checkpoints: int) -> Path:
 
 def fill(store: Store, plan: Plan, checkpoints: int) -> None:
     """A line for every row under every fingerprint of the plan's first checkpoints, values made up."""
-    models = list(dict.fromkeys(step.subject.path for step in plan.steps))[:checkpoints]
+    models = list(dict.fromkeys(step.checkpoint.path for step in plan.steps))[:checkpoints]
     with store.database.write() as con:
-        for task in [task for step in plan.steps if step.subject.path in models for task in step.tasks]:
+        for task in [task for step in plan.steps if step.checkpoint.path in models for task in step.tasks]:
             remember(con, task.measured)
             made_up = dict.fromkeys(task.measurement.columns, "random()")
             if task.measurement.reads == "tokens":

@@ -206,7 +206,7 @@ def test_each_subject_is_sampled_by_the_engine_that_takes_it(place, monkeypatch)
     """vLLM takes the base and one adapter, not the other: that one goes to transformers, which the plan knew, and back."""
     from types import SimpleNamespace
 
-    from curate.models.checkpoints import Subject
+    from curate.models.checkpoints import Checkpoint
     from curate.passes.sampling import engines
     from curate.workflow.runners.sample import SampleRunner
 
@@ -223,10 +223,10 @@ def test_each_subject_is_sampled_by_the_engine_that_takes_it(place, monkeypatch)
     monkeypatch.setattr(engines, "choose_sampler", choose)
     monkeypatch.setattr(engines, "open_sampler", opened)
     runner = SampleRunner(load_recipe(recipe(place, "sampled", [], models={"reference": "base"})), Progress(quiet=True))
-    runner.subjects = [Subject(base, "0"), Subject(one, "1", base=base), Subject(other, "2", base=base)]
+    runner.roles = [Checkpoint(base, "0"), Checkpoint(one, "1", base=base), Checkpoint(other, "2", base=base)]
     for at in (0, 1, 2, 0):
         task = SimpleNamespace(measured=SimpleNamespace(params={}, engine=""))
-        runner.use(SimpleNamespace(subject=runner.subjects[at], tasks=(task,), reads="sample", blocks=()))
+        runner.use(SimpleNamespace(checkpoint=runner.roles[at], tasks=(task,), reads="sample", blocks=()))
         runner._start()  # as the first answer that has to be drawn does
     assert log == [
         ("vllm", base, [one]), one, "closed", ("transformers", other, [other]), "closed", ("vllm", base, [one])

@@ -148,8 +148,8 @@ def test_a_hub_id_that_cannot_be_fetched_says_so(tmp_path, monkeypatch):
 
 
 def test_a_real_model(shared):
-    subject = single_model("stories260K", shared / "models")
-    assert subject.checkpoint == "stories260K" and len(subject.fingerprint) == 20
+    checkpoint = single_model("stories260K", shared / "models")
+    assert checkpoint.checkpoint == "stories260K" and len(checkpoint.fingerprint) == 20
 
 
 def test_a_tokenizer_is_loaded_only_where_its_files_changed(tmp_path, monkeypatch):
@@ -307,7 +307,7 @@ def test_revisions_of_a_hub_repository(hub):
 
 
 def test_revisions_in_a_recipe(hub):
-    from curate.plan.roles import find_subjects
+    from curate.plan.roles import find_roles
     from curate.recipe.load import load_recipe
 
     models = {
@@ -315,7 +315,7 @@ def test_revisions_in_a_recipe(hub):
         "checkpoints": {"repo": "owner/model", "revisions": ["step1000", "step20"]},
     }
     loaded = load_recipe({"kind": "sft", "models": models, "scores": ["confidence"]})
-    found = find_subjects(loaded, FingerprintCache(None))
+    found = find_roles(loaded, FingerprintCache(None))
     assert [(s.label, s.step) for s in found.series] == [
         ("model/owner/model@main", 0),
         ("model/step20", 20),

@@ -235,6 +235,6 @@ def test_the_default_trainer_leaves_checkpoints_along_the_run(tmp_path):
     data = task.write_jsonl(tmp_path / "data.jsonl", rows)
     train(data, tmp_path / "run", model=str(BASE), epochs=4, rate=1e-3, batch=4, checkpoints=2, seed=0)
     found = find_checkpoints(str(tmp_path / "run"), tmp_path)
-    assert [subject.step for subject in found] == [4, 8]
-    weights = [load_file(Path(subject.path) / "model.safetensors")["model.norm.weight"] for subject in found]
+    assert [checkpoint.step for checkpoint in found] == [4, 8]
+    weights = [load_file(Path(checkpoint.path) / "model.safetensors")["model.norm.weight"] for checkpoint in found]
     assert not torch.equal(*weights)

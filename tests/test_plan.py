@@ -15,7 +15,7 @@ import yaml
 
 import curate
 from curate.console import Progress
-from curate.models.checkpoints import Subject
+from curate.models.checkpoints import Checkpoint
 from curate.models.fingerprints import FingerprintCache
 from curate.plan import engines, lengths
 from curate.recipe.load import load_recipe
@@ -131,7 +131,7 @@ def test_a_known_engine_is_the_one_that_torch_names(model, tmp_path, monkeypatch
     """Kept only where no GPU can be, under all that it depends on: another dtype, another version is asked for anew."""
     from curate.passes.loading import model as of_torch
 
-    path, subject = write(tmp_path, model), Subject(str(model), "0")
+    path, checkpoint = write(tmp_path, model), Checkpoint(str(model), "0")
     asked = []
     own = of_torch.engine_identity
 
@@ -143,7 +143,7 @@ def test_a_known_engine_is_the_one_that_torch_names(model, tmp_path, monkeypatch
 
     def name(reads="forward", **over):
         recipe = load_recipe(path, set={f"engine.{key}": value for key, value in over.items()}).recipe
-        return engines.engine_name(recipe, reads, subject, FingerprintCache(tmp_path / "weights.json"))
+        return engines.engine_name(recipe, reads, checkpoint, FingerprintCache(tmp_path / "weights.json"))
 
     for _ in range(2):
         assert name(dtype="bfloat16") == own(dtype="bfloat16", device="cpu")

@@ -12,7 +12,7 @@ import pytest
 
 from curate.data import read
 from curate.errors import UsageError
-from curate.plan.requests import wanted_scores
+from curate.plan.requests import requested_scores
 from curate.recipe.load import load_recipe
 from curate.scores import SCORES, score
 from curate.store import Measured, Store
@@ -110,13 +110,13 @@ def test_a_users_columns_come_to_a_score_as_pythons_own_values(tmp_path):
 def test_a_score_cannot_hide_a_column_that_something_else_reads(name):
     recipe = {"kind": "preference", "source": "x.jsonl", "scores": [{"ches": {"as": name}}]}
     with pytest.raises(UsageError, match=f"ches cannot be called '{name}'.*as: {name}_score"):
-        wanted_scores(load_recipe(recipe))
+        requested_scores(load_recipe(recipe))
 
 
 def test_measured_columns_that_are_scores_keep_their_names():
     for scores in (["accuracy"], ["target_nll", {"target_nll": {"as": "loss"}}]):
         loaded = load_recipe({"kind": "sft", "source": "x.jsonl", "scores": scores})
-        assert [want.name for want in wanted_scores(loaded)][:1] == scores[:1]
+        assert [want.name for want in requested_scores(loaded)][:1] == scores[:1]
     codes = {"kind": "sft", "source": "x.jsonl", "scores": ["map_region", {"confidence": {"as": "map_region_name"}}]}
     with pytest.raises(UsageError, match="text column of the score map_region"):
-        wanted_scores(load_recipe(codes))
+        requested_scores(load_recipe(codes))

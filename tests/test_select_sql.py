@@ -326,7 +326,7 @@ def test_a_row_is_taken_from_the_training_files_of_its_recipe(tmp_path):
     for duplicates in ("once", "as_found"):
         spec = SelectSpec(duplicates=duplicates)
         decisions = select(store, spec, worst={}, recipe="r", sources=["a"])
-        store.write_selection("r", decisions, recipe="r", spec=spec.as_dict(), made_of="")
+        store.write_selection("r", decisions, recipe="r", spec=spec.as_dict(), inputs_hash="")
         assert [(k.source, k.columns) for k in store.selection("r").kept()] == [("a", {"of": "a"})]
         assert not list(store.selection("r").dropped())
 

@@ -465,9 +465,9 @@ def schedule(
     Only what is new is measured, and never are two runs of it at once.
     """
     from curate.cli.schedule import schedule as start
-    from curate.plan.requests import wanted_scores
+    from curate.plan.requests import requested_scores
 
-    wanted_scores(_recipe(recipe, overrides, store))  # a wrong recipe is said now, not tonight
+    requested_scores(_recipe(recipe, overrides, store))  # a wrong recipe is said now, not tonight
     extra = [arg for entry in overrides or [] for arg in ("--set", entry)]
     extra += ["--store", str(store)] if store else []
     extra += ["--quiet"] if quiet else []

@@ -1,6 +1,6 @@
 """Models and a training run's checkpoints: where they are, in step order, with fingerprints of their weights.
 
-A subject is one set of weights that is measured: a whole model, or a LoRA adapter on its base. Checkpoints are folders as transformers and TRL
+A checkpoint is one set of weights that is measured: a whole model, or a LoRA adapter on its base. Checkpoints are folders as transformers and TRL
 write them (`checkpoint-400`), or revisions of a hub repository; their step is the number in the name, or `global_step` of trainer_state.json.
 """
 
@@ -28,7 +28,7 @@ VERL = (
 
 
 @dataclass(frozen=True)
-class Subject:
+class Checkpoint:
     """One set of weights. path: its folder; base: of an adapter, the folder of the model it sits on. run: the training run's name ("" for a lone
     model); checkpoint: its folder's name or its revision; step: None where unknown.
 
@@ -131,7 +131,7 @@ def find_checkpoints(
     *,
     base: str | None = None,
     skip: Callable[[str], None] | None = None,
-) -> list[Subject]:
+) -> list[Checkpoint]:
     """The checkpoints of a run in step order: a trainer's output folder, or a list of model folders and hub ids (in the order given, if no steps;
     one without a step before others that have one is the model that the training began with, step 0).
 
@@ -139,19 +139,19 @@ def find_checkpoints(
     left out (None: it is an error). Raises ModelError where a folder holds none, or where one of them is broken (named).
     """
     places: Sequence[str | Path] = _of_folder(spec, folder) if isinstance(spec, str) else spec
-    subjects: list[Subject] = []
+    checkpoints: list[Checkpoint] = []
     broken: list[BrokenCheckpoint] = []
     for place in places:
         try:
             path = place if isinstance(place, Path) else find_model(place, folder)
             check_folder(path)
             if skip is not None or not broken:  # else only to see whether leaving out would leave any
-                subjects.append(_subject(path, folder, cache, name=str(place), base=base))
+                checkpoints.append(_checkpoint(path, folder, cache, name=str(place), base=base))
             else:
-                subjects.append(Subject(str(path), ""))
+                checkpoints.append(Checkpoint(str(path), ""))
         except BrokenCheckpoint as error:
             broken.append(error)
-    if broken and not subjects:
+    if broken and not checkpoints:
         kind = type(broken[0])
         every = "every checkpoint is broken" if kind is BrokenCheckpoint else "no checkpoint holds a model's weights"
         first = f"{every} ({len(broken)}). The first: " if len(broken) > 1 or skip else ""
@@ -167,27 +167,29 @@ def find_checkpoints(
     if isinstance(spec, str):
         run = (folder / Path(spec).expanduser()).resolve().name
     else:
-        runs = {s.run for s in subjects}
+        runs = {s.run for s in checkpoints}
         run = runs.pop() if len(runs) == 1 else "checkpoints"
-        rest = [s.step for s in subjects[1:]]
-        if subjects[0].step is None and rest and all(rest):  # listed before checkpoint-10: what the training began with
-            subjects[0] = replace(subjects[0], step=0)
-        if any(s.step is None for s in subjects):  # step 0 is a reference's
-            subjects = [replace(s, step=i) for i, s in enumerate(subjects, start=1)]
-    ordered = sorted((replace(s, run=run) for s in subjects), key=lambda s: (s.step is None, s.step or 0))
-    subjects = []
+        rest = [s.step for s in checkpoints[1:]]
+        if (
+            checkpoints[0].step is None and rest and all(rest)
+        ):  # listed before checkpoint-10: what the training began with
+            checkpoints[0] = replace(checkpoints[0], step=0)
+        if any(s.step is None for s in checkpoints):  # step 0 is a reference's
+            checkpoints = [replace(s, step=i) for i, s in enumerate(checkpoints, start=1)]
+    ordered = sorted((replace(s, run=run) for s in checkpoints), key=lambda s: (s.step is None, s.step or 0))
+    checkpoints = []
     for s in ordered:  # a trainer's `final/` is often a copy of the last checkpoint: that one counts
-        if not any(s.fingerprint == other.fingerprint and s.step in (None, other.step) for other in subjects):
-            subjects.append(s)
-    twice = {s.step for s in subjects if s.step is not None and [x.step for x in subjects].count(s.step) > 1}
+        if not any(s.fingerprint == other.fingerprint and s.step in (None, other.step) for other in checkpoints):
+            checkpoints.append(s)
+    twice = {s.step for s in checkpoints if s.step is not None and [x.step for x in checkpoints].count(s.step) > 1}
     if twice:
-        both = " and ".join(s.path for s in subjects if s.step == min(twice))
+        both = " and ".join(s.path for s in checkpoints if s.step == min(twice))
         raise ModelError(
             f"models.checkpoints: {both} are both of step {min(twice)}: keep one, or list the checkpoints that you mean."
         )
-    before = (0, *(s.step for s in subjects))
+    before = (0, *(s.step for s in checkpoints))
     return [
-        replace(s, rate=_mean_rate(Path(s.path), since, s.step)) for s, since in zip(subjects, before, strict=False)
+        replace(s, rate=_mean_rate(Path(s.path), since, s.step)) for s, since in zip(checkpoints, before, strict=False)
     ]
 
 
@@ -210,11 +212,11 @@ def single_model(
     *,
     base: str | None = None,
     step: int | None = None,
-) -> Subject:
-    """The subject of a lone model, such as `models.reference`. base: as of `find_checkpoints`."""
+) -> Checkpoint:
+    """The checkpoint of a lone model, such as `models.reference`. base: as of `find_checkpoints`."""
     path = find_model(name, folder)
-    subject = _subject(path, folder, cache, name=name, base=base)
-    return replace(subject, run="", checkpoint=name if _of_hub(path) else path.name, step=step)
+    checkpoint = _checkpoint(path, folder, cache, name=name, base=base)
+    return replace(checkpoint, run="", checkpoint=name if _of_hub(path) else path.name, step=step)
 
 
 def _of_folder(spec: str, folder: Path) -> list[Path]:
@@ -267,7 +269,7 @@ def _has_config(path: Path) -> bool:
     return any((path / name).exists() for name in ("config.json", "adapter_config.json"))
 
 
-def _subject(path: Path, folder: Path, cache: FingerprintCache | None, *, name: str, base: str | None) -> Subject:
+def _checkpoint(path: Path, folder: Path, cache: FingerprintCache | None, *, name: str, base: str | None) -> Checkpoint:
     """A checkpoint as one of the run whose folder, or repository, it is in."""
     check_folder(path)
     on = find_base(path, folder, base) if is_adapter(path) else None
@@ -278,7 +280,7 @@ def _subject(path: Path, folder: Path, cache: FingerprintCache | None, *, name: 
         repo, _, revision = name.partition("@")
         run, checkpoint = repo.rpartition("/")[2], revision or name
     fingerprint = weights_fingerprint(path, cache, base=on)
-    return Subject(str(path), fingerprint, run, checkpoint, _step(path, checkpoint), str(on) if on else None)
+    return Checkpoint(str(path), fingerprint, run, checkpoint, _step(path, checkpoint), str(on) if on else None)
 
 
 def _of_hub(path: Path) -> bool:

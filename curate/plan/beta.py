@@ -15,7 +15,7 @@ from curate.recipe.schema import Forecast, ScoreRequest
 from curate.scores import SCORES
 
 if TYPE_CHECKING:
-    from curate.plan.step import Wanted
+    from curate.plan.step import RequestedScore
     from curate.recipe.schema import Recipe
 
 DEFAULT: float = Forecast().beta
@@ -54,13 +54,13 @@ def asks_for_beta(recipe: Recipe) -> bool:
     )
 
 
-def deviations(wanted: Iterable[Wanted], beta: float) -> dict[str, float]:
+def deviations(wanted: Iterable[RequestedScore], beta: float) -> dict[str, float]:
     """Scores with another β -> theirs."""
     mine = {want.name: want.params["beta"] for want in wanted if has_beta(want.score.name)}
     return {name: other for name, other in mine.items() if other != beta}
 
 
-def deviation_text(wanted: Iterable[Wanted], beta: float) -> list[str]:
+def deviation_text(wanted: Iterable[RequestedScore], beta: float) -> list[str]:
     """A sentence where scores take another β than the recipe's."""
     found = deviations(wanted, beta)
     if not found:

@@ -14,7 +14,7 @@ from curate.passes.nearest import COUNT
 from curate.plan.step import FORWARD
 
 if TYPE_CHECKING:
-    from curate.models.checkpoints import Subject
+    from curate.models.checkpoints import Checkpoint
     from curate.plan.lengths import Lengths
     from curate.plan.step import Step
     from curate.recipe.load import Loaded
@@ -64,9 +64,9 @@ def with_cost(
     return replace(step, tokens=tokens, seconds=tokens / speed if speed else None, rough=rough, at_most=answers is None)
 
 
-def weights_size(subject: Subject) -> int:
-    """Bytes of a subject's weights, an adapter's base among them; 0 for a server's model."""
-    folders = [Path(place) for place in (subject.home, subject.base) if place]
+def weights_size(checkpoint: Checkpoint) -> int:
+    """Bytes of a checkpoint's weights, an adapter's base among them; 0 for a server's model."""
+    folders = [Path(place) for place in (checkpoint.home, checkpoint.base) if place]
     return sum(f.stat().st_size for p in folders for kind in ("*.safetensors", "*.bin") for f in p.glob(kind))
 
 
@@ -74,7 +74,7 @@ def _guess(step: Step) -> float | None:
     """Tokens per second before anything ran here: 2 operations a parameter (a backward pass 6), 40 GFLOP/s a core or 200 TFLOP/s a GPU."""
     if step.reads == "tokens":
         return 3e5
-    size = weights_size(step.subject)
+    size = weights_size(step.checkpoint)
     if not size:
         return None
     engine = step.tasks[0].measured.engine

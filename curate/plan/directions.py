@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from curate.errors import ModelError, UsageError
-from curate.models.checkpoints import Subject
+from curate.models.checkpoints import Checkpoint
 from curate.plan.targets import Targets, split
 from curate.rows import content_id
 
 if TYPE_CHECKING:
     from curate.passes.contract import Direction
     from curate.plan.identity import Identity
-    from curate.plan.roles import Subjects
+    from curate.plan.roles import Roles
     from curate.plan.step import Step, Task
     from curate.recipe.load import Loaded
     from curate.store import Store
@@ -36,9 +36,9 @@ MOMENTS = "second_moments.safetensors"
 class Directions:
     """The directions of one recipe. `train`: the names of its training sources, already read into the store."""
 
-    def __init__(self, loaded: Loaded, store: Store, subjects: Subjects, identity: Identity, train: list[str]):
+    def __init__(self, loaded: Loaded, store: Store, roles: Roles, identity: Identity, train: list[str]):
         self.loaded, self.recipe, self.store = loaded, loaded.recipe, store
-        self.subjects, self.ids, self.train = subjects, identity, train
+        self.roles, self.ids, self.train = roles, identity, train
         self.folder = store.folder / "directions"
         self.pairs = loaded.recipe.kind == "preference"
         self.targets = Targets(loaded, identity.kept)
@@ -53,47 +53,47 @@ class Directions:
         return content_id(*sorted(self.rows))
 
     @property
-    def start(self) -> Subject:
+    def start(self) -> Checkpoint:
         """The model that training begins from: the reference, else the model whose plain columns are shown."""
-        found = self.subjects.reference or self.subjects.plain
+        found = self.roles.reference or self.roles.primary
         assert found is not None
         return found
 
-    def has_margins(self, subject: Subject) -> bool:
+    def has_margins(self, checkpoint: Checkpoint) -> bool:
         """Whether a pair's DPO margin is not 0 by definition: the model is not the reference. UsageError where no reference is named."""
-        if not self.pairs or subject.fingerprint == self.start.fingerprint:
+        if not self.pairs or checkpoint.fingerprint == self.start.fingerprint:
             return False
-        if self.subjects.reference is None:
+        if self.roles.reference is None:
             raise UsageError(
-                f"DPO's margins at {subject.label} are against a reference: set models.reference in the recipe."
+                f"DPO's margins at {checkpoint.label} are against a reference: set models.reference in the recipe."
             )
         return True
 
-    def identity(self, direction: Direction, subject: Subject) -> dict[str, Any]:
+    def identity(self, direction: Direction, checkpoint: Checkpoint) -> dict[str, Any]:
         """What a value along a direction depends on, beyond the measured model and how rows become tokens."""
-        found: dict[str, Any] = {"gradient": self.gradient_id(direction.of, subject), "step": direction.step}
+        found: dict[str, Any] = {"gradient": self.gradient_id(direction.of, checkpoint), "step": direction.step}
         if direction.cosine:
             per = self.targets.named(split(direction.of)[0]).per
             found |= {"per": per} if per else {}
         elif self.pairs:
             found["beta"] = str(self.recipe.forecast.beta)
-        if not direction.cosine and (margins := self._margins(subject)) is not None:
+        if not direction.cosine and (margins := self._margins(checkpoint)) is not None:
             found["reference"] = margins
         if direction.step == "sign" and direction.of != "head":
-            found["taken_at"] = self.gradient_id("step", subject)
+            found["taken_at"] = self.gradient_id("step", checkpoint)
         if direction.step == "adam":
-            found["optimizer"] = self.optimizer_id(subject)
+            found["optimizer"] = self.optimizer_id(checkpoint)
         return found
 
-    def _margins(self, subject: Subject) -> str | None:
+    def _margins(self, checkpoint: Checkpoint) -> str | None:
         """What DPO's margins are against: the fingerprint of the reference's log-probabilities; None where margins are 0."""
         from curate.measurements import MEASUREMENTS
 
-        if not self.has_margins(subject):
+        if not self.has_margins(checkpoint):
             return None
         return self.ids.task(MEASUREMENTS["likelihood"], self.start).fingerprint
 
-    def gradient_id(self, of: str, subject: Subject) -> str:
+    def gradient_id(self, of: str, checkpoint: Checkpoint) -> str:
         """The identity of a gradient before P. of: as of a Direction, or "target.NAME:GROUP"."""
         from curate.measurements.directions import VERSION
 
@@ -101,24 +101,24 @@ class Directions:
             name, group = split(of)
             if group:  # kept as long as its target's
                 own = content_id(self.targets.named(name).per, group)
-                return f"{self.gradient_id(f'target.{name}', subject)}.{own}"
+                return f"{self.gradient_id(f'target.{name}', checkpoint)}.{own}"
             about: tuple[Any, ...] = (self.targets.identity(name),)
         elif of == "chosen":
             about = (self.rows_id,)
         else:
             beta = self.recipe.forecast.beta if self.pairs else None
-            about = (self.rows_id, beta, self._margins(subject))
-        return content_id("gradient", VERSION, of, subject.fingerprint, self._encoding(subject), *about)
+            about = (self.rows_id, beta, self._margins(checkpoint))
+        return content_id("gradient", VERSION, of, checkpoint.fingerprint, self._encoding(checkpoint), *about)
 
-    def _encoding(self, subject: Subject) -> list[Any]:
+    def _encoding(self, checkpoint: Checkpoint) -> list[Any]:
         tokens = self.recipe.tokens
-        engine = self.ids.engine("direction", subject)
-        found = [engine, self.ids.tokenizer(subject), tokens.max_length, tokens.truncation]
+        engine = self.ids.engine("direction", checkpoint)
+        found = [engine, self.ids.tokenizer(checkpoint), tokens.max_length, tokens.truncation]
         return [*found, self.recipe.gradients.parameters]
 
     # ---- Adam's state -------------------------------------------------------------------------------------------------------------------
 
-    def warmup(self) -> Subject:
+    def warmup(self) -> Checkpoint:
         """The model after the warm-up that curate runs, whether it was run yet or not."""
         forecast, start = self.recipe.forecast, self.start
         if start.base is not None:
@@ -131,11 +131,11 @@ class Directions:
             "warmup", start.fingerprint, self._encoding(start), self.rows_id, self.recipe.engine.seed, settings
         )
         path = self.folder / f"warmup-{fingerprint}"
-        return Subject(
+        return Checkpoint(
             str(path), fingerprint, "", f"{start.label} after {forecast.warmup_steps} steps", start=start.path
         )
 
-    def optimizer(self, subject: Subject) -> Path | Subject:
+    def optimizer(self, checkpoint: Checkpoint) -> Path | Checkpoint:
         """Where Adam's second moments come from: a file, or the warm-up. UsageError where there is neither."""
         given = self.recipe.forecast.optimizer
         if given is not None:
@@ -145,26 +145,26 @@ class Directions:
                     f"forecast.optimizer: {given} is not a file; give a trainer's saved {OPTIMIZER} (in its checkpoint's folder)."
                 )
             return path
-        own = Path(subject.path) / OPTIMIZER
+        own = Path(checkpoint.path) / OPTIMIZER
         if own.is_file() and not (
-            self.pairs and subject.fingerprint == self.start.fingerprint
+            self.pairs and checkpoint.fingerprint == self.start.fingerprint
         ):  # DPO starts a new Adam
             return own
         warmed = self.warmup()
-        if subject.fingerprint in (self.start.fingerprint, warmed.fingerprint):
+        if checkpoint.fingerprint in (self.start.fingerprint, warmed.fingerprint):
             return warmed
         raise UsageError(
-            f"step: adam needs Adam's state at {subject.label}, and there is no {OPTIMIZER} in its folder. Keep it there (the trainer's "
+            f"step: adam needs Adam's state at {checkpoint.label}, and there is no {OPTIMIZER} in its folder. Keep it there (the trainer's "
             "save_only_model: false), name one with forecast.optimizer, or take step: sgd."
         )
 
-    def optimizer_id(self, subject: Subject) -> str:
+    def optimizer_id(self, checkpoint: Checkpoint) -> str:
         given = self.recipe.forecast.optimizer
-        return self.ids.kept.of_model(f"optimizer {given or ''}", subject, lambda: self._optimizer_id(subject))
+        return self.ids.kept.of_model(f"optimizer {given or ''}", checkpoint, lambda: self._optimizer_id(checkpoint))
 
-    def _optimizer_id(self, subject: Subject) -> str:
-        found = self.optimizer(subject)
-        if isinstance(found, Subject):
+    def _optimizer_id(self, checkpoint: Checkpoint) -> str:
+        found = self.optimizer(checkpoint)
+        if isinstance(found, Checkpoint):
             return found.fingerprint
         try:
             return self.ids.cache.of(found)
@@ -175,12 +175,12 @@ class Directions:
         """A saved optimizer that is not Adam's of the step's model is an error before anything is loaded. ModelError."""
         missing = {task.fingerprint: task for _, _, tasks in step.blocks for task in tasks}.values()
         if any(task.measurement.direction.step == "adam" for task in missing if task.measurement.direction):
-            found = self.optimizer(step.subject)
+            found = self.optimizer(step.checkpoint)
             if isinstance(found, Path):
                 from curate.passes.gradients.adam import check_moments
 
                 parameters = self.recipe.gradients.parameters
-                check_moments(found, step.subject.home, base=step.subject.base, parameters=parameters)
+                check_moments(found, step.checkpoint.home, base=step.checkpoint.base, parameters=parameters)
 
     # ---- what is kept -------------------------------------------------------------------------------------------------------------------
 
@@ -202,7 +202,7 @@ class Directions:
 
     def ahead(self, step: Step) -> int:
         """What comes before a step's rows, in rows run forward: a gradient counts each of its rows three times."""
-        rows, subject, wanted = 0, step.subject, set()
+        rows, checkpoint, wanted = 0, step.checkpoint, set()
         for task in {task.fingerprint: task for _, _, tasks in step.blocks for task in tasks}.values():
             direction = task.measurement.direction
             if direction is None:
@@ -210,14 +210,14 @@ class Directions:
             wanted.add(direction.of)
             if direction.step == "sign" and direction.of != "head":
                 wanted.add("step")
-            if direction.step == "adam" or subject.start:
-                found = subject if subject.start else self.optimizer(subject)
-                if isinstance(found, Subject) and not Path(found.path).is_dir():
+            if direction.step == "adam" or checkpoint.start:
+                found = checkpoint if checkpoint.start else self.optimizer(checkpoint)
+                if isinstance(found, Checkpoint) and not Path(found.path).is_dir():
                     wanted.add("warmup")
         forecast = self.recipe.forecast
         for of in wanted:
             if of == "warmup":
                 rows += 3 * forecast.warmup_steps * forecast.warmup_rows
-            elif not of.startswith("target.") and not self.file(self.gradient_id(of, subject)).is_file():
+            elif not of.startswith("target.") and not self.file(self.gradient_id(of, checkpoint)).is_file():
                 rows += (1 if of == "head" else 3) * len(self.rows)
         return rows

@@ -18,7 +18,7 @@ from curate.errors import BrokenCheckpoint, ModelError
 from curate.models.layouts import read_config, weight_files
 
 if TYPE_CHECKING:
-    from curate.models.checkpoints import Subject
+    from curate.models.checkpoints import Checkpoint
     from curate.models.fingerprints import FingerprintCache
     from curate.store import Store
 
@@ -31,12 +31,12 @@ RESIZE = (
 )
 
 
-def embedding_rows(subject: Subject) -> int | None:
-    """Rows of the embedding table of a subject's weights: of an adapter that brings its own, those. None where neither weights nor config tell."""
-    home = Path(subject.home)
+def embedding_rows(checkpoint: Checkpoint) -> int | None:
+    """Rows of the embedding table of a checkpoint's weights: of an adapter that brings its own, those. None where neither weights nor config tell."""
+    home = Path(checkpoint.home)
     own = _of_weights(home)
-    base = Path(subject.base) if subject.base else home
-    return own or (_of_weights(base) if subject.base else None) or _of_config(base)
+    base = Path(checkpoint.base) if checkpoint.base else home
+    return own or (_of_weights(base) if checkpoint.base else None) or _of_config(base)
 
 
 def _of_weights(folder: Path) -> int | None:
@@ -59,26 +59,26 @@ def _of_config(folder: Path) -> int | None:
     return found if isinstance(found, int) else None
 
 
-def check_tokenizer(subject: Subject, cache: FingerprintCache, store: Store, sources: Sequence[str]) -> list[str]:
+def check_tokenizer(checkpoint: Checkpoint, cache: FingerprintCache, store: Store, sources: Sequence[str]) -> list[str]:
     """What to say of tokens without embeddings that nothing uses. ModelError where a row, the template or the end of an answer uses one, where they
     are not added ones but the tokenizer's own (it is another model's), or where the config's padding is beyond the table.
     """
-    home = Path(subject.home)
-    if not home.is_dir() or (n := embedding_rows(subject)) is None:
+    home = Path(checkpoint.home)
+    if not home.is_dir() or (n := embedding_rows(checkpoint)) is None:
         return []
-    pad = _padding(Path(subject.base) if subject.base else home)
+    pad = _padding(Path(checkpoint.base) if checkpoint.base else home)
     if pad is not None and pad >= n:
         raise ModelError(
-            f"{subject.label}: pad_token_id {pad} in its config.json is beyond its {n:,} embeddings (ids 0 to {n - 1:,}). Set it to one "
+            f"{checkpoint.label}: pad_token_id {pad} in its config.json is beyond its {n:,} embeddings (ids 0 to {n - 1:,}). Set it to one "
             "that has."
         )
-    folder = Path(subject.tokenizer)
+    folder = Path(checkpoint.tokenizer)
     beyond = cache.beyond(folder, n)
     if not beyond:
         return []
     token, id = next(iter(beyond.items()))
     many = f" and {len(beyond) - 1:,} more" if len(beyond) > 1 else ""
-    said = f"{subject.label}: the token {token!r} has id {id:,}{many}, but the model has {n:,} embeddings (ids 0 to {n - 1:,})"
+    said = f"{checkpoint.label}: the token {token!r} has id {id:,}{many}, but the model has {n:,} embeddings (ids 0 to {n - 1:,})"
     added, special, template = _added(folder)
     if not beyond.keys() <= added:
         raise ModelError(

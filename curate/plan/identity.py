@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from curate.errors import UsageError
 from curate.measurements.perturbations import perturbation
-from curate.models.checkpoints import Subject
+from curate.models.checkpoints import Checkpoint
 from curate.models.fingerprints import FingerprintCache
 from curate.plan.engines import engine_name
 from curate.plan.kept import Kept
@@ -53,19 +53,21 @@ class Identity:
         self._tokenizers: dict[str, str] = {}
         self._engines: dict[tuple[str, str], str] = {}
 
-    def task(self, measurement: Measurement, subject: Subject, direction: Mapping[str, Any] | None = None) -> Task:
+    def task(
+        self, measurement: Measurement, checkpoint: Checkpoint, direction: Mapping[str, Any] | None = None
+    ) -> Task:
         """direction: of a measurement along a direction, `Directions.identity` of that."""
-        engine = "" if measurement.reads == "tokens" else self.engine(measurement.reads, subject)
-        params = self._settings(measurement, self.tokenizer(subject))
-        params |= self._rendering(measurement, subject)
+        engine = "" if measurement.reads == "tokens" else self.engine(measurement.reads, checkpoint)
+        params = self._settings(measurement, self.tokenizer(checkpoint))
+        params |= self._rendering(measurement, checkpoint)
         if measurement.direction is not None:
             assert direction is not None
             params |= direction
         if measurement.reads == "neighbours":
             params["neighbours"] = self._neighbours
-        if measurement.reads == "sample" and (ends := self.ends(subject)):
+        if measurement.reads == "sample" and (ends := self.ends(checkpoint)):
             params["end_tokens"] = ends
-        return task_of(measurement, subject, engine, params)
+        return task_of(measurement, checkpoint, engine, params)
 
     @cached_property
     def _neighbours(self) -> str:
@@ -88,27 +90,29 @@ class Identity:
         find = lambda: params_of(self.loaded, measurement, tokenizer, few_shot)  # noqa: E731
         return dict(self.kept.ask(f"settings of {measurement.name} {settings}", find, gone=gone))
 
-    def _rendering(self, measurement: Measurement, subject: Subject) -> dict[str, Any]:
+    def _rendering(self, measurement: Measurement, checkpoint: Checkpoint) -> dict[str, Any]:
         question = f"rendering ({self.recipe.tokens.chat}, {measurement.name})"
-        find = lambda: self.renderings.of(subject).params(measurement)  # noqa: E731
-        return self.kept.of_model(question, subject, find, before=self.loaded.formats is None)
+        find = lambda: self.renderings.of(checkpoint).params(measurement)  # noqa: E731
+        return self.kept.of_model(question, checkpoint, find, before=self.loaded.formats is None)
 
-    def ends(self, subject: Subject) -> list[int]:
-        return self.kept.of_model("end tokens", subject, lambda: end_tokens(Path(subject.base or subject.path)))
+    def ends(self, checkpoint: Checkpoint) -> list[int]:
+        return self.kept.of_model(
+            "end tokens", checkpoint, lambda: end_tokens(Path(checkpoint.base or checkpoint.path))
+        )
 
-    def tokenizer(self, subject: Subject) -> str:
-        return self.kept.of_model("tokenizer", subject, lambda: self._tokenizer(subject))
+    def tokenizer(self, checkpoint: Checkpoint) -> str:
+        return self.kept.of_model("tokenizer", checkpoint, lambda: self._tokenizer(checkpoint))
 
-    def _tokenizer(self, subject: Subject) -> str:
-        if not Path(subject.home).is_dir():  # a server's model: its tokenizer is its own
+    def _tokenizer(self, checkpoint: Checkpoint) -> str:
+        if not Path(checkpoint.home).is_dir():  # a server's model: its tokenizer is its own
             return "server"
-        folder = subject.tokenizer
+        folder = checkpoint.tokenizer
         if folder not in self._tokenizers:
             self._tokenizers[folder] = self.cache.tokenizer(Path(folder))
         return self._tokenizers[folder]
 
-    def engine(self, reads: str, subject: Subject) -> str:
-        key = (reads, subject.path)
+    def engine(self, reads: str, checkpoint: Checkpoint) -> str:
+        key = (reads, checkpoint.path)
         if key not in self._engines:
             engine = self.recipe.engine
             settings = [engine.dtype, engine.device]
@@ -117,10 +121,10 @@ class Identity:
             question = f"engine ({reads}, {', '.join(settings)})"
 
             def find() -> str:
-                return engine_name(self.recipe, reads, subject, self.cache, self.servers)
+                return engine_name(self.recipe, reads, checkpoint, self.cache, self.servers)
 
             # scores are of what was measured, not of what this machine would measure with
-            self._engines[key] = self.kept.of_model(question, subject, find, before=True)
+            self._engines[key] = self.kept.of_model(question, checkpoint, find, before=True)
         return self._engines[key]
 
 
@@ -153,21 +157,21 @@ def params_of(loaded: Loaded, measurement: Measurement, tokenizer: str, few_shot
     return params
 
 
-def task_of(measurement: Measurement, subject: Subject, engine: str, params: dict[str, Any]) -> Task:
-    """A measurement of a subject under its fingerprint. Values of tokens alone belong to no weights, run or engine."""
-    weights = "" if measurement.reads == "tokens" else subject.fingerprint
+def task_of(measurement: Measurement, checkpoint: Checkpoint, engine: str, params: dict[str, Any]) -> Task:
+    """A measurement of a checkpoint under its fingerprint. Values of tokens alone belong to no weights, run or engine."""
+    weights = "" if measurement.reads == "tokens" else checkpoint.fingerprint
     fingerprint = content_id(measurement.name, measurement.version, weights, engine, params)
-    run, checkpoint, step = (subject.run, subject.checkpoint, subject.step) if weights else ("", "", None)
+    run, name, step = (checkpoint.run, checkpoint.checkpoint, checkpoint.step) if weights else ("", "", None)
     return Task(
         measurement,
         Measured(
             fingerprint,
             measurement.name,
             measurement.reads,
-            subject.label,
+            checkpoint.label,
             weights,
             run,
-            checkpoint,
+            name,
             step,
             engine,
             params,

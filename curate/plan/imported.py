@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 from curate.errors import UsageError
 
 if TYPE_CHECKING:
-    from curate.plan.step import Wanted
+    from curate.plan.step import RequestedScore
     from curate.store import Store
 
 
-def check_imported_names(store: Store, wanted: Iterable[Wanted]) -> None:
+def check_imported_names(store: Store, wanted: Iterable[RequestedScore]) -> None:
     """UsageError for a score that would take the name of an imported column: `where` would mean another thing than before."""
     of = {column: one for one in store.imports() for column in one.columns if one.fingerprints}
     for want in wanted:
@@ -24,7 +24,7 @@ def check_imported_names(store: Store, wanted: Iterable[Wanted]) -> None:
 
 
 def imported_uses(
-    store: Store, wanted: Iterable[Wanted], kind: str, sources: list[str]
+    store: Store, wanted: Iterable[RequestedScore], kind: str, sources: list[str]
 ) -> dict[tuple[str, str, str | None], list[str]]:
     """Without models in the recipe, scores are computed from what was imported: every fingerprint that has the column.
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from curate.errors import BrokenCheckpoint, CurateError, ModelError, UsageError
-from curate.models.checkpoints import HUB_ID, Subject
+from curate.models.checkpoints import HUB_ID, Checkpoint
 from curate.models.fingerprints import WEIGHTS
 
 if TYPE_CHECKING:
@@ -50,12 +50,14 @@ class Kept:
         self.now[question] = answer
         return answer
 
-    def of_model(self, what: str, subject: Subject, find: Callable[[], Answer], *, before: bool = False) -> Answer:
+    def of_model(
+        self, what: str, checkpoint: Checkpoint, find: Callable[[], Answer], *, before: bool = False
+    ) -> Answer:
         """An answer about a model."""
-        question = f"{what} of {subject.label} {subject.fingerprint}"
-        return self.ask(question, find, gone=subject.home in self._gone, before=before)
+        question = f"{what} of {checkpoint.label} {checkpoint.fingerprint}"
+        return self.ask(question, find, gone=checkpoint.home in self._gone, before=before)
 
-    def model(self, role: str, name: str, base: str | None, folder: Path, find: Callable[[], Subject]) -> Subject:
+    def model(self, role: str, name: str, base: str | None, folder: Path, find: Callable[[], Checkpoint]) -> Checkpoint:
         """A model of the recipe."""
         question = _question(role, name, base)
         if not self.anew and question in self.known and is_gone(name, folder):
@@ -70,8 +72,8 @@ class Kept:
         return found
 
     def series(
-        self, asked: str | Sequence[str], base: str | None, folder: Path, find: Callable[[Any], Sequence[Subject]]
-    ) -> list[Subject]:
+        self, asked: str | Sequence[str], base: str | None, folder: Path, find: Callable[[Any], Sequence[Checkpoint]]
+    ) -> list[Checkpoint]:
         """The checkpoints of the recipe. find: those of a folder, or of a list. UsageError where some are gone and others are not as they were."""
         question = _question("checkpoints", asked if isinstance(asked, str) else list(asked), base)
         known = [] if self.anew else self.known.get(question, [])
@@ -101,17 +103,17 @@ class Kept:
             )
         return self._as_it_was(known, question, folder)
 
-    def _as_it_was(self, records: list[dict[str, Any]], question: str, folder: Path) -> list[Subject]:
+    def _as_it_was(self, records: list[dict[str, Any]], question: str, folder: Path) -> list[Checkpoint]:
         found = []
         for record in records:
             path, base = folder / Path(record["place"]).expanduser(), record["base"]
             fields = {name: value for name, value in record.items() if name != "place"}
             where = str(path.resolve() if path.is_dir() else path)
-            subject = Subject(**fields | {"path": where, "base": base and str(folder / base)})
+            checkpoint = Checkpoint(**fields | {"path": where, "base": base and str(folder / base)})
             if is_gone(record["place"], folder) or base:
                 self._gone.add(where)
                 self._said[record["place"]] = None
-            found.append(subject)
+            found.append(checkpoint)
         self.now[question] = records if question.startswith("checkpoints") else records[0]
         return found
 
@@ -172,21 +174,23 @@ def _question(role: str, name: str | list[str], base: str | None) -> str:
     return f"{role} {name}" + (f" on {base}" if base else "")
 
 
-def _record(subject: Subject, place: str) -> dict[str, Any]:
-    """A subject as the store keeps it, with its place in the recipe instead of folders of this machine."""
-    base = subject.base and Path(subject.base).name
-    kept = asdict(replace(subject, base=base))
+def _record(checkpoint: Checkpoint, place: str) -> dict[str, Any]:
+    """A checkpoint as the store keeps it, with its place in the recipe instead of folders of this machine."""
+    base = checkpoint.base and Path(checkpoint.base).name
+    kept = asdict(replace(checkpoint, base=base))
     return {name: value for name, value in kept.items() if name not in ("path", "start")} | {"place": place}
 
 
-def _place(subject: Subject, asked: str | Sequence[str], folder: Path) -> str:
+def _place(checkpoint: Checkpoint, asked: str | Sequence[str], folder: Path) -> str:
     """Where a checkpoint is, as the recipe says it."""
     names = [asked] if isinstance(asked, str) else asked
     for name in names:
         path = (folder / Path(name).expanduser()).resolve()
-        if subject.path == str(path):
+        if checkpoint.path == str(path):
             return name
-        if subject.path == str(path / subject.checkpoint):
-            return f"{name.rstrip('/')}/{subject.checkpoint}"
-    of_hub = [name for name in names if name.partition("@")[2] == subject.checkpoint or name == subject.checkpoint]
-    return of_hub[0] if of_hub else os.path.relpath(subject.path, folder)
+        if checkpoint.path == str(path / checkpoint.checkpoint):
+            return f"{name.rstrip('/')}/{checkpoint.checkpoint}"
+    of_hub = [
+        name for name in names if name.partition("@")[2] == checkpoint.checkpoint or name == checkpoint.checkpoint
+    ]
+    return of_hub[0] if of_hub else os.path.relpath(checkpoint.path, folder)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from curate.models.checkpoints import Subject
+    from curate.models.checkpoints import Checkpoint
     from curate.recipe.load import Loaded
     from curate.store import Store
 
@@ -61,10 +61,10 @@ class RowLengths:
         self.counts = counts
         self._known: dict[str, Lengths] = {}
 
-    def of(self, tokenizer: str, subject: Subject) -> Lengths:
-        """tokenizer: its fingerprint. subject: whose tokenizer it is."""
+    def of(self, tokenizer: str, checkpoint: Checkpoint) -> Lengths:
+        """tokenizer: its fingerprint. checkpoint: whose tokenizer it is."""
         if tokenizer not in self._known:
-            self._known[tokenizer] = self._lengths(self.counts.get(tokenizer), Path(subject.tokenizer))
+            self._known[tokenizer] = self._lengths(self.counts.get(tokenizer), Path(checkpoint.tokenizer))
         return self._known[tokenizer]
 
     def forget(self) -> None:

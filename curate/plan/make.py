@@ -1,6 +1,6 @@
 """What has to run: from the wanted scores back to measurements, passes, checkpoints, and the rows that are not measured yet.
 
-    scores -> columns they need -> measurements that give these columns -> passes -> subjects (models, checkpoints) -> missing rows
+    scores -> columns they need -> measurements that give these columns -> passes -> checkpoints -> missing rows
 
 Nothing measured once is measured again: what a value depends on is its fingerprint (weights, tokenizer and template, engine and version,
 measurement and version, its parameters), and a row that has a line under that fingerprint is done.
@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from curate.errors import UsageError
-from curate.models.checkpoints import Subject
+from curate.models.checkpoints import Checkpoint
 from curate.models.fingerprints import FingerprintCache
 from curate.plan.answers import KeptAnswers
 from curate.plan.beta import beta_of, deviation_text
@@ -28,8 +28,8 @@ from curate.plan.model_checks import check_models
 from curate.plan.plan import Plan
 from curate.plan.recorded import PREFIX, recorded_runs, recorded_uses, run_meant
 from curate.plan.rendering import styles_of
-from curate.plan.requests import check_checkpoints, wanted_scores
-from curate.plan.roles import find_subjects
+from curate.plan.requests import check_checkpoints, requested_scores
+from curate.plan.roles import find_roles
 from curate.plan.servers import Ask, Servers, first_rows, of_addresses
 from curate.plan.step import ORDER, Step, Task
 from curate.plan.unused import unused_settings
@@ -50,42 +50,44 @@ def make_plan(
     from curate.measurements import MEASUREMENTS, providers
 
     recipe = loaded.recipe
-    wanted = wanted_scores(loaded)
+    wanted = requested_scores(loaded)
     cache = FingerprintCache(store.folder / "weights.json", slow=let_go)
     train = sources.get("train", [])
     kept = kept or Kept()
     servers = Servers(loaded, store.folder, ask=ask, rows=first_rows(store, loaded, train))
-    subjects = find_subjects(loaded, cache, servers, kept)
-    plan = Plan(wanted, subjects)
+    roles = find_roles(loaded, cache, servers, kept)
+    plan = Plan(wanted, roles)
     if recipe.kind == "preference":
         plan.beta = beta_of(recipe)
         plan.of_beta = deviation_text(wanted, plan.beta)
-    if not subjects.reference and not subjects.series:
+    if not roles.reference and not roles.series:
         plan.recorded = run_meant(loaded, store)
-        plan.uses = (
+        plan.bindings = (
             recorded_uses(store, plan.recorded, wanted, recipe.kind)
             if plan.recorded
             else imported_uses(store, wanted, recipe.kind, sources.get("train", []))
         )
         return plan
 
-    check_checkpoints(wanted, sum(s.step != 0 for s in subjects.series))
+    check_checkpoints(wanted, sum(s.step != 0 for s in roles.series))
     plan.pool = store.row_ids_of(train or None, kind=recipe.kind, role="train" if train else None)
     names = [name for group in sources.values() for name in group]
     styles = styles_of(store, names, recipe.kind)
     identity = Identity(loaded, cache, servers=servers, styles=styles, store=store, kept=kept)
     identity.pool = plan.pool
-    directions = Directions(loaded, store, subjects, identity, train)
+    directions = Directions(loaded, store, roles, identity, train)
     wanted = plan.wanted = [directions.targets.over_groups(want) for want in wanted]
     if any(want.need(text).role == "warmup" for want in wanted for text in want.score.needs):
-        subjects = plan.subjects = replace(subjects, warmup=directions.warmup())
-    tasks: dict[tuple[str, str], dict[str, Task]] = {}  # (pass, subject's path or its tokenizer) -> fingerprint -> task
-    lone: dict[tuple[str, str], Subject] = {}
+        roles = plan.roles = replace(roles, warmup=directions.warmup())
+    tasks: dict[
+        tuple[str, str], dict[str, Task]
+    ] = {}  # (pass, checkpoint's path or its tokenizer) -> fingerprint -> task
+    lone: dict[tuple[str, str], Checkpoint] = {}
     planned: set[str] = set()
 
     def need(column: str, role: str, over: str | None, *, optional: bool = False) -> None:
         key = (role, column, over)
-        if role == "row" or key in plan.uses:
+        if role == "row" or key in plan.bindings:
             return
         measurement = providers(column, recipe.kind)
         if measurement is None:
@@ -109,9 +111,9 @@ def make_plan(
             optional = False  # who names the function wants its perturbations measured
         if optional and all(t.measurement.name != measurement.name for found in tasks.values() for t in found.values()):
             return  # used where it is measured anyway, never a reason to measure, nor to ask a server
-        who = subjects.of(role, over) if not (optional and role == "policy" and subjects.policy is None) else ()
-        if measurement.direction is not None and not who and subjects.plain:
-            who = (subjects.plain,)  # a series of one
+        who = roles.of(role, over) if not (optional and role == "policy" and roles.policy is None) else ()
+        if measurement.direction is not None and not who and roles.primary:
+            who = (roles.primary,)  # a series of one
         if not who:
             if optional:
                 return
@@ -146,18 +148,18 @@ def make_plan(
         found = [(s, identity.task(measurement, s, directions.identity(along, s) if along else None)) for s in who]
         if optional and not all(task.fingerprint in planned for _, task in found):
             return
-        for subject, task in found:
+        for checkpoint, task in found:
             of_tokens = measurement.reads == "tokens"  # whoever has the same tokenizer has the same tokens
-            places = plan.places.setdefault(task.fingerprint, [])
-            if not of_tokens and (place := (subject.run, subject.checkpoint, subject.step)) not in places:
+            places = plan.labels.setdefault(task.fingerprint, [])
+            if not of_tokens and (place := (checkpoint.run, checkpoint.checkpoint, checkpoint.step)) not in places:
                 places.append(place)
             if task.fingerprint in planned:  # for another column, or of a checkpoint with the same weights
                 continue
-            at = (measurement.reads, identity.tokenizer(subject) if of_tokens else subject.path)
+            at = (measurement.reads, identity.tokenizer(checkpoint) if of_tokens else checkpoint.path)
             tasks.setdefault(at, {})[task.fingerprint] = task
-            lone.setdefault(at, subject)
+            lone.setdefault(at, checkpoint)
             planned.add(task.fingerprint)
-        plan.uses[key] = [task.fingerprint for _, task in found]
+        plan.bindings[key] = [task.fingerprint for _, task in found]
 
     server_alone = recipe.engine.sampler == "openai" and not (recipe.models.reference or recipe.models.checkpoints)
     if not server_alone:  # token counts are wanted by every selection, and cost no model run
@@ -181,8 +183,8 @@ def make_plan(
                 need(column, role, value.over, optional=True)
 
     order: dict[str, int] = {}
-    for subject in (*subjects.series, *(s for s in (subjects.reference, subjects.policy, subjects.warmup) if s)):
-        order.setdefault(subject.path, len(order))
+    for checkpoint in (*roles.series, *(s for s in (roles.reference, roles.policy, roles.warmup) if s)):
+        order.setdefault(checkpoint.path, len(order))
     rows = Rows(store, names, recipe.kind, [task for found in tasks.values() for task in found.values()])
     for path in [path for reads, path in tasks if reads == "backward"]:  # which gives the forward's values too
         of_forward = tasks.pop(("forward", path), {})
@@ -205,7 +207,7 @@ def make_plan(
         if step.missing and reads == "sample":
             step = _with_answers(step, loaded, answers)
         if step.missing:
-            lengths = plan.lengths.of(identity.tokenizer(step.subject), step.subject)
+            lengths = plan.lengths.of(identity.tokenizer(step.checkpoint), step.checkpoint)
             each = answer_tokens.mean(step) if reads == "sample" else None
             alike = step.key if reads == "sample" else step.key.rpartition("/")[0]  # the same model, other measurements
             at = rows.places(step.tasks, lengths)
@@ -218,16 +220,16 @@ def make_plan(
     return plan
 
 
-def _step(reads: str, subject: Subject, tasks: tuple[Task, ...], rows: Rows) -> Step:
+def _step(reads: str, checkpoint: Checkpoint, tasks: tuple[Task, ...], rows: Rows) -> Step:
     engine = tasks[0].measured.engine
     if engine.startswith("openai "):  # a server is as fast with its next policy
         engine = engine.rpartition(" ")[0]
-    key = f"{reads}/{engine}/{weights_size(subject)}"
+    key = f"{reads}/{engine}/{weights_size(checkpoint)}"
     if reads != "sample":  # a backward pass over all parameters, or hidden states, take longer
         key += "/" + ",".join(
             sorted(f"{t.measurement.name} {t.measured.params.get('parameters', '')}".strip() for t in tasks)
         )
-    return Step(reads, subject, tasks, rows.n, rows.blocks(tasks, reads), key)
+    return Step(reads, checkpoint, tasks, rows.n, rows.blocks(tasks, reads), key)
 
 
 def _with_answers(step: Step, loaded: Loaded, answers: KeptAnswers) -> Step:

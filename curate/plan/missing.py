@@ -29,7 +29,7 @@ class Rows:
         self._places: dict[tuple[int, ...], np.ndarray] = {}
 
     def blocks(self, tasks: Sequence[Task], reads: str) -> tuple[Block, ...]:
-        """What a pass has to run for these tasks, of one subject. Rows of one shard that miss different things are measured apart."""
+        """What a pass has to run for these tasks, of one checkpoint. Rows of one shard that miss different things are measured apart."""
         lacking = [self._lacking[task.fingerprint] for task in tasks]
         key = (SHARD_ROWS[reads], *map(id, lacking))
         if key not in self._blocks:

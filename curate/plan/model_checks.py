@@ -13,7 +13,7 @@ from curate.plan.embeddings import check_tokenizer
 from curate.plan.rendering import LOOKED_AT, Renderings, look, lost_text
 
 if TYPE_CHECKING:
-    from curate.models.checkpoints import Subject
+    from curate.models.checkpoints import Checkpoint
     from curate.plan.plan import Plan
     from curate.plan.step import Step
     from curate.store import Store
@@ -28,35 +28,35 @@ NEEDS = {
 
 def check_models(plan: Plan, renderings: Renderings, store: Store, sources: Sequence[str]) -> list[str]:
     """What a user should know of the models that a plan measures, a line each. ModelError for what a pass would fail on."""
-    subjects: dict[str, Subject] = {}
+    checkpoints: dict[str, Checkpoint] = {}
     for step in plan.steps:
-        subjects.setdefault(step.subject.path, step.subject)
-    notes = renderings.notes(subjects.values())
+        checkpoints.setdefault(step.checkpoint.path, step.checkpoint)
+    notes = renderings.notes(checkpoints.values())
     seen: set[tuple[str, str]] = set()
     for step in plan.steps:
-        if not step.missing or step.reads == "tokens" or not Path(step.subject.home).is_dir():
+        if not step.missing or step.reads == "tokens" or not Path(step.checkpoint.home).is_dir():
             continue  # counting tokens runs no model
         _check_quantised(step)
-        of = (step.subject.tokenizer, step.subject.base or step.subject.home)
+        of = (step.checkpoint.tokenizer, step.checkpoint.base or step.checkpoint.home)
         if of not in seen:
             seen.add(of)
-            notes += check_tokenizer(step.subject, renderings.cache, store, sources)
+            notes += check_tokenizer(step.checkpoint, renderings.cache, store, sources)
     missing: dict[
-        str, Subject
+        str, Checkpoint
     ] = {}  # of every tokenizer one model that has it: checkpoints have the same one, most often
     for step in plan.steps:
-        if step.missing and Path(step.subject.home).is_dir():
-            missing.setdefault(str(step.tasks[0].measured.params.get("tokenizer")), step.subject)
-    for subject in missing.values():
-        notes += _left_out(subject, renderings, store, sources)
+        if step.missing and Path(step.checkpoint.home).is_dir():
+            missing.setdefault(str(step.tasks[0].measured.params.get("tokenizer")), step.checkpoint)
+    for checkpoint in missing.values():
+        notes += _left_out(checkpoint, renderings, store, sources)
     return list(dict.fromkeys(notes))
 
 
-def _left_out(subject: Subject, renderings: Renderings, store: Store, sources: Sequence[str]) -> list[str]:
-    """What the subject's template leaves out of up to LOOKED_AT rows, evenly from all."""
+def _left_out(checkpoint: Checkpoint, renderings: Renderings, store: Store, sources: Sequence[str]) -> list[str]:
+    """What the checkpoint's template leaves out of up to LOOKED_AT rows, evenly from all."""
     from curate.passes.tokens import load_tokenizer
 
-    rendering = renderings.of(subject)
+    rendering = renderings.of(checkpoint)
     if rendering.template is None or not (rendering.chat or rendering.messages):
         return []
     rows = store.sql(
@@ -69,9 +69,9 @@ def _left_out(subject: Subject, renderings: Renderings, store: Store, sources: S
     known = [(row_id, row) for row_id, row in zip(shown, store.iter_rows(shown), strict=True) if row is not None]
     found = [row for _, row in known]
     first: dict[str, int] = {}
-    counts = look(found, load_tokenizer(subject.tokenizer), chat=rendering.chat, first=first)
+    counts = look(found, load_tokenizer(checkpoint.tokenizer), chat=rendering.chat, first=first)
     names = {what: _row_name(store, known[i][0], sources) for what, i in first.items()}
-    return lost_text(counts, len(found), len(ids), Path(subject.tokenizer).name, names)
+    return lost_text(counts, len(found), len(ids), Path(checkpoint.tokenizer).name, names)
 
 
 def _row_name(store: Store, row_id: str, sources: Sequence[str]) -> str:
@@ -86,7 +86,7 @@ def _row_name(store: Store, row_id: str, sources: Sequence[str]) -> str:
 
 def _check_quantised(step: Step) -> None:
     """ModelError for a gradient of quantised weights, and for a kind of them that nothing here can load. Sampling engines know their own."""
-    home = Path(step.subject.base or step.subject.home)
+    home = Path(step.checkpoint.base or step.checkpoint.home)
     try:
         config = read_config(home / "config.json").get("quantization_config")
     except (OSError, BrokenCheckpoint):
@@ -96,12 +96,12 @@ def _check_quantised(step: Step) -> None:
     method = str(config.get("quant_method") or "quantised")
     if step.reads in ("backward", "direction"):
         raise ModelError(
-            f"{step.subject.label}: its weights are quantised ({method}), and gradients over them are not those of the model. Name the model that "
+            f"{step.checkpoint.label}: its weights are quantised ({method}), and gradients over them are not those of the model. Name the model that "
             "it was quantised from (of a QLoRA adapter: models.base)."
         )
     package = NEEDS.get(method)
     if package and importlib.util.find_spec(package) is None:
         raise ModelError(
-            f"{step.subject.label}: its weights are quantised ({method}), and {package}, which loads them, is not installed here. Name the model "
+            f"{step.checkpoint.label}: its weights are quantised ({method}), and {package}, which loads them, is not installed here. Name the model "
             f"that it was quantised from, or install {package}."
         )

@@ -11,7 +11,7 @@ from curate.models.fingerprints import FingerprintCache
 from curate.plan.step import FORWARD
 
 if TYPE_CHECKING:
-    from curate.models.checkpoints import Subject
+    from curate.models.checkpoints import Checkpoint
     from curate.plan.plan import Plan
     from curate.recipe.load import Loaded
     from curate.store import Store
@@ -24,13 +24,13 @@ def beyond_positions(loaded: Loaded, store: Store, plan: Plan) -> list[str]:
     """
     cache = FingerprintCache(store.folder / "weights.json")
     limit = loaded.recipe.tokens.max_length
-    found: dict[tuple[int, str], list[Subject]] = {}  # (positions, fingerprint of the tokenizer) -> models
+    found: dict[tuple[int, str], list[Checkpoint]] = {}  # (positions, fingerprint of the tokenizer) -> models
     for step in plan.steps:
         tokenizer = step.tasks[0].measured.params.get("tokenizer", "")
-        if step.reads in FORWARD and Path(step.subject.home).is_dir():
-            positions = cache.positions(Path(step.subject.base or step.subject.home))
+        if step.reads in FORWARD and Path(step.checkpoint.home).is_dir():
+            positions = cache.positions(Path(step.checkpoint.base or step.checkpoint.home))
             if positions is not None and (limit is None or positions < limit):
-                found.setdefault((positions, tokenizer), []).append(step.subject)
+                found.setdefault((positions, tokenizer), []).append(step.checkpoint)
     notes = []
     for (positions, tokenizer), models in found.items():
         assert plan.lengths is not None

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from curate.console import span, table
 from curate.plan.directions import Directions
 from curate.plan.lengths import RowLengths
-from curate.plan.roles import Subjects
-from curate.plan.step import Step, Task, Wanted
+from curate.plan.roles import Roles
+from curate.plan.step import RequestedScore, Step, Task
 
 if TYPE_CHECKING:
     from curate.store import Place
@@ -20,18 +20,18 @@ if TYPE_CHECKING:
 class Plan:
     """The steps in the order they run, and for every (role, column, over) the fingerprints that scores read.
 
-    places: of every fingerprint the (run, checkpoint, step) of the models that it is of: several where their weights are the same, in the order of
-    `uses`. recorded: the recorded training run that they are read from, if any. pool: the rows that neighbours are taken from. of_lengths:
+    labels: of every fingerprint the (run, checkpoint, step) of the models that it is of: several where their weights are the same, in the order of
+    `bindings`. recorded: the recorded training run that they are read from, if any. pool: the rows that neighbours are taken from. of_lengths:
     what is said of rows that are too long, of_references: of those that cannot be graded, of_models: of the models, their chat templates above all.
     doubts: whether a server's model is the recipe's, which --quiet does not hide.
     lengths: of the recipe's rows, None where no model is run. beta: DPO's, of pairs; of_beta: what is said where scores take another one.
     """
 
-    wanted: list[Wanted]
-    subjects: Subjects
+    wanted: list[RequestedScore]
+    roles: Roles
     steps: list[Step] = field(default_factory=list)
-    uses: dict[tuple[str, str, str | None], list[str]] = field(default_factory=dict)
-    places: dict[str, list[Place]] = field(default_factory=dict)
+    bindings: dict[tuple[str, str, str | None], list[str]] = field(default_factory=dict)
+    labels: dict[str, list[Place]] = field(default_factory=dict)
     recorded: str | None = None
     directions: Directions | None = None
     pool: list[str] = field(default_factory=list)
@@ -86,12 +86,12 @@ class Plan:
     def notes(self) -> list[str]:
         """What a user may not expect: which checkpoints were left out, which no score asks for, which rows a model has no positions for."""
         found = self.left_out()
-        run = [s for s in self.subjects.series if s.step != 0]
+        run = [s for s in self.roles.series if s.step != 0]
         measured = {task.measured.model_fingerprint for step in self.steps for task in step.tasks}
         idle = [s for s in run if s.fingerprint not in measured]
         if idle and self.steps:
             names = ", ".join(s.checkpoint for s in idle[:3]) + (", …" if len(idle) > 3 else "")
-            plain = self.subjects.plain
+            plain = self.roles.primary
             of = f"what it measures is of {plain.label} alone" if plain else "what it measures is of one model"
             found.append(
                 f"{len(idle)} of {len(run)} checkpoints are not measured ({names}): no score of this recipe is over checkpoints; "
@@ -117,14 +117,14 @@ class Plan:
 
     def left_out(self) -> list[str]:
         """A line for every checkpoint that models.on_broken_checkpoint: skip left out."""
-        return [f"Left out: {message}" for message in self.subjects.skipped]
+        return [f"Left out: {message}" for message in self.roles.skipped]
 
     def to_json(self) -> dict[str, Any]:
         return {
             "steps": [
                 {
                     "pass": s.reads,
-                    "model": s.subject.label,
+                    "model": s.checkpoint.label,
                     "measurements": [t.measurement.name for t in s.tasks],
                     "fingerprints": [t.fingerprint for t in s.tasks],
                     "rows": s.rows,
@@ -151,7 +151,7 @@ def step_line(step: Step) -> tuple[Any, ...]:
         at_most = step.reads == "sample" and step.at_most and not any(task.measurement.perturbed for task in step.tasks)
         tokens = f"{'≤' if at_most else '≈'} {_short(step.tokens)}"
     measurements = ", ".join(_named(task) for task in step.tasks)
-    return step.reads, step.subject.label, measurements, step.rows, step.to_measure, tokens, time
+    return step.reads, step.checkpoint.label, measurements, step.rows, step.to_measure, tokens, time
 
 
 def _named(task: Task) -> str:

@@ -15,7 +15,7 @@ from curate.errors import UsageError
 from curate.rows import content_id
 
 if TYPE_CHECKING:
-    from curate.plan.step import Wanted
+    from curate.plan.step import RequestedScore
     from curate.recipe.load import Loaded
     from curate.store import Measured, Store
 
@@ -63,7 +63,7 @@ def run_meant(loaded: Loaded, store: Store) -> str | None:
     return next(iter(runs))
 
 
-def recorded_uses(store: Store, run: str, wanted: Iterable[Wanted], kind: str) -> Uses:
+def recorded_uses(store: Store, run: str, wanted: Iterable[RequestedScore], kind: str) -> Uses:
     """(role, column, over) -> fingerprints, of everything recorded that scores and dataset values can read.
 
     A plain column is that of the first step for pairs (the reference), of the last one for SFT rows. UsageError for a score that

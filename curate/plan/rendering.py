@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from curate.measurements import Measurement
-    from curate.models.checkpoints import Subject
+    from curate.models.checkpoints import Checkpoint
     from curate.models.fingerprints import FingerprintCache
     from curate.passes.tokens import Limits
     from curate.recipe.load import Loaded
@@ -110,14 +110,14 @@ class Renderings:
         self.styles = {"standard", "conversational"} if styles is None else set(styles)
         self._known: dict[str, Rendering] = {}
 
-    def of(self, subject: Subject) -> Rendering:
+    def of(self, checkpoint: Checkpoint) -> Rendering:
         """ModelError where tokens.chat is always and the model has no template; UsageError where auto cannot tell."""
-        if not Path(subject.home).is_dir():  # a server's model: its template is its own
+        if not Path(checkpoint.home).is_dir():  # a server's model: its template is its own
             return self._rendering(self.loaded.recipe.tokens.chat == "always", None)
-        folder = subject.tokenizer
+        folder = checkpoint.tokenizer
         if folder not in self._known:
-            found = self.cache.template(Path(folder), Path(subject.base or subject.home))
-            self._known[folder] = self.with_template(found, subject.label)
+            found = self.cache.template(Path(folder), Path(checkpoint.base or checkpoint.home))
+            self._known[folder] = self.with_template(found, checkpoint.label)
         return self._known[folder]
 
     def with_template(self, template: Template | None, model: str) -> Rendering:
@@ -154,13 +154,13 @@ class Renderings:
         formats = set(self.loaded.formats()) if self.loaded.recipe.kind == "sft" and self.loaded.formats else set()
         return QUESTIONS in formats
 
-    def notes(self, subjects: Iterable[Subject]) -> list[str]:
+    def notes(self, checkpoints: Iterable[Checkpoint]) -> list[str]:
         """A line for each thing to know of the models' templates, each once."""
         rule = self.loaded.recipe.tokens.chat
         found: list[str] = []
-        for subject in subjects:
-            if Path(subject.home).is_dir():
-                found += self.of(subject).notes(Path(subject.tokenizer).name, rule)
+        for checkpoint in checkpoints:
+            if Path(checkpoint.home).is_dir():
+                found += self.of(checkpoint).notes(Path(checkpoint.tokenizer).name, rule)
             elif rule == "auto" and "standard" in self.styles and self._some_questions():
                 found.append(
                     "Question/answer rows are asked as plain text: whether the server's model has a chat template is not known here. "
@@ -169,14 +169,14 @@ class Renderings:
         return list(dict.fromkeys(found))
 
 
-def limits_for(loaded: Loaded, rows: Iterable[Row], subject: Subject) -> Limits:
+def limits_for(loaded: Loaded, rows: Iterable[Row], checkpoint: Checkpoint) -> Limits:
     """How rows that are prompts and completions become tokens outside a plan, as a recipe over them measures them."""
     from curate.models.fingerprints import FingerprintCache
     from curate.passes.tokens import Limits
 
     found = Renderings(loaded, FingerprintCache(None), {row.style for row in rows})
     tokens = loaded.recipe.tokens
-    return Limits(tokens.max_length, tokens.truncation, found.of(subject).chat)
+    return Limits(tokens.max_length, tokens.truncation, found.of(checkpoint).chat)
 
 
 def measured_as(store: Store, recipe: str) -> dict[str, Any]:

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from curate.errors import UsageError
-from curate.plan.step import Wanted
+from curate.plan.step import RequestedScore
 
 if TYPE_CHECKING:
     from curate.recipe.load import Loaded
 
 
-def wanted_scores(loaded: Loaded) -> list[Wanted]:
+def requested_scores(loaded: Loaded) -> list[RequestedScore]:
     """The recipe's scores, found and checked. UsageError for a misspelt name, a wrong parameter, or a score of the other kind of row."""
     from curate.plan.beta import beta_of, has_beta
     from curate.scores import resolve
@@ -29,14 +29,16 @@ def wanted_scores(loaded: Loaded) -> list[Wanted]:
             raise UsageError(
                 f"{loaded.path or 'recipe'}: scores: {request.score} is for {score.kind} rows, this recipe's kind is {loaded.recipe.kind}."
             )
-        found.append(Wanted(request.name, score, params))
+        found.append(RequestedScore(request.name, score, params))
     _check_names(found, loaded)
     for want in list(found):  # where a NULL is the right value, the score that says so comes along
         excuse = want.score.null_where
         if excuse and not any(w.score.name == excuse for w in found):
             score = resolve(excuse)
             found.append(
-                Wanted(excuse, score, score.check({k: v for k, v in want.params.items() if k in score.parameters}))
+                RequestedScore(
+                    excuse, score, score.check({k: v for k, v in want.params.items() if k in score.parameters})
+                )
             )
     return found
 
@@ -52,7 +54,7 @@ NAMES = {
 }
 
 
-def _check_names(found: Sequence[Wanted], loaded: Loaded) -> None:
+def _check_names(found: Sequence[RequestedScore], loaded: Loaded) -> None:
     """UsageError for a score whose column would hide another one: `keep: {tokens: …}` would count the score."""
     from curate.measurements import providers
 
@@ -83,7 +85,7 @@ def _check_names(found: Sequence[Wanted], loaded: Loaded) -> None:
         )
 
 
-def check_checkpoints(wanted: Sequence[Wanted], n: int) -> None:
+def check_checkpoints(wanted: Sequence[RequestedScore], n: int) -> None:
     """UsageError where a score is about a training and the recipe names fewer than it needs of its checkpoints. n: without the untrained model."""
     for want in wanted:
         if want.score.least > n:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from curate.errors import UsageError
-from curate.models.checkpoints import Subject, find_checkpoints, single_model
+from curate.models.checkpoints import Checkpoint, find_checkpoints, single_model
 from curate.models.fingerprints import FingerprintCache
 from curate.plan.kept import Kept
 from curate.plan.recorded import PREFIX
@@ -18,22 +18,23 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Subjects:
+class Roles:
     """Whom the recipe measures. series: in step order, the reference as step 0 of a training run if both are given (kind sft).
 
-    plain: whose values plain columns are: the last of the series for kind sft, the reference for preference pairs. skipped: what was wrong with
-    checkpoints that were left out. warmup: plain after the warm-up that curate runs.
+    primary: whose values columns without a role are: the last of the series for kind sft, the reference for preference pairs. skipped: what was
+    wrong with
+    checkpoints that were left out. warmup: the primary one after the warm-up that curate runs.
     """
 
-    reference: Subject | None
-    policy: Subject | None
-    series: tuple[Subject, ...]
-    plain: Subject | None
+    reference: Checkpoint | None
+    policy: Checkpoint | None
+    series: tuple[Checkpoint, ...]
+    primary: Checkpoint | None
     skipped: tuple[str, ...] = ()
-    warmup: Subject | None = None
+    warmup: Checkpoint | None = None
 
-    def of(self, role: str, over: str | None) -> tuple[Subject, ...]:
-        """The subjects whose column a need means."""
+    def of(self, role: str, over: str | None) -> tuple[Checkpoint, ...]:
+        """The checkpoints whose column a need means."""
         if role == "policy":
             if self.policy is None:
                 raise UsageError("A score needs a second model: set models.policy in the recipe.")
@@ -46,19 +47,19 @@ class Subjects:
             )
         if over == "checkpoints":
             return self.series
-        return (self.plain,) if self.plain else ()
+        return (self.primary,) if self.primary else ()
 
 
-def find_subjects(
+def find_roles(
     loaded: Loaded, cache: FingerprintCache, servers: Servers | None = None, kept: Kept | None = None
-) -> Subjects:
+) -> Roles:
     """The recipe's models. Raises ModelError for what cannot be read. servers: who asks the recipe's server (None: it is not asked). kept: what is
     known of models that are not there.
     """
     models, folder = loaded.recipe.models, loaded.folder
     kept = kept or Kept()
     if isinstance(models.checkpoints, str) and models.checkpoints.startswith(PREFIX):  # nobody kept them
-        return Subjects(None, None, (), None)
+        return Roles(None, None, (), None)
     server = loaded.recipe.engine.sampler == "openai"
     if server and not models.reference and not models.checkpoints:
 
@@ -69,18 +70,18 @@ def find_subjects(
         about = loaded.recipe.server
         id, name = kept.ask(f"served by {about.url} {about.model or ''}", ask, before=True)
         # no path: a server often names a model by a folder, which may be here too
-        lone = Subject(f"served:{name}", content_id("served", id), "", name)
-        return Subjects(lone, None, (), lone)
+        lone = Checkpoint(f"served:{name}", content_id("served", id), "", name)
+        return Roles(lone, None, (), lone)
     skipped: list[str] = []
     skip = skipped.append if models.on_broken_checkpoint == "skip" else None
     listed = models.checkpoints
     if listed is not None and not isinstance(listed, str | list):
         listed = [f"{listed.repo}@{revision}" for revision in listed.revisions]
 
-    def checkpoints(asked: str | list[str]) -> list[Subject]:
+    def checkpoints(asked: str | list[str]) -> list[Checkpoint]:
         return find_checkpoints(asked, folder, cache, base=models.base, skip=skip)
 
-    def single(role: str, name: str | None) -> Subject | None:
+    def single(role: str, name: str | None) -> Checkpoint | None:
         if not name:
             return None
         return kept.model(role, name, models.base, folder, lambda: single_model(name, folder, cache, base=models.base))
@@ -106,4 +107,4 @@ def find_subjects(
         )
     last = series[-1] if series else None
     plain = reference or last if loaded.recipe.kind == "preference" else last
-    return Subjects(reference, policy, series, plain, tuple(skipped))
+    return Roles(reference, policy, series, plain, tuple(skipped))

@@ -1,7 +1,8 @@
 """Which model is behind `server.url`, asked whenever it matters, and whether this store has met it before.
 
 A URL is no identity: a training loop serves each new policy at the same one. A server's model is known by what the server says of it and by its
-answers to a few prompts (passes/sampling/server_probe.py). Models that were met are kept in the store's `servers.json`; one that says the same and answers
+answers to a few prompts (passes/sampling/server_probe.py). Models that were met are kept in the store's `servers.json`; one that says the same and
+answers
 alike, within the noise of the server, is the same, whatever its URL. Any other is measured under an identity of its own.
 
 `curate plan`, `run` and `measure` ask the server. The other commands, which need no server, mean the model that was measured last at this URL.
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from curate.errors import CurateError, EngineError, UsageError
-from curate.models.checkpoints import Subject, single_model
+from curate.models.checkpoints import Checkpoint, single_model
 from curate.models.fingerprints import FingerprintCache
 from curate.passes.sampling.server_probe import FIXED, Noise, Probe, Spoken, difference, key_of, measured_noise
 from curate.rows import Row, content_id
@@ -63,19 +64,19 @@ class Servers:
         self._known: dict[str, Served] = {}
         self.doubts: list[str] = []  # what --quiet must not hide: whether the server's model is the recipe's
 
-    def of(self, subject: Subject | None = None) -> Served:
-        """The model that stands for a subject (None: the recipe names no other model). Asked once an instance.
+    def of(self, checkpoint: Checkpoint | None = None) -> Served:
+        """The model that stands for a checkpoint (None: the recipe names no other model). Asked once an instance.
 
-        UsageError without a URL, and for a server whose model has another name, or other weights, than the subject; EngineError where no server
+        UsageError without a URL, and for a server whose model has another name, or other weights, than the checkpoint; EngineError where no server
         answers.
         """
         if not self.server.url:
             from curate.passes.sampling.openai import NO_URL
 
             raise UsageError(NO_URL)
-        key = subject.path if subject else ""
+        key = checkpoint.path if checkpoint else ""
         if key not in self._known:
-            self._known[key] = self._remembered() if self.ask == "no" else self._asked(subject)
+            self._known[key] = self._remembered() if self.ask == "no" else self._asked(checkpoint)
         return self._known[key]
 
     @property
@@ -85,15 +86,15 @@ class Servers:
 
     # ---- asking ---------------------------------------------------------------------------------------------------------------------------
 
-    def _asked(self, subject: Subject | None) -> Served:
+    def _asked(self, checkpoint: Checkpoint | None) -> Served:
         from curate.passes.sampling.openai import OpenAISampler
 
-        names = _names(subject, self.loaded) if subject else ()
+        names = _names(checkpoint, self.loaded) if checkpoint else ()
         let_go()  # a server takes its time
         with OpenAISampler(self.server.model_dump(), prefer=names) as sampler:
             said = sampler.said()
             now = sampler.probe(self.prompts)
-            proof = self._check_name(said, subject, names, now) if subject else ()
+            proof = self._check_name(said, checkpoint, names, now) if checkpoint else ()
             self.chat_only = sampler.chat_only
             kept = _read(self.folder)
             found, why = _known(kept["models"], said, now)
@@ -110,8 +111,10 @@ class Servers:
             self._write(kept)
         return Served(key, said, (self._note(said, met), *proof, *(() if known or sure else (UNREPEATABLE,))))
 
-    def _check_name(self, said: dict[str, Any], subject: Subject, names: Sequence[str], now: Probe) -> tuple[str, ...]:
-        """That the server's model can be the subject: () or a line on what that rests on. UsageError showing both where it cannot.
+    def _check_name(
+        self, said: dict[str, Any], checkpoint: Checkpoint, names: Sequence[str], now: Probe
+    ) -> tuple[str, ...]:
+        """That the server's model can be the checkpoint: () or a line on what that rests on. UsageError showing both where it cannot.
 
         A server that gives neither a root nor log-probabilities has a label for its model and no more: another label is a doubt, no proof.
         """
@@ -120,32 +123,32 @@ class Servers:
         if root and Path(str(root)).is_dir():  # the server is on this machine: its weights can be read
             try:
                 cache = FingerprintCache(self.folder / "weights.json")
-                same = single_model(str(root), self.loaded.folder, cache).fingerprint == subject.fingerprint
+                same = single_model(str(root), self.loaded.folder, cache).fingerprint == checkpoint.fingerprint
             except CurateError:
                 same = None
             if same:
                 return ()
             if same is False:
                 raise UsageError(
-                    f"{self.server.url} serves {shown}, whose weights are others than those of {subject.label} in the recipe "
-                    f"({subject.path}). Serve that model, or name in models.reference the one that is served."
+                    f"{self.server.url} serves {shown}, whose weights are others than those of {checkpoint.label} in the recipe "
+                    f"({checkpoint.path}). Serve that model, or name in models.reference the one that is served."
                 )
         theirs = {part for name in (model, root) if name for part in (str(name), Path(str(name)).name)}
         if theirs & set(names):
             return (
-                f"That {shown} has the weights of {subject.label} is taken from its name; only its answers are the server's own.",
+                f"That {shown} has the weights of {checkpoint.label} is taken from its name; only its answers are the server's own.",
             )
         if self.server.model:
-            return (f"{shown} is taken for {subject.label} because server.model says so: the names differ.",)
+            return (f"{shown} is taken for {checkpoint.label} because server.model says so: the names differ.",)
         if not root and all(spoken.logps is None for spoken in now.values()):
             self.doubts.append(
-                f"The recipe's model is {subject.label}, and {self.server.url} calls its model {model}. It gives neither the path that it was "
+                f"The recipe's model is {checkpoint.label}, and {self.server.url} calls its model {model}. It gives neither the path that it was "
                 f"loaded from nor log-probabilities, so nothing here can tell whether both are one: its answers are kept as {model}'s. "
                 f"Where they are one, say so: `--set server.model={model}`."
             )
             return ()
         raise UsageError(
-            f"The recipe's model is {subject.label} ({subject.path}), and {self.server.url} serves {shown}. Serve that model, or name in "
+            f"The recipe's model is {checkpoint.label} ({checkpoint.path}), and {self.server.url} serves {shown}. Serve that model, or name in "
             f"models.reference the one that is served; where both are the same under two names, say so: `--set server.model={model}`."
         )
 
@@ -261,10 +264,12 @@ def _probe(kept: dict[str, Any]) -> Probe:
     return {key: Spoken.from_json(spoken) for key, spoken in kept.items()}
 
 
-def _names(subject: Subject, loaded: Loaded) -> tuple[str, ...]:
-    """What a server may call a subject."""
+def _names(checkpoint: Checkpoint, loaded: Loaded) -> tuple[str, ...]:
+    """What a server may call a checkpoint."""
     given = [
         name for name in (loaded.recipe.models.reference, loaded.recipe.models.checkpoints) if isinstance(name, str)
     ]
     mine = given if len(given) == 1 else []
-    return tuple(dict.fromkeys([subject.path, Path(subject.path).name, subject.checkpoint, subject.label, *mine]))
+    return tuple(
+        dict.fromkeys([checkpoint.path, Path(checkpoint.path).name, checkpoint.checkpoint, checkpoint.label, *mine])
+    )

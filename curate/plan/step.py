@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from curate.models.checkpoints import Subject
+    from curate.models.checkpoints import Checkpoint
     from curate.passes.contract import Measurement
     from curate.scores import Need, Score
     from curate.store import Measured
@@ -20,7 +20,7 @@ Block = tuple[int, list[str], "tuple[Task, ...]"]  # shard's number, row ids by 
 
 @dataclass(frozen=True)
 class Task:
-    """One measurement of one subject, with the record that identifies its values."""
+    """One measurement of one checkpoint, with the record that identifies its values."""
 
     measurement: Measurement
     measured: Measured
@@ -32,7 +32,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Step:
-    """One pass over one subject: everything that is read off it, and the rows that still miss something.
+    """One pass over one checkpoint: everything that is read off it, and the rows that still miss something.
 
     tokens, seconds: an estimate for what is missing; seconds is None where nothing is known, `rough` where no run here has been timed.
     ahead: what comes before the rows, in rows run forward: gradients of directions, a warm-up. unmeasurable: missing rows that are known to get
@@ -41,7 +41,7 @@ class Step:
     """
 
     reads: str
-    subject: Subject
+    checkpoint: Checkpoint
     tasks: tuple[Task, ...]
     rows: int
     blocks: tuple[Block, ...]
@@ -74,7 +74,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class RequestedScore:
     """A score that the recipe asks for, under the name its column gets, with its checked parameters."""
 
     name: str

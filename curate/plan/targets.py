@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from curate.data import Reading
     from curate.data.records import Record
     from curate.passes.contract import Measurement
-    from curate.plan.step import Wanted
+    from curate.plan.step import RequestedScore
     from curate.recipe.load import Loaded
     from curate.recipe.schema import Target
 
@@ -116,7 +116,7 @@ class Targets:
         ((column, unit),) = measurement.columns.items()
         return replace(measurement, columns={f"{column}__{group}": unit for group in groups})
 
-    def over_groups(self, want: Wanted) -> Wanted:
+    def over_groups(self, want: RequestedScore) -> RequestedScore:
         """A score on a target that has groups reads a column of each, and may name them. UsageError where it takes a single one."""
         if not any("{target}" in text for text in want.score.needs):
             return want

@@ -33,8 +33,8 @@ def unused_settings(loaded: Loaded, plan: Plan) -> list[str]:
         used = ("forecast.beta",) if recipe.kind == "preference" and of_scores else ()  # an export's trainer takes it
         found += [name for name in _changed("forecast", recipe.forecast) if name not in used]
     found += [f"targets.{name}" for name in recipe.targets if name not in named]
-    policy = plan.subjects.policy
-    if policy is not None and all(step.subject.path != policy.path for step in plan.steps):
+    policy = plan.roles.policy
+    if policy is not None and all(step.checkpoint.path != policy.path for step in plan.steps):
         found.append("models.policy")
     if not found:
         return []

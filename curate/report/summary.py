@@ -143,7 +143,7 @@ def summarise(store: Store, *, recipe: str | None = None, between: tuple[int, in
     flips = [_flips(run, beta, between or (run.steps[0], run.steps[-1])) for run in _comparable(runs, between)]
     name = mine["name"] if mine else None
     calibration = _calibrate(store, mine, values, threshold)
-    scored = name is not None and store.made_of("scores", name) is not None
+    scored = name is not None and store.inputs_hash("scores", name) is not None
     of_scores = _known(store, mine) if mine and scored else []
     return Summary(
         name, values, calibration, threshold, flips, of_scores, scored, imported_values(store, recipe or name)

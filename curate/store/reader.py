@@ -240,7 +240,7 @@ class StoreReader:
             listed = f"SELECT * EXCLUDE (scores_table) FROM data.recipes WHERE {readings.NO_RECIPE_WAITS} ORDER BY updated DESC"
             return query.dicts(con, listed)
 
-    def made_of(self, what: Literal["scores", "selection"], name: str) -> str | None:
+    def inputs_hash(self, what: Literal["scores", "selection"], name: str) -> str | None:
         """What a recipe's scores, or a selection, were made of; None where nobody said, "" where values were imported over what they read."""
         with self.database.read() as con:
             found = one(con, "SELECT value FROM data.meta WHERE key = ?", [f"{what} of {name}"])

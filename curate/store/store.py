@@ -322,16 +322,16 @@ class Store(StoreReader):
         scores: Mapping[str, Any],
         *,
         trajectories: Sequence[Trajectories] = (),
-        made_of: str | None = None,
+        inputs_hash: str | None = None,
     ) -> None:
         """Replace the scores of a recipe. name -> (rows,) numbers, booleans or text; NaN, infinities and None become NULL.
 
-        trajectories: those with a value at every checkpoint, one entry a run, for the view `trajectories`. made_of: what they were
-        computed from, as `made_of` gives it back.
+        trajectories: those with a value at every checkpoint, one entry a run, for the view `trajectories`. inputs_hash: what they were
+        computed from, as `inputs_hash` gives it back.
         """
         with self.database.write() as con:
             tables.write_scores(con, recipe, row_ids, scores, trajectories)
-            tables.note(con, f"scores of {recipe}", made_of)
+            tables.note(con, f"scores of {recipe}", inputs_hash)
             views.define(con)
 
     def write_dataset_values(self, origin: str, values: Iterable[DatasetValue]) -> None:
@@ -351,10 +351,11 @@ class Store(StoreReader):
         *,
         recipe: str | None = None,
         spec: Mapping[str, Any] | None = None,
-        made_of: str | None = None,
+        inputs_hash: str | None = None,
         control: Decisions | None = None,
     ) -> Selection:
-        """Keep what was decided, in place of an earlier selection of this name. made_of: what it was decided from, as `made_of` gives it back.
+        """Keep what was decided, in place of an earlier selection of this name. inputs_hash: what it was decided from, as `inputs_hash` gives it
+        back.
 
         control: a second selection drawn beside it, kept as <name>_control in the same transaction; an earlier one goes.
         """
@@ -368,7 +369,7 @@ class Store(StoreReader):
                         f"select.control: it would be called {beside!r}, and this store has a selection of that name. Rename one of the recipes."
                     )
                 tables.write_selection(con, beside, control, recipe, {**(spec or {}), "control_of": name})
-            tables.note(con, f"selection of {name}", made_of)
+            tables.note(con, f"selection of {name}", inputs_hash)
             if widened:
                 views.define(con)
         return self.selection(name)

@@ -66,7 +66,7 @@ def check_ahead(
 def weights_are_there(ahead: Ahead) -> None:
     """A server samples; everything else needs the weights themselves."""
     for step in ahead.plan.steps:
-        if step.reads in OF_WEIGHTS and step.subject.path.startswith("served:"):
+        if step.reads in OF_WEIGHTS and step.checkpoint.path.startswith("served:"):
             names = ", ".join(task.measurement.name for task in step.tasks)
             raise UsageError(
                 f"The scores of this recipe need {names}, measured on the model's own weights, and the recipe names only a server. A server "
@@ -196,8 +196,8 @@ def _rows(ahead: Ahead, sources: list[str]) -> Iterator[Row]:
 def _trial_rows(ahead: Ahead, step: Step) -> list[Row]:
     row_ids = [row_id for _, ids, _ in step.blocks for row_id in ids]
     chosen = row_ids[:8]
-    if ahead.plan.lengths is not None and Path(step.subject.home).is_dir():
-        lengths = ahead.plan.lengths.of(step.tasks[0].measured.params["tokenizer"], step.subject)
+    if ahead.plan.lengths is not None and Path(step.checkpoint.home).is_dir():
+        lengths = ahead.plan.lengths.of(step.tasks[0].measured.params["tokenizer"], step.checkpoint)
         at = lengths.places(row_ids)
         chosen.append(row_ids[int(lengths.whole[at].argmax())])
     styles: set[type] = set()

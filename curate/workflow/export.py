@@ -12,7 +12,7 @@ from curate.errors import UsageError, ValidationError
 from curate.passes.chat import as_chat
 from curate.plan.beta import asks_for_beta, beta_of, deviation_text
 from curate.plan.rendering import card_notes, measured_as, styles_of
-from curate.plan.requests import wanted_scores
+from curate.plan.requests import requested_scores
 from curate.recipe.load import Loaded
 from curate.recipe.schema import Export
 from curate.scores.flags import ADVICE
@@ -20,12 +20,12 @@ from curate.workflow.read import noted, source_types
 
 if TYPE_CHECKING:
     from curate.data import ExportResult, ExportRow
-    from curate.plan.roles import Subjects
+    from curate.plan.roles import Roles
     from curate.store import Selection, Store
 
 
 def export_selection(
-    loaded: Loaded, store: Store, selection: Selection, sources: list[str], subjects: Subjects
+    loaded: Loaded, store: Store, selection: Selection, sources: list[str], roles: Roles
 ) -> ExportResult:
     """Write the kept rows where the recipe says, the dropped ones beside them; the control to <to>_control, where the recipe exports it.
 
@@ -33,19 +33,19 @@ def export_selection(
     """
     asked = loaded.recipe.export
     assert asked is not None
-    result = _export(loaded, store, selection, sources, asked, subjects)
+    result = _export(loaded, store, selection, sources, asked, roles)
     if not asked.control:
         return result
     control = selection.control
     assert control is not None
     beside = asked.model_copy(update={"to": f"{asked.to.rstrip('/')}_control", "push_to_hub": None})
-    drawn = _export(loaded, store, control, sources, beside, subjects)
+    drawn = _export(loaded, store, control, sources, beside, roles)
     said = f"The control, {drawn.n_rows:,} rows, is in {drawn.path}."
     return replace(result, notes=(*result.notes, said))
 
 
 def _export(
-    loaded: Loaded, store: Store, selection: Selection, sources: list[str], asked: Export, subjects: Subjects
+    loaded: Loaded, store: Store, selection: Selection, sources: list[str], asked: Export, roles: Roles
 ) -> ExportResult:
     from curate.data import export
 
@@ -60,7 +60,7 @@ def _export(
         _rows(selection.dropped(), None, columns, beside, chat=chat),
         format=asked.format,
         split=loaded.recipe.source.split if loaded.recipe.source else "train",
-        card=_card(loaded, store, selection, sources, subjects),
+        card=_card(loaded, store, selection, sources, roles),
         types=_types(store, sources),
         sources=[loaded.resolve(name) for name in sources],
         resample=asked.resample,
@@ -97,7 +97,7 @@ def _trained_as(loaded: Loaded) -> Any:
 
     recipe = loaded.recipe
     beta = beta_of(recipe) if asks_for_beta(recipe) else None
-    unlike = [] if beta is None else deviation_text(wanted_scores(loaded), beta)
+    unlike = [] if beta is None else deviation_text(requested_scores(loaded), beta)
     return TrainedAs(recipe.tokens.max_length, recipe.tokens.truncation, beta, bool(_flagged(loaded)), tuple(unlike))
 
 
@@ -209,7 +209,7 @@ def quoted(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
 
-def _card(loaded: Loaded, store: Store, selection: Selection, sources: list[str], subjects: Subjects) -> Any:
+def _card(loaded: Loaded, store: Store, selection: Selection, sources: list[str], roles: Roles) -> Any:
     from curate import __version__
     from curate.data import Card, distribution
 
@@ -217,9 +217,11 @@ def _card(loaded: Loaded, store: Store, selection: Selection, sources: list[str]
     known = {s["source"]: s["fingerprint"] for s in store.sources() if s["role"] == "train"}
     about = f"revision {source.revision}" if source and source.revision else None
     models = {
-        role: subject for role, subject in (("reference", subjects.reference), ("policy", subjects.policy)) if subject
+        role: checkpoint
+        for role, checkpoint in (("reference", roles.reference), ("policy", roles.policy))
+        if checkpoint
     }
-    models |= {f"checkpoint {s.label}": s for s in subjects.series}
+    models |= {f"checkpoint {s.label}": s for s in roles.series}
     names = [request.name for request in loaded.recipe.scores]
     picked = ", ".join(f'"{name}"' for name in names) or "NULL"
     frame = store.sql(f"SELECT {picked} FROM scored WHERE role = 'train'", recipe=loaded.name)
@@ -228,7 +230,7 @@ def _card(loaded: Loaded, store: Store, selection: Selection, sources: list[str]
     return Card(
         title=f"{selection.name}, curated",
         sources={name: about or f"fingerprint {known.get(name, 'unknown')}" for name in sources},
-        models={role: f"{subject.label} (weights {subject.fingerprint})" for role, subject in models.items()},
+        models={role: f"{checkpoint.label} (weights {checkpoint.fingerprint})" for role, checkpoint in models.items()},
         recipe=loaded.text,
         counts=counts,
         scores={name: distribution(frame[name].to_list()) for name in names if name in frame.columns},

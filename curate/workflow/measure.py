@@ -23,7 +23,7 @@ from curate.workflow.runners.sample import SampleRunner
 from curate.workflow.runners.tokens import TokensRunner
 
 if TYPE_CHECKING:
-    from curate.models.checkpoints import Subject
+    from curate.models.checkpoints import Checkpoint
     from curate.recipe.load import Loaded
     from curate.store import Store
 
@@ -40,8 +40,8 @@ def measure(loaded: Loaded, store: Store, plan: Plan, progress: Progress) -> dic
         for step, following in zip(to_do, [*to_do[1:], None], strict=True):
             if runner is None or runner.reads != step.reads:
                 engines.close()  # one engine at a time: its memory is free before the next one starts
-                subjects = [s.subject for s in to_do if s.reads == step.reads]
-                runner = engines.enter_context(_runner(step.reads, loaded, progress, subjects, store, plan))
+                checkpoints = [s.checkpoint for s in to_do if s.reads == step.reads]
+                runner = engines.enter_context(_runner(step.reads, loaded, progress, checkpoints, store, plan))
                 runner.encodings = encodings
             _run_step(step, runner, store, progress, following)
             for name, n in ((step.reads, step.missing - step.graded), ("kept answers graded anew", step.graded)):
@@ -68,12 +68,12 @@ def _run_step(step: Step, runner: Runner, store: Store, progress: Progress, foll
     runner.use(step)
     if (
         following is not None
-        and following.subject.path != step.subject.path
+        and following.checkpoint.path != step.checkpoint.path
         and following.to_measure
         and following.reads != "tokens"
     ):
-        _read_ahead(Path(following.subject.path))
-    title = f"{step.reads} {step.subject.label}" if step.reads != "tokens" else "tokens"
+        _read_ahead(Path(following.checkpoint.path))
+    title = f"{step.reads} {step.checkpoint.label}" if step.reads != "tokens" else "tokens"
     waiting = time.monotonic()
     with progress.bar(title, step.rows, done=step.rows - step.missing) as count:
         for number, row_ids, tasks in step.blocks:
@@ -114,7 +114,7 @@ def _read_ahead(folder: Path) -> None:
 
 @contextmanager
 def _runner(
-    reads: str, loaded: Loaded, progress: Progress, subjects: list[Subject], store: Store, plan: Plan
+    reads: str, loaded: Loaded, progress: Progress, checkpoints: list[Checkpoint], store: Store, plan: Plan
 ) -> Iterator[Runner]:
     kinds: dict[str, type[Runner]] = {"tokens": TokensRunner}
     kinds |= {"forward": ForwardRunner, "backward": BackwardRunner}
@@ -128,7 +128,7 @@ def _runner(
         runner = NeighboursRunner(loaded, progress, store, plan)
     else:
         runner = kinds[reads](loaded, progress)
-    runner.subjects = subjects
+    runner.checkpoints = checkpoints
     try:
         yield runner
     finally:

@@ -16,7 +16,7 @@ from curate.data.sections import in_both_roles, open_rows, said_otherwise
 from curate.errors import UsageError, ValidationError
 from curate.plan.kept import Kept
 from curate.plan.recorded import recorded_runs
-from curate.plan.requests import wanted_scores
+from curate.plan.requests import requested_scores
 from curate.recipe.load import Loaded, load_recipe
 from curate.recipe.schema import Source
 from curate.rows import content_id
@@ -242,7 +242,7 @@ def validate_source(
             f"{source} is a recipe, which says kind, format, split and columns itself; change them with --set."
         )
     loaded = load_recipe(source, set=set, store=store)
-    wanted_scores(loaded)
+    requested_scores(loaded)
     if loaded.recipe.source is None:
         raise UsageError(f"{source}: there is no `source` to validate.")
     return validate_rows(loaded)

@@ -24,10 +24,10 @@ from transformers import TrainerCallback
 
 from curate.console import Progress, span
 from curate.errors import CurateError, UsageError
-from curate.models.checkpoints import Subject
+from curate.models.checkpoints import Checkpoint
 from curate.plan.identity import params_of, task_of
 from curate.plan.recorded import PREFIX, VERSION, recorded_runs, weights_of
-from curate.plan.requests import wanted_scores
+from curate.plan.requests import requested_scores
 from curate.plan.step import Task
 from curate.recipe.load import Loaded, load_recipe
 from curate.rows import Row, content_id
@@ -224,7 +224,7 @@ class Recorder(TrainerCallback):
         from curate.measurements import MEASUREMENTS, measure_tokens
         from curate.workflow.runners.base import TEXT
 
-        lone = Subject("", "", "", "")
+        lone = Checkpoint("", "", "", "")
         for m in [
             m for m in MEASUREMENTS.values() if m.reads == "tokens" and m.kind in (self.loaded.recipe.kind, "any")
         ]:
@@ -271,8 +271,8 @@ class Recorder(TrainerCallback):
             self.store.write_shard(task.measured, 0, self.row_ids, {c: columns[c] for c in m.columns}, kept)
 
     def _task(self, measurement: Any, step: int) -> Task:
-        subject = Subject("", weights_of(self.run_name, step), self.run_name, f"step-{step}", step)
-        return task_of(measurement, subject, f"recorder {self.model.engine}", self._params(measurement))
+        checkpoint = Checkpoint("", weights_of(self.run_name, step), self.run_name, f"step-{step}", step)
+        return task_of(measurement, checkpoint, f"recorder {self.model.engine}", self._params(measurement))
 
     def _params(self, measurement: Any) -> dict[str, Any]:
         own = params_of(self.loaded, measurement, self.tokenizer_print) | self.rendering.params(measurement)
@@ -350,7 +350,7 @@ def wanted_measurements(loaded: Loaded) -> list[Any]:
     from curate.measurements import providers
 
     found: dict[str, Any] = {}
-    for want in wanted_scores(loaded):
+    for want in requested_scores(loaded):
         for text in want.score.needs:
             role, column = want.need(text)
             measurement = providers(column, loaded.recipe.kind) if role != "row" else None

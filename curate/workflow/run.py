@@ -20,8 +20,8 @@ from curate.plan.notes import beyond_positions, unmeasurable_rows
 from curate.plan.plan import Plan
 from curate.plan.recorded import recorded_runs
 from curate.plan.references import check_references
-from curate.plan.requests import wanted_scores
-from curate.plan.step import Wanted
+from curate.plan.requests import requested_scores
+from curate.plan.step import RequestedScore
 from curate.recipe.load import Loaded, load_recipe
 from curate.recipe.schema import Worst
 from curate.rows import content_id
@@ -127,7 +127,7 @@ def run(
 def run_steps(loaded: Loaded, steps: Sequence[str], *, progress: Progress, command: str = "run") -> Result:
     """Some steps of a recipe, in their order; the run's version and outcome are kept in the store."""
     _check_steps(loaded, steps, command)
-    wanted_scores(loaded)  # a misspelt score is said before anything is read
+    requested_scores(loaded)  # a misspelt score is said before anything is read
     with kept_open():
         return _run_noted(loaded, steps, progress, command)
 
@@ -137,7 +137,7 @@ def _run_noted(loaded: Loaded, steps: Sequence[str], progress: Progress, command
 
     store = _open_store(loaded, progress)
     check_name(loaded, store)
-    check_imported_names(store, wanted_scores(loaded))
+    check_imported_names(store, requested_scores(loaded))
     number = store.begin_run(loaded.name, command, curate.__version__)
     result = Result(store, loaded.name)
     try:
@@ -210,7 +210,7 @@ def _run(loaded: Loaded, steps: Sequence[str], result: Result, progress: Progres
     for note in _likely_not_meant(result.selection):
         progress.say(note)
     if scored is not None and loaded.recipe.select is not None and result.selection is None:
-        if store.made_of("selection", loaded.name) not in (None, _selection_of(loaded, result, sources)):
+        if store.inputs_hash("selection", loaded.name) not in (None, _selection_of(loaded, result, sources)):
             progress.say(
                 f"The selection {loaded.name!r} is of earlier scores: `curate select {loaded.path}` makes it anew."
             )
@@ -240,7 +240,7 @@ def _views_follow(
         return True
     if "measure" not in steps:
         return False
-    current = result.store.made_of("scores", loaded.name) in (None, _scores_of(result.store, result, sources))
+    current = result.store.inputs_hash("scores", loaded.name) in (None, _scores_of(result.store, result, sources))
     if not current:
         progress.say(
             f"The views show what the last scores of {loaded.name!r} are made of: `curate score {loaded.path}` takes in what is measured now."
@@ -267,7 +267,7 @@ def selection_text(selection: Selection) -> str:
 
 def make_plan(loaded: Loaded, *, progress: Progress) -> Plan:
     """What a run would measure. Rows are read into the store (that is cheap, and done once); no model is run."""
-    wanted_scores(loaded)
+    requested_scores(loaded)
     with kept_open():
         return _plan_checked(loaded, progress)
 
@@ -275,7 +275,7 @@ def make_plan(loaded: Loaded, *, progress: Progress) -> Plan:
 def _plan_checked(loaded: Loaded, progress: Progress) -> Plan:
     store = _open_store(loaded, progress)
     check_name(loaded, store)
-    check_imported_names(store, wanted_scores(loaded))
+    check_imported_names(store, requested_scores(loaded))
     if store.measured_by() is None:  # what a killed run had finished is measured
         store.ingest()
     sources, plan = _planned(loaded, store, open_kept(loaded, store, anew=True), progress, ask="look")
@@ -300,9 +300,11 @@ def _register(loaded: Loaded, store: Store, plan: Plan, sources: dict[str, list[
 def _meant(store: Store, plan: Plan) -> dict[str, Any]:
     """What a recipe's views may show: as `Store.register_recipe` takes it."""
     also = [m.fingerprint for m in recorded_runs(store)[plan.recorded]] if plan.recorded else []
-    uses = list(dict.fromkeys([*(f for found in plan.uses.values() for f in found), *also]))
-    plain = list(dict.fromkeys(found[-1] for (role, _, over), found in plan.uses.items() if over is None and not role))
-    return {"uses": uses, "plain": plain if plan.steps or plan.recorded else [], "places": plan.places}
+    uses = list(dict.fromkeys([*(f for found in plan.bindings.values() for f in found), *also]))
+    plain = list(
+        dict.fromkeys(found[-1] for (role, _, over), found in plan.bindings.items() if over is None and not role)
+    )
+    return {"uses": uses, "plain": plain if plan.steps or plan.recorded else [], "places": plan.labels}
 
 
 def _check_ahead(loaded: Loaded, store: Store, plan: Plan, sources: dict[str, list[str]]) -> None:
@@ -343,7 +345,7 @@ def _seed(loaded: Loaded) -> int:
     return asked.seed if asked is not None and asked.seed is not None else loaded.recipe.engine.seed
 
 
-def _worst(store: Store, wanted: Sequence[Wanted]) -> dict[str, str]:
+def _worst(store: Store, wanted: Sequence[RequestedScore]) -> dict[str, str]:
     """Which end is bad: as imports said it of their columns, and as the scores declare it."""
     return {**store.worst_ends(), **{want.name: want.score.worst for want in wanted}}
 
@@ -384,11 +386,11 @@ class Scored:
     scores: dict[str, Any]
     trajectories: list[Any]
     values: list[DatasetValue]
-    made_of: str
+    inputs_hash: str
 
     def write(self, store: Store, recipe: str, *, staged: bool = False) -> None:
-        made_of = None if staged else self.made_of
-        store.write_scores(recipe, self.row_ids, self.scores, trajectories=self.trajectories, made_of=made_of)
+        inputs_hash = None if staged else self.inputs_hash
+        store.write_scores(recipe, self.row_ids, self.scores, trajectories=self.trajectories, inputs_hash=inputs_hash)
         store.write_dataset_values(recipe, self.values)
 
 
@@ -407,7 +409,7 @@ def _compute(loaded: Loaded, result: Result, sources: dict[str, list[str]], prog
     row_ids = store.row_ids_of(train or None, kind=loaded.recipe.kind, role="train" if train else None)
     heldout = sources.get("heldout", [])
     ids = store.row_ids_of(heldout, kind=loaded.recipe.kind, role="heldout") if heldout else []
-    made_of = _scores_of(store, result, sources)
+    inputs_hash = _scores_of(store, result, sources)
     columns = Columns(store, plan, row_ids, train)
     of_heldout = Columns(store, plan, ids, heldout) if ids else None
     found = with_thresholds(store, plan, columns, of_heldout)
@@ -424,7 +426,7 @@ def _compute(loaded: Loaded, result: Result, sources: dict[str, list[str]], prog
     if of_heldout is not None:
         values += compute_dataset_values(of_heldout, plan.wanted, prefix="heldout_")
     result.values = values
-    return Scored(row_ids, named(plan, scores), each, values, made_of)
+    return Scored(row_ids, named(plan, scores), each, values, inputs_hash)
 
 
 def _check_measured(loaded: Loaded, store: Store, plan: Plan) -> None:
@@ -434,7 +436,7 @@ def _check_measured(loaded: Loaded, store: Store, plan: Plan) -> None:
         (step, task) for step in plan.steps for task in step.tasks if step.missing and task.fingerprint not in known
     ]
     if never:
-        models = list(dict.fromkeys(step.subject.label for step, _ in never if step.reads != "tokens"))
+        models = list(dict.fromkeys(step.checkpoint.label for step, _ in never if step.reads != "tokens"))
         of = f" of {models[0]}" + (f" and {len(models) - 1:,} more" if len(models) > 1 else "") if models else ""
         names = ", ".join(dict.fromkeys(task.measurement.name for _, task in never))
         raise UsageError(
@@ -450,10 +452,10 @@ class Decided:
     decisions: Decisions
     control: Any
     spec: dict[str, Any]
-    made_of: str
+    inputs_hash: str
 
     def write(self, store: Store, recipe: str) -> Selection:
-        made = {"recipe": recipe, "spec": self.spec, "made_of": self.made_of, "control": self.control}
+        made = {"recipe": recipe, "spec": self.spec, "inputs_hash": self.inputs_hash, "control": self.control}
         return store.write_selection(recipe, self.decisions, **made)
 
 
@@ -463,7 +465,7 @@ def _decide(loaded: Loaded, result: Result, sources: dict[str, list[str]], score
 
     store, plan, name = result.store, result.plan, loaded.name
     assert plan is not None
-    wanted = wanted_scores(loaded)
+    wanted = requested_scores(loaded)
     if scored is not None:
         meant = _meant(store, plan)
         with store.transaction():
@@ -493,8 +495,8 @@ def _export(loaded: Loaded, result: Result, sources: dict[str, list[str]], progr
         result.selection = result.store.selection(loaded.name)
         _check_current(loaded, result.store, "selection", _selection_of(loaded, result, sources), "select")
     assert result.plan is not None
-    subjects = result.plan.subjects
-    result.exported = export_selection(loaded, result.store, result.selection, sources.get("train", []), subjects)
+    roles = result.plan.roles
+    result.exported = export_selection(loaded, result.store, result.selection, sources.get("train", []), roles)
     for note in result.exported.notes:
         (progress.warn if note in result.exported.warnings else progress.say)(note)
 
@@ -507,7 +509,7 @@ def _scores_of(store: Store, result: Result, sources: dict[str, list[str]]) -> s
 
     plan = result.plan
     assert plan is not None
-    uses = sorted((*map(str, key), *prints) for key, prints in plan.uses.items())
+    uses = sorted((*map(str, key), *prints) for key, prints in plan.bindings.items())
     wanted = [
         (want.name, want.score.name, want.params, *([want.score.version] if want.score.version > 1 else []))
         for want in plan.wanted
@@ -525,9 +527,11 @@ def _selection_of(loaded: Loaded, result: Result, sources: dict[str, list[str]])
     return content_id(_scores_of(result.store, result, sources), asked.settings(), *random)
 
 
-def _check_current(loaded: Loaded, store: Store, what: Literal["scores", "selection"], made_of: str, step: str) -> None:
+def _check_current(
+    loaded: Loaded, store: Store, what: Literal["scores", "selection"], inputs_hash: str, step: str
+) -> None:
     """Scores of another setting are no basis for a selection, nor an old selection for an export."""
-    if store.made_of(what, loaded.name) not in (None, made_of):
+    if store.inputs_hash(what, loaded.name) not in (None, inputs_hash):
         raise UsageError(
             f"{store.folder}: what is there as {what} of {loaded.name!r} comes from other settings, rows or measurements than the recipe has now. "
             f"`curate {step} {loaded.path}` makes that anew, `curate run {loaded.path}` does all steps."

@@ -18,7 +18,7 @@ import numpy as np
 
 from curate.errors import UsageError
 from curate.plan.plan import Plan
-from curate.plan.step import Wanted
+from curate.plan.step import RequestedScore
 from curate.store import DatasetValue, Measured, Trajectories
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def series_of(
     over: str | None,
     names: Mapping[str, Sequence[Place]] | None = None,
 ) -> list[Series]:
-    """The runs that the columns of these uses come from, each in step order. names: as `Plan.places`; what has none is called as it was measured."""
+    """The runs that the columns of these uses come from, each in step order. names: as `Plan.labels`; what has none is called as it was measured."""
     by_fingerprint = {m.fingerprint: m for m in measured}
     runs: dict[str, dict[tuple[bool, int, str], dict[str, str]]] = {}
     for (role, column, where), fingerprints in uses.items():
@@ -88,7 +88,9 @@ def series_of(
     return result
 
 
-def compute_scores(columns: Columns, wanted: Sequence[Wanted]) -> tuple[dict[str, np.ndarray], list[Trajectories]]:
+def compute_scores(
+    columns: Columns, wanted: Sequence[RequestedScore]
+) -> tuple[dict[str, np.ndarray], list[Trajectories]]:
     """name -> (rows,) float64, NaN where unknown, for every score that is wanted; and run by run those with a value at every checkpoint."""
     result: dict[str, np.ndarray] = {}
     each: dict[str, Trajectories] = {}
@@ -117,7 +119,7 @@ def compute_scores(columns: Columns, wanted: Sequence[Wanted]) -> tuple[dict[str
     return result, list(each.values())
 
 
-def nothing_known(columns: Columns, wanted: Sequence[Wanted], scores: Mapping[str, np.ndarray]) -> list[str]:
+def nothing_known(columns: Columns, wanted: Sequence[RequestedScore], scores: Mapping[str, np.ndarray]) -> list[str]:
     """A sentence for every score that no row has a value of: which, and why."""
     notes = []
     for want in wanted:
@@ -145,7 +147,7 @@ def named(plan: Plan, scores: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return result
 
 
-def compute_dataset_values(columns: Columns, wanted: Sequence[Wanted], prefix: str = "") -> list[DatasetValue]:
+def compute_dataset_values(columns: Columns, wanted: Sequence[RequestedScore], prefix: str = "") -> list[DatasetValue]:
     """Every dataset value whose columns are known, with its interval, per run and checkpoint where it is over checkpoints.
 
     A threshold that the recipe sets for a score is used for the dataset values that share the parameter, and so is DPO's β; those about one score are
@@ -169,7 +171,7 @@ def compute_dataset_values(columns: Columns, wanted: Sequence[Wanted], prefix: s
         given_by = settings if about is None else about
         params = {key: given_by[key] for key in declared.parameters if key in given_by}
         for series in columns.runs(declared.over):
-            given = columns.of(Wanted(declared.name, declared, params), series, trained_only=True)  # type: ignore[arg-type]
+            given = columns.of(RequestedScore(declared.name, declared, params), series, trained_only=True)  # type: ignore[arg-type]
             if given is None:
                 continue
             try:
@@ -214,18 +216,18 @@ class Columns:
         """The series to compute over; [None] for a score of single columns of one measured model."""
         if over is None and not self.plan_is_imported:
             return [None]
-        return series_of(self.measured, self.plan.uses, over, self.plan.places)
+        return series_of(self.measured, self.plan.bindings, over, self.plan.labels)
 
     def rates(self, series: Series) -> list[float | None]:
         """The checkpoints' learning rates, as far as their trainers wrote them down."""
-        known = {(s.run, s.checkpoint): s.rate for s in self.plan.subjects.series}
+        known = {(s.run, s.checkpoint): s.rate for s in self.plan.roles.series}
         return [known.get((series.run, checkpoint)) for checkpoint in series.checkpoints]
 
     @property
     def plan_is_imported(self) -> bool:
         return not self.plan.steps and self.plan.recorded is None
 
-    def of(self, want: Wanted, series: Series | None, *, trained_only: bool = False) -> dict[str, Any] | None:
+    def of(self, want: RequestedScore, series: Series | None, *, trained_only: bool = False) -> dict[str, Any] | None:
         """need -> array for a score; None where a column that it needs is not there."""
         given: dict[str, Any] = {}
         for text in (*want.score.needs, *want.score.optional):
@@ -249,7 +251,7 @@ class Columns:
             given[text] = values
         return given
 
-    def has_nothing(self, want: Wanted, text: str) -> bool:
+    def has_nothing(self, want: RequestedScore, text: str) -> bool:
         """Whether one of a score's needs is unknown in every row, of every run."""
         role, column = want.need(text)
         found = (
@@ -265,7 +267,7 @@ class Columns:
                 return None
             values = self._read(tuple(f or "" for f in prints), column)
             return values if over == "checkpoints" else values[:, -1]
-        found = self.plan.uses.get((role, column, over))
+        found = self.plan.bindings.get((role, column, over))
         return (
             None
             if not found

@@ -22,7 +22,7 @@ from curate.store import DatasetValue
 
 if TYPE_CHECKING:
     from curate.plan.plan import Plan
-    from curate.plan.step import Wanted
+    from curate.plan.step import RequestedScore
     from curate.scores.calibration import Calibration, Run
     from curate.store import Store
     from curate.workflow.score import Columns
@@ -129,7 +129,7 @@ def _runs(store: Store, train: Columns, heldout: Columns | None, group: Group | 
     return [run for run in runs if len(run.accuracy)]
 
 
-def calibrates(wanted: Iterable[Wanted]) -> bool:
+def calibrates(wanted: Iterable[RequestedScore]) -> bool:
     """Whether a score of these gets its τ from held-out accuracies: with them it is outdated."""
     return any(want.params.get("threshold") in AUTO for want in wanted if isinstance(want.params.get("threshold"), str))
 

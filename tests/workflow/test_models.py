@@ -66,7 +66,7 @@ def test_a_series_is_measured_in_step_order_from_the_reference_on(tmp_path, mode
     raw["models"] = {"reference": str(model), "checkpoints": [str(other_model)]}
     (tmp_path / "series.yaml").write_text(yaml.safe_dump(raw))
     result = curate.run(tmp_path / "series.yaml")
-    assert [s.subject.step for s in result.plan.steps if s.reads == "forward"] == [0, 1]
+    assert [s.checkpoint.step for s in result.plan.steps if s.reads == "forward"] == [0, 1]
     assert result.store.sql("SELECT DISTINCT step FROM trajectories ORDER BY 1")["step"].to_list() == [0, 1]
     zero = make_llama(tmp_path / "run" / "checkpoint-0", seed=4)
     with pytest.raises(UsageError, match="run/checkpoint-0 is, with other weights"):
@@ -75,7 +75,7 @@ def test_a_series_is_measured_in_step_order_from_the_reference_on(tmp_path, mode
     with pytest.raises(UsageError, match="confidence is about a training run and needs 1 .* names no checkpoint"):
         curate.run(tmp_path / "series.yaml", set=of_zero)  # the untrained model alone
     alone = curate.run(tmp_path / "series.yaml", set=of_zero | {"scores": ["loss_drop"]})
-    assert [s.subject.step for s in alone.plan.steps if s.reads == "forward"] == [0]
+    assert [s.checkpoint.step for s in alone.plan.steps if s.reads == "forward"] == [0]
 
 
 def test_models_with_tokenizers_of_their_own_are_tokenised_on_their_own(recipe, model, tmp_path):

@@ -106,7 +106,7 @@ def from_model(template: Path, *, generator: str | None = None, agree: float = 0
     def collect(asked: Round) -> tuple[list[Candidate], dict[str, int]]:
         from curate.jobs.collect.generate import generate
         from curate.measurements.grading import grader
-        from curate.models.checkpoints import Subject, find_base, find_model
+        from curate.models.checkpoints import Checkpoint, find_base, find_model
         from curate.passes.loading.adapter_config import is_adapter, tokenizer_folder
         from curate.passes.sampling.open import open_sampler
         from curate.passes.sampling.types import Prompt, Sampling
@@ -120,7 +120,7 @@ def from_model(template: Path, *, generator: str | None = None, agree: float = 0
             found = find_model(generator, loaded.folder)
             model, base = str(found), str(find_base(found, loaded.folder)) if is_adapter(found) else None
         tokenizer = load_tokenizer(tokenizer_folder(model, base))
-        asking = Subject(model, "", base=base)
+        asking = Checkpoint(model, "", base=base)
         answered = limits_for(loaded, [row.row for row in asked.hard], asking)
         written = replace(answered, chat=False)  # a text to be gone on with
 

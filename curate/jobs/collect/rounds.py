@@ -32,7 +32,7 @@ from curate.console import Progress
 from curate.data.sections import open_rows
 from curate.errors import CurateError, UsageError
 from curate.jobs.collect.pick import Candidate
-from curate.models.checkpoints import Subject, find_checkpoints
+from curate.models.checkpoints import Checkpoint, find_checkpoints
 from curate.models.fingerprints import FingerprintCache
 from curate.recipe.load import Loaded, load_recipe
 from curate.recipe.schema import Source
@@ -57,7 +57,7 @@ class Round:
     number: int
     hard: list[Candidate]
     known: list[Example]
-    checkpoint: Subject
+    checkpoint: Checkpoint
     loaded: Loaded
     take: int
     seed: int

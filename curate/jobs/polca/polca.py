@@ -22,9 +22,9 @@ from curate.console import Progress, cell, counted, table
 from curate.errors import UsageError
 from curate.jobs.polca.clusters import Cluster, find_clusters
 from curate.jobs.polca.decomposition import Decomposition, Integrator, Way, checkpoint_losses
-from curate.models.checkpoints import Subject
+from curate.models.checkpoints import Checkpoint
 from curate.models.fingerprints import FingerprintCache
-from curate.plan.roles import find_subjects
+from curate.plan.roles import find_roles
 from curate.recipe.load import Loaded, load_recipe
 from curate.rows import Row, content_id
 from curate.store import Store
@@ -162,13 +162,15 @@ def audit(
         row_ids = kept.row_ids_of(sources["train"], kind="sft", role="train")
         rows = list(kept.iter_rows(row_ids))
         cache = FingerprintCache(kept.folder / "weights.json")
-        listed = find_subjects(loaded, cache)
-        subjects = list(listed.series)
-        if len(subjects) < 2:
+        listed = find_roles(loaded, cache)
+        checkpoints = list(listed.series)
+        if len(checkpoints) < 2:
             raise UsageError(
-                f"{loaded.path or 'recipe'}: POLCA needs the weights of two checkpoints or more, found {len(subjects)} in `models`."
+                f"{loaded.path or 'recipe'}: POLCA needs the weights of two checkpoints or more, found {len(checkpoints)} in `models`."
             )
-        decomposition, way, notes, folder = _measured(loaded, kept, row_ids, rows, subjects, cache, tolerance, progress)
+        decomposition, way, notes, folder = _measured(
+            loaded, kept, row_ids, rows, checkpoints, cache, tolerance, progress
+        )
     if not len(decomposition.rows):
         raise UsageError(
             f"{loaded.path or 'recipe'}: none of the {len(rows):,} rows has a completion that could be measured."
@@ -176,7 +178,7 @@ def audit(
     notes = [*(f"Left out: {text}" for text in listed.skipped), *notes]
     least = smallest or max(5, round(0.02 * len(decomposition.rows)))
     texts = [_text(row) for row in rows]
-    labels = [s.checkpoint or s.label for s in subjects]
+    labels = [s.checkpoint or s.label for s in checkpoints]
     return Audit(decomposition, row_ids, texts, labels, find_all(decomposition, least), least, way, notes, folder)
 
 
@@ -219,7 +221,7 @@ def _measured(
     store: Store,
     row_ids: list[str],
     rows: list[Row | None],
-    subjects: list[Subject],
+    checkpoints: list[Checkpoint],
     cache: FingerprintCache,
     tolerance: float,
     progress: Progress,
@@ -230,25 +232,25 @@ def _measured(
     from curate.plan.rendering import Renderings
 
     engine, limits = loaded.recipe.engine, loaded.recipe.tokens
-    rendering = Renderings(loaded, cache, {row.style for row in rows if row is not None}, store).of(subjects[-1])
+    rendering = Renderings(loaded, cache, {row.style for row in rows if row is not None}, store).of(checkpoints[-1])
     rendered = rendering.params(MEASUREMENTS["likelihood"])
     dtype = "float32" if engine.dtype == "auto" else engine.dtype
     key = content_id(
         "polca",
         VERSION,
         row_ids,
-        [s.fingerprint for s in subjects],
-        cache.tokenizer(Path(subjects[-1].tokenizer)),
+        [s.fingerprint for s in checkpoints],
+        cache.tokenizer(Path(checkpoints[-1].tokenizer)),
         limits.model_dump(exclude={"chat"}) | rendered,
         engine_identity(dtype=dtype, device=engine.device),
         tolerance,
     )
     folder = store.folder / "polca" / key
-    files = [folder / f"segment-{t:03d}.npz" for t in range(len(subjects) - 1)]
+    files = [folder / f"segment-{t:03d}.npz" for t in range(len(checkpoints) - 1)]
     about = folder / "about.json"
     if not all(file.is_file() for file in (about, folder / "losses.npz", *files)):
         folder.mkdir(parents=True, exist_ok=True)
-        _measure(loaded, rendering.chat, row_ids, rows, subjects, folder, files, dtype, tolerance, progress)
+        _measure(loaded, rendering.chat, row_ids, rows, checkpoints, folder, files, dtype, tolerance, progress)
     known = json.loads(about.read_text())
     parts = np.stack([np.load(file)["parts"] for file in files], axis=1)
     notes = list(known["notes"])
@@ -265,7 +267,7 @@ def _measure(
     chat: bool,
     row_ids: list[str],
     rows: list[Row | None],
-    subjects: list[Subject],
+    checkpoints: list[Checkpoint],
     folder: Path,
     files: list[Path],
     dtype: str,
@@ -279,11 +281,11 @@ def _measure(
     from curate.passes.tokens import Encoded, Limits, encode, load_tokenizer
 
     engine = loaded.recipe.engine
-    tokenizer = load_tokenizer(subjects[-1].tokenizer)
+    tokenizer = load_tokenizer(checkpoints[-1].tokenizer)
     limits = Limits(loaded.recipe.tokens.max_length, loaded.recipe.tokens.truncation, chat)
     nothing = Encoded(np.zeros(0, np.int32), 0, problem="no text")
     encoded: list[Any] = [nothing if row is None else encode(row, tokenizer, limits) for row in rows]
-    with load_model(subjects[0].path, base=subjects[0].base, dtype=dtype, device=engine.device) as model:
+    with load_model(checkpoints[0].path, base=checkpoints[0].base, dtype=dtype, device=engine.device) as model:
         reason = why_not_gradients(model)
         way: Way = "gradients" if reason is None else "forwards"
         notes = [] if reason is None else [f"By differences of forward passes: {reason}"]
@@ -292,14 +294,14 @@ def _measure(
             notes.append(
                 f"{unmeasured:,} of {len(rows):,} rows cannot be measured (no completion, or too long) and are left out."
             )
-        segments = Segments(model, [s.path for s in subjects])
+        segments = Segments(model, [s.path for s in checkpoints])
         losses = checkpoint_losses(segments, encoded, token_budget=engine.token_budget)
         _save(folder / "losses.npz", losses=losses)
         about = {
             "way": way,
             "notes": notes,
             "share": segments.share.tolist(),
-            "checkpoints": [s.label for s in subjects],
+            "checkpoints": [s.label for s in checkpoints],
             "row_ids": row_ids,
         }
         _write(folder / "about.json", json.dumps(about).encode())

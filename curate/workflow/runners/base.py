@@ -16,7 +16,7 @@ from curate.rows import Row
 from curate.workflow.encodings import Encodings
 
 if TYPE_CHECKING:
-    from curate.models.checkpoints import Subject
+    from curate.models.checkpoints import Checkpoint
     from curate.plan.step import Task
     from curate.recipe.load import Loaded
 
@@ -29,7 +29,7 @@ class Runner:
 
     reads = ""
     extra_columns: tuple[str, ...] = ()
-    subjects: Sequence[Subject] = ()  # all that are to come
+    checkpoints: Sequence[Checkpoint] = ()  # all that are to come
     tasks: Sequence[Task] = ()  # what the rows of the next run() miss
     chat = False  # whether rows of plain text are rendered as messages
     embeddings: int | None = None  # rows of the embedding table
@@ -42,11 +42,11 @@ class Runner:
         self._tokenizer_id = ""
 
     def use(self, step: Step) -> None:
-        """Get ready for a step's subject."""
+        """Get ready for a step's checkpoint."""
         self.tokenizer = self._tokenizer(step)
         self.chat = bool(step.tasks[0].measured.params.get("chat"))  # as its values are known
         counts_only = self.tokenizer is None or step.reads == "tokens"  # no model of ours is run on the ids
-        self.embeddings = None if counts_only else embedding_rows(step.subject)
+        self.embeddings = None if counts_only else embedding_rows(step.checkpoint)
 
     def run(
         self, rows: list[Row], row_ids: Sequence[str], measurements: list[Any]
@@ -62,13 +62,13 @@ class Runner:
     def _tokenizer(self, step: Step) -> Any:
         from curate.passes.tokens import load_tokenizer
 
-        if not Path(step.subject.home).is_dir():
+        if not Path(step.checkpoint.home).is_dir():
             return None
         self._tokenizer_id = str(
             step.tasks[0].measured.params["tokenizer"]
         )  # checkpoints have the same one, most often
         if self._tokenizer_id not in self._tokenizers:
-            self._tokenizers = {self._tokenizer_id: load_tokenizer(step.subject.tokenizer)}
+            self._tokenizers = {self._tokenizer_id: load_tokenizer(step.checkpoint.tokenizer)}
         return self._tokenizers[self._tokenizer_id]
 
     def _limits(self) -> Any:

@@ -21,7 +21,7 @@ import numpy as np
 
 from curate.console import Progress
 from curate.errors import ModelError
-from curate.models.checkpoints import Subject
+from curate.models.checkpoints import Checkpoint
 from curate.rows import Row
 from curate.workflow.runners.forward import ForwardRunner
 from curate.workflow.runners.mean_gradients import MeanGradients
@@ -41,7 +41,7 @@ CHECKED = 64  # rows among which those are that ε is checked on
 
 
 class DirectionRunner(ForwardRunner):
-    """One float32 model for all subjects, moved along each direction and put back."""
+    """One float32 model for all checkpoints, moved along each direction and put back."""
 
     reads = "direction"
     dtype = "float32"
@@ -59,12 +59,12 @@ class DirectionRunner(ForwardRunner):
     def use(self, step: Step) -> None:
         self.step = step
         missing = {task.fingerprint: task for _, _, tasks in step.blocks for task in tasks}
-        subject = step.subject
-        if subject.start and not Path(subject.path).is_dir():
-            self._warm_up(step, subject)
+        checkpoint = step.checkpoint
+        if checkpoint.start and not Path(checkpoint.path).is_dir():
+            self._warm_up(step, checkpoint)
         adam = any(_about(task).step == "adam" for task in missing.values())
-        for optimizer in [self.directions.optimizer(subject)] if adam else []:
-            if isinstance(optimizer, Subject) and not Path(optimizer.path).is_dir():
+        for optimizer in [self.directions.optimizer(checkpoint)] if adam else []:
+            if isinstance(optimizer, Checkpoint) and not Path(optimizer.path).is_dir():
                 self._warm_up(step, optimizer)
         self.cosines.clear()  # before another model comes into memory
         super().use(step)
@@ -125,7 +125,7 @@ class DirectionRunner(ForwardRunner):
             self.said.append(
                 f"Along directions the model runs in {self.dtype}, not {asked}: a difference of two {asked} numbers is noise."
             )
-        series = self.plan.subjects.series
+        series = self.plan.roles.series
         targets = any(
             "target." in task.measurement.direction.of for task in self.step.tasks if task.measurement.direction
         )
@@ -145,10 +145,10 @@ class DirectionRunner(ForwardRunner):
 
     def _reference(self, row_ids: Sequence[str]) -> np.ndarray | None:
         """(rows, 2) the reference's log-probabilities of both responses, None where the model is the reference."""
-        if not self.directions.has_margins(self.step.subject):
+        if not self.directions.has_margins(self.step.checkpoint):
             return None
         names = ["chosen_logp", "rejected_logp"]
-        found = self.store.columns(self.plan.uses["", "chosen_logp", None][0], names, row_ids)
+        found = self.store.columns(self.plan.bindings["", "chosen_logp", None][0], names, row_ids)
         return np.stack([found[name] for name in names], 1)
 
     # ---- making directions --------------------------------------------------------------------------------------------------------------
@@ -179,7 +179,7 @@ class DirectionRunner(ForwardRunner):
         if direction.step != "sgd":
             save_vector(v, kept)
             v = load_vector(kept)  # from the disk as it is used: several directions need not fit into memory together
-        written = {"name": task.measurement.name, "model": self.step.subject.label} | (
+        written = {"name": task.measurement.name, "model": self.step.checkpoint.label} | (
             {"epsilon": None}
             if found is None
             else {"epsilon": found.value, "error": found.error, "spearman": found.rank, "rows": found.rows}
@@ -202,7 +202,7 @@ class DirectionRunner(ForwardRunner):
         from curate.passes.gradients.mean import load_vector
         from curate.plan.directions import MOMENTS
 
-        found = self.directions.optimizer(self.step.subject)
+        found = self.directions.optimizer(self.step.checkpoint)
         if isinstance(found, Path):
             return second_moments(found, self.model.module)
         return load_vector(Path(found.path) / MOMENTS)
@@ -228,15 +228,15 @@ class DirectionRunner(ForwardRunner):
             )
         return found
 
-    def _warm_up(self, step: Step, subject: Subject) -> None:
-        """Train the reference for a few steps; its weights and Adam's second moments into the subject's folder, whole or not at all."""
+    def _warm_up(self, step: Step, checkpoint: Checkpoint) -> None:
+        """Train the reference for a few steps; its weights and Adam's second moments into the checkpoint's folder, whole or not at all."""
         from curate.passes.gradients.mean import save_vector
         from curate.passes.gradients.warmup import WarmUp, warm_up
         from curate.passes.loading.weights import quiet
         from curate.plan.directions import MOMENTS
 
         forecast, start = self.recipe.forecast, self.directions.start
-        super().use(replace(step, subject=start))
+        super().use(replace(step, checkpoint=start))
         settings = WarmUp(
             forecast.warmup_steps, forecast.warmup_rows, forecast.learning_rate, forecast.beta, self.recipe.engine.seed
         )
@@ -247,7 +247,7 @@ class DirectionRunner(ForwardRunner):
             moments = warm_up(
                 self.model, self._encode(rows), settings, token_budget=self.recipe.engine.token_budget, count=count
             )
-        folder = Path(subject.path)
+        folder = Path(checkpoint.path)
         unfinished = folder.with_name(f".{folder.name}.{os.getpid()}")
         shutil.rmtree(unfinished, ignore_errors=True)
         try:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class ForwardRunner(Runner):
-    """One torch model for all subjects, weights swapped in place; every measurement is read off the same forward pass."""
+    """One torch model for all checkpoints, weights swapped in place; every measurement is read off the same forward pass."""
 
     reads = "forward"
     dtype: str | None = None  # None: the engine's
@@ -36,13 +36,13 @@ class ForwardRunner(Runner):
         super().use(step)
         if self.model is not None:
             try:
-                self.model.use(step.subject.path, base=step.subject.base)
+                self.model.use(step.checkpoint.path, base=step.checkpoint.base)
                 return
             except ModelError:  # another architecture: its own model
                 self.close()
-        engine, subject = self.recipe.engine, step.subject
+        engine, checkpoint = self.recipe.engine, step.checkpoint
         dtype = self.dtype or engine.dtype
-        self.model = load_model(subject.path, base=subject.base, dtype=dtype, device=engine.device)
+        self.model = load_model(checkpoint.path, base=checkpoint.base, dtype=dtype, device=engine.device)
 
     def run(
         self, rows: list[Row], row_ids: Sequence[str], measurements: list[Any]

@@ -27,7 +27,7 @@ CHUNK = 4096  # rows encoded at a time
 
 
 class MeanGradients:
-    """Those of one recipe, at the model and the step's subject that `at` was told last.
+    """Those of one recipe, at the model and the step's checkpoint that `at` was told last.
 
     encode: of rows. reference: row ids -> (rows, 2) log-probabilities that margins are against, None where the model is the reference.
     """
@@ -65,7 +65,7 @@ class MeanGradients:
         """Where they are; what is not there is made."""
         from curate.passes.gradients.mean import save_vector
 
-        files = {of: self.directions.file(self.directions.gradient_id(of, self.step.subject)) for of in every}
+        files = {of: self.directions.file(self.directions.gradient_id(of, self.step.checkpoint)) for of in every}
         missing = [of for of, file in files.items() if not file.is_file()]
         if missing:
             title = (
@@ -99,14 +99,14 @@ class MeanGradients:
             tokens += forward.tokens_to_run(encoded) * (1 if of == "head" else 3)
         if not n:
             raise UsageError(
-                f"None of the rows of {self.named(of)} can be measured with {self.step.subject.label}; `curate validate` says more."
+                f"None of the rows of {self.named(of)} can be measured with {self.step.checkpoint.label}; `curate validate` says more."
             )
         self.directions.store.log_throughput(self.step.key, tokens, time.perf_counter() - started)
         if not all(bool(x.isfinite().all()) for x in total.values()):
             raise ModelError(
-                f"The gradient of {self.named(of)} at {self.step.subject.label} is not finite: some row's log-probability "
+                f"The gradient of {self.named(of)} at {self.step.checkpoint.label} is not finite: some row's log-probability "
                 "is not, here or under the reference."
-                + (" Did the warm-up diverge? Lower `forecast.learning_rate`." if self.step.subject.start else "")
+                + (" Did the warm-up diverge? Lower `forecast.learning_rate`." if self.step.checkpoint.start else "")
             )
         return {name: x.div_(n) for name, x in total.items()}
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class SampleRunner(Runner):
-    """One sampling engine for all subjects that it takes, started when an answer has to be drawn; answers are graded as they come.
+    """One sampling engine for all checkpoints that it takes, started when an answer has to be drawn; answers are graded as they come.
 
     store: where answers of earlier runs are kept (curate/plan/answers.py); None: all are drawn.
     """
@@ -56,10 +56,10 @@ class SampleRunner(Runner):
         return few_shot_text(self.loaded)
 
     def use(self, step: Step) -> None:
-        self.step, self.label = step, step.subject.label
+        self.step, self.label = step, step.checkpoint.label
 
     def _start(self) -> None:
-        """The engine with the weights of the step's subject: nothing is started, and no tokenizer read, for answers that are kept."""
+        """The engine with the weights of the step's checkpoint: nothing is started, and no tokenizer read, for answers that are kept."""
         if self.step is None:
             return
         started = time.perf_counter()
@@ -72,15 +72,15 @@ class SampleRunner(Runner):
         from curate.passes.sampling.open import open_sampler
 
         super().use(step)
-        engine, base = self.recipe.engine, step.subject.base
-        model = step.subject.path if self.tokenizer is not None else None
+        engine, base = self.recipe.engine, step.checkpoint.base
+        model = step.checkpoint.path if self.tokenizer is not None else None
         name, why = choose_sampler(engine.sampler, model, base=base, device=engine.device)
         if self.sampler is not None and self.sampler.name == name:
-            self.sampler.use(step.subject.path, base=base)
+            self.sampler.use(step.checkpoint.path, base=base)
             return
         self.close()  # an engine that does not take these weights: the plan knows them under the other's name
         self.progress.say(why[:1].upper() + why[1:])
-        alike = [s for s in self.subjects if s.base is not None and s.base == (base or model)]
+        alike = [s for s in self.checkpoints if s.base is not None and s.base == (base or model)]
         found = [(s.path, choose_sampler(engine.sampler, s.path, base=s.base, device=engine.device)[0]) for s in alike]
         self.sampler = open_sampler(
             name,

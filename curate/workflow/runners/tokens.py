@@ -32,7 +32,7 @@ class TokensRunner(Runner):
 
     def use(self, step: Step) -> None:
         super().use(step)
-        self.name = step.subject.label
+        self.name = step.checkpoint.label
 
     def run(
         self, rows: list[Row], row_ids: Sequence[str], measurements: list[Any]
