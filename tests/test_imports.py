@@ -177,6 +177,11 @@ def test_the_house_has_these_rooms():
     """`ls curate` reads as the line; a new room is a decision, taken here and in CONTRIBUTING.md."""
     found = {p.stem for p in (REPOSITORY / "curate").iterdir() if p.suffix == ".py" or (p / "__init__.py").is_file()}
     assert found - {"__init__", "__main__"} == set(FLOORS)
+    tree = (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    places = [
+        tree.find(f"| `{room}.py` |") + tree.find(f"| `{room}/` |") for room in FLOORS
+    ]  # one of the two is not there: -1
+    assert -2 not in places and places == sorted(places)
 
 
 def test_nobody_imports_a_higher_room():
