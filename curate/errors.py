@@ -5,7 +5,9 @@ Every message says what was wanted, what was found (file, row, column), and the 
 
 from __future__ import annotations
 
+import difflib
 import errno
+from collections.abc import Callable, Iterable
 
 
 class CurateError(Exception):
@@ -80,3 +82,28 @@ def disk_trouble(error: BaseException | None) -> StoreError | None:
             return StoreError(f"{f'{file}: ' if file else ''}{LIMITS[number]}")
         error = error.__cause__ or error.__context__
     return None
+
+
+def nearest(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str | None:
+    """Of the known names the one that was probably meant; None where none is like it. cutoff: how alike, from 0 to 1."""
+    found = difflib.get_close_matches(name, list(known), 1, cutoff)
+    return found[0] if found else None
+
+
+def did_you_mean(
+    name: str,
+    known: Iterable[str],
+    otherwise: str = "",
+    *,
+    cutoff: float = 0.6,
+    show: Callable[[str], str] = repr,
+    sentence: bool = False,
+    before: str = "",
+    after: str = "",
+) -> str:
+    """ "did you mean 'near'?", or `otherwise` where no known name is near. show: how a name is written. sentence: whether it begins one.
+
+    before, after: what joins the question to its message, such as a space; not joined to `otherwise`.
+    """
+    near = nearest(name, known, cutoff=cutoff)
+    return otherwise if near is None else f"{before}{'D' if sentence else 'd'}id you mean {show(near)}?{after}"

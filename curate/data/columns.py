@@ -6,13 +6,12 @@ A column named plainly is used up; columns of a template stay among the user's o
 
 from __future__ import annotations
 
-import difflib
 import string
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from curate.data.formats import KNOWN_COLUMNS
-from curate.errors import UsageError, ValidationError
+from curate.errors import UsageError, ValidationError, did_you_mean
 
 
 class Columns:
@@ -23,8 +22,7 @@ class Columns:
         self.templates: dict[str, tuple[str, tuple[str, ...]]] = {}  # ours -> (template, fields)
         for ours, theirs in (mapping or {}).items():
             if ours not in KNOWN_COLUMNS:
-                near = difflib.get_close_matches(ours, KNOWN_COLUMNS, n=1)
-                hint = f" Did you mean '{near[0]}'?" if near else ""
+                hint = did_you_mean(ours, KNOWN_COLUMNS, sentence=True, before=" ")
                 raise UsageError(
                     f"source.columns.{ours}: not a column that a format knows: {', '.join(KNOWN_COLUMNS)}.{hint}"
                 )
@@ -53,8 +51,7 @@ class Columns:
         ]
         for theirs, ours in wanted:
             if theirs not in present:
-                near = difflib.get_close_matches(theirs, present, n=1)
-                hint = f" Did you mean '{near[0]}'?" if near else ""
+                hint = did_you_mean(theirs, present, sentence=True, before=" ")
                 raise UsageError(
                     f"source.columns.{ours}: {source} has no column '{theirs}', it has {', '.join(present)}.{hint}"
                 )

@@ -19,7 +19,7 @@ from curate.data.layout import PREFERENCE, Layout
 from curate.data.records import Defect, Problem, Record, SourceInfo, bad_rows_error, row_in_file
 from curate.data.sources import Source, find_sources
 from curate.data.texts import has_binary, holds, jsonable, unpacked, unread_keys
-from curate.errors import CurateError, UsageError, ValidationError
+from curate.errors import CurateError, UsageError, ValidationError, did_you_mean
 from curate.rows import Row
 
 Kind = Literal["preference", "sft"]
@@ -182,10 +182,7 @@ def read(
     """
     try:
         if format != "auto" and format not in FORMATS:
-            import difflib
-
-            near = difflib.get_close_matches(format, FORMATS, n=1)
-            hint = f" Did you mean '{near[0]}'?" if near else ""
+            hint = did_you_mean(format, FORMATS, sentence=True, before=" ")
             raise UsageError(f"source.format: '{format}' is not a format: auto, {', '.join(FORMATS)}.{hint}")
         return Reading(
             find_sources(path, split=split, revision=revision, base=base), kind=kind, format=format, columns=columns

@@ -12,7 +12,6 @@ A path is looked for beside `base` (the recipe's folder) where it is relative.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import glob
 import hashlib
 import itertools
@@ -28,7 +27,7 @@ from curate.data.by_column import turned_lists
 from curate.data.files import FILE_TYPES, RawRow, file_type, rows_of_file
 from curate.data.hub import HUB, find_on_hub, first_line, hub_parts, hub_rows, streamed
 from curate.data.labels import class_names, with_names
-from curate.errors import UsageError, ValidationError
+from curate.errors import UsageError, ValidationError, nearest
 
 WHOLE = 64 << 20  # files up to this size are hashed whole; larger ones by size, time and both ends
 END = 1 << 20
@@ -193,7 +192,12 @@ def expand(text: str, *, split: str, revision: str | None, base: Path) -> Iterat
             )
         for name in files:
             yield checked(Source(Path(name).as_posix(), base / name, split, revision))
-    elif HUB.fullmatch(text) and not file_type(text) and not nearest(here) and not (base / text.split("/")[0]).is_dir():
+    elif (
+        HUB.fullmatch(text)
+        and not file_type(text)
+        and not nearest_beside(here)
+        and not (base / text.split("/")[0]).is_dir()
+    ):
         close = nearest_below(base, Path(text).name)
         hint = (
             f" Did you mean {close}?"
@@ -202,7 +206,7 @@ def expand(text: str, *, split: str, revision: str | None, base: Path) -> Iterat
         )
         yield Source(text, None, split, revision, find_on_hub(text, revision, hint))
     else:
-        close = nearest(here)
+        close = nearest_beside(here)
         meant = f" Did you mean '{(Path(text).parent / close).as_posix()}'?" if close else ""
         raise ValidationError(f"{text}: there is no such file or folder{looked_in(base)}.{meant}")
 
@@ -247,14 +251,14 @@ def looked_in(base: Path) -> str:
     return "" if base == Path() else f" beside the recipe (in {base})"
 
 
-def nearest(path: Path) -> str | None:
+def nearest_beside(path: Path) -> str | None:
     """The name in the same folder that is spelled most alike."""
     try:
         names = [entry.name for entry in path.parent.iterdir()]
     except OSError:
         return None
     without_suffix = [name for name in names if name.split(".")[0] == path.name.split(".")[0]]
-    return next(iter([*difflib.get_close_matches(path.name, names, n=1, cutoff=0.7), *without_suffix]), None)
+    return nearest(path.name, names, cutoff=0.7) or next(iter(without_suffix), None)
 
 
 def nearest_below(base: Path, name: str) -> str | None:
@@ -264,8 +268,8 @@ def nearest_below(base: Path, name: str) -> str | None:
         for entry in itertools.islice(itertools.chain(base.glob("*"), base.glob("*/*")), 2000):
             if file_type(entry) or entry.is_dir():
                 found[entry.name.split(".")[0]] = "./" + entry.relative_to(base).as_posix()
-    close = difflib.get_close_matches(name.split(".")[0], found, n=1, cutoff=0.75)
-    return found[close[0]] if close else None
+    close = nearest(name.split(".")[0], found, cutoff=0.75)
+    return None if close is None else found[close]
 
 
 def check_type(source: Source) -> Source:

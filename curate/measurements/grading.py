@@ -16,7 +16,6 @@ it unknown (`readable`). docs/grading.md says more.
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import itertools
 import json
@@ -30,7 +29,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from curate.errors import UsageError
+from curate.errors import UsageError, did_you_mean
 from curate.measurements.grading_choice import Choice
 from curate.measurements.grading_hedged import OTHER_LETTER, hedged, in_doubt, is_revised, last_is_hedged
 from curate.measurements.grading_values import MARKUP, last_value, only_value, plain, values, whole_value
@@ -149,8 +148,7 @@ def _made(spec: str | Mapping[str, Any], folder: str | Path | None) -> Grader:
     if ":" in name:
         return _of_your_own(name, settings, folder)
     if name not in _MAKERS:
-        near = difflib.get_close_matches(name, _MAKERS, 1, 0.5)
-        hint = f"did you mean {near[0]!r}? " if near else ""
+        hint = did_you_mean(name, _MAKERS, cutoff=0.5, after=" ")
         raise UsageError(
             f"there is no grader {name!r}; {hint}there are {', '.join(_MAKERS)}, and package.module:function."
         )
@@ -162,8 +160,7 @@ def _made(spec: str | Mapping[str, Any], folder: str | Path | None) -> Grader:
     allowed = inspect.signature(maker).parameters
     for key in settings:
         if key not in allowed:
-            near = difflib.get_close_matches(str(key), allowed, 1, 0.5)
-            hint = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(allowed) or 'none'}."
+            hint = did_you_mean(str(key), allowed, f"it takes {', '.join(allowed) or 'none'}.", cutoff=0.5)
             raise UsageError(f"grader {name}: there is no setting {key!r}; {hint}")
         if isinstance(allowed[key].default, bool) and not isinstance(settings[key], bool):
             raise UsageError(f"grader {name}: {key} is {settings[key]!r}, expected true or false.")

@@ -6,7 +6,6 @@ write them (`checkpoint-400`), or revisions of a hub repository; their step is t
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import re
@@ -14,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from curate.errors import BrokenCheckpoint, ModelError, OtherLayout
+from curate.errors import BrokenCheckpoint, ModelError, OtherLayout, did_you_mean
 from curate.models.fingerprints import FingerprintCache, weights_fingerprint
 from curate.models.layouts import check_folder, no_folder, training_state
 from curate.models.naming import natural, step_in_name
@@ -90,8 +89,9 @@ def find_model(name: str, folder: Path) -> Path:
     if above:
         raise ModelError(f"{name}: {path.parent}: {above}")
     names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, names, 1)
-    hint = f" Did you mean {Path(name).with_name(near[0]).as_posix()}?" if near else ""
+    hint = did_you_mean(
+        path.name, names, sentence=True, before=" ", show=lambda near: Path(name).with_name(near).as_posix()
+    )
     raise ModelError(
         f"{name}: no such model folder (looked beside the recipe), and not a hub id like `owner/name` or `owner/name@revision` "
         f"that can be fetched.{hint}"

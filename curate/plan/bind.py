@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import TYPE_CHECKING
 
-from curate.errors import UsageError
+from curate.errors import UsageError, did_you_mean
 from curate.plan.recorded import PREFIX, recorded_runs
 
 if TYPE_CHECKING:
@@ -66,11 +65,10 @@ class Binder:
         if measurement is None:
             if optional:
                 return None
-            near = difflib.get_close_matches(
-                column, [c for m in MEASUREMENTS.values() for c in m.columns if m.kind in (kind, "any")], 1
-            )
+            known = [c for m in MEASUREMENTS.values() for c in m.columns if m.kind in (kind, "any")]
             raise UsageError(
-                f"A score needs the column {column}, which nothing measures on {kind} rows{f'; did you mean {near[0]}?' if near else '.'}"
+                f"A score needs the column {column}, which nothing measures on {kind} rows"
+                + did_you_mean(column, known, ".", before="; ", show=str)
             )
         measurement = self.directions.targets.in_groups(measurement)
         if measurement.perturbed and self.recipe.sampling.perturb is None:

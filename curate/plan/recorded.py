@@ -7,11 +7,10 @@ A recorded value's fingerprint covers the run, the step, the recorder's version,
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from curate.errors import UsageError
+from curate.errors import UsageError, did_you_mean
 from curate.rows import content_id
 
 if TYPE_CHECKING:
@@ -50,8 +49,7 @@ def run_meant(loaded: Loaded, store: Store) -> str | None:
                     f"models.checkpoints is {asked}: a recording has its own step 0, so leave models.reference and models.policy out."
                 )
             return name
-        near = difflib.get_close_matches(name, runs, 1)
-        known = f"did you mean {PREFIX}{near[0]}?" if near else f"there are: {', '.join(runs) or 'none'}."
+        known = did_you_mean(name, runs, f"there are: {', '.join(runs) or 'none'}.", show=lambda run: f"{PREFIX}{run}")
         raise UsageError(f"models.checkpoints is {asked}, but {store.folder} holds no such recording; {known}")
     if models.reference or models.policy or models.checkpoints or not runs or store.measured(reads="import"):
         return None

@@ -5,7 +5,6 @@ A target's mean gradient is named target.NAME, that of one of its groups target.
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import re
 from dataclasses import replace
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from curate.console import cell
 from curate.data.sections import open_rows
-from curate.errors import UsageError
+from curate.errors import UsageError, did_you_mean
 from curate.plan.kept import Kept
 from curate.rows import Row, content_id
 
@@ -48,8 +47,7 @@ class Targets:
         targets = self.loaded.recipe.targets
         if name in targets:
             return targets[name]
-        near = difflib.get_close_matches(name, targets, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(targets) or 'none'}."
+        hint = did_you_mean(name, targets, f"there are: {', '.join(targets) or 'none'}.")
         raise UsageError(
             f"{self.loaded.path or 'recipe'}: influence on {name!r}: the recipe's `targets` name no such rows; {hint} "
             f"`targets: {{{name}: {{path: …, of: chosen}}}}` adds them."
@@ -144,12 +142,9 @@ def _value(record: Record, per: str, where: str) -> str:
 
     value = record.columns.get(per)
     if value is None or not re.search(r"\w", str(value)):
-        near = difflib.get_close_matches(per, record.columns, 1) if per not in record.columns else []
-        found = (
-            f"found {cell(value)}"
-            if per in record.columns
-            else f"found none{f'; did you mean {near[0]!r}?' if near else ''}"
-        )
+        found = f"found {cell(value)}"
+        if per not in record.columns:
+            found = "found none" + did_you_mean(per, record.columns, before="; ")
         raise UsageError(
             f"{record.source}, {row_in_file(record.index, record.line)}: {where}.per: wanted a group's name in the column {per!r}, {found}"
         )

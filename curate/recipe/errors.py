@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
+
+from curate.errors import did_you_mean
 
 
 def lines_of(node: Any, path: tuple[Any, ...] = ()) -> dict[tuple[Any, ...], int]:
@@ -54,9 +55,8 @@ def _line(
     where = f"{file}, line {line}" if line else file
     if first["type"] == "extra_forbidden":
         allowed = _fields(recipe, path[:-1])
-        near = difflib.get_close_matches(str(path[-1]), allowed, 1, 0.5)
         under = f" under {'.'.join(map(str, path[:-1]))!r}" if path[:-1] else ""
-        hint = f"did you mean {near[0]!r}?" if near else f"allowed{under}: {', '.join(allowed)}."
+        hint = did_you_mean(str(path[-1]), allowed, f"allowed{under}: {', '.join(allowed)}.", cutoff=0.5)
         return f"{where}: {key!r} is not a key of a recipe; {hint}"
     if first["type"] == "missing":
         return f"{where}: {key!r} is missing."

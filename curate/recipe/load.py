@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from curate.errors import UsageError
+from curate.errors import UsageError, did_you_mean
 from curate.recipe.errors import explained, found, lines_of
 from curate.recipe.schema import Recipe
 from curate.recipe.yaml import as_written, is_text_wanted, overriding, read_yaml
@@ -57,13 +56,12 @@ def load_recipe(
         try:
             text = file.read_text(encoding="utf-8")
         except OSError as error:
-            near = difflib.get_close_matches(
-                file.name, [p.name for p in file.parent.glob("*.y*ml")] if file.parent.is_dir() else [], 1
-            )
-            hint = (
-                f"Did you mean {file.with_name(near[0])}?"
-                if near
-                else "Start one with `curate init preference recipe.yaml`."
+            hint = did_you_mean(
+                file.name,
+                [p.name for p in file.parent.glob("*.y*ml")] if file.parent.is_dir() else [],
+                "Start one with `curate init preference recipe.yaml`.",
+                sentence=True,
+                show=lambda near: str(file.with_name(near)),
             )
             raise UsageError(f"{path}: cannot read this recipe ({error.strerror}). {hint}") from None
         except UnicodeDecodeError as error:

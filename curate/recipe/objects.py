@@ -6,7 +6,6 @@ folder and the current one (a console command's own path has neither).
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import importlib
 import inspect
@@ -15,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from curate.errors import UsageError
+from curate.errors import UsageError, did_you_mean
 
 
 def load_object(spec: str, *, what: str, folder: str | Path | None = None) -> Any:
@@ -31,8 +30,7 @@ def load_object(spec: str, *, what: str, folder: str | Path | None = None) -> An
     found: Any = module
     for part in attribute.split("."):
         if not hasattr(found, part):
-            near = difflib.get_close_matches(part, [n for n in dir(found) if not n.startswith("__")], 1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
+            hint = did_you_mean(part, [n for n in dir(found) if not n.startswith("__")], sentence=True, before=" ")
             raise UsageError(f"{what} {spec!r}: module {module_name!r} ({_where(module)}) has no {part!r}.{hint}")
         found = getattr(found, part)
     return found

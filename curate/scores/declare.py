@@ -14,7 +14,6 @@ A need is a column's name, or a role and a column: "policy.chosen_logp" is the p
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import types
 import typing
@@ -22,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from curate.errors import UsageError
+from curate.errors import UsageError, did_you_mean
 from curate.recipe.objects import load_object
 from curate.scores.declared import Array, DatasetValue, Kind, Over, Score, Worst
 from curate.scores.parameters import Parameter
@@ -108,8 +107,7 @@ def resolve(name: str, *, folder: str | Path | None = None) -> Score:
         return found
     if name in SCORES:
         return SCORES[name]
-    near = difflib.get_close_matches(name, SCORES, 1, 0.5)
-    hint = f"did you mean {near[0]!r}? " if near else ""
+    hint = did_you_mean(name, SCORES, cutoff=0.5, after=" ")
     raise UsageError(
         f"there is no score {name!r}; {hint}`curate scores` lists all; one of your own is named `package.module:object`."
     )

@@ -5,7 +5,6 @@ numpy float64 in, (rows,) float64 out, NaN for what is unknown. The decorators t
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -14,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from curate.errors import UsageError
+from curate.errors import UsageError, did_you_mean
 from curate.scores.parameters import Parameter, checked
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -122,9 +121,8 @@ class Columns:
         """
         for key in params:
             if key not in self.parameters:
-                near = difflib.get_close_matches(str(key), self.parameters, 1, 0.5)
                 takes = f"it takes {', '.join(self.parameters)}" if self.parameters else "it takes none"
-                hint = f"did you mean {near[0]!r}?" if near else f"{takes}."
+                hint = did_you_mean(str(key), self.parameters, f"{takes}.", cutoff=0.5)
                 raise UsageError(
                     f"{self.what} {self.name}: there is no parameter {str(key)!r}; {hint} `curate scores` lists them."
                 )

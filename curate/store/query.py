@@ -12,7 +12,7 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 
-from curate.errors import UsageError
+from curate.errors import UsageError, did_you_mean
 from curate.rows import Example, Pair, Row, text_from_column
 from curate.store.database import Connection, one, quote
 from curate.store.readings import HIDDEN, NO_RECIPE_WAITS, WAITS, any_waits
@@ -217,8 +217,7 @@ def explain(con: Connection, error: duckdb.Error) -> UsageError | None:
         return UsageError(f"no column {name!r}. {hint}")
     table = re.search(r"Table with name (\S+) does not exist", text)
     if isinstance(error, duckdb.CatalogException) and table:
-        near = difflib.get_close_matches(table[1].lower(), VIEWS, 1)
-        hint = f"Did you mean {near[0]}?" if near else f"There are: {', '.join(VIEWS)}."
+        hint = did_you_mean(table[1].lower(), VIEWS, f"There are: {', '.join(VIEWS)}.", show=str, sentence=True)
         return UsageError(f"no view {table[1]!r} in a store. {hint}")
     if isinstance(
         error, duckdb.ProgrammingError | duckdb.DataError | duckdb.NotSupportedError | duckdb.InvalidInputException

@@ -5,7 +5,6 @@ A table is made when its first values arrive and widened when a column appears. 
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from curate.errors import StoreError, UsageError
+from curate.errors import StoreError, UsageError, did_you_mean
 from curate.models.naming import natural
 from curate.rows import content_id
 from curate.store.database import Connection, literal, one, quote
@@ -232,8 +231,7 @@ def _table_with(con: Connection, fingerprints: Sequence[str | None], names: Sequ
     there = columns_of(con, table)
     for name in names:
         if name not in there:
-            near = difflib.get_close_matches(name, there, 1)
-            hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(there)}."
+            hint = did_you_mean(name, there, f"it has {', '.join(there)}.", show=str)
             raise UsageError(f"the measurement {found[0][0]} has no column {name!r}; {hint}")
     return table
 

@@ -9,11 +9,10 @@ Values of different fingerprints are never mixed: `scored` shows a measurement's
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Callable, Iterable, Sequence
 
-from curate.errors import UsageError
+from curate.errors import UsageError, did_you_mean
 from curate.rows import ROW_COLUMNS
 from curate.store import imports
 from curate.store.database import Connection, literal, one, quote
@@ -119,8 +118,7 @@ def _recipe(con: Connection, recipe: str | None) -> tuple[str | None, str | None
     if recipe is None:
         return None, None, [], []
     names = [row[0] for row in found if plain_name(row[0]) == row[0]]
-    near = difflib.get_close_matches(recipe, names, 1)
-    hint = f"Did you mean {near[0]!r}?" if near else f"There are: {', '.join(names) or 'none yet'}."
+    hint = did_you_mean(recipe, names, f"There are: {', '.join(names) or 'none yet'}.", sentence=True)
     raise UsageError(f"no recipe {recipe!r} in this store. {hint}")
 
 
@@ -165,9 +163,8 @@ def _check_sources(con: Connection, sources: Sequence[str]) -> None:
     ]
     for source in sources:
         if source not in known:
-            near = difflib.get_close_matches(source, known, 1)
             seen = [name for name in known if plain_name(name) == name]
-            hint = f"Did you mean {near[0]!r}?" if near else f"There are: {', '.join(seen) or 'none yet'}."
+            hint = did_you_mean(source, known, f"There are: {', '.join(seen) or 'none yet'}.", sentence=True)
             raise UsageError(f"no source {source!r} in this store. {hint}")
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from curate.errors import UsageError, ValidationError
+from curate.errors import UsageError, ValidationError, did_you_mean
 from curate.passes.chat import as_chat
 from curate.plan.beta import asks_for_beta, beta_of, deviation_text
 from curate.plan.rendering import card_notes, measured_as, styles_of
@@ -75,10 +74,8 @@ def check_columns(asked: Export, known: Sequence[str]) -> None:
     named = asked.columns if isinstance(asked.columns, list) else []
     for key, name in [*(("columns", n) for n in named), *([("weight", asked.weight)] if asked.weight else [])]:
         if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
             raise UsageError(
-                f"export.{key}: {name!r} is not a column of `scored`"
-                + (f"; did you mean {near[0]!r}?" if near else ".")
+                f"export.{key}: {name!r} is not a column of `scored`" + did_you_mean(name, known, ".", before="; ")
             )
 
 

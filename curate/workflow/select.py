@@ -22,7 +22,6 @@ rows are decided on (docs/selection.md).
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -30,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 import duckdb
 import numpy as np
 
-from curate.errors import UsageError
+from curate.errors import UsageError, did_you_mean, nearest
 from curate.store.database import literal, quote
 from curate.store.decisions import Decisions, Reason
 from curate.store.expressions import check_expression, order_keys
@@ -117,9 +116,9 @@ def check_select(
             store.sql(f"SELECT (\n{meant}\n){cast} FROM {frame.text} LIMIT 0", recipe=recipe)
         except UsageError as error:
             typed = re.match(r"no column '([^']+)'", str(error))
-            near = difflib.get_close_matches(typed[1], frame.columns, 1) if typed else []
+            near = nearest(typed[1], frame.columns) if typed else None
             raise UsageError(
-                f"{key}: " + (f"no column {typed[1]!r}; did you mean {near[0]!r}?" if typed and near else str(error))
+                f"{key}: " + (f"no column {typed[1]!r}; did you mean {near!r}?" if typed and near else str(error))
             ) from None
     _check_groups_ahead(store, spec, frame, planned, recipe)
     _check_random(spec, frame)
@@ -305,8 +304,7 @@ def check_worst(name: str, worst: Mapping[str, str], available: Sequence[str]) -
     if name not in worst:
         if name in available:
             raise UsageError(f"select.drop_worst: which end of {name!r} is bad? It is no score, so say it: {say}.")
-        near = difflib.get_close_matches(name, [*worst, *available], 1, 0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"this recipe has {', '.join(worst) or 'none'}."
+        hint = did_you_mean(name, [*worst, *available], f"this recipe has {', '.join(worst) or 'none'}.", cutoff=0.5)
         raise UsageError(f"select.drop_worst: {name!r} is not a score of this recipe; {hint}")
     if worst[name] not in ("high", "low"):
         raise UsageError(
@@ -314,8 +312,7 @@ def check_worst(name: str, worst: Mapping[str, str], available: Sequence[str]) -
             f"Use `where` with a bound of your own, or `order_by` and `keep`, or say which is bad for you: {say}."
         )
     if name not in available:
-        near = difflib.get_close_matches(name, available, 1, 0.5)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(name, available, cutoff=0.5, sentence=True, before=" ")
         raise UsageError(
             f"select.drop_worst: no column {name!r} is there yet.{hint} `curate score RECIPE` computes the recipe's scores."
         )

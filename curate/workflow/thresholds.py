@@ -8,7 +8,6 @@ aloud.
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from curate.errors import UsageError
+from curate.errors import UsageError, did_you_mean
 from curate.scores.premem import AUTO, group_names
 from curate.store import DatasetValue
 
@@ -162,8 +161,7 @@ def _groups(train: Columns, per: str) -> list[str]:
             for c in train.store.sql("SELECT * FROM occurrences LIMIT 0").columns
             if c not in ("row_id", "index", "role")
         ]
-        near = difflib.get_close_matches(per, have, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(have)}."
+        hint = did_you_mean(per, have, f"it has {', '.join(have)}.")
         raise UsageError(
             f"threshold: auto_per_group: the source has no column {per!r}; {hint} Name a task, a topic or a length class: "
             "`{threshold: auto_per_group, per: COLUMN}`."

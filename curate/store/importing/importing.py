@@ -16,7 +16,6 @@ An import is numbered, and `curate forget STORE --import N` takes it back (store
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ import numpy as np
 import polars as pl
 
 from curate.console import counted
-from curate.errors import UsageError, ValidationError
+from curate.errors import UsageError, ValidationError, did_you_mean, nearest
 from curate.models.naming import natural
 from curate.rows import content_id
 from curate.store.entries import DatasetValue, Measured
@@ -219,10 +218,10 @@ def check_names(mapping: Mapping[str, str], on: str | None = None) -> None:
     words = (*ROWS, *PLACES, *VALUES)
     taken: dict[str, str] = {}
     for ours in mapping:
-        near = difflib.get_close_matches(ours, words, 1, 0.8)
+        near = nearest(ours, words, cutoff=0.8)
         if near and ours not in words:
             raise UsageError(
-                f"--map: {ours}= is not a word with a meaning here; did you mean {near[0]}=? (Else choose a less similar column name.)"
+                f"--map: {ours}= is not a word with a meaning here; did you mean {near}=? (Else choose a less similar column name.)"
             )
         if ours.lower() == "fingerprint" or not re.fullmatch(r"\w+", ours):
             raise UsageError(f"--map: {ours!r} cannot name a column; use letters, digits and underscores.")
@@ -245,8 +244,7 @@ def check_worst(worst: Mapping[str, str], columns: Mapping[str, np.ndarray]) -> 
     """The ends that are bad, of columns that are imported and are numbers. Raises UsageError."""
     for name, end in worst.items():
         if name not in columns:
-            near = difflib.get_close_matches(name, columns, 1)
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(columns)}."
+            hint = did_you_mean(name, columns, f"there are {', '.join(columns)}.", show=str)
             raise UsageError(f"--worst {name}={end}: the import has no column {name!r}; {hint}")
         if end not in ("high", "low"):
             raise UsageError(f"--worst {name}={end}: expected {name}=low (low values are bad) or {name}=high.")

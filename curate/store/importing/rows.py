@@ -10,7 +10,6 @@ A line that finds no row through `on` is left out, counted and said; nothing fou
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from curate.errors import UsageError, ValidationError
+from curate.errors import UsageError, ValidationError, did_you_mean, nearest
 from curate.models.naming import natural
 from curate.rows import ID_DIGITS, foreign_id
 from curate.store.importing.table import WHOLE_FLOAT, Table, text_of
@@ -197,9 +196,9 @@ def _on(store: Store, table: Table, column: str, keys: pl.Series, ours: str, sou
     """Lines by equal values of the file's column and the rows' own."""
     own = own_columns(store)
     if ours not in own and ours not in OURS:
-        near = difflib.get_close_matches(ours, [*own, *OURS], 1)
+        near = nearest(ours, [*own, *OURS])
         hint = (
-            f"Did you mean --on {near[0]}{'' if near[0] == column else '=' + column}?"
+            f"Did you mean --on {near}{'' if near == column else '=' + column}?"
             if near
             else f"There are: {', '.join([*own, *OURS])}."
         )
@@ -307,9 +306,9 @@ def _places(store: Store, source: str) -> dict[str, str]:
 
 
 def _no_source(source: str | None, read: list[str]) -> str:
-    near = difflib.get_close_matches(source or "", read, 1)
     listed = ", ".join(read) or "none; `curate plan RECIPE` reads one"
-    hint = f"Did you mean --source {near[0]}?" if near else f"Sources that have been read: {listed}."
+    others = f"Sources that have been read: {listed}."
+    hint = did_you_mean(source or "", read, others, sentence=True, show=lambda name: f"--source {name}")
     return f"No rows were read from {source!r}. {hint}" if source else f"Say --source. {hint}"
 
 

@@ -6,7 +6,6 @@ and what is neither is an error that names the line. Empty cells, NaN and infini
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -19,7 +18,7 @@ import polars as pl
 
 from curate.data.files import FILE_TYPES, file_type, rows_of_file
 from curate.data.records import row_in_file
-from curate.errors import UsageError, ValidationError
+from curate.errors import UsageError, ValidationError, did_you_mean, nearest
 from curate.models.naming import step_in_name
 
 PLAIN = r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"  # a number as programs write it
@@ -68,9 +67,9 @@ def read_table(path: Path, wanted: Mapping[str, str]) -> Table:
     shown = path.as_posix()
     if not path.is_file():
         names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        near = difflib.get_close_matches(path.name, names, 1)
+        near = nearest(path.name, names)
         raise UsageError(
-            f"{shown}: no such file." + (f" Did you mean {path.with_name(near[0]).as_posix()}?" if near else "")
+            f"{shown}: no such file." + (f" Did you mean {path.with_name(near).as_posix()}?" if near else "")
         )
     kind = file_type(path)
     if not kind:
@@ -87,8 +86,9 @@ def read_table(path: Path, wanted: Mapping[str, str]) -> Table:
 
 
 def _no_column(shown: str, ours: str, theirs: str, names: list[str]) -> str:
-    near = difflib.get_close_matches(theirs, names, 1)
-    hint = f"Did you mean {ours}={near[0]}?" if near else f"It has: {', '.join(names) or 'none'}."
+    hint = did_you_mean(
+        theirs, names, f"It has: {', '.join(names) or 'none'}.", show=lambda column: f"{ours}={column}", sentence=True
+    )
     mark = next((m for m in (";", "\t", "|") if len(names) == 1 and theirs in names[0].split(m)), None)
     if mark:
         name = "tabs" if mark == "\t" else mark
