@@ -221,7 +221,7 @@ def test_each_subject_is_sampled_by_the_engine_that_takes_it(place, monkeypatch)
         return SimpleNamespace(name=name, use=lambda path, base: log.append(path), close=lambda: log.append("closed"))
 
     monkeypatch.setattr(engines, "choose_sampler", choose)
-    monkeypatch.setattr(engines, "open_sampler", opened)
+    monkeypatch.setattr("curate.passes.sampling.open.open_sampler", opened)
     runner = SampleRunner(load_recipe(recipe(place, "sampled", [], models={"reference": "base"})), Progress(quiet=True))
     runner.roles = [Checkpoint(base, "0"), Checkpoint(one, "1", base=base), Checkpoint(other, "2", base=base)]
     for at in (0, 1, 2, 0):

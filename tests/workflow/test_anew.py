@@ -158,9 +158,9 @@ def test_two_recipes_of_one_store_stay_apart(recipe, tmp_path):
 
 DRIVER = """
     import os, signal, sys
-    import curate.plan.missing, curate.store, curate.store.shards as shards
+    import curate.plan.step, curate.store.sources, curate.store.shards as shards
     from curate.passes import forward
-    curate.plan.missing.SHARD_ROWS.update(tokens=8, forward=8)
+    curate.plan.step.SHARD_ROWS.update(tokens=8, forward=8)
     how, at, log = sys.argv[1], int(sys.argv[2]), sys.argv[3]
     rows_run, writes = forward.measure, shards.write_parquet
     done = 0

@@ -111,8 +111,8 @@ def test_a_run_that_fails_leaves_the_views_as_they_were(sft, tmp_path, monkeypat
 
 DRIVER = """
     import os, signal, sys
-    from curate.workflow import measure as measuring
     from curate.store import tables
+    from curate.workflow.runners.forward import ForwardRunner
     def die(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGKILL)
     if sys.argv[1] == "measuring":
