@@ -223,10 +223,10 @@ def test_each_subject_is_sampled_by_the_engine_that_takes_it(place, monkeypatch)
     monkeypatch.setattr(engines, "choose_sampler", choose)
     monkeypatch.setattr("curate.passes.sampling.open.open_sampler", opened)
     runner = SampleRunner(load_recipe(recipe(place, "sampled", [], models={"reference": "base"})), Progress(quiet=True))
-    runner.roles = [Checkpoint(base, "0"), Checkpoint(one, "1", base=base), Checkpoint(other, "2", base=base)]
+    runner.checkpoints = [Checkpoint(base, "0"), Checkpoint(one, "1", base=base), Checkpoint(other, "2", base=base)]
     for at in (0, 1, 2, 0):
-        task = SimpleNamespace(measured=SimpleNamespace(params={}, engine=""))
-        runner.use(SimpleNamespace(checkpoint=runner.roles[at], tasks=(task,), reads="sample", blocks=()))
+        task = SimpleNamespace(measured=SimpleNamespace(params={"tokenizer": "t"}, engine=""))
+        runner.use(SimpleNamespace(checkpoint=runner.checkpoints[at], tasks=(task,), reads="sample", blocks=()))
         runner._start()  # as the first answer that has to be drawn does
     assert log == [
         ("vllm", base, [one]), one, "closed", ("transformers", other, [other]), "closed", ("vllm", base, [one])
