@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import importlib.util
 import json
 import os
 import signal
@@ -22,7 +23,8 @@ from zoneinfo import ZoneInfo
 import pytest
 
 from curate.cli import schedule as module
-from curate.cli.schedule import Runs, lock_file, outcome, parse_cron, schedule
+from curate.cli.cron import parse_cron
+from curate.cli.schedule import Runs, lock_file, outcome, schedule
 from curate.errors import UsageError
 from tests.tiny_models import make_llama
 
@@ -164,7 +166,7 @@ def test_a_bad_cron_line_is_an_error_that_says_what_one_is(cron, says):
 
 
 def test_without_the_extra_the_error_names_it(monkeypatch):
-    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"curate-dynamics\[schedule\]"):
         parse_cron("0 2 * * *")
 

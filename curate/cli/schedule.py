@@ -12,7 +12,6 @@ With events (`--json`) every fact is an object too: `next` and `started` with th
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import logging
 import os
@@ -29,24 +28,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from curate.errors import CurateError, StoreError, UsageError
+from curate.cli.cron import now, parse_cron
+from curate.errors import CurateError, StoreError
 from curate.store.locks import locked
 
 GRACE = 60.0  # seconds a child gets to stop by itself; a shard being written needs a fraction of that
-DAYS = (
-    "sun",
-    "mon",
-    "tue",
-    "wed",
-    "thu",
-    "fri",
-    "sat",
-)  # cron's order; APScheduler 3 counts weekdays from Monday, so it is given names
-
-
-def now() -> datetime:
-    """This machine's time, with its zone."""
-    return datetime.now().astimezone()
 
 
 def say_line(text: str) -> None:
@@ -80,58 +66,6 @@ def schedule(
     runs = Runs(command, name=Path(recipe).name, lock=lock, say=say, events=events, grace=grace)
     say(f"{Path(recipe).name} by `{cron}`; stop with Ctrl-C or SIGTERM.")
     serve(runs, trigger, first=now() if run_now else None)
-
-
-def parse_cron(cron: str) -> Any:
-    """The APScheduler trigger of a crontab line, with cron's own weekday numbers and its rule that a day matches by month day or weekday."""
-    if importlib.util.find_spec("apscheduler") is None:
-        raise UsageError("`curate schedule` needs the extra `schedule`: pip install 'curate-dynamics[schedule]'.")
-    from apscheduler.triggers.combining import OrTrigger
-    from apscheduler.triggers.cron import CronTrigger
-
-    fields = cron.split()
-    try:
-        if len(fields) != 5:
-            raise ValueError(f"{len(fields)} fields")
-        minute, hour, day, month, weekday = fields
-        days = _weekdays(weekday)
-        trigger: Any = CronTrigger.from_crontab(f"{minute} {hour} {day} {month} {days}")
-        if not day.startswith("*") and not weekday.startswith("*"):
-            month_day = CronTrigger.from_crontab(f"{minute} {hour} {day} {month} *")
-            trigger = OrTrigger([month_day, CronTrigger.from_crontab(f"{minute} {hour} * {month} {days}")])
-    except ValueError as error:
-        raise UsageError(
-            f'--cron "{cron}": expected minute hour day month weekday, such as "0 2 * * *" (every night at two); found {error}.'
-        ) from None
-    if trigger.get_next_fire_time(None, now()) is None:
-        raise UsageError(f'--cron "{cron}": no such day ever comes.')
-    return trigger
-
-
-def _weekdays(field: str) -> str:
-    """cron's weekday field in names, ranges and steps written out: "1-5" is mon,tue,wed,thu,fri; 0 and 7 are sun."""
-    if field == "*":
-        return field
-    wanted = []
-    for part in field.lower().split(","):
-        span, slash, step = part.partition("/")
-        first, dash, last = span.partition("-")
-        low = 0 if span == "*" else _weekday(first)
-        high = 6 if span == "*" or (slash and not dash) else _weekday(last) if dash else low
-        if high < low and last in ("0", "sun"):
-            high = 7
-        if high < low or (slash and not (step.isdigit() and int(step) > 0)):
-            raise ValueError(f"the weekday {part!r}")
-        wanted += [DAYS[day % 7] for day in range(low, high + 1, int(step or 1))]
-    return ",".join(dict.fromkeys(wanted))
-
-
-def _weekday(text: str) -> int:
-    if text in DAYS:
-        return DAYS.index(text)
-    if text.isdigit() and int(text) <= 7:
-        return int(text)
-    raise ValueError(f"the weekday {text!r}")
 
 
 def _given(extra_args: Iterable[str], option: str) -> list[str]:
