@@ -29,7 +29,7 @@ from curate.jobs.demo.model import BASE
 from curate.plan.plan import Plan
 from curate.recipe.load import load_recipe
 from curate.store import Store, database
-from curate.store.database import quote
+from curate.store.sql import quote
 from curate.store.tables import merge, remember, table_of
 from curate.workflow.run import make_plan
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -27,7 +28,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-COMMANDS = {  # in the order of `curate --help`
+COMMANDS: dict[str, Callable[..., None]] = {  # in the order of `curate --help`
     "demo": demo,
     "init": init,
     "doctor": doctor,

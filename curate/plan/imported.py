@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from curate.errors import UsageError
+from curate.store.sql import quote
 
 if TYPE_CHECKING:
     from curate.plan.step import RequestedScore
@@ -93,10 +94,10 @@ def imported_values(store: Store, recipe: str | None = None) -> list[dict[str, A
 
 
 def _spread(store: Store, recipe: str | None, view: str, name: str) -> dict[str, Any]:
-    quoted = '"' + name.replace('"', '""') + '"'
-    values = store.sql(f"SELECT row_id, {quoted} AS value FROM {view} WHERE {quoted} IS NOT NULL", recipe=recipe)
-    column = values["value"]
-    spread: dict[str, Any] = {"rows": values["row_id"].n_unique(), "min": None, "median": None, "max": None}
-    if column.dtype.is_numeric() and len(column):
-        spread |= {"min": column.min(), "median": column.median(), "max": column.max()}
-    return spread | {"distinct": column.n_unique()}
+    column = quote(name)
+    frame = store.sql(f"SELECT row_id, {column} AS value FROM {view} WHERE {column} IS NOT NULL", recipe=recipe)
+    values = frame["value"]
+    spread: dict[str, Any] = {"rows": frame["row_id"].n_unique(), "min": None, "median": None, "max": None}
+    if values.dtype.is_numeric() and len(values):
+        spread |= {"min": values.min(), "median": values.median(), "max": values.max()}
+    return spread | {"distinct": values.n_unique()}

@@ -13,6 +13,7 @@ from curate.scores import SCORES
 from curate.scores.flags import ADVICE, REASONS, reasons
 from curate.store import Store
 from curate.store.decisions import Reason
+from curate.store.sql import quote
 from curate.store.views import BASE
 
 
@@ -154,7 +155,7 @@ def explain_row(store: Store, row: str, selection: str | None = None, *, every_a
 def _shares(store: Store, recipe: str | None, scores: dict[str, Any]) -> dict[str, float | None]:
     """name -> the share of the known values that are at most the row's; None where the row's is unknown."""
     known = {name: value for name, value in scores.items() if value is not None}
-    picked = ", ".join(f'count(*) FILTER ("{name}" <= ?) / count("{name}")' for name in known)
+    picked = ", ".join(f"count(*) FILTER ({quote(name)} <= ?) / count({quote(name)})" for name in known)
     found = store.sql(f"SELECT {picked} FROM scored", list(known.values()), recipe=recipe).row(0) if known else ()
     return dict.fromkeys(scores) | dict(zip(known, found, strict=True))
 
@@ -164,7 +165,7 @@ def _flags(store: Store, row_id: str, recipe: str | None, line: dict[str, Any], 
     wanted = [name for name in dict.fromkeys(name for reason in REASONS for name in reason.columns) if name in line]
     if line["kind"] != "preference" or not wanted:
         return []
-    picked = ", ".join(f'"{name}"' for name in wanted)
+    picked = ", ".join(map(quote, wanted))
     frame = store.sql(
         f"SELECT row_id, {picked} FROM scored WHERE role = 'train' OR row_id = ?", [row_id], recipe=recipe
     )

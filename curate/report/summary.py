@@ -21,6 +21,7 @@ from curate.recipe.yaml import read_yaml
 from curate.scores.words import heading
 from curate.store import Store
 from curate.store.runs import StoredRun, stored_runs
+from curate.store.sql import quote
 
 if TYPE_CHECKING:
     from curate.scores.calibration import Calibration
@@ -157,7 +158,7 @@ def _known(store: Store, recipe: dict[str, Any]) -> list[dict[str, Any]]:
     requests = [ScoreRequest.read(entry) for entry in (read_yaml(recipe["text"])[0] or {}).get("scores") or []]
     there = store.sql("SELECT * FROM scored LIMIT 0", recipe=recipe["name"]).columns
     names = [request.name for request in requests if request.name in there]
-    picked = ", ".join(["count(*)", *(f'count("{name}")' for name in names)])
+    picked = ", ".join(["count(*)", *(f"count({quote(name)})" for name in names)])
     rows, *known = store.sql(
         f"SELECT {picked} FROM scored WHERE role = 'train' OR role IS NULL", recipe=recipe["name"]
     ).row(0)

@@ -1,6 +1,7 @@
 """The store: everything that knows DuckDB. One folder keeps rows, what was measured on them, scores, selections and runs.
 
-store.py writes, reader.py reads; tables.py, views.py and query.py hold the SQL, shards.py the files; importing/ brings in what others measured.
+store.py and results.py write, reader.py reads; tables.py, values.py, recipes.py, views.py and query.py hold the SQL, shards.py the files; importing/
+brings in what others measured.
 Its names are imported when first used: a lock or an error needs no DuckDB.
 """
 
@@ -11,13 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from curate.store.entries import DatasetValue, Ingested, Measured, Place, Role, SelectedRow, Trajectories
-    from curate.store.imports import Forgotten, Import
+    from curate.store.forgetting import Forgotten
+    from curate.store.imports import Import
     from curate.store.selection import Selection
     from curate.store.store import Store
 
 _HOMES = {
     "entries": ("DatasetValue", "Ingested", "Measured", "Place", "Role", "SelectedRow", "Trajectories"),
-    "imports": ("Forgotten", "Import"),
+    "forgetting": ("Forgotten",),
+    "imports": ("Import",),
     "selection": ("Selection",),
     "store": ("Store",),
 }

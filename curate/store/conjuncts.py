@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from curate.store import syntax
-from curate.store.database import Connection
+from curate.store.sql import Connection
 from curate.store.syntax import Node
 
 PREFIX = "SELECT (\n"

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from curate.store.database import Connection, literal, quote
 from curate.store.query import rows_to_cover
+from curate.store.sql import Connection, literal, quote
 from curate.store.tables import table_of
 
 

@@ -15,97 +15,45 @@ import re
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import Any
 from uuid import uuid4
 
 import duckdb
 
-from curate.errors import StoreError, disk_trouble
-
-SCHEMA_VERSION = 1
-MIGRATIONS: dict[int, str] = {}  # version -> the SQL that makes it version + 1
-
-SCHEMA = """
-CREATE SCHEMA data;
-CREATE TABLE data.meta (key VARCHAR PRIMARY KEY, value VARCHAR);
-CREATE TABLE data.rows (position BIGINT NOT NULL, row_id VARCHAR PRIMARY KEY, kind VARCHAR NOT NULL, style VARCHAR, prompt VARCHAR,
-    chosen VARCHAR, rejected VARCHAR, completion VARCHAR, answer VARCHAR, label BOOLEAN);
-CREATE TABLE data.occurrences (seq BIGINT NOT NULL, row_id VARCHAR NOT NULL, source VARCHAR NOT NULL, index BIGINT NOT NULL,
-    role VARCHAR NOT NULL, columns VARCHAR);
-CREATE TABLE data.source_columns (source VARCHAR, role VARCHAR, ordinal INTEGER, name VARCHAR, type VARCHAR);
-CREATE TABLE data.source_state (source VARCHAR, role VARCHAR, fingerprint VARCHAR, n_records BIGINT, n_bad BIGINT, n_rows BIGINT,
-    read_at TIMESTAMP);
-CREATE TABLE data.measured (fingerprint VARCHAR PRIMARY KEY, measurement VARCHAR, reads VARCHAR, model VARCHAR,
-    model_fingerprint VARCHAR, run VARCHAR, checkpoint VARCHAR, step BIGINT, engine VARCHAR, params VARCHAR, created TIMESTAMP);
-CREATE TABLE data.samples (fingerprint VARCHAR, row_id VARCHAR, sample INTEGER, text VARCHAR, correct BOOLEAN, n_tokens INTEGER,
-    logp DOUBLE, finished BOOLEAN);
-CREATE TABLE data.recipes (name VARCHAR PRIMARY KEY, text VARCHAR, scores_table VARCHAR, sources VARCHAR[], uses VARCHAR[],
-    plain VARCHAR[], updated TIMESTAMP);
-CREATE TABLE data.dataset_values (origin VARCHAR, name VARCHAR, run VARCHAR, checkpoint VARCHAR, step BIGINT, value DOUBLE,
-    low DOUBLE, high DOUBLE, n BIGINT);
-CREATE TABLE data.runs (id BIGINT PRIMARY KEY, recipe VARCHAR, command VARCHAR, version VARCHAR, started TIMESTAMP,
-    finished TIMESTAMP, outcome VARCHAR, message VARCHAR, counts VARCHAR, host VARCHAR, pid BIGINT);
-CREATE TABLE data.selections (name VARCHAR PRIMARY KEY, recipe VARCHAR, spec VARCHAR, counts VARCHAR, created TIMESTAMP);
-CREATE TABLE data.decisions (selection VARCHAR, row_id VARCHAR, kept BOOLEAN, rank BIGINT, reason VARCHAR);
-CREATE TABLE data.throughput (key VARCHAR, tokens BIGINT, seconds DOUBLE, noted TIMESTAMP);
-"""
+from curate.errors import StoreError
+from curate.store.damage import explain, explained
+from curate.store.schema import MIGRATIONS, SCHEMA, SCHEMA_VERSION
+from curate.store.sql import Connection, literal, one
+from curate.store.sql import quote as quote  # its old home
 
 READ_PATIENCE, WRITE_PATIENCE = 30.0, 300.0  # seconds
 _locks: dict[str, threading.RLock] = defaultdict(threading.RLock)
 _locks_lock = threading.Lock()
-Connection = duckdb.DuckDBPyConnection
-_held = (
-    threading.local()
-)  # .connections: path of a database -> the connection of this thread's transaction; .reading: see `_kept`
-_engines: defaultdict[int, list[Connection]] = defaultdict(
-    list
-)  # process id -> idle engines: a forked child starts its own
-
-
-def quote(name: str) -> str:
-    """An SQL identifier."""
-    return '"' + name.replace('"', '""') + '"'
-
-
-def literal(text: str) -> str:
-    """An SQL string."""
-    return "'" + text.replace("'", "''") + "'"
-
-
-def one(con: Connection, text: str, params: Sequence[Any] = ()) -> tuple[Any, ...] | None:
-    """The first line of a result, fetched whole: an unfinished result makes the connection's next query fail."""
-    found = con.execute(text, list(params)).fetchall()
-    return found[0] if found else None
-
-
-def process_alive(pid: int) -> bool:
-    """Whether a process of this machine has this id."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
+# .connections: path of a database -> the connection of this thread's transaction; .reading: see `_kept`
+_held = threading.local()
+# process id -> idle engines: a forked child starts its own
+_engines: defaultdict[int, list[Connection]] = defaultdict(list)
 
 
 def _connections() -> dict[str, Connection]:
-    found: dict[str, Connection] = getattr(_held, "connections", {})
-    return found
+    connections: dict[str, Connection] = getattr(_held, "connections", {})
+    return connections
 
 
 @contextmanager
 def kept_open(on: bool = True) -> Iterator[None]:
-    """What this thread reads inside stays open until it writes, or the block ends. on=False: inside such a block, for what takes long without the
-    database, such as running a model.
+    """The databases that this thread reads inside stay open until it writes, or the block ends. on=False: inside such a block, for what takes long
+    without the database, such as running a model.
     """
     before = getattr(_held, "reading", None)
     if before and not on:
         let_go()
-    _held.reading = {} if on and before is None else before if on else None
+    if not on:
+        _held.reading = None
+    elif before is None:
+        _held.reading = {}
     try:
         yield
     finally:
@@ -125,8 +73,8 @@ def _kept() -> dict[str, tuple[ExitStack, Connection]] | None:
     """path of a database -> what closes it, and a connection to it, open for reading. None outside `kept_open`, and in a forked child."""
     if getattr(_held, "process", None) != os.getpid():
         _held.process, _held.reading = os.getpid(), None
-    found: dict[str, tuple[ExitStack, Connection]] | None = getattr(_held, "reading", None)
-    return found
+    reading: dict[str, tuple[ExitStack, Connection]] | None = getattr(_held, "reading", None)
+    return reading
 
 
 class Database:
@@ -146,7 +94,7 @@ class Database:
             return False
         new = self.path.with_name(f".new-{os.getpid()}-{uuid4().hex[:8]}.duckdb")
         try:
-            with _explained(self.path), _attached(new, read_only=False) as con:
+            with explained(self.path), _attached(new, read_only=False) as con:
                 con.execute(SCHEMA)
                 con.execute(
                     "INSERT INTO data.meta VALUES ('schema_version', ?), ('created_by', ?)",
@@ -167,7 +115,7 @@ class Database:
     def read(self) -> Iterator[Connection]:
         """A read-only connection. Waits for a writer of another process. Inside `transaction`: its connection, which sees what it changed."""
         if (con := self._under_way()) is not None:
-            with _explained(self.path):
+            with explained(self.path):
                 yield con
             return
         with self._reading() as con:
@@ -186,7 +134,7 @@ class Database:
             opening = ExitStack()
             kept[self._name] = opening, opening.enter_context(self._open(read_only=True))
         try:
-            with _explained(self.path), closing(kept[self._name][1].cursor()) as con:
+            with explained(self.path), closing(kept[self._name][1].cursor()) as con:
                 con.execute("USE curate")
                 yield con
         except BaseException:
@@ -197,7 +145,7 @@ class Database:
     def write(self) -> Iterator[Connection]:
         """A connection inside a transaction: committed at the end, undone by any exception. Waits for readers and writers."""
         if (con := self._under_way()) is not None:
-            with _explained(self.path):
+            with explained(self.path):
                 yield con
             return
         with self._transaction() as con:
@@ -260,7 +208,7 @@ class Database:
             raise StoreError(f"{self.path}: another thread of this process has had it for {patience:.0f} s.")
         try:
             with (
-                _explained(self.path),
+                explained(self.path),
                 ExitStack() as opened,
             ):  # what is committed may still fail to reach the file, at DETACH
                 yield self._connect(opened, read_only, patience)
@@ -280,7 +228,7 @@ class Database:
             except duckdb.Error as error:
                 text = str(error)
                 if "lock" not in text.lower():
-                    raise _explain(error, self.path) from None
+                    raise explain(error, self.path) from None
             holder = re.search(r"PID (\d+)", text)
             who = f"process {holder[1]}" if holder else "another process"
             waited = time.monotonic() - start
@@ -297,14 +245,14 @@ class Database:
 
     def _version(self, con: Connection) -> int:
         try:
-            found = one(con, "SELECT value FROM data.meta WHERE key = 'schema_version'")
+            version = one(con, "SELECT value FROM data.meta WHERE key = 'schema_version'")
         except duckdb.CatalogException:
-            found = None
-        if found is None:
+            version = None
+        if version is None:
             raise StoreError(
                 f"{self.path} is a DuckDB database but not a store of curate. Name another folder with --store."
             )
-        return int(found[0])
+        return int(version[0])
 
     def _check_version(self, con: Connection) -> None:
         version = self._version(con)
@@ -348,38 +296,3 @@ def _attached(path: Path, *, read_only: bool) -> Iterator[Connection]:
         idle.append(engine)
     except duckdb.NotImplementedException:  # it has used that folder, and would use it for ever
         engine.close()
-
-
-@contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    """DuckDB's errors about the file itself, in the user's words; errors in a query pass through."""
-    try:
-        yield
-    except duckdb.Error as error:
-        explained = _explain(error, path)
-        if explained is error:
-            raise
-        raise explained from None
-
-
-def _explain(error: duckdb.Error, path: Path) -> Exception:
-    text = str(error)
-    first = text.splitlines()[0]
-    if (full := disk_trouble(error)) is not None:
-        return StoreError(f"{path}: {full}")
-    if (
-        "corrupt" in text.lower()
-        or "not a valid duckdb" in text.lower()
-        or isinstance(error, duckdb.SerializationException)
-    ):
-        return StoreError(
-            f"{path} is damaged ({first}). Rename it and run the recipe again: rows come from the sources, and finished measurements from "
-            f"{path.parent.name}/shards; only what was imported has to be imported again."
-        )
-    if isinstance(error, duckdb.IOException):
-        return StoreError(
-            f"{path}: cannot be read or written ({first}). Check that the file exists and that you may write it."
-        )
-    if isinstance(error, duckdb.OutOfMemoryException):
-        return StoreError(f"{path}: not enough memory for this ({first}). Ask for fewer rows or columns at a time.")
-    return error

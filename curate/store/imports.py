@@ -14,10 +14,10 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
-from curate.errors import UsageError
-from curate.store.database import Connection, literal, quote
 from curate.store.entries import DatasetValue, Measured
-from curate.store.tables import columns_of, merge, outdate, remember, table_of
+from curate.store.recipes import outdate
+from curate.store.sql import Connection, first_column, literals, quote
+from curate.store.tables import columns_of, merge, remember, table_of
 
 MEASUREMENT = "imported"
 VALUES = table_of(MEASUREMENT)
@@ -56,41 +56,6 @@ class Import:
     created: Any = None
 
 
-@dataclass(frozen=True)
-class Forgotten:
-    """What forgetting an import removes. values: known ones of rows. rows: those that nothing else knows. outdated: recipes and selections."""
-
-    number: int
-    file: str
-    columns: tuple[str, ...]
-    values: int
-    rows: int
-    dataset_values: int
-    shown_again: tuple[int, ...]
-    outdated: tuple[str, ...]
-    dry_run: bool = False
-
-    def __str__(self) -> str:
-        verb = "would be removed" if self.dry_run else "removed"
-        parts = []
-        if self.values:
-            parts.append(f"{self.values:,} values of {', '.join(self.columns)}")
-        if self.rows:
-            parts.append(f"{self.rows:,} rows that only this file's ids knew")
-        if self.dataset_values:
-            parts.append(f"{self.dataset_values:,} dataset values ({', '.join(self.columns)})")
-        lines = [f"Import {self.number} ({self.file}) {verb}: {', '.join(parts) or 'it had no values left'}."]
-        if self.shown_again:
-            lines.append(
-                f"Where import {' and '.join(map(str, self.shown_again))} had values of the same columns, those count again."
-            )
-        if self.outdated:
-            lines.append(
-                f"Made with its values, and out of date now: {', '.join(self.outdated)}. `curate run RECIPE` makes them anew."
-            )
-        return "\n".join(lines)
-
-
 def listed(con: Connection) -> list[Import]:
     """Every import by number; those of a store that older versions wrote are found in its tables, and numbered by their age."""
     found = []
@@ -125,7 +90,7 @@ def _unnumbered(con: Connection, known: Sequence[Import]) -> list[Import]:
         prints = [print for print, _, _ in members]
         counts = ", ".join(f"count({quote(c)})" for c in there) or "0"
         n_lines, n_rows, *numbers = con.execute(
-            f"SELECT count(*), count(DISTINCT row_id), {counts} FROM data.{quote(VALUES)} WHERE fingerprint IN ({_list(prints)})"
+            f"SELECT count(*), count(DISTINCT row_id), {counts} FROM data.{quote(VALUES)} WHERE fingerprint IN ({literals(prints)})"
         ).fetchall()[0]
         columns = tuple(c for c, n in zip(there, numbers, strict=False) if n)
         per_row = len(members) == 1 and not members[0][1]
@@ -146,11 +111,11 @@ def _unnumbered(con: Connection, known: Sequence[Import]) -> list[Import]:
     return [Import(**{**vars(one), "number": first + i}) for i, (_, one) in enumerate(old)]
 
 
-def _ensure(con: Connection) -> list[Import]:
+def ensure(con: Connection) -> list[Import]:
     """The tables of imports, with everything that was imported so far in them."""
     found = listed(con)
     con.execute(SCHEMA)
-    kept = {row[0] for row in con.execute("SELECT number FROM data.imports").fetchall()}
+    kept = first_column(con, "SELECT number FROM data.imports")
     for one in found:
         if one.number not in kept:
             _insert(con, one)
@@ -159,7 +124,7 @@ def _ensure(con: Connection) -> list[Import]:
                 _add_lines(
                     con,
                     one,
-                    f"SELECT {picked} FROM data.{quote(VALUES)} WHERE fingerprint IN ({_list(one.fingerprints)})",
+                    f"SELECT {picked} FROM data.{quote(VALUES)} WHERE fingerprint IN ({literals(one.fingerprints)})",
                 )
     return found
 
@@ -168,7 +133,7 @@ def write(
     con: Connection, one: Import, measured: Sequence[Measured], values: pa.Table | None, said: Sequence[DatasetValue]
 ) -> tuple[Import, tuple[int, ...]]:
     """Keep an import. Returns it with its number, and the numbers of earlier ones that it replaces whole: they are gone then."""
-    earlier = _ensure(con)
+    earlier = ensure(con)
     number = max([old.number for old in earlier], default=0) + 1
     one = replace(one, number=number, values_origin=f"import:{number}:{one.origin}" if said else "")
     for record in measured:
@@ -189,7 +154,7 @@ def write(
     for old in gone:
         con.execute("DELETE FROM data.imports WHERE number = ?", [old])
     outdate(con, one.fingerprints)
-    _outdate_selections(con, one.columns if values is not None else ())
+    outdate_selections(con, one.columns if values is not None else ())
     return one, tuple(gone)
 
 
@@ -222,110 +187,16 @@ def _replace_dataset_values(
     ]
     for old in same_file:  # the file again: what it no longer says is gone
         con.execute(
-            f"DELETE FROM data.dataset_values WHERE origin = ? AND name IN ({_list(v.name for v in said)})",
+            f"DELETE FROM data.dataset_values WHERE origin = ? AND name IN ({literals(v.name for v in said)})",
             [old.values_origin],
         )
     for row in rows:
         con.execute(f"INSERT INTO data.dataset_values (origin, {names}) VALUES ({marks})", row)
-    left = {r[0] for r in con.execute("SELECT DISTINCT origin FROM data.dataset_values").fetchall()}
+    left = first_column(con, "SELECT DISTINCT origin FROM data.dataset_values")
     return [old.number for old in earlier if old.values_origin and old.values_origin not in left]
 
 
-def forget(con: Connection, number: int) -> Forgotten:
-    """Take an import back. Raises UsageError where there is none of this number."""
-    found = _ensure(con)
-    one = next((i for i in found if i.number == number), None)
-    if one is None:
-        there = ", ".join(f"{i.number} ({i.file})" for i in found)
-        raise UsageError(f"no import {number} in this store. There are: {there or 'none'}.")
-    lines = con.execute(f"SELECT row_id FROM data.imported_lines WHERE {NUMBER} = ?", [number]).fetchall()
-    values = sum(_known(con, one))
-    again = _unmerge(con, one, [other for other in found if other.number != number])
-    con.execute("DELETE FROM data.imports WHERE number = ?", [number])
-    rows = _forget_rows(con, list({row[0] for row in lines}))
-    dataset_values = 0
-    if one.values_origin:
-        dataset_values = con.execute(
-            "SELECT count(*) FROM data.dataset_values WHERE origin = ?", [one.values_origin]
-        ).fetchall()[0][0]
-        con.execute("DELETE FROM data.dataset_values WHERE origin = ?", [one.values_origin])
-    outdated = [*outdate(con, one.fingerprints), *_outdate_selections(con, one.columns if one.fingerprints else ())]
-    return Forgotten(number, one.file, one.columns, values, rows, dataset_values, again, tuple(dict.fromkeys(outdated)))
-
-
-def _known(con: Connection, one: Import) -> list[int]:
-    """How many values of each column it brought."""
-    if not one.fingerprints:
-        return []
-    counts = ", ".join(f"count({quote(c)})" for c in one.columns) or "0"
-    return list(con.execute(f"SELECT {counts} FROM data.imported_lines WHERE {NUMBER} = ?", [one.number]).fetchall()[0])
-
-
-def _unmerge(con: Connection, one: Import, others: Sequence[Import]) -> tuple[int, ...]:
-    """The values without this import's: its lines are laid anew from what the others have of them. Returns those that are seen again."""
-    if not one.fingerprints:
-        return ()
-    con.execute(
-        f"CREATE OR REPLACE TEMP TABLE affected AS SELECT DISTINCT fingerprint, row_id FROM data.imported_lines WHERE {NUMBER} = ?",
-        [one.number],
-    )
-    con.execute(f"DELETE FROM data.imported_lines WHERE {NUMBER} = ?", [one.number])
-    con.execute(
-        f"DELETE FROM data.{quote(VALUES)} WHERE (fingerprint, row_id) IN (SELECT (fingerprint, row_id) FROM affected)"
-    )
-    again = []
-    for other in sorted(others, key=lambda i: i.number):
-        if not set(other.fingerprints) & set(one.fingerprints):
-            continue
-        picked = ", ".join(["fingerprint", "row_id", *map(quote, other.columns)])
-        con.execute(
-            f"CREATE OR REPLACE TEMP TABLE incoming AS SELECT {picked} FROM data.imported_lines JOIN affected USING (fingerprint, row_id) "
-            f"WHERE {NUMBER} = {other.number}"
-        )
-        if con.execute("SELECT count(*) FROM incoming").fetchall()[0][0]:
-            merge(con, VALUES, "incoming")
-            if set(other.columns) & set(one.columns):
-                again.append(other.number)
-        con.execute("DROP TABLE incoming")
-    con.execute("DROP TABLE affected")
-    left = {c for other in others for c in other.columns if other.fingerprints}
-    for table in (VALUES, "imported_lines"):
-        for column in one.columns:
-            if column not in left and column in columns_of(con, table):
-                con.execute(f"ALTER TABLE data.{quote(table)} DROP COLUMN {quote(column)}")
-    gone = [f for f in one.fingerprints if not any(f in other.fingerprints for other in others)]
-    con.execute(f"DELETE FROM data.measured WHERE fingerprint IN ({_list(gone)})")
-    return tuple(again)
-
-
-def _forget_rows(con: Connection, row_ids: Sequence[str]) -> int:
-    """Remove those of these rows that have no text and that nothing measured or imported is about any more. Returns how many."""
-    con.register("forget_view", pa.table({"row_id": pa.array(row_ids, pa.string())}))
-    con.execute(
-        "CREATE OR REPLACE TEMP TABLE lone AS SELECT row_id FROM data.rows JOIN forget_view USING (row_id) WHERE prompt IS NULL"
-    )
-    con.unregister("forget_view")
-    tables = [
-        row[0]
-        for row in con.execute(
-            "SELECT table_name FROM duckdb_columns() WHERE schema_name = 'data' AND column_name = 'row_id' AND database_name = current_database()"
-        ).fetchall()
-    ]
-    for table in tables:
-        if table in ("samples", "imported_lines") or table.startswith("m_"):
-            con.execute(f"DELETE FROM lone WHERE row_id IN (SELECT row_id FROM data.{quote(table)})")
-    n = int(con.execute("SELECT count(*) FROM lone").fetchall()[0][0])
-    if n:
-        for table in tables:
-            con.execute(f"DELETE FROM data.{quote(table)} WHERE row_id IN (SELECT row_id FROM lone)")
-        con.execute(
-            "DELETE FROM data.source_columns WHERE source NOT IN (SELECT source FROM data.occurrences UNION SELECT source FROM data.source_state)"
-        )
-    con.execute("DROP TABLE lone")
-    return n
-
-
-def _outdate_selections(con: Connection, columns: Iterable[str]) -> list[str]:
+def outdate_selections(con: Connection, columns: Iterable[str]) -> list[str]:
     """Selections whose rules name one of these columns are known to be old. Returns them, in words."""
     words = [re.compile(rf"\b{re.escape(c)}\b", re.IGNORECASE) for c in columns]
     old = []
@@ -334,48 +205,6 @@ def _outdate_selections(con: Connection, columns: Iterable[str]) -> list[str]:
             con.execute("UPDATE data.meta SET value = '' WHERE key = ?", [f"selection of {name}"])
             old.append(f"the selection {name!r}")
     return old
-
-
-# ---- what the views show -----------------------------------------------------------------------------------------------------------------
-
-
-def shown(found: Sequence[Import]) -> dict[str, list[str]]:
-    """column -> the fingerprints whose values `scored` shows, the latest import's last: those that name no run and no checkpoint, else the only
-    one there is. A column of several checkpoints is in `trajectories` alone.
-    """
-    plain: dict[str, list[str]] = {}
-    placed: dict[str, set[str]] = {}
-    for one in found:
-        for column in one.columns if one.fingerprints else ():
-            if one.per_row:
-                prints = plain.setdefault(column, [])
-                prints[:] = [*(p for p in prints if p not in one.fingerprints), *one.fingerprints]
-            else:
-                placed.setdefault(column, set()).update(one.fingerprints)
-    names = dict.fromkeys(column for one in found for column in one.columns)
-    lone = {column: list(prints) for column, prints in placed.items() if len(prints) == 1}
-    return {column: plain.get(column) or lone[column] for column in names if column in plain or column in lone}
-
-
-def shown_table(columns: Mapping[str, Sequence[str]]) -> str:
-    """SQL: row_id and a column each, of several fingerprints the value of the last that has one."""
-    picked = []
-    for column, prints in columns.items():
-        if len(prints) == 1:
-            picked.append(
-                f"any_value({quote(column)}) FILTER (WHERE fingerprint = {literal(prints[0])}) AS {quote(column)}"
-            )
-        else:
-            place = " ".join(f"WHEN {literal(p)} THEN {i}" for i, p in enumerate(prints))
-            picked.append(f"arg_max({quote(column)}, CASE fingerprint {place} END) AS {quote(column)}")
-    every = _list(dict.fromkeys(print for prints in columns.values() for print in prints))
-    table = f"data.{quote(VALUES)}"
-    return f"SELECT row_id, {', '.join(picked)} FROM {table} WHERE fingerprint IN ({every}) GROUP BY row_id"
-
-
-def worst_ends(found: Sequence[Import]) -> dict[str, Literal["high", "low"]]:
-    """column -> the end that its import called bad, the latest that did."""
-    return {column: end for one in found for column, end in one.worst.items()}
 
 
 def _insert(con: Connection, one: Import) -> None:
@@ -402,7 +231,3 @@ def _add_lines(con: Connection, one: Import, query: str) -> None:
 def _exists(con: Connection, table: str) -> bool:
     found = "SELECT count(*) FROM duckdb_tables() WHERE schema_name = 'data' AND table_name = ? AND database_name = current_database()"
     return bool(con.execute(found, [table]).fetchall()[0][0])
-
-
-def _list(values: Iterable[str]) -> str:
-    return ", ".join(literal(v) for v in values) or "NULL"

@@ -60,3 +60,14 @@ def _lock_soon(file: IO[bytes], patience: float = 0.5) -> bool:
             if time.monotonic() > until:
                 return False
             time.sleep(0.02)
+
+
+def process_alive(pid: int) -> bool:
+    """Whether a process of this machine has this id."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True

@@ -16,8 +16,8 @@ import duckdb
 
 from curate.errors import UsageError
 from curate.store import syntax, views
-from curate.store.database import Connection, quote
 from curate.store.own_columns import OwnColumn
+from curate.store.sql import Connection, quote
 from curate.store.syntax import Node, Scope
 
 ORDERING = {f"COMPARE_{name}" for name in ("LESSTHAN", "GREATERTHAN", "LESSTHANOREQUALTO", "GREATERTHANOREQUALTO")}

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from curate.store.database import Connection, literal, quote
 from curate.store.shapes import merged_all, read, transform, written
+from curate.store.sql import Connection, json_pointer, literal, quote
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class OwnColumn:
 
     def picked(self, columns: str) -> str:
         """The column out of the occurrence's JSON, typed, as an item of a SELECT."""
-        key = literal("/" + self.name.replace("~", "~0").replace("/", "~1"))  # a JSON pointer
+        key = json_pointer(self.name)
         if self.kind == "JSON":
             value = f"json_extract({columns}, {key})"
         elif self.kind.startswith(("[", "{")):

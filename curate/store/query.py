@@ -14,9 +14,10 @@ import pyarrow as pa
 
 from curate.errors import UsageError, did_you_mean
 from curate.rows import Example, Pair, Row, text_from_column
-from curate.store.database import Connection, one, quote
 from curate.store.readings import HIDDEN, NO_RECIPE_WAITS, WAITS, any_waits
-from curate.store.tables import ids_view, table_of
+from curate.store.sql import Connection, one, quote
+from curate.store.tables import table_of
+from curate.store.values import ids_view
 
 if TYPE_CHECKING:
     import polars as pl

@@ -12,9 +12,22 @@ import numpy as np
 
 from curate.errors import StoreError
 from curate.rows import Row
-from curate.store import conjuncts, coverage, imports, misread, query, readings, syntax, tables, views
+from curate.store import (
+    conjuncts,
+    coverage,
+    imported_columns,
+    imports,
+    misread,
+    query,
+    readings,
+    recipes,
+    syntax,
+    tables,
+    values,
+    views,
+)
 from curate.store.coverage import Coverage
-from curate.store.database import Database, one, process_alive
+from curate.store.database import Database
 from curate.store.entries import (
     RECENT,
     Measured,
@@ -23,8 +36,9 @@ from curate.store.entries import (
     Speeds,
 )
 from curate.store.imports import Import
-from curate.store.locks import holder
+from curate.store.locks import holder, process_alive
 from curate.store.shards import Shards
+from curate.store.sql import first_column, one
 
 if TYPE_CHECKING:
     import polars as pl
@@ -148,25 +162,23 @@ class StoreReader:
 
     def worst_ends(self) -> dict[str, Literal["high", "low"]]:
         """imported column -> the end that is bad, where its import said so."""
-        return imports.worst_ends(self.imports())
+        return imported_columns.worst_ends(self.imports())
 
     def measured(self, **wanted: Any) -> list[Measured]:
         """What has been measured, in the order run, step, created. Narrow by field: measured(measurement="accuracy", run="sft")."""
         with self.database.read() as con:
-            return tables.measured(con, wanted)
+            return values.measured(con, wanted)
 
     def measured_columns(self) -> dict[str, list[str]]:
         """measurement -> the names of its columns, for everything measured or imported."""
         with self.database.read() as con:
-            names = [
-                row[0] for row in con.execute("SELECT DISTINCT measurement FROM data.measured ORDER BY 1").fetchall()
-            ]
+            names = first_column(con, "SELECT DISTINCT measurement FROM data.measured ORDER BY 1")
             return {name: list(tables.columns_of(con, tables.table_of(name))) for name in names}
 
     def known_columns(self, names: Sequence[str] | None = None) -> dict[str, list[str]]:
         """fingerprint -> its columns that are known for some row (of `names`, or of all). Imports of several kinds share one table."""
         with self.database.read() as con:
-            return tables.known_columns(con, names)
+            return values.known_columns(con, names)
 
     def columns(self, fingerprint: str, names: Sequence[str], row_ids: Sequence[str]) -> dict[str, np.ndarray]:
         """name -> (rows,) float64 aligned to `row_ids`; NaN where there is no value. Booleans are 0 and 1.
@@ -174,29 +186,29 @@ class StoreReader:
         Raises UsageError for a column that this measurement does not have.
         """
         series = self.series([fingerprint], names, row_ids)
-        return {name: values[:, 0] for name, values in series.items()}
+        return {name: one_each[:, 0] for name, one_each in series.items()}
 
     def series(
         self, fingerprints: Sequence[str | None], names: Sequence[str], row_ids: Sequence[str]
     ) -> dict[str, np.ndarray]:
         """name -> (rows, K) float64 for K fingerprints of one measurement, in their order; a fingerprint of None is all NaN."""
         with self.database.read() as con:
-            return tables.series(con, fingerprints, names, row_ids)
+            return values.series(con, fingerprints, names, row_ids)
 
     def texts(self, fingerprint: str, name: str, row_ids: Sequence[str]) -> list[str | None]:
         """A text column, such as token_problem, aligned to `row_ids`."""
         with self.database.read() as con:
-            return tables.texts(con, fingerprint, name, row_ids)
+            return values.texts(con, fingerprint, name, row_ids)
 
     def samples(self, fingerprint: str, row_ids: Sequence[str]) -> list[list[dict[str, Any]]]:
         """The sampled answers of each row, in sample order: text, correct, n_tokens, logp, finished; [] where there are none."""
         with self.database.read() as con:
-            return tables.samples(con, fingerprint, row_ids)
+            return values.samples(con, fingerprint, row_ids)
 
     def n_answers(self, fingerprint: str, row_ids: Sequence[str]) -> dict[str, int]:
         """row id -> how many sampled answers are kept under a fingerprint, of the rows that it has a line for."""
         with self.database.read() as con:
-            return tables.n_answers(con, fingerprint, row_ids)
+            return values.n_answers(con, fingerprint, row_ids)
 
     def throughput(self, key: str, *, alike: str | None = None) -> float | None:
         """`Speeds.of` of what is logged here."""
@@ -232,7 +244,7 @@ class StoreReader:
     def places(self, recipe: str) -> dict[str, list[Place]]:
         """fingerprint -> (run, checkpoint, step) of the models that a recipe means by it; nothing of what it has no names of its own for."""
         with self.database.read() as con:
-            return tables.places(con, recipe)
+            return recipes.places(con, recipe)
 
     def recipes(self) -> list[dict[str, Any]]:
         """One dict a recipe, the one scored last first: name, text, sources, uses, plain, updated."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from curate.store.database import Connection, literal, one
+from curate.store.sql import Connection, literal, one
 
 MARK = "\x1e"  # no path has it
 TABLES = ("occurrences", "source_columns", "source_state")

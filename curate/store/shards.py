@@ -24,8 +24,8 @@ import pyarrow.parquet as pq
 
 from curate.errors import StoreError, disk_trouble
 from curate.rows import content_id
-from curate.store.database import process_alive
 from curate.store.entries import Measured
+from curate.store.locks import process_alive
 
 RECORD = b"curate.measured"
 SAMPLE = pa.struct(

@@ -22,10 +22,12 @@ import pyarrow as pa
 from curate.errors import StoreError
 from curate.rows import Example, Pair, foreign_id, text_to_column
 from curate.store import readings
-from curate.store.database import Connection, Database, literal, process_alive
+from curate.store.database import Database
 from curate.store.entries import Ingested, Role, SourceRecord
+from curate.store.locks import process_alive
 from curate.store.shapes import Shape, merged, shape_of, written
 from curate.store.shards import clean_text, write_parquet
+from curate.store.sql import Connection, literal
 
 BATCH = 10_000
 ROW_COLUMNS = ("row_id", "kind", "style", "prompt", "chosen", "rejected", "completion", "answer", "label")

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from curate.store.database import Connection
+from curate.store.sql import Connection
 
 Node = dict[str, Any]
 

@@ -7,23 +7,20 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
 import pyarrow as pa
 
-from curate.errors import StoreError, UsageError, did_you_mean
-from curate.models.naming import natural
 from curate.rows import content_id
-from curate.store.database import Connection, literal, one, quote
-from curate.store.entries import Measured, Place, Trajectories
+from curate.store.entries import Measured
 from curate.store.readings import NO_RECIPE_WAITS
 from curate.store.shards import arrow_column, read_shard
+from curate.store.sql import Connection, first_column, literal, one, quote
 
 if TYPE_CHECKING:
-    from curate.store.decisions import Decisions
+    pass
 
 MEASURED = (
     "fingerprint",
@@ -66,49 +63,6 @@ def remember(con: Connection, measured: Measured) -> None:
     )
 
 
-def measured(con: Connection, wanted: Mapping[str, Any]) -> list[Measured]:
-    """See `Store.measured`."""
-    unknown = sorted(set(wanted) - set(MEASURED))
-    if unknown:
-        raise UsageError(f"no field {unknown[0]!r} of a measurement; there are {', '.join(MEASURED)}.")
-    where = " AND ".join(f"{name} IS NOT DISTINCT FROM ?" for name in wanted) or "true"
-    found = con.execute(
-        f"SELECT {', '.join(MEASURED)} FROM data.measured WHERE {where} ORDER BY run, step NULLS FIRST, created, fingerprint",
-        list(wanted.values()),
-    ).fetchall()
-    records = [
-        Measured(**{**dict(zip(MEASURED, row, strict=True)), "params": json.loads(row[-1] or "{}")}) for row in found
-    ]
-    # Imported together, checkpoints without a step have nothing else to be ordered by than their names.
-    order = {id(record): i for i, record in enumerate(records)}
-    return sorted(
-        records,
-        key=lambda m: (
-            m.run,
-            m.step is not None,
-            m.step or 0,
-            natural(m.checkpoint) if m.reads == "import" and m.step is None else (),
-            order[id(m)],
-        ),
-    )
-
-
-def known_columns(con: Connection, names: Sequence[str] | None) -> dict[str, list[str]]:
-    """See `Store.known_columns`."""
-    result: dict[str, list[str]] = {}
-    for (measurement,) in con.execute("SELECT DISTINCT measurement FROM data.measured ORDER BY 1").fetchall():
-        table = table_of(measurement)
-        wanted = [c for c in columns_of(con, table) if names is None or c in names]
-        if not wanted:
-            continue
-        counts = ", ".join(f"count({quote(c)}) > 0" for c in wanted)
-        for fingerprint, *known in con.execute(
-            f"SELECT fingerprint, {counts} FROM data.{quote(table)} GROUP BY 1"
-        ).fetchall():
-            result.setdefault(fingerprint, []).extend(c for c, k in zip(wanted, known, strict=True) if k)
-    return result
-
-
 def ingest(con: Connection, paths: Sequence[Path]) -> bool:
     """Shards into tables. True if a table or column or fingerprint is new to what the recipe registered last uses, so that views have to follow."""
     groups: dict[tuple[str, tuple[tuple[str, str], ...]], list[Path]] = {}
@@ -117,7 +71,7 @@ def ingest(con: Connection, paths: Sequence[Path]) -> bool:
         record, schema = read_shard(path)
         records[record.fingerprint] = record
         groups.setdefault((record.fingerprint, tuple((f.name, str(f.type)) for f in schema)), []).append(path)
-    known = {row[0] for row in con.execute("SELECT fingerprint FROM data.measured").fetchall()}
+    known = set(first_column(con, "SELECT fingerprint FROM data.measured"))
     for fingerprint, record in records.items():
         if (
             fingerprint not in known
@@ -207,265 +161,3 @@ def _ingest_samples(con: Connection, fingerprint: str, source: str) -> None:
         f"(SELECT row_id, unnest(samples) AS s, generate_subscripts(samples, 1) AS i FROM "
         f"(SELECT row_id, samples FROM {source} QUALIFY row_number() OVER (PARTITION BY row_id) = 1))"
     )
-
-
-def ids_view(con: Connection, row_ids: Sequence[str], name: str = "wanted_ids") -> None:
-    """Make `row_ids` queryable as a table (i, row_id)."""
-    con.register(
-        name, pa.table({"i": pa.array(np.arange(len(row_ids))), "row_id": pa.array(list(row_ids), pa.string())})
-    )
-
-
-def _table_with(con: Connection, fingerprints: Sequence[str | None], names: Sequence[str]) -> str | None:
-    """The one table where these fingerprints' columns are; None where nothing of them was ever measured."""
-    known = [f for f in fingerprints if f is not None]
-    marks = ", ".join("?" * len(known)) or "NULL"
-    found = con.execute(
-        f"SELECT DISTINCT measurement FROM data.measured WHERE fingerprint IN ({marks})", known
-    ).fetchall()
-    if len(found) > 1:
-        raise ValueError(f"one measurement at a time, found {sorted(f[0] for f in found)}")
-    if not found:
-        return None
-    table = table_of(found[0][0])
-    there = columns_of(con, table)
-    for name in names:
-        if name not in there:
-            hint = did_you_mean(name, there, f"it has {', '.join(there)}.", show=str)
-            raise UsageError(f"the measurement {found[0][0]} has no column {name!r}; {hint}")
-    return table
-
-
-def series(
-    con: Connection, fingerprints: Sequence[str | None], names: Sequence[str], row_ids: Sequence[str]
-) -> dict[str, np.ndarray]:
-    """See `Store.series`."""
-    result = {name: np.full((len(row_ids), len(fingerprints)), np.nan) for name in names}
-    table = _table_with(con, fingerprints, names)
-    if table is None or not names or not len(row_ids):
-        return result
-    ids_view(con, row_ids)
-    listed = [(k, f) for k, f in enumerate(fingerprints) if f is not None]
-    con.register("wanted_prints", pa.table({"k": [k for k, _ in listed], "fingerprint": [f for _, f in listed]}))
-    kinds = columns_of(con, table)
-    text = [n for n in names if kinds[n] == "VARCHAR"]
-    if text:
-        raise UsageError(f"{text[0]} is text, not a number.")
-    picked = ", ".join(f"t.{quote(n)}::DOUBLE" for n in names)
-    found = con.sql(
-        f"SELECT ids.i, p.k, {picked} FROM data.{quote(table)} t JOIN wanted_prints p USING (fingerprint) JOIN wanted_ids ids USING (row_id)"
-    ).to_arrow_table()
-    i, k = found.column(0).to_numpy(), found.column(1).to_numpy()
-    for n, name in enumerate(names):
-        result[name][i, k] = found.column(2 + n).to_numpy()  # NULL arrives as NaN
-    return result
-
-
-def texts(con: Connection, fingerprint: str, name: str, row_ids: Sequence[str]) -> list[str | None]:
-    """See `Store.texts`."""
-    result: list[str | None] = [None] * len(row_ids)
-    table = _table_with(con, [fingerprint], [name])
-    if table is not None and len(row_ids):
-        ids_view(con, row_ids)
-        column = quote(name)
-        query = (
-            f"SELECT i, {column}::VARCHAR FROM data.{quote(table)} JOIN wanted_ids USING (row_id) "
-            f"WHERE fingerprint = ? AND {column} IS NOT NULL"
-        )
-        for i, value in con.execute(query, [fingerprint]).fetchall():
-            result[i] = value
-    return result
-
-
-def samples(con: Connection, fingerprint: str, row_ids: Sequence[str]) -> list[list[dict[str, Any]]]:
-    """See `Store.samples`."""
-    result: list[list[dict[str, Any]]] = [[] for _ in row_ids]
-    ids_view(con, row_ids)
-    names = ("text", "correct", "n_tokens", "logp", "finished")
-    query = f"SELECT i, {', '.join(names)} FROM data.samples JOIN wanted_ids USING (row_id) WHERE fingerprint = ? ORDER BY i, sample"
-    for i, *values in con.execute(query, [fingerprint]).fetchall():
-        result[i].append(dict(zip(names, values, strict=True)))
-    return result
-
-
-def n_answers(con: Connection, fingerprint: str, row_ids: Sequence[str]) -> dict[str, int]:
-    """See `Store.n_answers`."""
-    table = _table_with(con, [fingerprint], [])
-    if table is None or not columns_of(con, table):
-        return {}
-    ids_view(con, row_ids)
-    kept = "SELECT row_id, count(*) AS n FROM data.samples WHERE fingerprint = ? GROUP BY row_id"
-    found = con.execute(
-        f"SELECT row_id, coalesce(k.n, 0) FROM data.{quote(table)} JOIN wanted_ids USING (row_id) LEFT JOIN ({kept}) k USING (row_id) "
-        "WHERE fingerprint = ?",
-        [fingerprint, fingerprint],
-    ).fetchall()
-    return {row_id: int(n) for row_id, n in found}
-
-
-def register_recipe(
-    con: Connection, name: str, text: str, sources: Sequence[str], uses: Sequence[str], plain: Sequence[str]
-) -> None:
-    """See `Store.register_recipe`."""
-    of = dict(con.execute("SELECT fingerprint, measurement FROM data.measured").fetchall())
-    named = [of[f] for f in plain if f in of]
-    twice = sorted({m for m in named if named.count(m) > 1})
-    if twice:
-        raise ValueError(f"`scored` can show one fingerprint of a measurement, found several of {twice[0]}")
-    slug = f"scores_{re.sub(r'[^a-z0-9]+', '_', name.lower()).strip('_')}_{content_id(name)[:6]}"
-    con.execute(
-        "INSERT INTO data.recipes VALUES (?, ?, ?, ?, ?, ?, now()::TIMESTAMP) ON CONFLICT (name) DO UPDATE SET "
-        "text = excluded.text, sources = excluded.sources, uses = excluded.uses, plain = excluded.plain, updated = excluded.updated",
-        [name, text, slug, list(sources), list(uses), list(plain)],
-    )
-
-
-def forget_recipe(con: Connection, name: str) -> None:
-    """A recipe with its scores, dataset values and notes, as if it had never been registered."""
-    found = one(con, "SELECT scores_table FROM data.recipes WHERE name = ?", [name])
-    for table in (found[0], trajectories_table(found[0])) if found else ():
-        con.execute(f"DROP TABLE IF EXISTS data.{quote(table)}")
-    con.execute("DELETE FROM data.recipes WHERE name = ?", [name])
-    con.execute("DELETE FROM data.dataset_values WHERE origin = ?", [name])
-    con.execute(
-        "DELETE FROM data.meta WHERE key IN (?, ?, ?)", [f"{what} of {name}" for what in ("places", "roles", "scores")]
-    )
-
-
-def trajectories_table(scores_table: str) -> str:
-    """Where a recipe's scores at every checkpoint are: row_id, run, checkpoint, step, and a column a score."""
-    return f"{scores_table}_at"
-
-
-def write_scores(
-    con: Connection,
-    recipe: str,
-    row_ids: Sequence[str],
-    scores: Mapping[str, Any],
-    trajectories: Sequence[Trajectories] = (),
-) -> None:
-    """See `Store.write_scores`."""
-    found = one(con, "SELECT scores_table FROM data.recipes WHERE name = ?", [recipe])
-    if found is None:
-        raise StoreError(
-            f"no recipe {recipe!r} is registered in this store; `curate run` does that before it writes scores."
-        )
-    arrays = {
-        "row_id": pa.array(list(row_ids), pa.string()),
-        **{name: arrow_column(values) for name, values in scores.items()},
-    }
-    con.register("scores_view", pa.table(arrays))
-    con.execute(f"CREATE OR REPLACE TABLE data.{quote(found[0])} AS SELECT * FROM scores_view")
-    con.unregister("scores_view")
-    each = quote(trajectories_table(found[0]))
-    con.execute(f"DROP TABLE IF EXISTS data.{each}")
-    if trajectories:
-        con.register(
-            "scores_view",
-            pa.concat_tables([_lines(one, arrays["row_id"]) for one in trajectories], promote_options="default"),
-        )
-        con.execute(f"CREATE TABLE data.{each} AS SELECT * FROM scores_view")
-        con.unregister("scores_view")
-    con.execute("UPDATE data.recipes SET updated = now()::TIMESTAMP WHERE name = ?", [recipe])
-
-
-def _lines(one: Trajectories, row_ids: pa.Array) -> pa.Table:
-    """A run's scores at every checkpoint, a line a row and checkpoint at which one is known."""
-    columns = {name: arrow_column(values.ravel()) for name, values in one.values.items()}
-    row, k = np.divmod(np.arange(len(row_ids) * len(one.places)), max(len(one.places), 1))
-    checkpoints, steps = (
-        pa.array([place[i] for place in one.places], kind) for i, kind in ((0, pa.string()), (1, pa.int64()))
-    )
-    lines = {
-        "row_id": row_ids.take(pa.array(row)),
-        "run": pa.repeat(pa.scalar(one.run), len(row)),
-        "checkpoint": checkpoints.take(pa.array(k)),
-        "step": steps.take(pa.array(k)),
-    }
-    known = np.logical_or.reduce([column.is_valid().to_numpy(zero_copy_only=False) for column in columns.values()])
-    return pa.table({**lines, **columns}).filter(pa.array(known))
-
-
-def note(con: Connection, key: str, value: str | None) -> None:
-    """Keep a value under a key of the store's own; None forgets it."""
-    con.execute("DELETE FROM data.meta WHERE key = ?", [key])
-    if value is not None:
-        con.execute("INSERT INTO data.meta VALUES (?, ?)", [key, value])
-
-
-def note_places(con: Connection, recipe: str, places: Mapping[str, Sequence[Place]]) -> None:
-    """See `Store.register_recipe`; the views read it (store/views.py)."""
-    lines = [
-        {"fingerprint": fingerprint, "run": run, "checkpoint": checkpoint, "step": step}
-        for fingerprint, found in places.items()
-        for run, checkpoint, step in found
-    ]
-    note(con, f"places of {recipe}", json.dumps(lines) if lines else None)
-
-
-def places(con: Connection, recipe: str) -> dict[str, list[Place]]:
-    """See `Store.places`."""
-    kept = one(con, "SELECT value FROM data.meta WHERE key = ?", [f"places of {recipe}"])
-    found: dict[str, list[Place]] = {}
-    for line in json.loads(kept[0]) if kept else []:
-        found.setdefault(line["fingerprint"], []).append((line["run"], line["checkpoint"], line["step"]))
-    return found
-
-
-def outdate(con: Connection, fingerprints: Sequence[str]) -> list[str]:
-    """Values under these fingerprints have changed: what was made of them, scores and selections, is known to be old. Returns it, in words."""
-    names = con.execute("SELECT name FROM data.recipes WHERE list_has_any(uses, ?)", [list(fingerprints)]).fetchall()
-    old = []
-    for what, word in (("scores", "the scores"), ("selection", "the selection")):
-        for (name,) in names:
-            key = f"{what} of {name}"
-            if con.execute("SELECT count(*) FROM data.meta WHERE key = ?", [key]).fetchall()[0][0]:
-                con.execute("UPDATE data.meta SET value = '' WHERE key = ?", [key])
-                old.append(f"{word} {'of ' if what == 'scores' else ''}{name!r}")
-    return old
-
-
-def write_selection(
-    con: Connection, name: str, decisions: Decisions, recipe: str | None, spec: Mapping[str, Any] | None
-) -> bool:
-    """See `Store.write_selection`. True if the table of decisions was widened, so that views have to follow."""
-    widened = "rule" not in columns_of(con, "decisions")
-    if widened:  # a store made before decisions had these
-        for column, kind in (("rule", "VARCHAR"), ("value", "DOUBLE"), ("cut", "DOUBLE")):
-            con.execute(f"ALTER TABLE data.decisions ADD COLUMN {column} {kind}")
-    con.execute("DELETE FROM data.selections WHERE name = ?", [name])
-    con.execute("DELETE FROM data.decisions WHERE selection = ?", [name])
-    con.execute(
-        "INSERT INTO data.selections VALUES (?, ?, ?, ?, now()::TIMESTAMP)",
-        [name, recipe, json.dumps(dict(spec or {}), default=str), json.dumps(decisions.counts, default=str)],
-    )
-    rank = np.asarray(decisions.rank)
-    table = pa.table(
-        {
-            "row_id": pa.array(list(decisions.row_ids), pa.string()),
-            "kept": pa.array(np.asarray(decisions.kept, bool)),
-            "rank": pa.array(rank, pa.int64(), mask=rank <= 0),
-            "reason": pa.array([reason.text for reason in decisions.reasons], pa.string()),
-            "rule": pa.array([reason.rule for reason in decisions.reasons], pa.string()),
-            "value": pa.array([reason.value for reason in decisions.reasons], pa.float64()),
-            "cut": pa.array([reason.cut for reason in decisions.reasons], pa.float64()),
-        }
-    )
-    con.register("decisions_view", table)
-    con.execute("INSERT INTO data.decisions BY NAME SELECT ? AS selection, * FROM decisions_view", [name])
-    con.unregister("decisions_view")
-    return widened
-
-
-def drop_control(con: Connection, name: str) -> None:
-    """Forget the control that was drawn beside an earlier selection of this name."""
-    control = control_name(name)
-    for (spec,) in con.execute("SELECT spec FROM data.selections WHERE name = ?", [control]).fetchall():
-        if json.loads(spec or "{}").get("control_of") == name:
-            con.execute("DELETE FROM data.selections WHERE name = ?", [control])
-            con.execute("DELETE FROM data.decisions WHERE selection = ?", [control])
-
-
-def control_name(name: str) -> str:
-    """What the control beside a selection is called."""
-    return f"{name}_control"

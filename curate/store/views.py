@@ -9,16 +9,16 @@ Values of different fingerprints are never mixed: `scored` shows a measurement's
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 
-from curate.errors import UsageError, did_you_mean
 from curate.rows import ROW_COLUMNS
-from curate.store import imports
-from curate.store.database import Connection, literal, one, quote
+from curate.store import imported_columns, imports
+from curate.store.narrowing import condition_of, occurring, recipe_of, visible
 from curate.store.own_columns import OwnColumn, own_columns
-from curate.store.readings import HIDDEN, MARK, NO_RECIPE_WAITS, PLAIN, WAITS, any_waits, plain_name
-from curate.store.tables import columns_of, table_of, trajectories_table
+from curate.store.readings import HIDDEN, MARK, PLAIN, any_waits
+from curate.store.recipes import trajectories_table
+from curate.store.sql import Connection, first_column, literal, literals, one, quote
+from curate.store.tables import columns_of, table_of
 
 FIRST = "1152921504606846976"  # 2**60: a held-out occurrence comes after every training one
 TRAJECTORY = {
@@ -56,15 +56,12 @@ def narrow(con: Connection, text: str, *, recipe: str | None, sources: Sequence[
 
 def _bodies(con: Connection, recipe: str | None, sources: Sequence[str] | None) -> dict[str, Callable[[], str]]:
     """view -> what makes its SQL, since finding out costs queries. recipe None: the last one."""
-    name, scores_table, uses, plain = _recipe(con, recipe)
-    only = _only(con, recipe, sources)
+    name, scores_table, uses, plain = recipe_of(con, recipe)
+    only = condition_of(con, recipe, sources)
     if recipe is None:
-        imported = con.execute(
-            "SELECT fingerprint FROM data.measured WHERE reads = 'import' ORDER BY created"
-        ).fetchall()
-        uses = [*uses, *(row[0] for row in imported)]
+        uses += first_column(con, "SELECT fingerprint FROM data.measured WHERE reads = 'import' ORDER BY created")
     plain = [*plain, *_lone_imports(con, plain)]
-    occurs = _occurs(con, only)
+    occurs = occurring(con, only)
     hidden = f"row_id NOT IN ({HIDDEN})" if not only and any_waits(con) else ""
     near = f"row_id IN (SELECT row_id FROM {occurs})" if only else hidden
     of = literal((recipe or "").removeprefix(MARK))
@@ -75,7 +72,7 @@ def _bodies(con: Connection, recipe: str | None, sources: Sequence[str] | None) 
         "trajectories": lambda: _narrowed(_trajectories(con, uses, scores_table, called), near),
         "samples": lambda: _narrowed(
             "SELECT s.row_id, n.run, n.checkpoint, n.step, s.sample, s.text, s.correct, s.n_tokens, s.logp, s.finished "
-            f"FROM data.samples s JOIN ({called}) n USING (fingerprint) WHERE s.fingerprint IN ({_list(uses)}) "
+            f"FROM data.samples s JOIN ({called}) n USING (fingerprint) WHERE s.fingerprint IN ({literals(uses)}) "
             "AND s.fingerprint NOT IN (SELECT fingerprint FROM data.measured WHERE measurement = 'perturbed')",  # of other problems
             near,
         ),
@@ -107,67 +104,6 @@ def _decided(con: Connection) -> str:
     return "NULL::VARCHAR AS rule, NULL::DOUBLE AS value, NULL::DOUBLE AS cut"
 
 
-def _recipe(con: Connection, recipe: str | None) -> tuple[str | None, str | None, list[str], list[str]]:
-    found = con.execute(
-        f"SELECT name, scores_table, uses, plain FROM data.recipes WHERE {NO_RECIPE_WAITS} OR name = ? ORDER BY updated DESC, name",
-        [recipe],
-    ).fetchall()
-    for name, table, uses, plain in found:
-        if recipe is None or name == recipe:
-            return name, table, list(uses), list(plain)
-    if recipe is None:
-        return None, None, [], []
-    names = [row[0] for row in found if plain_name(row[0]) == row[0]]
-    hint = did_you_mean(recipe, names, f"There are: {', '.join(names) or 'none yet'}.", sentence=True)
-    raise UsageError(f"no recipe {recipe!r} in this store. {hint}")
-
-
-def _only(con: Connection, recipe: str | None, sources: Sequence[str] | None) -> str:
-    """The condition on (source, role) of the occurrences that a narrowed query is about; "" for all.
-
-    A recipe's own: its training rows and its held-out rows, each from where it takes them, whatever another recipe takes from the same file.
-    """
-    conditions = []
-    if recipe is not None:
-        noted = one(con, "SELECT value FROM data.meta WHERE key = ?", [f"roles of {recipe}"])
-        if noted:
-            roles = [(role, names) for role, names in json.loads(noted[0]).items() if names]
-            conditions.append(
-                " OR ".join(f"(role = {literal(r)} AND source IN ({_list(names)}))" for r, names in roles)
-            )
-        elif sources is None:  # registered before roles were noted
-            names = con.execute("SELECT sources FROM data.recipes WHERE name = ?", [recipe]).fetchall()[0][0]
-            conditions.append(f"source IN ({_list(names)})" if names else "")
-    if sources is not None:
-        _check_sources(con, sources)
-        conditions.append(f"source IN ({_list(sources)})")
-    return " AND ".join(f"({condition})" for condition in conditions if condition)
-
-
-def _seen(con: Connection, only: str) -> str:
-    """The condition on the sources that a query is about: readings that wait are seen where they are named alone. "" for all."""
-    return only or (f"NOT {WAITS}" if any_waits(con) else "")
-
-
-def _occurs(con: Connection, only: str) -> str:
-    seen = _seen(con, only)
-    return f"data.occurrences WHERE {seen}" if seen else "data.occurrences"
-
-
-def _check_sources(con: Connection, sources: Sequence[str]) -> None:
-    known = [
-        row[0]
-        for row in con.execute(
-            "SELECT source FROM data.occurrences UNION SELECT source FROM data.source_state ORDER BY 1"
-        ).fetchall()
-    ]
-    for source in sources:
-        if source not in known:
-            seen = [name for name in known if plain_name(name) == name]
-            hint = did_you_mean(source, known, f"There are: {', '.join(seen) or 'none yet'}.", sentence=True)
-            raise UsageError(f"no source {source!r} in this store. {hint}")
-
-
 def _lone_imports(con: Connection, plain: Sequence[str]) -> list[str]:
     """Measurements that a program put in once only, so that there is no choice which values a column shows. (Imported files: `_imported`.)"""
     found = con.execute(
@@ -175,12 +111,7 @@ def _lone_imports(con: Connection, plain: Sequence[str]) -> list[str]:
         "GROUP BY measurement HAVING count(*) = 1 ORDER BY 1",
         [imports.MEASUREMENT],
     ).fetchall()
-    taken = {
-        row[0]
-        for row in con.execute(
-            f"SELECT measurement FROM data.measured WHERE fingerprint IN ({_list(plain)})"
-        ).fetchall()
-    }
+    taken = first_column(con, f"SELECT measurement FROM data.measured WHERE fingerprint IN ({literals(plain)})")
     return [fingerprint for measurement, fingerprint in found if measurement not in taken]
 
 
@@ -197,8 +128,8 @@ def _rows(occurs: str, narrowed: bool) -> str:
 
 def _scored(con: Connection, only: str, scores_table: str | None, plain: Sequence[str]) -> str:
     picked, joins, taken = _ours(con, scores_table, plain)
-    picked += [own.picked("r.columns") for own in own_columns(con, taken, _seen(con, only))]
-    return f"SELECT {', '.join(picked)} FROM ({_rows(_occurs(con, only), bool(only))}) r {' '.join(joins)}"
+    picked += [own.picked("r.columns") for own in own_columns(con, taken, visible(con, only))]
+    return f"SELECT {', '.join(picked)} FROM ({_rows(occurring(con, only), bool(only))}) r {' '.join(joins)}"
 
 
 def _ours(
@@ -222,7 +153,7 @@ def _measured(
         picked += [f"s.{quote(n)}" for n in names]
         joins.append(f"LEFT JOIN data.{quote(scores_table)} s ON s.row_id = r.row_id")
     found = con.execute(
-        f"SELECT fingerprint, measurement FROM data.measured WHERE fingerprint IN ({_list(plain)}) ORDER BY measurement"
+        f"SELECT fingerprint, measurement FROM data.measured WHERE fingerprint IN ({literals(plain)}) ORDER BY measurement"
     ).fetchall()
     for i, (fingerprint, measurement) in enumerate(found):
         names = _free(columns_of(con, table_of(measurement)), taken)
@@ -238,7 +169,7 @@ def _imported(con: Connection, taken: dict[str, str]) -> tuple[list[str], list[s
     """Imported columns, the same whatever the recipe: (what is picked, the join, their names). One whose name a score or a measured column has
     is called imported_<name>.
     """
-    columns = imports.shown(imports.listed(con))
+    columns = imported_columns.shown(imports.listed(con))
     if not columns:
         return [], [], []
     picked, names = [], []
@@ -248,15 +179,15 @@ def _imported(con: Connection, taken: dict[str, str]) -> tuple[list[str], list[s
         if shown:
             picked.append(f"i.{quote(name)} AS {quote(shown)}")
             names.append(OwnColumn(name, shown, "", "" if shown == name else holder, imported=True))
-    return picked, [f"LEFT JOIN ({imports.shown_table(columns)}) i ON i.row_id = r.row_id"], names
+    return picked, [f"LEFT JOIN ({imported_columns.shown_table(columns)}) i ON i.row_id = r.row_id"], names
 
 
 def own_names(con: Connection, recipe: str | None, planned: Sequence[str] = ()) -> dict[str, list[OwnColumn]]:
     """view -> the user's columns in it, for `scored` and `occurrences`, imported ones first. planned: columns that `scored` will have once all
     is measured.
     """
-    _, scores_table, _, plain = _recipe(con, recipe)
-    only = _seen(con, _only(con, recipe, None))
+    _, scores_table, _, plain = recipe_of(con, recipe)
+    only = visible(con, condition_of(con, recipe, None))
     taken = _measured(con, scores_table, [*plain, *_lone_imports(con, plain)])[2]
     taken.update({name.lower(): name for name in planned if name.lower() not in taken})
     imported = _imported(con, taken)[2]
@@ -275,8 +206,8 @@ def _free(names: Iterable[str], taken: dict[str, str]) -> list[str]:
 
 def _occurrences(con: Connection, only: str) -> str:
     base = [f"{PLAIN} AS source" if name == "source" else name for name in OCCURRENCE]
-    picked = [*base, *(own.picked("columns") for own in own_columns(con, OCCURRENCE, _seen(con, only)))]
-    return f"SELECT {', '.join(picked)} FROM {_occurs(con, only)}"
+    picked = [*base, *(own.picked("columns") for own in own_columns(con, OCCURRENCE, visible(con, only)))]
+    return f"SELECT {', '.join(picked)} FROM {occurring(con, only)}"
 
 
 def _called(recipe: str) -> str:
@@ -296,7 +227,7 @@ def _trajectories(con: Connection, uses: Sequence[str], scores_table: str | None
     that have a value at every checkpoint.
     """
     found = con.execute(
-        f"SELECT measurement, list(fingerprint) FROM (SELECT * FROM data.measured WHERE fingerprint IN ({_list(uses)}) AND reads <> 'tokens' "
+        f"SELECT measurement, list(fingerprint) FROM (SELECT * FROM data.measured WHERE fingerprint IN ({literals(uses)}) AND reads <> 'tokens' "
         "QUALIFY row_number() OVER (PARTITION BY measurement, run, checkpoint, step, model_fingerprint, reads = 'import' "
         "ORDER BY created DESC, fingerprint) = 1) GROUP BY measurement ORDER BY measurement"
     ).fetchall()
@@ -309,7 +240,7 @@ def _trajectories(con: Connection, uses: Sequence[str], scores_table: str | None
         parts.append(
             f"SELECT t.row_id, n.run, n.checkpoint, n.step, concat(m.model_fingerprint, m.reads = 'import') AS subject"
             f"{', ' + picked if picked else ''} FROM data.{quote(table)} t JOIN data.measured m USING (fingerprint) "
-            f"JOIN ({called}) n USING (fingerprint) WHERE t.fingerprint IN ({_list(fingerprints)})"
+            f"JOIN ({called}) n USING (fingerprint) WHERE t.fingerprint IN ({literals(fingerprints)})"
         )
     nothing = ", ".join(f"NULL::{kind} AS {quote(n)}" for n, kind in TRAJECTORY.items())
     parts.append(
@@ -334,7 +265,3 @@ def _trajectories(con: Connection, uses: Sequence[str], scores_table: str | None
 
 def _narrowed(body: str, condition: str) -> str:
     return f"SELECT * FROM ({body}) WHERE {condition}" if condition else body
-
-
-def _list(values: Iterable[str] | None) -> str:
-    return ", ".join(literal(v) for v in values or ()) or "NULL"

@@ -15,6 +15,7 @@ from curate.plan.requests import requested_scores
 from curate.recipe.load import Loaded
 from curate.recipe.schema import Export
 from curate.scores.flags import ADVICE
+from curate.store.sql import quote
 from curate.workflow.read import noted, source_types
 
 if TYPE_CHECKING:
@@ -111,7 +112,7 @@ def _advice(loaded: Loaded, store: Store, selection: Selection) -> list[str]:
         return []
     sign = "> 0" if column == {r.score: r.name for r in loaded.recipe.scores}.get("squeezing_prone") else "< 1"
     n = store.sql(
-        f'SELECT count(*) AS n FROM scored s JOIN selections d USING (row_id) WHERE d.selection = ? AND d.kept AND s."{column}" {sign}',
+        f"SELECT count(*) AS n FROM scored s JOIN selections d USING (row_id) WHERE d.selection = ? AND d.kept AND s.{quote(column)} {sign}",
         [selection.name],
         recipe=loaded.name,
     )["n"][0]
@@ -129,7 +130,7 @@ class Beside:
         kept = {column.name for column in own if not column.taken_by and not column.imported}
         self.own = {name for name in names if name in kept}  # else that name is ours there
         self.names = [name for name in dict.fromkeys(names) if name not in self.own | {"row_id"}]
-        picked = ", ".join(["row_id", *map(quoted, self.names)])
+        picked = ", ".join(["row_id", *map(quote, self.names)])
         frame = store.sql(f"SELECT {picked} FROM scored", recipe=loaded.name)
         self.frame, self.at = frame, {row_id: i for i, row_id in enumerate(frame["row_id"])}
 
@@ -159,7 +160,7 @@ def _rows(
 
 def _check_weights(name: str, loaded: Loaded, store: Store, selection: Selection) -> None:
     """UsageError where a column holds no numbers; ValidationError where a kept row has none, a negative one, or all are 0."""
-    column = quoted(name)
+    column = quote(name)
     found = store.sql(
         f"SELECT s.source, s.index, s.{column} AS weight FROM scored s JOIN selections d USING (row_id) WHERE d.selection = ? AND d.kept "
         "ORDER BY s.position",
@@ -201,11 +202,6 @@ def _types(store: Store, sources: Sequence[str]) -> dict[str, str]:
     return source_types(store, prints)
 
 
-def quoted(name: str) -> str:
-    """A column's name in SQL."""
-    return '"' + name.replace('"', '""') + '"'
-
-
 def _card(loaded: Loaded, store: Store, selection: Selection, sources: list[str], roles: Roles) -> Any:
     from curate import __version__
     from curate.data import Card, distribution
@@ -220,7 +216,7 @@ def _card(loaded: Loaded, store: Store, selection: Selection, sources: list[str]
     }
     models |= {f"checkpoint {s.label}": s for s in roles.series}
     names = [request.name for request in loaded.recipe.scores]
-    picked = ", ".join(f'"{name}"' for name in names) or "NULL"
+    picked = ", ".join(map(quote, names)) or "NULL"
     frame = store.sql(f"SELECT {picked} FROM scored WHERE role = 'train'", recipe=loaded.name)
     counts = {"rows": selection.counts["rows"], "kept": selection.counts["kept"]}
     counts |= {f"dropped: {step}": n for step, n in selection.counts["dropped_by"].items()}

@@ -20,6 +20,7 @@ from curate.errors import UsageError
 from curate.plan.plan import Plan
 from curate.plan.step import RequestedScore
 from curate.store import DatasetValue, Measured, Trajectories
+from curate.store.sql import quote
 
 if TYPE_CHECKING:
     from curate.store import Place, Store
@@ -282,12 +283,10 @@ class Columns:
             have = self.store.sql("SELECT * FROM occurrences LIMIT 0", source=self.sources or None).columns
             if column not in have and not needed:
                 return None
-            shown = self.store.own_names().get(
-                column, column
-            )  # where curate has a column of this name, the user's is meant
-            name = shown.replace('"', '""')  # a column that is needed and not there: the store names the nearest
+            # where curate has a column of this name, the user's is meant; of one that is not there the store names the nearest
+            name = quote(self.store.own_names().get(column, column))
             frame = self.store.sql(
-                f'SELECT o.row_id, first("{name}" ORDER BY o.source, o.index) AS value, first(typeof("{name}")) AS kind '
+                f"SELECT o.row_id, first({name} ORDER BY o.source, o.index) AS value, first(typeof({name})) AS kind "
                 "FROM occurrences o GROUP BY o.row_id",
                 source=self.sources or None,
             )

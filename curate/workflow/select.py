@@ -30,9 +30,9 @@ import duckdb
 import numpy as np
 
 from curate.errors import UsageError, did_you_mean, nearest
-from curate.store.database import literal, quote
 from curate.store.decisions import Decisions, Reason
 from curate.store.expressions import check_expression, order_keys
+from curate.store.sql import literal, quote
 from curate.workflow.control import control_of
 from curate.workflow.decide import Candidates, SelectSpec, check_groups, decide, whole
 

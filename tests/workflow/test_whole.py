@@ -111,14 +111,14 @@ def test_a_run_that_fails_leaves_the_views_as_they_were(sft, tmp_path, monkeypat
 
 DRIVER = """
     import os, signal, sys
-    from curate.store import tables
+    from curate.store import recipes
     from curate.workflow.runners.forward import ForwardRunner
     def die(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGKILL)
     if sys.argv[1] == "measuring":
         ForwardRunner.run = die
     else:
-        tables.write_selection = die
+        recipes.write_selection = die
     sys.argv = ["curate", "run", sys.argv[2], "--quiet", "--set", "sampling.temperature=0.5", "--set", "select.keep.rows=3"]
     from curate.cli import main
     main()

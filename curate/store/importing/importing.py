@@ -11,7 +11,7 @@
 
 Instead of a row, `on` names a column that the rows have too. With neither the file is about datasets: every other name is a dataset value,
 with `n`, `low` and `high` where mapped. Empty cells, NaN and infinities are unknown (NULL). Importing a file again replaces what it brought.
-An import is numbered, and `curate forget STORE --import N` takes it back (store/imports.py).
+An import is numbered, and `curate forget STORE --import N` takes it back (store/forgetting.py).
 """
 
 from __future__ import annotations

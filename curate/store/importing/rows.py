@@ -22,6 +22,7 @@ from curate.errors import UsageError, ValidationError, did_you_mean, nearest
 from curate.models.naming import natural
 from curate.rows import ID_DIGITS, foreign_id
 from curate.store.importing.table import WHOLE_FLOAT, Table, text_of
+from curate.store.sql import json_pointer, literal, quote
 from curate.store.store import Store
 
 OURS = ("prompt", "completion", "answer", "chosen", "rejected")  # columns of ours that people may join on
@@ -179,13 +180,13 @@ def _fitting(store: Store, keys: Sequence[str]) -> list[tuple[str, int]]:
 
 def _values_sql(name: str, *, own: bool, source: str | None = None) -> str:
     """SQL: row_id, value (text), kind (its JSON type) of a column of the rows that have text."""
-    where = "" if source is None else "AND o.source = " + "'" + source.replace("'", "''") + "'"
+    where = "" if source is None else f"AND o.source = {literal(source)}"
     if not own:
         return (
-            f"SELECT DISTINCT r.row_id, r.\"{name}\" AS value, 'VARCHAR' AS kind FROM data.rows r JOIN data.occurrences o USING (row_id) "
-            f'WHERE r."{name}" IS NOT NULL {where}'
+            f"SELECT DISTINCT r.row_id, r.{quote(name)} AS value, 'VARCHAR' AS kind FROM data.rows r JOIN data.occurrences o USING (row_id) "
+            f"WHERE r.{quote(name)} IS NOT NULL {where}"
         )
-    pointer = "'/" + name.replace("~", "~0").replace("/", "~1").replace("'", "''") + "'"  # a JSON pointer
+    pointer = json_pointer(name)
     return (
         f"SELECT DISTINCT o.row_id, json_extract_string(o.columns, {pointer}) AS value, json_type(o.columns, {pointer}) AS kind "
         f"FROM data.occurrences o JOIN data.rows r USING (row_id) WHERE r.prompt IS NOT NULL AND value IS NOT NULL {where}"
