@@ -14,10 +14,11 @@ from typing import Any, Literal
 
 from curate.data.cells import number, number_columns
 from curate.data.columns import Columns
+from curate.data.find import find_sources
 from curate.data.formats import FORMATS, KNOWN_COLUMNS, layouts
 from curate.data.layout import PREFERENCE, Layout
 from curate.data.records import Defect, Problem, Record, SourceInfo, bad_rows_error, row_in_file
-from curate.data.sources import Source, find_sources
+from curate.data.sources import Source
 from curate.data.texts import has_binary, holds, jsonable, unpacked, unread_keys
 from curate.errors import CurateError, UsageError, ValidationError, did_you_mean
 from curate.rows import Row
@@ -172,7 +173,7 @@ def read(
     base: Path | None = None,
     setting: str = "source",
 ) -> Reading:
-    """Opens a source, or several: a file, folder, glob, hub id, or a list of them (see `sources`), in a format of `FORMATS`; or rows in memory,
+    """Opens a source, or several: a file, folder, glob, hub id, or a list of them (see `find`), in a format of `FORMATS`; or rows in memory,
     a `datasets.Dataset`, a list of dicts, a data frame.
 
     kind: None takes what the format says, preference first. columns: ours: theirs, a name or a template (see `columns`).

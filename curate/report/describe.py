@@ -39,8 +39,8 @@ def describe_score(score: Score) -> str:
         lines.append(f"parameters: {shown}")
     if score.source:
         lines.append(f"source:     {score.source}")
-    told = len(lines) - next(i for i, line in enumerate(lines) if line.startswith("high means:"))
-    return wrapped("\n".join(lines[:-told])) + "\n" + wrapped("\n".join(lines[-told:]), " " * 12)
+    facts = next(i for i, line in enumerate(lines) if line.startswith("high means:"))
+    return wrapped("\n".join(lines[:facts])) + "\n" + wrapped("\n".join(lines[facts:]), " " * 12)
 
 
 KINDS = {
@@ -111,6 +111,9 @@ def validation_text(found: Validation) -> str:
     return counted("\n".join(lines))
 
 
+LISTED = 60  # measurements that the text of a status shows
+
+
 @dataclass(frozen=True)
 class Status:
     """What a store holds, what ran on it last, and who is measuring into it now."""
@@ -118,14 +121,17 @@ class Status:
     found: dict[str, Any]
 
     def text(self) -> str:
+        tables = [self._sources(), self._measured(), self._imports(), self._selections(), self._runs(), self._refused()]
+        lines = self._counts()
+        for table_lines in tables:
+            lines += ["", *table_lines] if table_lines else []
+        return wrapped("\n".join(lines))
+
+    def _counts(self) -> list[str]:
         f = self.found
+        without_text = f", {f['rows_without_text']:,} of the rows known only by somebody else's id"
         lines = [
-            f"{f['folder']}: {f['rows']:,} rows, {f['samples']:,} samples"
-            + (
-                f", {f['rows_without_text']:,} of the rows known only by somebody else's id"
-                if f["rows_without_text"]
-                else ""
-            )
+            f"{f['folder']}: {f['rows']:,} rows, {f['samples']:,} samples{without_text if f['rows_without_text'] else ''}"
         ]
         if f["measured_by_process"]:
             lines.append(f"Process {f['measured_by_process']} is measuring now.")
@@ -133,62 +139,52 @@ class Status:
             lines.append(
                 f"{f['shards_pending']} finished shards wait to be taken in; the next `curate run` or `measure` does."
             )
-        if f["sources"]:
-            heading = ("source", "role", "rows", "bad", "distinct", "read")
-            lines += [
-                "",
-                table(
-                    [
-                        (s["source"], s["role"], s["n_records"], s["n_bad"], s["n_rows"], _time(s["read_at"]))
-                        for s in f["sources"]
-                    ],
-                    head=heading,
-                ),
-            ]
-        if f["measured"]:
-            head = ("measurement", "run", "checkpoint", "rows", "engine")
-            rows = [
-                (
-                    m["measurement"] + told,
-                    m["run"] or "-",
-                    m["checkpoint"] or m["model"] or "-",
-                    m["n_rows"],
-                    m["engine"],
-                )
-                for m, told in zip(f["measured"], differences(f["measured"]), strict=True)
-            ]
-            lines += [
-                "",
-                table(rows[:60], head=head),
-                *([f"… and {len(rows) - 60} more (--json prints all)"] if len(rows) > 60 else []),
-            ]
-        if f["imports"]:
-            lines += ["", imports_text(f["imports"])]
-        if f["selections"]:
-            lines += [
-                "",
-                "selections: "
-                + ", ".join(f"{s['name']} ({json.loads(s['counts'])['kept']:,} kept)" for s in f["selections"]),
-            ]
-        if f["runs"]:
-            columns = ("run", "recipe", "command", "version", "started", "outcome")
-            lines += [
-                "",
-                table(
-                    [
-                        (r["id"], r["recipe"], r["command"], r["version"], _time(r["started"]), _outcome(r))
-                        for r in f["runs"]
-                    ],
-                    head=columns,
-                ),
-            ]
-        if f["refused"]:
-            r = f["refused"]
-            lines += [
-                "",
-                f"The last command, `curate {r['command']}` ({r['recipe']}, {_time(r['started'])}), was {_outcome(r)}",
-            ]
-        return wrapped("\n".join(lines))
+        return lines
+
+    def _sources(self) -> list[str]:
+        rows = [
+            (s["source"], s["role"], s["n_records"], s["n_bad"], s["n_rows"], _time(s["read_at"]))
+            for s in self.found["sources"]
+        ]
+        return [table(rows, head=("source", "role", "rows", "bad", "distinct", "read"))] if rows else []
+
+    def _measured(self) -> list[str]:
+        measured = self.found["measured"]
+        rows = [
+            (
+                m["measurement"] + difference,
+                m["run"] or "-",
+                m["checkpoint"] or m["model"] or "-",
+                m["n_rows"],
+                m["engine"],
+            )
+            for m, difference in zip(measured, differences(measured), strict=True)
+        ]
+        if not rows:
+            return []
+        shown = table(rows[:LISTED], head=("measurement", "run", "checkpoint", "rows", "engine"))
+        return [shown, *([f"… and {len(rows) - LISTED} more (--json prints all)"] if len(rows) > LISTED else [])]
+
+    def _imports(self) -> list[str]:
+        return [imports_text(self.found["imports"])] if self.found["imports"] else []
+
+    def _selections(self) -> list[str]:
+        kept = [f"{s['name']} ({json.loads(s['counts'])['kept']:,} kept)" for s in self.found["selections"]]
+        return [f"selections: {', '.join(kept)}"] if kept else []
+
+    def _runs(self) -> list[str]:
+        rows = [
+            (r["id"], r["recipe"], r["command"], r["version"], _time(r["started"]), _outcome(r))
+            for r in self.found["runs"]
+        ]
+        return [table(rows, head=("run", "recipe", "command", "version", "started", "outcome"))] if rows else []
+
+    def _refused(self) -> list[str]:
+        r = self.found["refused"]
+        if not r:
+            return []
+        command = f"`curate {r['command']}` ({r['recipe']}, {_time(r['started'])})"
+        return [f"The last command, {command}, was {_outcome(r)}"]
 
     def to_json(self) -> dict[str, Any]:
         return self.found

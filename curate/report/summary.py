@@ -13,45 +13,22 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from curate.console import counted, table, wrapped
-from curate.errors import UsageError
+from curate.console import table, wrapped
 from curate.plan.beta import dpo_beta
 from curate.plan.imported import imported_values
 from curate.recipe.yaml import read_yaml
+from curate.report.flips import LINES, Flips, comparable, flip_lines, flips_of
 from curate.scores.words import heading
 from curate.store import Store
-from curate.store.runs import StoredRun, stored_runs
+from curate.store.runs import stored_runs
 from curate.store.sql import quote
 
 if TYPE_CHECKING:
     from curate.scores.calibration import Calibration
-    from curate.scores.flips import Flip
 
 HELDOUT = ("test_accuracy", "heldout_accuracy")
 OF_FLIPS = ("flips_", "flipped_")  # dataset values that the flip table shows better
 OF_PHASES = "phase_"
-LINES = 9  # checkpoints of a run that the text shows; --json and the view dataset_values have all
-
-
-@dataclass(frozen=True)
-class Flips:
-    """What one run flipped between two of its checkpoints: the table's cells, and the path there.
-
-    to_right: the share of the wrong ones that became right, low and high its 95% interval, wrong how many there were.
-    path: a dict a checkpoint from the first of the two to the second: checkpoint, ranking_accuracy, to_right and to_wrong (pairs), and the
-    means of chosen_logp and rejected_logp in nats, over the pairs that are known at both ends.
-    """
-
-    run: str
-    first: str
-    last: str
-    beta: float
-    cells: list[Flip]
-    wrong: int
-    to_right: float
-    low: float
-    high: float
-    path: list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -81,7 +58,7 @@ class Summary:
             parts.append([name + ":", *_value_lines([v for v in values if heading(v["name"]) == name], everything)])
         if self.imported:
             parts.append(_imported_lines(self.imported))
-        parts += [_flip_lines(flips) for flips in self.flips]
+        parts += [flip_lines(flips) for flips in self.flips]
         for run in dict.fromkeys(v["run"] for v in phases):
             parts.append(_phase_lines(run, [v for v in phases if v["run"] == run]))
         if self.calibration is not None:
@@ -141,7 +118,7 @@ def summarise(store: Store, *, recipe: str | None = None, between: tuple[int, in
     threshold = setting(mine, "threshold", of="premem_accuracy")
     beta = _beta(mine)
     runs = stored_runs(store, ("chosen_logp", "rejected_logp"), kind="preference", recipe=mine)
-    flips = [_flips(run, beta, between or (run.steps[0], run.steps[-1])) for run in _comparable(runs, between)]
+    flips = [flips_of(run, beta, between or (run.steps[0], run.steps[-1])) for run in comparable(runs, between)]
     name = mine["name"] if mine else None
     calibration = _calibrate(store, mine, values, threshold)
     scored = name is not None and store.inputs_hash("scores", name) is not None
@@ -223,48 +200,6 @@ def setting(recipe: dict[str, Any] | None, key: str, *, of: str | None = None) -
     return None
 
 
-def _comparable(runs: list[StoredRun], between: tuple[int, int] | None) -> list[StoredRun]:
-    """The runs with two checkpoints to compare, or with these two."""
-    if between is None:
-        return [run for run in runs if len(run.steps) > 1]
-    found = [run for run in runs if set(between) <= set(run.steps)]
-    if not found:
-        have = "; ".join(f"{run.run or 'run'}: {', '.join(map(str, run.steps))}" for run in runs)
-        raise UsageError(
-            f"--between {between[0]},{between[1]}: no run has pairs measured at both steps. There are: {have or 'none'}."
-        )
-    return found
-
-
-def _flips(run: StoredRun, beta: float, between: tuple[int, int]) -> Flips:
-    from curate.scores.flips import flip_table, flipped_to_right
-    from curate.scores.intervals import proportion_value
-    from curate.scores.ranking import gap, right
-
-    first, last = between
-    i, j = run.steps.index(first), run.steps.index(last)
-    chosen, rejected = run.values["chosen_logp"], run.values["rejected_logp"]
-    c = gap(chosen, rejected)  # (rows, K)
-    both = ~np.isnan(c[:, i] + c[:, j])
-    ranked = right(c[both])
-    path = []
-    for k in range(i, j + 1) if i <= j else range(i, j - 1, -1):
-        path.append(
-            {
-                "checkpoint": run.checkpoints[k],
-                "ranking_accuracy": _mean(ranked[:, k]),
-                "to_right": int((ranked[:, k] > ranked[:, i]).sum()),
-                "to_wrong": int((ranked[:, k] < ranked[:, i]).sum()),
-                "chosen_logp": _mean(chosen[both, k]),
-                "rejected_logp": _mean(rejected[both, k]),
-            }
-        )
-    became = proportion_value("flipped_to_right", flipped_to_right(c[:, i], c[:, j]))
-    cells = flip_table(c[:, i], c[:, j], beta=beta)
-    names = run.checkpoints[i], run.checkpoints[j]
-    return Flips(run.run, *names, beta, cells, became.n, became.value, became.low, became.high, path)
-
-
 def _calibrate(
     store: Store, recipe: dict[str, Any] | None, values: list[dict[str, Any]], threshold: float | None
 ) -> Calibration | None:
@@ -290,35 +225,8 @@ def _calibrate(
     return calibrate(runs, threshold=threshold) if runs else None
 
 
-def _mean(values: np.ndarray) -> float:
-    """Of the known ones; NaN where none is."""
-    known = values[~np.isnan(values)]
-    return float(known.mean()) if len(known) else math.nan
-
-
 def _in_flips(name: str) -> bool:
     return name.startswith(OF_FLIPS) or name == "ranking_accuracy"
-
-
-def _flip_lines(f: Flips) -> list[str]:
-    lines = [
-        f"Pairs that {f.run} flipped from checkpoint {f.first} to {f.last} (β = {f.beta:g}; a tie is ranked right)."
-    ]
-    head = ("before", "now", "pairs", "share", "mean DPO loss", "mean reward margin")
-    lines.append(table([(c.before, c.now, c.n, c.share, c.dpo_loss, c.reward_margin) for c in f.cells], head=head))
-    if f.wrong:
-        share = f"{f.to_right:.0%} ({f.low:.0%} to {f.high:.0%})"
-        lines.append(counted(f"Of the {f.wrong:,} pairs ranked wrong before, {share} are ranked right now."))
-    every = np.unique(np.linspace(0, len(f.path) - 1, LINES).round().astype(int))
-    head = (
-        "checkpoint",
-        "ranking accuracy",
-        "wrong → right",
-        "right → wrong",
-        "mean chosen_logp",
-        "mean rejected_logp",
-    )
-    return [*lines, table([tuple(f.path[k].values()) for k in every], head=head)]
 
 
 def _phase_lines(run: str, values: list[dict[str, Any]]) -> list[str]:
