@@ -12,7 +12,8 @@ import polars as pl
 import pytest
 
 from curate.errors import UsageError
-from curate.measurements.grading import as_number, boxed, final_answer, grader, last_number
+from curate.measurements.grading import grader
+from curate.measurements.grading_answers import as_number, boxed, final_answer, last_number
 from curate.measurements.grading_math import MathEquality
 from curate.rows import Example
 

@@ -49,7 +49,7 @@ MAY_IMPORT = [
         ["math_verify"],
     ),
     (["passes.sampling.vllm*"], PASSES, ["numpy", "torch", "transformers", "vllm"]),
-    (["passes.sampling.openai"], PASSES, ["numpy", "openai", "httpx"]),
+    (["passes.sampling.openai*"], PASSES, ["numpy", "openai", "httpx"]),
     (["passes", "passes.*"], PASSES, ["numpy", "torch", "transformers", *WITH_TRANSFORMERS]),
     (
         ["measurements", "measurements.*"],
@@ -82,7 +82,7 @@ FLOORS = [
 # The only homes of a package, and the only importers of a step that knows all the others.
 ONLY_IN = {
     "vllm": ["passes.sampling.vllm*"],
-    "openai": ["passes.sampling.openai"],
+    "openai": ["passes.sampling.openai*"],
     "duckdb": ["store.*", "workflow.select"],
     "datasets": ["data", "data.*", "jobs.demo.*", "jobs.prove.*"],
     "trl": ["jobs.demo.*", "jobs.prove.*", "workflow.recorder"],

@@ -114,22 +114,25 @@ def test_a_server_without_an_address_is_said_before_anything_runs(tmp_path):
     assert len(store.sql("SELECT * FROM rows")) == 11 and not list((recipe.parent / "store").rglob("shards/*/*"))
 
 
-def test_likelihoods_of_vllm_and_torch_agree_on_the_demos_model():
-    """prompt_logprobs of the engine against the forward pass, on the demo's own rows: 1e-4 relative."""
+def test_log_probs_of_vllm_and_torch_agree_on_the_demos_model():
+    """What the engine says of the answers that it drew, against the forward pass, on the demo's own questions: 1e-4 relative."""
     import curate.jobs.demo
     from curate.jobs.demo import task
-    from curate.measurements import MEASUREMENTS
-    from curate.passes import forward
+    from curate.passes.forward import load_model, response_logps
     from curate.passes.sampling.open import open_sampler
-    from curate.passes.tokens import Limits, encode, load_tokenizer
+    from curate.passes.sampling.types import Prompt, Sampling
+    from curate.passes.tokens import encode_prompt, load_tokenizer
+    from tests.passes.sampled import sampled_rows
 
     base = Path(curate.jobs.demo.__file__).parent / "base"
     tokenizer = load_tokenizer(base)
     problems = task.splits(seed=3, train=24, test=1, pool=1)["train"]
-    encoded = [encode(Example(p.prompt, p.completion, p.answer), tokenizer, Limits(256)) for p in problems]
-    with open_sampler("vllm", base, dtype="float32") as sampler:
-        sampled = sampler.likelihood(encoded)
-    with forward.load_model(base, dtype="float32") as model:
-        measured = forward.measure(model, encoded, [MEASUREMENTS["target_likelihood"]])["target_logp"]
-    assert np.isfinite(sampled).all() and measured.max() < -1
+    asked = [encode_prompt(Example(p.prompt, p.completion, p.answer), tokenizer) for p in problems]
+    # half of each question: of a whole one the model is so sure that every sum is 0
+    prompts = [Prompt(p.ids[: len(p.ids) // 2], p.text, None, seed=i) for i, p in enumerate(asked)]
+    with open_sampler("vllm", base, dtype="float32", max_length=256) as sampler:
+        rows, sampled = sampled_rows(sampler, tokenizer, prompts, Sampling(temperature=0, max_new_tokens=64))
+    with load_model(base, dtype="float32") as model:
+        measured = response_logps(model, rows)[:, 0]
+    assert len(rows) > 12 and np.median(measured) < -1
     np.testing.assert_allclose(sampled, measured, rtol=1e-4)

@@ -20,7 +20,7 @@ from curate.rows import Example, Row
 from curate.store.database import kept_open
 
 if TYPE_CHECKING:
-    from curate.measurements.grading import Grader
+    from curate.measurements.grading_contract import Grader
     from curate.plan.plan import Plan
     from curate.recipe.load import Loaded
     from curate.store import Store

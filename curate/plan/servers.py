@@ -71,7 +71,7 @@ class Servers:
         answers.
         """
         if not self.server.url:
-            from curate.passes.sampling.openai import NO_URL
+            from curate.passes.sampling.openai_client import NO_URL
 
             raise UsageError(NO_URL)
         key = checkpoint.path if checkpoint else ""

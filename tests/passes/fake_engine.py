@@ -10,7 +10,7 @@ from curate.passes.sampling.process import serve
 
 
 class Fake:
-    """Wants at most 64 sequences to start and 1,024 tokens at a time for log-probs; reports what it was started with."""
+    """Wants at most 64 sequences to start and 1,024 tokens at a time to say its weights; reports what it was started with."""
 
     def __init__(self, **settings):
         if settings.get("max_num_seqs", 0) > 64:
@@ -34,15 +34,14 @@ class Fake:
     def told(self):
         return self.settings, self.weights, self.adapter
 
-    def likelihood(self, rows):
-        if self.settings["max_num_batched_tokens"] > 1024:
-            raise RuntimeError(
-                "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes. Error code 12"
-            )
-        return [float(self.weights.endswith("b"))] * len(rows)
-
     def sample(self, ids, **_):
         word = "".join(map(chr, ids[0]))
+        if word == "weights":
+            if self.settings["max_num_batched_tokens"] > 1024:
+                raise RuntimeError(
+                    "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes. Error code 12"
+                )
+            return [[(self.weights, 1, -1.0, True)]]
         if word == "die":
             print("the last words", file=sys.stderr, flush=True)
             os._exit(3)

@@ -8,12 +8,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from curate.errors import EngineError, UsageError
+from curate.passes.forward import load_model, response_logps
 from curate.passes.sampling import hf
 from curate.passes.sampling.engines import sampler_identity
 from curate.passes.sampling.hf import HfSampler
 from curate.passes.sampling.open import open_sampler
 from curate.passes.sampling.types import Prompt, Sampling, engine_seed, room
-from curate.passes.tokens import Encoded, load_tokenizer
+from curate.passes.tokens import load_tokenizer
+from tests.passes.sampled import sampled_rows
 from tests.tiny_models import make_llama
 
 CONTEXT = 80
@@ -126,14 +128,16 @@ def test_a_prompt_without_room_gives_no_samples_and_a_tight_one_fewer_tokens(mod
 
 
 def test_weights_are_swapped_in_place(models, prompts):
-    settings = Sampling(n=2, max_new_tokens=8)
-    rows = [Encoded(np.array([1, 7, 8, 9, 2], np.int32), 2)]
+    settings, tokenizer = Sampling(n=2, max_new_tokens=8), load_tokenizer(models[0])
     with HfSampler(models[0]) as swapped, HfSampler(models[1]) as fresh:
-        before = swapped.likelihood(rows)
         swapped.use(models[1])
         assert words(swapped.sample(prompts, settings)) == words(fresh.sample(prompts, settings))
-        np.testing.assert_allclose(swapped.likelihood(rows), fresh.likelihood(rows), atol=1e-5)
-        assert abs(before - swapped.likelihood(rows)) > 0.01
+        rows, found = sampled_rows(swapped, tokenizer, prompts, settings)
+    assert len(rows) > 9
+    with load_model(models[1]) as model:
+        np.testing.assert_allclose(found, response_logps(model, rows)[:, 0], rtol=0, atol=1e-4)
+        model.use(models[0])
+        assert np.abs(found - response_logps(model, rows)[:, 0]).max() > 0.01
 
 
 def test_short_memory_means_smaller_batches_and_is_said(models, prompts, monkeypatch):

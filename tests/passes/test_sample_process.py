@@ -11,16 +11,14 @@ import sys
 from dataclasses import replace
 from itertools import pairwise
 
-import numpy as np
 import pytest
 
 pytest.importorskip("vllm", reason="the parent's side asks whether vLLM is installed")
 
 from curate.errors import EngineError
 from curate.passes.sampling.types import Prompt, Sampling
-from curate.passes.sampling.vllm import VllmSampler, _by_tokens
+from curate.passes.sampling.vllm import VllmSampler
 from curate.passes.sampling.vllm_memory import Memory, less_memory
-from curate.passes.tokens import Encoded
 from tests.conftest import REPOSITORY
 from tests.tiny_models import make_llama
 
@@ -54,24 +52,22 @@ def ended(pid, patience=20.0):
     return bool(gone)
 
 
-LADDER = [  # (memory, failure, during, what is different on the next rung; None: there is none)
-    (CPU, OOM, "likelihood", {"max_num_batched_tokens": 2048}),
-    (CPU, OOM, "open", {"kv_cache_bytes": 400, "max_num_seqs": 128, "max_num_batched_tokens": 2048}),
-    (replace(CPU, kv_cache_bytes=400), OOM, "sample", {"kv_cache_bytes": 300, "max_num_seqs": 128, "max_num_batched_tokens": 2048}),
-    (replace(CPU, kv_cache_bytes=300, max_num_seqs=8, max_num_batched_tokens=256), OOM, "open", None),
-    (replace(CPU, kv_cache_bytes=300, max_num_seqs=8, max_num_batched_tokens=256), OOM, "likelihood", None),
-    (GPU, OOM, "open", {"utilization": 0.75, "eager": True, "max_num_seqs": 128, "max_num_batched_tokens": 2048}),
-    (GPU, "Free memory on device cuda:0 (8.0/16.0 GiB) on startup is less than desired", "open",
+LADDER = [  # (memory, failure, what is different on the next rung; None: there is none)
+    (CPU, OOM, {"kv_cache_bytes": 400, "max_num_seqs": 128, "max_num_batched_tokens": 2048}),
+    (replace(CPU, kv_cache_bytes=400), OOM, {"kv_cache_bytes": 300, "max_num_seqs": 128, "max_num_batched_tokens": 2048}),
+    (replace(CPU, kv_cache_bytes=300, max_num_seqs=8, max_num_batched_tokens=256), OOM, None),
+    (GPU, OOM, {"utilization": 0.75, "eager": True, "max_num_seqs": 128, "max_num_batched_tokens": 2048}),
+    (GPU, "Free memory on device cuda:0 (8.0/16.0 GiB) on startup is less than desired",
      {"utilization": 0.47, "eager": True, "max_num_seqs": 128, "max_num_batched_tokens": 2048}),
-    (GPU, "4 GiB KV cache is needed, which is larger than the available KV cache memory (1 GiB)", "open",
+    (GPU, "4 GiB KV cache is needed, which is larger than the available KV cache memory (1 GiB)",
      {"utilization": 0.95, "eager": True, "max_num_seqs": 128, "max_num_batched_tokens": 2048}),
-    (replace(GPU, utilization=0.15), OOM, "open", None),
+    (replace(GPU, utilization=0.15), OOM, None),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("memory", "failure", "during", "changes"), LADDER)
-def test_next_rung_of_the_memory_ladder(memory, failure, during, changes):
-    step = less_memory(memory, failure, during=during)
+@pytest.mark.parametrize(("memory", "failure", "changes"), LADDER)
+def test_next_rung_of_the_memory_ladder(memory, failure, changes):
+    step = less_memory(memory, failure)
     assert step is None if changes is None else step[0] == replace(memory, **changes)
 
 
@@ -80,16 +76,10 @@ def test_next_rung_of_the_memory_ladder(memory, failure, during, changes):
 )
 @pytest.mark.parametrize("start", [CPU, GPU])
 def test_the_ladder_ends(start, failure):
-    for during in ("open", "sample", "likelihood"):
-        memory, steps = start, 0
-        while (step := less_memory(memory, failure, during=during)) is not None:
-            memory, steps = step[0], steps + 1
-            assert steps < 20
-
-
-def test_parts_keep_order_and_budget():
-    assert _by_tokens([0, 2, 3, 5], [4, 4, 4, 50], 10) == [[0, 2], [3], [5]]
-    assert _by_tokens([], [], 10) == []
+    memory, steps = start, 0
+    while (step := less_memory(memory, failure)) is not None:
+        memory, steps = step[0], steps + 1
+        assert steps < 20
 
 
 def test_short_memory_starts_again_with_less_and_says_so(models):
@@ -99,10 +89,10 @@ def test_short_memory_starts_again_with_less_and_says_so(models):
 
 
 def test_short_memory_in_a_call_keeps_the_swapped_weights(models):
-    rows = [Encoded(np.array([1, 2, 3], np.int32), 1), Encoded(np.zeros(0, np.int32), 0, problem="nothing")]
     with FakeSampler(models[0], memory=Memory(device="cpu", max_num_seqs=8, max_num_batched_tokens=4096)) as sampler:
         sampler.use(models[1])
-        assert np.array_equal(sampler.likelihood(rows), [1.0, np.nan], equal_nan=True)
+        (sample,) = sampler.sample(word("weights"), Sampling())[0]
+        assert sample.text == str(models[1])
         assert sampler._memory.max_num_batched_tokens == 1024 and len(sampler.notes) == 2
 
 
@@ -208,6 +198,6 @@ def test_when_an_engine_is_kept_and_when_it_is_started_anew_for_adapters(models,
 def test_an_engine_that_was_started_again_has_its_adapter_back(models, tmp_path):
     base, one = str(models[0]), adapter(tmp_path / "one", 4, "q_proj")
     with FakeSampler(one, base=base, memory=replace(CPU, max_num_seqs=8)) as sampler:
-        sampler.likelihood([Encoded(np.array([1, 2, 3], np.int32), 1)])  # halves the tokens at a time, twice
+        sampler.sample(word("weights"), Sampling())  # halves the tokens at a time, twice
         settings, weights, on = sampler._call("told", tokens=0)
         assert settings["max_num_batched_tokens"] == 1024 and (weights, on) == (base, str(one))

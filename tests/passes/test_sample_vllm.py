@@ -18,11 +18,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from curate.errors import EngineError, ModelError
+from curate.passes.forward import load_model, response_logps
 from curate.passes.sampling.engines import sampler_identity
 from curate.passes.sampling.hf import HfSampler
 from curate.passes.sampling.types import Prompt, Sampling
 from curate.passes.sampling.vllm import VllmSampler
-from curate.passes.tokens import Encoded, load_tokenizer
+from curate.passes.tokens import load_tokenizer
+from tests.passes.sampled import sampled_rows
 from tests.tiny_models import make_llama
 
 CONTEXT = 96
@@ -71,12 +73,11 @@ def prompts(models):
 
 
 @pytest.fixture(scope="module")
-def rows():
-    """Rows of many lengths: one response token, the whole context, and one that has a problem."""
+def lengths():
+    """Prompts of many lengths, up to one that leaves room for a single token."""
     random = np.random.default_rng(0)
-    sizes = [(10, 3), (CONTEXT, 20), (CONTEXT, CONTEXT - 1), (3, 1), (2, 1), (70, 40), (33, 2)]
-    found = [Encoded(np.array([1, *random.integers(3, 40, n - 2), 2], np.int32), start) for n, start in sizes]
-    return [*found, Encoded(np.zeros(0, np.int32), 0, problem="nothing to measure")]
+    sizes = (1, 2, 3, 20, 33, 40, 70, CONTEXT - 10, CONTEXT - 1)
+    return [Prompt([1, *random.integers(3, 40, n - 1).tolist()], "", None, seed=n) for n in sizes]
 
 
 def oracle_logps(path, ids):
@@ -89,9 +90,7 @@ def oracle_logps(path, ids):
 oracle_logps.models = {}
 
 
-def oracle_likelihood(path, row):
-    if row.problem:
-        return np.nan
+def oracle_logp(path, row):
     logps = oracle_logps(path, row.ids)
     return sum(logps[at - 1, row.ids[at]] for at in range(row.start, len(row.ids)))
 
@@ -106,16 +105,17 @@ def gone(pid):
     return bool(ready)
 
 
-def test_log_probs_equal_transformers_for_every_checkpoint_of_a_series(engine, models, rows):
-    for path in (models[0], models[1], models[0]):
+def test_log_probs_equal_the_forward_pass_for_every_checkpoint_of_a_series(engine, models, prompts, lengths):
+    """The engine's sums over what it drew, against those of the weights that it should have, and not of the other checkpoint's."""
+    tokenizer = load_tokenizer(models[0])
+    for path, other in ((models[0], models[1]), (models[1], models[0]), (models[0], models[1])):
         engine.use(path)
-        wanted = np.array([oracle_likelihood(path, row) for row in rows])
-        np.testing.assert_allclose(engine.likelihood(rows), wanted, rtol=0, atol=1e-4)
-
-
-def test_a_row_longer_than_the_context_is_unknown(engine):
-    long = Encoded(np.full(CONTEXT + 1, 5, np.int32), 4)
-    assert np.isnan(engine.likelihood([long])).all()
+        rows, found = sampled_rows(engine, tokenizer, [*prompts, *lengths], STORY)
+        assert len(rows) > 60 and max(len(row.ids) for row in rows) == CONTEXT
+        with load_model(path, dtype="float32") as model:
+            np.testing.assert_allclose(found, response_logps(model, rows)[:, 0], rtol=0, atol=1e-4)
+        with load_model(other, dtype="float32") as model:
+            assert np.abs(found - response_logps(model, rows)[:, 0]).max() > 0.5
 
 
 def test_identity_is_known_before_the_start(engine, models):
@@ -133,18 +133,11 @@ def test_same_seeds_same_samples_on_a_repeated_shard(engine, models, prompts):
 
 
 def test_sample_logp_is_the_untempered_models_own(engine, models, prompts):
+    """Against transformers itself, one row at a time."""
     engine.use(models[0])
-    tokenizer = load_tokenizer(models[0])
-    checked = 0
-    for prompt, row in zip(prompts, engine.sample(prompts, STORY), strict=True):
-        for sample in row:
-            ids = tokenizer(sample.text, add_special_tokens=False)["input_ids"] + ([2] if sample.finished else [])
-            if len(ids) != sample.n_tokens:
-                continue  # a special token in the middle, which the text leaves out
-            whole = Encoded(np.array([*prompt.ids, *ids], np.int32), len(prompt.ids))
-            assert sample.logp == pytest.approx(oracle_likelihood(models[0], whole), abs=1e-4)
-            checked += 1
-    assert checked > 20
+    rows, found = sampled_rows(engine, load_tokenizer(models[0]), prompts, STORY)
+    assert len(rows) > 20
+    np.testing.assert_allclose(found, [oracle_logp(models[0], row) for row in rows], rtol=0, atol=1e-4)
 
 
 def test_a_prompt_without_room_gives_no_samples_and_a_tight_one_fewer_tokens(engine, models):
@@ -202,18 +195,19 @@ def test_both_engines_sample_the_tempered_nucleus(engine, models, prompts):
         assert distance < 3 * expected, name
 
 
-def test_a_swapped_engine_equals_a_fresh_one(engine, second, models, prompts, rows):
+def test_a_swapped_engine_equals_a_fresh_one(engine, second, models, prompts, lengths):
     engine.use(models[1])
-    np.testing.assert_allclose(second.likelihood(rows), engine.likelihood(rows), rtol=0, atol=1e-5)
-    assert [[s.text for s in r] for r in second.sample(prompts, STORY)] == [
-        [s.text for s in r] for r in engine.sample(prompts, STORY)
-    ]
+    fresh, swapped = (sampler.sample([*prompts, *lengths], STORY) for sampler in (second, engine))
+    assert [[s.text for s in row] for row in fresh] == [[s.text for s in row] for row in swapped]
+    one, other = ([s.logp for row in rows for s in row] for rows in (fresh, swapped))
+    np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)
 
 
-def test_adapters_as_adapters_on_one_engine(second, adapters, models, rows, prompts):
-    """The base, two adapters of different ranks and the base again: one process, transformers' likelihoods and greedy samples."""
-    greedy = Sampling(n=1, temperature=0, max_new_tokens=12)
-    with HfSampler(models[1], max_length=CONTEXT) as theirs:
+def test_adapters_as_adapters_on_one_engine(second, adapters, models, lengths, prompts):
+    """The base, two adapters of different ranks and the base again: one process, our forward pass's log-probs and transformers' greedy samples."""
+    greedy, tokenizer = Sampling(n=1, temperature=0, max_new_tokens=12), load_tokenizer(models[1])
+    with load_model(models[1], dtype="float32") as model:
+        theirs = HfSampler.of(model, tokenizer, max_length=CONTEXT)
         pid, found = second.pid, {}
         for name in ("a", "b", "a", "base"):
             for sampler in (second, theirs):
@@ -221,14 +215,18 @@ def test_adapters_as_adapters_on_one_engine(second, adapters, models, rows, prom
                     sampler.use(models[1])
                 else:
                     sampler.use(adapters / name, base=models[1])
-            found.setdefault(name, []).append(second.likelihood(rows))
-            np.testing.assert_allclose(found[name][-1], theirs.likelihood(rows), rtol=0, atol=1e-4)
+            rows, logps = sampled_rows(second, tokenizer, [*prompts, *lengths], STORY)
+            found.setdefault(name, []).append((rows, logps))
+            assert len(rows) > 60
+            np.testing.assert_allclose(logps, response_logps(model, rows)[:, 0], rtol=0, atol=1e-4)
+            if name != "a":  # what was drawn under the first adapter is of other weights than these
+                drawn, under_a = found["a"][0]
+                assert np.abs(response_logps(model, drawn)[:, 0] - under_a).max() > 0.5
             assert [r[0].text for r in second.sample(prompts, greedy)] == [
                 r[0].text for r in theirs.sample(prompts, greedy)
             ]
         assert second.pid == pid and not second.notes
-        np.testing.assert_array_equal(*found["a"])
-        assert min(np.nanmax(np.abs(found["a"][0] - found[other][0])) for other in ("b", "base")) > 0.5
+        np.testing.assert_array_equal(found["a"][0][1], found["a"][1][1])
         with pytest.raises(ModelError, match="adapter_model.safetensors cannot be read"):
             second.use(adapters / "broken", base=models[1])
 
@@ -248,4 +246,4 @@ def test_closing_ends_the_process_and_its_memory_comes_back(engine, models):
     engine.close()
     assert gone(pid)
     with pytest.raises(EngineError, match="closed"):
-        engine.likelihood([Encoded(np.array([1, 5, 2], np.int32), 1)])
+        engine.sample([Prompt([1, 5], "", None, 1)], STORY)

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 
 from curate.errors import UsageError
 from curate.jobs.collect.pick import Candidate, Known
-from curate.measurements.grading import Grader
+from curate.measurements.grading_contract import Grader
 from curate.passes.sampling.types import Prompt, Sample, Sampler, Sampling
 from curate.rows import Example, Message, Text
 

@@ -27,7 +27,7 @@ CONTEXT_TOKENS = 6  # prompt tokens decoded with the response, so that its first
 
 
 class HfSampler:
-    """A `Sampler` (see sampling.py) over a transformers causal language model in this process.
+    """A `Sampler` (see types.py) over a transformers causal language model in this process.
 
     base: the model that an adapter's folder sits on.
     max_length: prompt + response tokens (None: the model's context). token_budget: tokens of prompt and response in a batch.
@@ -90,13 +90,6 @@ class HfSampler:
                 samples[row] = of_row
             order = order[len(part) :]
         return samples
-
-    def likelihood(self, encoded: list[Any]) -> np.ndarray:
-        """(rows,) float64: summed log-prob in nats of ids[start:] per Encoded; NaN where it has a problem."""
-        self._check_open()
-        from curate.passes.forward import response_logps
-
-        return response_logps(self._model, encoded)[:, 0]
 
     def use(self, weights_path: str | Path, *, base: str | Path | None = None) -> None:
         """Another checkpoint's weights, in place; of an adapter its factors alone."""

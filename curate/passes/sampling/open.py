@@ -25,7 +25,7 @@ def open_sampler(
 ) -> Sampler:
     """The engine, started. `max_length` caps prompt + response tokens (None: the model's context); `server` is the recipe's section.
 
-    expected: of a server, which model answers must come from (sample_openai.py).
+    expected: of a server, which model answers must come from (openai.py).
 
     base: where `model_path` is a LoRA adapter's folder, the model it sits on. adapters: those that are to come.
     Raises EngineError when the engine cannot start or cannot serve this model, ModelError when the model cannot be read.

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from curate.errors import UsageError
 
 if TYPE_CHECKING:
-    import numpy as np
+    pass
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,6 @@ class Sampler(Protocol):
     notes: list[str]  # what had to give way (memory, a server's abilities), in words for the user
 
     def sample(self, prompts: list[Prompt], sampling: Sampling) -> list[list[Sample]]: ...
-    def likelihood(self, encoded: list[Any]) -> np.ndarray: ...
     def use(self, weights_path: str | Path, *, base: str | Path | None = None) -> None: ...
     def close(self) -> None: ...
     def __enter__(self) -> Sampler: ...

@@ -3,7 +3,7 @@
 - `use(path)` swaps a checkpoint's weights in place (0.03 s for 10M parameters) instead of starting a new engine; LoRA adapters of one base are
   exchanged as adapters, the base staying as it is.
 - One `sample()` is one generate call, with the row's own seed; the n samples of a prompt share its prefix through the prefix cache.
-- `likelihood()` reads prompt_logprobs, which agree with transformers' float32 log-softmax to 1e-5.
+- A sample's `logp` agrees with transformers' float32 log-softmax to 1e-5 a token.
 - When memory is short the engine is started again with less (KV cache, sequences and tokens at a time) and the call is repeated; `notes`
   says each step. vllm_memory.py is the whole ladder.
 
@@ -17,8 +17,6 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from curate.errors import EngineError
 from curate.passes.loading.adapter_config import (
@@ -45,7 +43,6 @@ from curate.passes.tokens import context_length
 START_TIMEOUT = 1800.0  # seconds; loading a large model from a slow disk takes its time
 CALL_TIMEOUT = 900.0  # seconds, plus what the tokens of the call may take at worst:
 SLOWEST = 20.0  # tokens per second, below which an engine counts as hung
-LIKELIHOOD_TOKENS = 65_536  # tokens per likelihood call
 UNBOUNDED = 8192  # context of a model whose config names none
 
 # Fields of config.json that differ between checkpoints of one architecture
@@ -71,7 +68,7 @@ def cpu_environment() -> dict[str, str]:
 
 
 class VllmSampler:
-    """A `Sampler` (see sampling.py) over one vLLM engine in a child process.
+    """A `Sampler` (see types.py) over one vLLM engine in a child process.
 
     base: the model that an adapter's folder (`model_path`) sits on. adapters: those that are to come; without them an engine that was opened on a
     whole model starts anew for the first of them. max_length: prompt + response tokens (None: the model's context, as far as
@@ -145,18 +142,6 @@ class VllmSampler:
             drawn = [Sample(*output) for output in outputs]
             samples[row] = drawn * (sampling.n if sampling.temperature == 0 else 1)  # greedy: n times the same
         return samples
-
-    def likelihood(self, encoded: list[Any]) -> np.ndarray:
-        """(rows,) float64: summed log-prob in nats of ids[start:] per Encoded; NaN where it has a problem or does not fit the context."""
-        result = np.full(len(encoded), np.nan)
-        fits = [
-            row for row, one in enumerate(encoded)
-            if not one.problem and 1 <= one.start < len(one.ids) and len(one.ids) <= self.context
-        ]  # fmt: skip
-        for part in _by_tokens(fits, [len(encoded[row].ids) for row in fits], LIKELIHOOD_TOKENS):
-            rows = [(list(map(int, encoded[row].ids)), int(encoded[row].start)) for row in part]
-            result[part] = self._call("likelihood", tokens=sum(len(ids) for ids, _ in rows), rows=rows)
-        return result
 
     def use(self, weights_path: str | Path, *, base: str | Path | None = None) -> None:
         """Another checkpoint's weights, or another adapter of the same base, in place; a new engine where that cannot be, which `notes` says."""
@@ -236,7 +221,7 @@ class VllmSampler:
             settings["tokenizer"] = self._tokenizer
         if self._rank:
             most = next(rank for rank in VLLM_RANKS if rank >= self._rank)
-            # Layers by name: a LM head that stands ready for adapters breaks prompt_logprobs of several rows (vLLM 0.32, CPU).
+            # Layers by name: an LM head that stands ready for adapters breaks prompt_logprobs of several rows (vLLM 0.32, CPU).
             lora = {
                 "enable_lora": True,
                 "max_lora_rank": most,
@@ -276,7 +261,7 @@ class VllmSampler:
             raise EngineError(
                 f"vLLM {where} with {self._path}: {text}. Sample with transformers instead: `--set engine.sampler=transformers`.{tail}"
             ) from failure
-        step = less_memory(self._memory, text, during=during)
+        step = less_memory(self._memory, text)
         if step is None:
             raise EngineError(
                 f"vLLM {where} for want of memory, with the least it can do with ({self._memory}): {text}. "
@@ -291,28 +276,17 @@ class VllmSampler:
             self._process = None
 
 
-def _by_tokens(rows: list[int], lengths: list[int], budget: int) -> list[list[int]]:
-    """Rows in their order, cut into parts of at most `budget` tokens (a longer row is a part of its own)."""
-    parts: list[list[int]] = []
-    filled = budget
-    for row, length in zip(rows, lengths, strict=True):
-        if filled + length > budget:
-            parts.append([])
-            filled = 0
-        parts[-1].append(row)
-        filled += length
-    return parts
-
-
 def _place(path: str | Path, base: str | Path | None) -> tuple[str, str | None]:
-    """(whole weights, adapter on them or None), absolute: the child has a working folder of its own."""
+    """(the whole model, the adapter on it or None), as absolute paths: the child runs in a working folder of its own."""
     return (_absolute(path), None) if base is None else (_absolute(base), _absolute(path))
 
 
 def _reach(
     adapters: Sequence[str | Path], rank: int = 0, layers: frozenset[str] = frozenset()
 ) -> tuple[int, frozenset[str]]:
-    """The largest rank and all kinds of layers (q_proj, ...) of some adapters, beyond those given; nothing of no adapters."""
+    """What an engine has to take for these adapters to run on it: the largest rank, and the names of all layers (q_proj, …) that any of them
+    changes. rank, layers: what it takes already; the result covers that too. (0, no layers) where there are no adapters.
+    """
     if not adapters:
         return 0, frozenset()
     named = {split_name(name)[0].rpartition(".")[2] for adapter in adapters for name in tensor_names(adapter)}

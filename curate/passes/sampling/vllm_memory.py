@@ -41,15 +41,8 @@ class Memory:
     eager: bool = False  # GPU: no CUDA graphs
 
 
-def less_memory(memory: Memory, failure: str, *, during: str) -> tuple[Memory, str] | None:
-    """The next rung after a failure for want of memory, and what to say; None when nothing is left to give up.
-
-    during: "open", "sample" or "likelihood". Log-probs over whole prompts need (tokens at a time × vocabulary), so there the tokens at a
-    time are halved first.
-    """
-    if during == "likelihood" and memory.max_num_batched_tokens > memory.fewest_tokens:
-        tokens = max(memory.max_num_batched_tokens // 2, memory.fewest_tokens)
-        return replace(memory, max_num_batched_tokens=tokens), f"{tokens} tokens at a time"
+def less_memory(memory: Memory, failure: str) -> tuple[Memory, str] | None:
+    """The next rung after a failure for want of memory, and what to say; None when nothing is left to give up."""
     sequences, tokens = max(memory.max_num_seqs // 2, 8), max(memory.max_num_batched_tokens // 2, memory.fewest_tokens)
     if memory.device == "cpu":
         cache = max(memory.kv_cache_bytes // 2, memory.kv_cache_floor)

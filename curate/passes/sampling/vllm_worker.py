@@ -1,11 +1,10 @@
-"""The child's side of vllm.py: one vLLM engine, in-process, answering sample / likelihood / use / adapt.
+"""The child's side of vllm.py: one vLLM engine, in-process, answering sample / use / adapt.
 
 Run as `python -m curate.passes.sampling.vllm_worker FD` by process.py; nothing else imports it.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from curate.passes.sampling.process import serve
@@ -73,31 +72,6 @@ class Engine:
             ]
             for output in outputs
         ]
-
-    def likelihood(self, rows: list[tuple[list[int], int]]) -> list[float]:
-        """Summed log-prob of ids[start:] per (ids, start), start >= 1.
-
-        The last token is not put into the prompt but forced as the one generated token, whose log-prob is taken before the forcing:
-        so a row that fills the context to its last token can be measured too.
-        """
-        from vllm import SamplingParams
-
-        parameters = [
-            SamplingParams(
-                temperature=0, max_tokens=1, logprobs=0, allowed_token_ids=[ids[-1]], detokenize=False,
-                prompt_logprobs=0 if start < len(ids) - 1 else None,
-            )
-            for ids, start in rows
-        ]  # fmt: skip
-        prompts = [{"prompt_token_ids": ids[:-1]} for ids, _ in rows]
-        outputs = self.llm.generate(prompts, parameters, use_tqdm=False, lora_request=self.adapter)
-        sums = []
-        for (ids, start), output in zip(rows, outputs, strict=True):
-            prompt = output.prompt_logprobs or []
-            terms = [prompt[at][ids[at]].logprob for at in range(start, len(ids) - 1)]
-            terms.append(output.outputs[0].logprobs[0][ids[-1]].logprob)
-            sums.append(math.fsum(terms))
-        return sums
 
 
 def repack_tied_head(worker: Any) -> None:
