@@ -16,7 +16,7 @@ from curate.plan.requests import requested_scores
 from curate.recipe.load import load_recipe
 from curate.scores import SCORES, score
 from curate.store import Measured, Store
-from curate.workflow.score import Columns, own_values, series_of
+from curate.workflow.columns import Columns, own_values, series_of
 
 
 def measured(name: str, step: int | None) -> Measured:

@@ -9,7 +9,7 @@ rows are missing or not; what is slow, such as reading a tokenizer, only for `Ah
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING
 from curate.errors import EngineError, StoreError, UsageError, ValidationError
 from curate.rows import Row
 from curate.store.database import let_go
+from curate.workflow.publish import stage
+from curate.workflow.spec import spec_of, worst_ends
 
 if TYPE_CHECKING:
     from curate.plan.plan import Plan
     from curate.plan.step import Step
     from curate.recipe.load import Loaded
     from curate.store import Store
-    from curate.workflow.select import SelectSpec
 
 ROWS = 256  # rows that are looked at for a trial
 OF_WEIGHTS = ("forward", "neighbours", "backward", "direction")
@@ -31,17 +32,12 @@ OF_WEIGHTS = ("forward", "neighbours", "backward", "direction")
 
 @dataclass
 class Ahead:
-    """What a check looks at. sources: the names of the recipe's sources by role. select: the recipe's section; worst: which end
-    of a score is worst. recipe: under which name the store has the recipe's views as they will be.
-    """
+    """What a check looks at. sources: the names of the recipe's sources by role."""
 
     loaded: Loaded
     store: Store
     plan: Plan
     sources: dict[str, list[str]]
-    select: SelectSpec | None
-    worst: Mapping[str, str]
-    recipe: str = ""
 
     @property
     def to_do(self) -> list[Step]:
@@ -49,16 +45,17 @@ class Ahead:
         return [step for step in self.plan.steps if step.to_measure]
 
 
-def check_ahead(
-    loaded: Loaded,
-    store: Store,
-    plan: Plan,
-    sources: dict[str, list[str]],
-    select: SelectSpec | None,
-    worst: Mapping[str, str],
-) -> None:
-    """Everything in CHECKS, in its order: what is wrong with the recipe first, then with the machine. select: the recipe's section, if it has one."""
-    ahead = Ahead(loaded, store, plan, sources, select, worst)
+def check_all(loaded: Loaded, store: Store, plan: Plan, sources: dict[str, list[str]]) -> None:
+    """What a run would refuse: what is wrong with the recipe first, then with the machine. UsageError and others, as each check says.
+
+    Columns of `select` are looked up in the views as they will be.
+    """
+    ahead = Ahead(loaded, store, plan, sources)
+    if loaded.recipe.select is not None:
+        with store.transaction():
+            staged = stage(loaded, store, plan, sources)
+            columns_exist(ahead, staged)
+            store.unstage_recipe(loaded.name)
     for check in CHECKS:
         check(ahead)
 
@@ -74,21 +71,20 @@ def weights_are_there(ahead: Ahead) -> None:
             )
 
 
-def columns_exist(ahead: Ahead) -> None:
-    """A misspelt column in `select` or `export` is said before anything is measured, not in the morning."""
+def columns_exist(ahead: Ahead, staged: str) -> None:
+    """A misspelt column in `select` or `export` is said before anything is measured, not in the morning. staged: the name of the recipe's views as
+    they will be.
+    """
     from curate.workflow.export import check_columns
     from curate.workflow.select import check_select
 
-    recipe, plan = ahead.loaded.recipe, ahead.plan
-    if ahead.select is None:
-        return
-    given = {task.measurement.name: task.measurement for step in plan.steps for task in step.tasks}
-    planned = [column for measurement in given.values() for column in measurement.columns]
+    recipe, plan, store = ahead.loaded.recipe, ahead.plan, ahead.store
+    measurements = {task.measurement.name: task.measurement for step in plan.steps for task in step.tasks}
+    planned = [column for measurement in measurements.values() for column in measurement.columns]
     planned += ["token_problem", *(want.name for want in plan.wanted)]
     planned += [f"{want.name}_name" for want in plan.wanted if want.score.names]
-    frame = check_select(
-        ahead.store, ahead.select, worst=ahead.worst, planned=planned, recipe=ahead.recipe or ahead.loaded.name
-    )
+    worst = worst_ends(store, plan.wanted)
+    frame = check_select(store, spec_of(ahead.loaded), worst=worst, planned=planned, recipe=staged)
     if recipe.export is not None:
         check_columns(recipe.export, frame.columns)
 
@@ -180,7 +176,6 @@ def rows_become_prompts(ahead: Ahead) -> None:
 
 CHECKS: list[Callable[[Ahead], None]] = [
     weights_are_there,
-    columns_exist,
     export_can_be_written,
     store_can_be_written,
     engine_is_there,

@@ -9,7 +9,8 @@ import hashlib
 import numpy as np
 
 from curate.store.decisions import Decisions, Reason
-from curate.workflow.decide import Candidates, SelectSpec, after_where, tokens_of
+from curate.workflow.decide import Candidates, after_where, tokens_of
+from curate.workflow.spec import SelectSpec
 
 STRATA = 10  # classes of length, of equal numbers of candidates
 

@@ -34,7 +34,8 @@ from curate.store.decisions import Decisions, Reason
 from curate.store.expressions import check_expression, order_keys
 from curate.store.sql import literal, quote
 from curate.workflow.control import control_of
-from curate.workflow.decide import Candidates, SelectSpec, check_groups, decide, whole
+from curate.workflow.decide import Candidates, decide, whole
+from curate.workflow.spec import SelectSpec, check_groups
 
 if TYPE_CHECKING:
     from curate.store import Store

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from curate.plan.step import RequestedScore
     from curate.scores.calibration import Calibration, Run
     from curate.store import Store
-    from curate.workflow.score import Columns
+    from curate.workflow.columns import Columns
 
 IMPORTED = ("test_accuracy", "heldout_accuracy")
 LOOSE = 0.2  # how much R² may lose when τ comes from the other runs, before that is a warning
