@@ -88,7 +88,7 @@ def test_another_end_of_answers_is_another_accuracy(tmp_path, model):
         generation.unlink(missing_ok=True)
         if ends is not None:
             generation.write_text(json.dumps({"eos_token_id": ends}))
-        return run.make_plan(load_recipe(tmp_path / "recipe.yaml"), progress=Progress(quiet=True)).uses
+        return run.make_plan(load_recipe(tmp_path / "recipe.yaml"), progress=Progress(quiet=True)).bindings
 
     accuracy, nll = ("", "accuracy", None), ("", "target_nll", None)
     none, same, other = prints(None), prints(config["eos_token_id"]), prints([config["eos_token_id"], 5])
