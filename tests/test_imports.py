@@ -83,7 +83,7 @@ FLOORS = [
 ONLY_IN = {
     "vllm": ["passes.sampling.vllm*"],
     "openai": ["passes.sampling.openai*"],
-    "duckdb": ["store.*", "workflow.select"],
+    "duckdb": ["store.*", "workflow.select_query"],
     "datasets": ["data", "data.*", "jobs.demo.*", "jobs.prove.*"],
     "trl": ["jobs.demo.*", "jobs.prove.*", "workflow.recorder"],
     "peft": ["jobs.demo.*", "jobs.prove.*", "passes.*"],
