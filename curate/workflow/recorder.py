@@ -12,9 +12,8 @@ under way at most. Of several processes only the first records, and the others w
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,18 +26,14 @@ from curate.errors import CurateError, UsageError
 from curate.models.checkpoints import Checkpoint
 from curate.plan.identity import params_of, task_of
 from curate.plan.recorded import PREFIX, VERSION, recorded_runs, weights_of
-from curate.plan.requests import requested_scores
 from curate.plan.step import Task
-from curate.recipe.load import Loaded, load_recipe
 from curate.rows import Row, content_id
-from curate.store import Measured, Store
+from curate.store import Store
 from curate.workflow.read import read_sources
+from curate.workflow.recorder_input import check_settings, read_given, wanted_measurements
 
 if TYPE_CHECKING:
     from curate.data.records import Record
-
-DEFAULT_SCORES = {"preference": ["ranking_gap", "flipped"], "sft": ["target_nll", "confidence", "variability"]}
-WITH_SAMPLES = ["accuracy", "correctness"]
 
 
 class Recorder(TrainerCallback):
@@ -69,13 +64,7 @@ class Recorder(TrainerCallback):
         ):
             raise UsageError(f"every is {every!r}, expected steps (1 or more) or a share of the training (0.1).")
         self.every, self.run, self.progress = every, run, progress or Progress()
-        self._rows: list[Record] | None = None
-        if type(rows) is dict or (isinstance(rows, str | Path) and str(rows).endswith((".yaml", ".yml"))):
-            if scores is not None or samples:
-                raise UsageError("scores and samples stand in the recipe; change them with set={…}.")
-            self.loaded = load_recipe(rows, set=set, store=store)
-        else:
-            self.loaded = self._recipe_of(rows, scores, samples, set, store)
+        self.loaded, self._rows = read_given(rows, scores, samples, set=set, store=store)
         self.measurements = wanted_measurements(self.loaded)
         self.seconds = 0.0
         self.recorded: list[int] = []
@@ -126,36 +115,11 @@ class Recorder(TrainerCallback):
 
     # ---- before the training ------------------------------------------------------------------------------------------------------------
 
-    def _recipe_of(self, rows: Any, scores: Any, samples: int, set: Any, store: Any) -> Loaded:
-        """A recipe around data or rows."""
-        if isinstance(rows, str | Path):
-            from curate.data import read
-
-            kind: str = read(str(rows)).kind
-            source: str | None = str(rows)
-        else:
-            self._rows, source = _records_of(rows), None
-            assert self._rows[0].row is not None
-            kind = self._rows[0].row.kind
-        chosen = list(scores) if scores is not None else DEFAULT_SCORES[kind]
-        if samples and scores is None:
-            if kind == "preference":
-                raise UsageError("samples: answers to pairs cannot be graded; record SFT rows with answers.")
-            chosen = [*chosen, *WITH_SAMPLES]
-        raw: dict[str, Any] = {"kind": kind, "scores": chosen}
-        raw |= {"source": source} if source else {}
-        raw |= {"sampling": {"samples": samples}} if samples else {}
-        return load_recipe(raw, set=set, store=store)
-
     def _prepare(self, args: Any, state: Any, model: Any, tokenizer: Any) -> None:
         """Rows into the store, tokens, the model's head and layout. Everything that can be wrong is wrong here."""
         import curate
-        from curate.models.fingerprints import FingerprintCache
-        from curate.passes.chat import template_of
         from curate.passes.forward import Model
         from curate.passes.loading.live import untouched
-        from curate.passes.tokens import Limits, encode, tokenizer_fingerprint
-        from curate.plan.rendering import Renderings
 
         if tokenizer is None:
             raise UsageError("The trainer has no tokenizer: give it processing_class=tokenizer.")
@@ -165,52 +129,51 @@ class Recorder(TrainerCallback):
             self.model = Model(module)
         self.store = Store(self.loaded.store, create=True, on_wait=self.progress.say)
         self._take_in()  # what an earlier training left
-        runs, name = recorded_runs(self.store), self.run or Path(args.output_dir).resolve().name
-        if (
-            name in runs and state.global_step == 0
-        ):  # another training of the same name; a resumed one goes on in its own
-            name = next(f"{name}-{i}" for i in range(2, len(runs) + 3) if f"{name}-{i}" not in runs)
-        self.run_name = name
-        self.tokenizer_print = tokenizer_fingerprint(self.tokenizer)
-        recipe = self.loaded.recipe
-        if self._rows is None:
-            sources: list[str] | None = [
-                n for group in read_sources(self.loaded, self.store, self.progress).values() for n in group
-            ]
-        else:
-            sources = self._add_rows(self._rows)
-        self.row_ids = self.store.rows_with_text(sources, kind=recipe.kind)
-        found = list(self.store.iter_rows(self.row_ids))
-        self.rows: list[Row] = [row for row in found if row is not None]
-        self.rendering = Renderings(
-            self.loaded, FingerprintCache(None), {row.style for row in self.rows}, self.store
-        ).with_template(template_of(self.tokenizer), self.run_name)
-        self._check_settings(runs.get(name, []))
-        limits = Limits(recipe.tokens.max_length, recipe.tokens.truncation, self.rendering.chat)
-        self.encoded = [encode(row, self.tokenizer, limits) for row in self.rows]
-        self._write_tokens()
+        runs = recorded_runs(self.store)
+        self.run_name = self._name_of(args, state, runs)
+        self._read_rows()
+        now = {m.name: self._params(m) for m in self.measurements}
+        check_settings(self.run_name, self.store.folder, runs.get(self.run_name, []), now)
+        self._encode()
         self.number = self.store.begin_run(self.loaded.name, "record", curate.__version__)
         self._ready = True
         self.progress.say(
-            f"Recorder: {len(self.rows):,} rows every {self._steps:,} steps into {self.store.folder}, run {name}."
+            f"Recorder: {len(self.rows):,} rows every {self._steps:,} steps into {self.store.folder}, run {self.run_name}."
         )
 
-    def _check_settings(self, recorded: Sequence[Measured]) -> None:
-        """A resumed training goes on in its own run only with the settings that were recorded there: other tokens or samples are other numbers."""
-        before = {m.measurement: m.params for m in recorded}
-        for m in self.measurements:
-            for key, value in self._params(m).items():
-                known = before.get(m.name, {}).get(key, value)
-                if json.dumps(known, sort_keys=True) != json.dumps(value, sort_keys=True):
-                    said = (
-                        "of another tokenizer"
-                        if key == "tokenizer"
-                        else f"with {key} {known!r}, and it is {value!r} now"
-                    )
-                    raise UsageError(
-                        f"Recorder: run {self.run_name} in {self.store.folder} was recorded {said}: no series of one model. "
-                        "Go on with the settings of then, or give what follows a name of its own: Recorder(…, run='…')."
-                    )
+    def _name_of(self, args: Any, state: Any, runs: Collection[str]) -> str:
+        """The run's name. runs: those that are recorded; another training of the same name gets a number, a resumed one goes on in its own."""
+        name = self.run or Path(args.output_dir).resolve().name
+        if name not in runs or state.global_step:
+            return name
+        return next(f"{name}-{i}" for i in range(2, len(runs) + 3) if f"{name}-{i}" not in runs)
+
+    def _read_rows(self) -> None:
+        """The rows to measure, and how the tokenizer renders them."""
+        from curate.models.fingerprints import FingerprintCache
+        from curate.passes.chat import template_of
+        from curate.passes.tokens import tokenizer_fingerprint
+        from curate.plan.rendering import Renderings
+
+        self.tokenizer_print = tokenizer_fingerprint(self.tokenizer)
+        if self._rows is None:
+            by_role = read_sources(self.loaded, self.store, self.progress)
+            sources = [name for group in by_role.values() for name in group]
+        else:
+            sources = self._add_rows(self._rows)
+        self.row_ids = self.store.rows_with_text(sources, kind=self.loaded.recipe.kind)
+        self.rows: list[Row] = [row for row in self.store.iter_rows(self.row_ids) if row is not None]
+        styles = {row.style for row in self.rows}
+        renderings = Renderings(self.loaded, FingerprintCache(None), styles, self.store)
+        self.rendering = renderings.with_template(template_of(self.tokenizer), self.run_name)
+
+    def _encode(self) -> None:
+        from curate.passes.tokens import Limits, encode
+
+        tokens = self.loaded.recipe.tokens
+        limits = Limits(tokens.max_length, tokens.truncation, self.rendering.chat)
+        self.encoded = [encode(row, self.tokenizer, limits) for row in self.rows]
+        self._write_tokens()
 
     def _add_rows(self, records: Sequence[Record]) -> list[str]:
         key = content_id([record.row.row_id for record in records if record.row is not None])
@@ -224,12 +187,12 @@ class Recorder(TrainerCallback):
         from curate.measurements import MEASUREMENTS, measure_tokens
         from curate.workflow.runners.base import TEXT
 
-        lone = Checkpoint("", "", "", "")
-        for m in [
-            m for m in MEASUREMENTS.values() if m.reads == "tokens" and m.kind in (self.loaded.recipe.kind, "any")
-        ]:
+        nobody = Checkpoint("", "", "", "")
+        for m in MEASUREMENTS.values():
+            if m.reads != "tokens" or m.kind not in (self.loaded.recipe.kind, "any"):
+                continue
             own = params_of(self.loaded, m, self.tokenizer_print) | self.rendering.params(m)
-            task = task_of(m, lone, "", own)
+            task = task_of(m, nobody, "", own)
             columns: dict[str, Any] = dict(measure_tokens(self.encoded, [m]))
             columns["token_problem"] = np.array([e.problem for e in self.encoded], TEXT)
             self.store.write_shard(task.measured, 0, self.row_ids, columns)
@@ -260,15 +223,17 @@ class Recorder(TrainerCallback):
         sampled = [m for m in self.measurements if m.reads == "sample"]
         with untouched(self.model.module):
             self.model.refresh()
-            budget = self.loaded.recipe.engine.token_budget
-            columns: dict[str, Any] = (
-                dict(measure(self.model, self.encoded, forward, token_budget=budget)) if forward else {}
-            )
-            found, samples = self._sample(sampled) if sampled else ({}, None)
-        columns |= found
+            columns: dict[str, Any] = {}
+            samples: dict[str, Any] = {}
+            if forward:
+                budget = self.loaded.recipe.engine.token_budget
+                columns |= measure(self.model, self.encoded, forward, token_budget=budget)
+            if sampled:
+                graded, drawn = self._sample(sampled)
+                columns, samples = columns | graded, drawn or {}
         for m in self.measurements:
-            task, kept = self._task(m, step), (samples or {}).get(m.name)
-            self.store.write_shard(task.measured, 0, self.row_ids, {c: columns[c] for c in m.columns}, kept)
+            own = {column: columns[column] for column in m.columns}
+            self.store.write_shard(self._task(m, step).measured, 0, self.row_ids, own, samples.get(m.name))
 
     def _task(self, measurement: Any, step: int) -> Task:
         checkpoint = Checkpoint("", weights_of(self.run_name, step), self.run_name, f"step-{step}", step)
@@ -329,46 +294,3 @@ class Recorder(TrainerCallback):
                 pass
         except CurateError as error:
             self.progress.say(f"Recorder: what was recorded waits in {self.store.folder} ({error})")
-
-
-def _records_of(rows: Any) -> list[Record]:
-    """Rows of ours as they are, anybody else's read as a file's would be. UsageError for what is neither."""
-    from curate.data import read
-    from curate.data.records import Record
-
-    if isinstance(rows, list | tuple) and rows and hasattr(rows[0], "row_id"):
-        return [Record("", i, row) for i, row in enumerate(rows)]
-    if isinstance(rows, list | tuple) and not rows:
-        raise UsageError(
-            "Recorder: expected a recipe, data, a datasets.Dataset, or rows as curate.load(…) returns them; found nothing."
-        )
-    return list(read(rows).good())
-
-
-def wanted_measurements(loaded: Loaded) -> list[Any]:
-    """What a recipe's scores need of a model in training. UsageError where that needs gradients, another model, or nothing at all."""
-    from curate.measurements import providers
-
-    found: dict[str, Any] = {}
-    for want in requested_scores(loaded):
-        for text in want.score.needs:
-            role, column = want.need(text)
-            measurement = providers(column, loaded.recipe.kind) if role != "row" else None
-            if role == "row" or (measurement is not None and measurement.reads == "tokens"):
-                continue
-            if role:
-                raise UsageError(
-                    f"{want.name} needs {text}, which a recording does not have: it knows one model, the one in training."
-                )
-            if measurement is None:
-                raise UsageError(
-                    f"{want.name} needs the column {column}, which nothing measures on {loaded.recipe.kind} rows."
-                )
-            if measurement.reads not in ("forward", "sample"):
-                raise UsageError(
-                    f"{want.name} needs a {measurement.reads} pass, which is measured on saved checkpoints, not in training."
-                )
-            found[measurement.name] = measurement
-    if not found:
-        raise UsageError("This recipe has no score that needs a model: there is nothing to record.")
-    return list(found.values())
