@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from curate.recipe.schema import Forecast, ScoreRequest
+from curate.recipe.schema import ScoreRequest
+from curate.recipe.sections import Forecast
 from curate.scores import SCORES
 
 if TYPE_CHECKING:

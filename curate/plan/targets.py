@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from curate.passes.contract import Measurement
     from curate.plan.step import RequestedScore
     from curate.recipe.load import Loaded
-    from curate.recipe.schema import Target
+    from curate.recipe.sources import Target
 
 MOST_GROUPS = 100  # each is a column of the store, and a gradient on the disk
 

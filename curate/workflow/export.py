@@ -13,7 +13,7 @@ from curate.plan.beta import asks_for_beta, beta_of, deviation_text
 from curate.plan.rendering import card_notes, measured_as, styles_of
 from curate.plan.requests import requested_scores
 from curate.recipe.load import Loaded
-from curate.recipe.schema import Export
+from curate.recipe.select import Export
 from curate.scores.flags import ADVICE
 from curate.store.sql import quote
 from curate.workflow.read import noted, source_types

@@ -18,7 +18,7 @@ from curate.plan.kept import Kept
 from curate.plan.recorded import recorded_runs
 from curate.plan.requests import requested_scores
 from curate.recipe.load import Loaded, load_recipe
-from curate.recipe.schema import Source
+from curate.recipe.sources import Source
 from curate.rows import content_id
 from curate.store import Role, Store
 from curate.store.database import let_go

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from curate.errors import UsageError
-from curate.recipe.schema import Worst
+from curate.recipe.select import Worst
 
 if TYPE_CHECKING:
     from curate.plan.step import RequestedScore

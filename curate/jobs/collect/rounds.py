@@ -35,7 +35,7 @@ from curate.jobs.collect.pick import Candidate
 from curate.models.checkpoints import Checkpoint, find_checkpoints
 from curate.models.fingerprints import FingerprintCache
 from curate.recipe.load import Loaded, load_recipe
-from curate.recipe.schema import Source
+from curate.recipe.sources import Source
 from curate.rows import Example
 from curate.store.locks import locked
 

@@ -1,0 +1,140 @@
+"""The recipe's sections about models and how they are run: `models`, `gradients`, `tokens`, `engine`, `server`, `sampling`, `forecast`."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Revisions(Strict):
+    """Revisions of one hub repository, as the checkpoints of a run."""
+
+    repo: str = Field(description="owner/name")
+    revisions: list[str] = Field(description="branches, tags or commits, such as step1000")
+
+
+class Models(Strict):
+    """The models that rows are measured with: whole models, or LoRA adapters' folders as PEFT and TRL save them."""
+
+    reference: str | None = Field(
+        None, description="a model's or LoRA adapter's folder, or a hub id (owner/name@revision)"
+    )
+    policy: str | None = Field(None, description="a second model: implicit rewards, flips")
+    checkpoints: str | list[str] | Revisions | None = Field(
+        None,
+        description="a training run's folder, a list of folders and hub ids, revisions of a hub repository, or recordings:RUN",
+    )
+    base: str | None = Field(
+        None, description="the model that LoRA adapters sit on; default: the one their adapter_config.json names"
+    )
+    on_broken_checkpoint: Literal["error", "skip"] = Field(
+        "error", description="skip: a broken or half-written checkpoint is named and left out"
+    )
+
+    @field_validator("checkpoints", mode="before")
+    @classmethod
+    def whole_revisions(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        if value.keys() == {"recordings"}:
+            raise ValueError("a run's recordings are named in one word, without a space: recordings:RUN")
+        repo, revisions = str(value.get("repo")), value.get("revisions")
+        known = value.keys() == {"repo", "revisions"} and re.fullmatch(r"[\w.-]+/[\w.-]+", repo)
+        if not known or not revisions or not isinstance(revisions, list):
+            found = ", ".join(f"{key}: {given}" for key, given in value.items())
+            raise ValueError(
+                f"revisions of a hub repository are {{repo: owner/name, revisions: [step1000, step2000]}}; found {{{found}}}"
+            )
+        return {"repo": repo, "revisions": [str(r) for r in revisions]}
+
+
+class Gradients(Strict):
+    """What a backward pass takes gradients over."""
+
+    parameters: Literal["all", "lora"] | Annotated[int, Field(ge=1, strict=True)] = Field(
+        "all",
+        description="all; lora: the A and B matrices of LoRA adapters; k: the last k layers, final norm and LM head",
+    )
+
+
+class Tokens(Strict):
+    """How rows become tokens."""
+
+    max_length: int | None = Field(1024, ge=2, description="tokens of a row, prompt and response; null: no limit")
+    truncation: Literal["keep_start", "keep_end", "drop", "error"] = Field(
+        "keep_start",
+        description="what a longer row loses: its end (keep_start, as TRL does), its beginning (keep_end), or itself (drop: not measured; error)",
+    )
+    chat: Literal["auto", "always", "never"] = Field(
+        "auto",
+        description="rows of plain text as messages, through the model's chat template: auto (question/answer rows, where it has one), always, never",
+    )
+
+
+class Engine(Strict):
+    """What runs the models. A change of token_budget changes speed only, never a value's identity."""
+
+    sampler: Literal["auto", "vllm", "openai", "transformers"] = Field(
+        "auto",
+        description="what samples answers; auto: vLLM where it can run the model, else transformers; openai: the server of `server`",
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="what passes compute in; auto: bfloat16 on a GPU that has it, else float32"
+    )
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1 or mps")
+    token_budget: int = Field(16384, ge=1, description="tokens of one batch; changes speed and memory, never values")
+    seed: int = Field(0, description="of everything that is drawn: sampled answers, resampled rows, orders by chance")
+
+
+class Server(Strict):
+    """An OpenAI-compatible server, for `sampler: openai`."""
+
+    url: str | None = Field(None, description="where it answers, with /v1: http://localhost:8000/v1")
+    key_env: str = Field("OPENAI_API_KEY", description="the environment variable with its key")
+    concurrency: int = Field(16, ge=1, description="requests under way at once")
+    model: str | None = Field(None, description="the server's name of the model; its only one by default")
+    timeout: float = Field(600.0, gt=0, description="seconds a request may take")
+    retries: int = Field(5, ge=0, description="further tries of a request that failed")
+
+
+class Sampling(Strict):
+    """How answers are sampled and graded."""
+
+    samples: int = Field(5, ge=1, description="answers a row")
+    temperature: float = Field(0.8, ge=0, description="0: greedy")
+    top_p: float = Field(0.95, gt=0, le=1, description="the share of the probability that is sampled from")
+    max_new_tokens: int = Field(512, ge=1, description="tokens after which an answer is cut")
+    stop: list[str] = Field([], description="texts that end an answer")
+    system: str | None = Field(None, description="a system turn before every prompt")
+    few_shot: str | None = Field(None, description="text put before every prompt, or a file with it")
+    grader: str | dict[str, Any] = Field(
+        "gsm8k",
+        description="gsm8k, number, math, choice, exact, regex, or module:function of your own (docs/grading.md)",
+    )
+    perturb: str | None = Field(
+        None,
+        description="package.module:function of (prompt, answer) or (prompt, answer, row) that gives changed prompts, for limem",
+    )
+
+
+class Forecast(Strict):
+    """The training that forecasts are about, and the short warm-up that curate runs itself where a score asks for one."""
+
+    beta: float = Field(
+        0.1,
+        gt=0,
+        description="DPO's β: of forecasts, of scores that set none, of trainer_args.json; not given: the one that the scores agree on",
+    )
+    optimizer: str | None = Field(
+        None,
+        description="optimizer.pt of a trainer's checkpoint, for step: adam; null: the measured checkpoint's own, else a warm-up's",
+    )
+    learning_rate: float = Field(1e-6, gt=0, description="the warm-up's, constant")
+    warmup_steps: int = Field(30, ge=1, description="AdamW steps of the warm-up")
+    warmup_rows: int = Field(32, ge=1, description="rows of each of its steps")
