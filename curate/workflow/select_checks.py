@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from curate.errors import UsageError, did_you_mean, nearest
-from curate.store.sql import quote
 from curate.store.expressions import check_expression, order_keys
+from curate.store.sql import quote
 from curate.workflow.spec import SelectSpec, check_groups
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ import duckdb
 import numpy as np
 
 from curate.errors import UsageError
-from curate.store.sql import literal, quote
 from curate.store.expressions import check_expression, order_keys
+from curate.store.sql import literal, quote
 from curate.workflow.decide import Candidates
 from curate.workflow.select_checks import RANDOM, check_numbers, check_random, check_worst
 from curate.workflow.spec import SelectSpec
