@@ -116,7 +116,7 @@ CLASHING = ("source", "kind", "index", "role", "position", "style", "label", "an
 @pytest.mark.parametrize("name", CLASHING)
 def test_a_column_with_one_of_our_names_is_refused_with_both_ways_to_write_it(tmp_path, name):
     names = [other for other in CLASHING if other == name or other.lower() != name.lower()]
-    store = made(tmp_path, [{name: v for name in sorted(names)} for v in ("x", "y", "x")])
+    store = made(tmp_path, [dict.fromkeys(sorted(names), v) for v in ("x", "y", "x")])
     for spec in (
         {"where": f"{name} = 'x'"},
         {"order_by": f"{name} desc"},
