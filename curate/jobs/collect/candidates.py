@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from curate.errors import UsageError
 from curate.jobs.collect.pick import Candidate, Known, by_function, by_group, fresh, nearest
@@ -14,6 +14,12 @@ from curate.recipe.load import Loaded
 from curate.recipe.objects import load_object
 from curate.recipe.sources import Source, inherit
 from curate.rows import Example
+
+if TYPE_CHECKING:
+    from curate.jobs.collect.generate import Template
+    from curate.passes.sampling.types import Prompt
+
+    Encode = Callable[[Any, int], Prompt | None]
 
 
 def from_pool(pool: str, like: str) -> Collect:
@@ -103,56 +109,79 @@ def from_model(template: Path, *, generator: str | None = None, agree: float = 0
         ) from None
     shots = Template.of(text, file=str(template))
 
-    def collect(asked: Round) -> tuple[list[Candidate], dict[str, int]]:
-        from curate.jobs.collect.generate import generate
-        from curate.measurements.grading import grader
-        from curate.models.checkpoints import Checkpoint, find_base, find_model
-        from curate.passes.loading.adapter_config import is_adapter, tokenizer_folder
-        from curate.passes.sampling.open import open_sampler
-        from curate.passes.sampling.types import Prompt, Sampling
-        from curate.passes.tokens import Limits, encode_prompt, load_tokenizer
-        from curate.plan.identity import few_shot_text
-        from curate.plan.rendering import limits_for
+    return lambda asked: _written(asked, shots, generator, agree)
 
-        recipe, loaded = asked.loaded.recipe, asked.loaded
-        model, base = asked.checkpoint.path, asked.checkpoint.base
-        if generator:
-            found = find_model(generator, loaded.folder)
-            model, base = str(found), str(find_base(found, loaded.folder)) if is_adapter(found) else None
-        tokenizer = load_tokenizer(tokenizer_folder(model, base))
-        asking = Checkpoint(model, "", base=base)
-        answered = limits_for(loaded, [row.row for row in asked.hard], asking)
-        written = replace(answered, chat=False)  # a text to be gone on with
 
-        def prompt(text: Any, seed: int, limits: Limits = written, **context: Any) -> Prompt | None:
-            tokens = encode_prompt(Example(text), tokenizer, limits=limits, **context)
-            return None if tokens.problem else Prompt(tokens.ids, tokens.text, tokens.messages, seed)
+def _written(
+    asked: Round, template: Template, generator: str | None, agree: float
+) -> tuple[list[Candidate], dict[str, int]]:
+    """The rows that the model writes for this round, and how many were left out for what reason."""
+    from curate.jobs.collect.generate import generate
+    from curate.measurements.grading import grader
+    from curate.passes.sampling.open import open_sampler
+    from curate.passes.sampling.types import Sampling
 
-        context = {"system": recipe.sampling.system, "few_shot": few_shot_text(loaded)}
-        s = recipe.sampling
-        with open_sampler(
-            recipe.engine.sampler,
-            model,
-            base=base,
-            dtype=recipe.engine.dtype,
-            device=recipe.engine.device,
-            max_length=recipe.tokens.max_length,
+    recipe, loaded = asked.loaded.recipe, asked.loaded
+    model, base = _generator(asked, generator)
+    answering, writing = _prompts(asked, model, base)
+    s = recipe.sampling
+    with open_sampler(
+        recipe.engine.sampler,
+        model,
+        base=base,
+        dtype=recipe.engine.dtype,
+        device=recipe.engine.device,
+        max_length=recipe.tokens.max_length,
+        seed=asked.seed,
+        server=recipe.server.model_dump(),
+    ) as sampler:
+        return generate(
+            asked.hard,
+            asked.take,
+            template=template,
+            known=Known(asked.known),
+            sampler=sampler,
+            encode=answering,
+            encode_plain=writing,
+            grader=grader(s.grader, folder=loaded.folder),
+            writing=Sampling(1, 1.0, s.top_p, s.max_new_tokens, ("\n\n",)),
+            answering=Sampling(s.samples, s.temperature, s.top_p, s.max_new_tokens, tuple(s.stop)),
+            agree=agree,
             seed=asked.seed,
-            server=recipe.server.model_dump(),
-        ) as sampler:
-            return generate(
-                asked.hard,
-                asked.take,
-                template=shots,
-                known=Known(asked.known),
-                sampler=sampler,
-                encode=lambda text, seed: prompt(text, seed, answered, **context),
-                encode_plain=prompt,
-                grader=grader(s.grader, folder=loaded.folder),
-                writing=Sampling(1, 1.0, s.top_p, s.max_new_tokens, ("\n\n",)),
-                answering=Sampling(s.samples, s.temperature, s.top_p, s.max_new_tokens, tuple(s.stop)),
-                agree=agree,
-                seed=asked.seed,
-            )
+        )
 
-    return collect
+
+def _generator(asked: Round, name: str | None) -> tuple[str, str | None]:
+    """The model that writes, and its base where it is an adapter. name: a folder or hub id; None: the round's last checkpoint."""
+    from curate.models.checkpoints import find_base, find_model
+    from curate.passes.loading.adapter_config import is_adapter
+
+    if not name:
+        return asked.checkpoint.path, asked.checkpoint.base
+    folder = asked.loaded.folder
+    model = find_model(name, folder)
+    return str(model), str(find_base(model, folder)) if is_adapter(model) else None
+
+
+def _prompts(asked: Round, model: str, base: str | None) -> tuple[Encode, Encode]:
+    """How a problem becomes a prompt to answer, as the recipe asks its rows, and how a text becomes one to be gone on with."""
+    from curate.models.checkpoints import Checkpoint
+    from curate.passes.loading.adapter_config import tokenizer_folder
+    from curate.passes.sampling.types import Prompt
+    from curate.passes.tokens import encode_prompt, load_tokenizer
+    from curate.plan.identity import few_shot_text
+    from curate.plan.rendering import limits_for
+
+    tokenizer = load_tokenizer(tokenizer_folder(model, base))
+    limits = limits_for(asked.loaded, [row.row for row in asked.hard], Checkpoint(model, "", base=base))
+    context = {"system": asked.loaded.recipe.sampling.system, "few_shot": few_shot_text(asked.loaded)}
+
+    def answering(text: Any, seed: int) -> Prompt | None:
+        tokens = encode_prompt(Example(text), tokenizer, limits=limits, **context)
+        return None if tokens.problem else Prompt(tokens.ids, tokens.text, tokens.messages, seed)
+
+    def writing(text: Any, seed: int) -> Prompt | None:
+        tokens = encode_prompt(Example(text), tokenizer, limits=replace(limits, chat=False))
+        return None if tokens.problem else Prompt(tokens.ids, tokens.text, tokens.messages, seed)
+
+    return answering, writing
