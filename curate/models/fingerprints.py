@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from curate.errors import BrokenCheckpoint
 from curate.models.layouts import WEIGHTS, check_folder, weight_files
+from curate.passes.files import write_atomically
 from curate.passes.loading.adapter_config import read_adapter_config
 from curate.rows import content_id
 
@@ -118,12 +119,11 @@ class FingerprintCache:
         self.known[key] = value
         if self.file is None or not self.file.parent.is_dir():
             return
-        new = self.file.with_name(f".{self.file.name}.{os.getpid()}")
-        try:  # a store that cannot be written now is not this file's business
+        with (
+            suppress(OSError),
+            write_atomically(self.file) as new,
+        ):  # a store that cannot be written now is not this file's business
             new.write_text(json.dumps(self.known))
-            new.replace(self.file)
-        except OSError:
-            new.unlink(missing_ok=True)
 
 
 def stop_ids(folder: Path) -> list[int]:

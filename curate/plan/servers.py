@@ -11,7 +11,6 @@ alike, within the noise of the server, is the same, whatever its URL. Any other 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from curate.errors import CurateError, EngineError, UsageError
 from curate.models.checkpoints import Checkpoint, single_model
 from curate.models.fingerprints import FingerprintCache
+from curate.passes.files import write_atomically
 from curate.passes.sampling.server_probe import FIXED, Noise, Probe, Spoken, difference, key_of, measured_noise
 from curate.rows import Row, content_id
 from curate.store.database import let_go
@@ -176,12 +176,10 @@ class Servers:
 
     def _write(self, kept: dict[str, Any]) -> None:
         file = self.folder / FILE
-        new = file.with_name(f".{FILE}.{os.getpid()}")
         try:
-            new.write_text(json.dumps(kept, ensure_ascii=False, indent=1), encoding="utf-8")
-            new.replace(file)
+            with write_atomically(file) as new:
+                new.write_text(json.dumps(kept, ensure_ascii=False, indent=1), encoding="utf-8")
         except OSError as error:
-            new.unlink(missing_ok=True)
             raise EngineError(f"{file}: cannot be written ({error.strerror}).") from None
 
 

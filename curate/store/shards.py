@@ -16,13 +16,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from curate.errors import StoreError, disk_trouble
+from curate.passes.files import write_atomically
 from curate.rows import content_id
 from curate.store.entries import Measured
 from curate.store.locks import process_alive
@@ -151,25 +151,14 @@ def read_shard(path: Path) -> tuple[Measured, pa.Schema]:
 
 def write_parquet(table: pa.Table, path: Path) -> None:
     """Write, sync, rename. Raises StoreError when the disk refuses; no temporary file stays."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{uuid4().hex[:6]}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
+        with write_atomically(path, sync=True) as new, new.open("wb") as file:
             pq.write_table(table, file, compression="zstd")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
     except OSError as error:
         if (full := disk_trouble(error)) is not None:
             raise StoreError(f"{path.parent}: {str(full).removeprefix(f'{error.filename}: ')}") from None
         raise StoreError(f"{path.parent}: cannot write there ({error.strerror or error}).") from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _sample(sample: Any) -> dict[str, Any]:

@@ -18,7 +18,6 @@ Source: Kang et al. 2024, arXiv:2411.07681, Algorithm 1.
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import shutil
 import subprocess
@@ -34,6 +33,7 @@ from curate.errors import CurateError, UsageError
 from curate.jobs.collect.pick import Candidate
 from curate.models.checkpoints import Checkpoint, find_checkpoints
 from curate.models.fingerprints import FingerprintCache
+from curate.passes.files import write_atomically
 from curate.recipe.load import Loaded, load_recipe
 from curate.recipe.sources import Source
 from curate.rows import Example
@@ -136,7 +136,11 @@ def _check(loaded: Loaded, recipe: str | Path, rounds: int, take: int) -> None:
 @contextmanager
 def _alone(out: Path) -> Iterator[None]:
     """The rounds' folder, made where there is none, for this process alone. UsageError where it is something else's."""
-    inside = {path.name for path in out.iterdir()} - {LOCK, _part(out / RULES).name} if out.is_dir() else set()
+    inside = (
+        {path.name for path in out.iterdir() if not path.name.startswith(f".{RULES}.")} - {LOCK}
+        if out.is_dir()
+        else set()
+    )
     if (inside and RULES not in inside) or (out.exists() and not out.is_dir()):
         raise UsageError(f"{out}: is not empty, and not a folder of rounds. Name another one.")
     out.mkdir(parents=True, exist_ok=True)
@@ -280,10 +284,5 @@ def _write_rows(path: Path, rows: Sequence[Candidate]) -> None:
 def _write(path: Path, text: str) -> None:
     """All of it or nothing: a file that is there was finished."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = _part(path)
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
-
-
-def _part(path: Path) -> Path:
-    return path.with_name(f".{path.name}.part")
+    with write_atomically(path) as new:
+        new.write_text(text, encoding="utf-8")

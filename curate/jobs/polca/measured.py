@@ -6,7 +6,6 @@ The key covers the rows, the checkpoints' weights, the tokenizer and its limits,
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from curate.console import Progress
 from curate.jobs.polca.decomposition import Decomposition, Integrator, Way, checkpoint_losses
 from curate.models.checkpoints import Checkpoint
 from curate.models.fingerprints import FingerprintCache
+from curate.passes.files import write_atomically
 from curate.recipe.load import Loaded
 from curate.rows import Row, content_id
 from curate.store import Store
@@ -124,7 +124,8 @@ class Measuring:
             "checkpoints": [checkpoint.label for checkpoint in self.checkpoints],
             "row_ids": list(self.rows),
         }
-        _write(self.about, json.dumps(about).encode())
+        with write_atomically(self.about) as new:
+            new.write_bytes(json.dumps(about).encode())
 
 
 def _unmeasured(encoded: list[Any]) -> list[str]:
@@ -136,12 +137,5 @@ def _unmeasured(encoded: list[Any]) -> list[str]:
 
 def _save(file: Path, **arrays: np.ndarray) -> None:
     """An npz that is there whole or not at all."""
-    new = file.with_name(f".{file.name}.{os.getpid()}.npz")
-    np.savez(new, **arrays)  # type: ignore[arg-type]
-    new.replace(file)
-
-
-def _write(file: Path, content: bytes) -> None:
-    new = file.with_name(f".{file.name}.{os.getpid()}")
-    new.write_bytes(content)
-    new.replace(file)
+    with write_atomically(file) as new, new.open("wb") as opened:
+        np.savez(opened, **arrays)  # type: ignore[arg-type]

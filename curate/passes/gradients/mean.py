@@ -11,9 +11,7 @@ Source: Rafailov et al. 2023, arXiv:2305.18290 (DPO's gradient); Xia et al. 2024
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Sequence, Set
-from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -22,6 +20,7 @@ import torch
 
 from curate.errors import ModelError
 from curate.passes.bundles import Bundle, batch_rows, check_lengths, items_of, states_of
+from curate.passes.files import write_atomically
 from curate.passes.gradients.head import head_backward
 from curate.passes.gradients.layer_rules import Parameters, parameter_names
 from curate.passes.kernels.cpu_products import NARROW
@@ -205,15 +204,11 @@ def save_vector(vector: Vector, file: Path) -> None:
     from safetensors.torch import save_file
 
     file.parent.mkdir(parents=True, exist_ok=True)
-    new = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        save_file({name: value.contiguous() for name, value in vector.items()}, new)
-        new.replace(file)
+        with write_atomically(file) as new:
+            save_file({name: value.contiguous() for name, value in vector.items()}, new)
     except (OSError, SafetensorError) as problem:  # the second is how a full disk is said
         raise ModelError(f"{file}: a direction cannot be kept there ({first_line(problem)}).") from None
-    finally:
-        with suppress(OSError):
-            new.unlink(missing_ok=True)
 
 
 def load_vector(file: Path) -> Vector:

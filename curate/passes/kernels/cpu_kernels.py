@@ -27,6 +27,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from curate.passes.files import write_atomically
+
 if TYPE_CHECKING:
     from curate.passes.layout import Layout
 
@@ -237,15 +239,15 @@ def _library(compiler: str) -> Path:
 
 
 def _compile(compiler: str, to: Path, *, openmp: bool = True) -> None:
-    """Into place at once, so that nobody loads half a file. openmp: in several threads (clang's own OpenMP is not torch's)."""
-    with tempfile.TemporaryDirectory(dir=to.parent) as folder:
-        code, library = f"{folder}/kernels.o", f"{folder}/kernels.so"
+    """Into place at once and synced: half a file, after a power cut too, would crash whoever loads it.
+
+    openmp: in several threads (clang's own OpenMP is not torch's).
+    """
+    with tempfile.TemporaryDirectory(dir=to.parent) as folder, write_atomically(to, sync=True) as library:
+        code = f"{folder}/kernels.o"
         # linked without -fopenmp: torch's own OpenMP, which is loaded already, shall be the only one
         _run([compiler, *FLAGS, *(["-fopenmp"] if openmp else []), "-c", str(SOURCE), "-o", code])
-        _run([compiler, "-shared", code, "-o", library, "-lm"])
-        with open(library, "rb") as file:
-            os.fsync(file.fileno())  # half a file, after a power cut, would crash whoever loads it
-        os.replace(library, to)
+        _run([compiler, "-shared", code, "-o", str(library), "-lm"])
 
 
 def _run(command: list[str]) -> str:

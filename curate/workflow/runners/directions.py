@@ -22,6 +22,7 @@ import numpy as np
 from curate.console import Progress
 from curate.errors import ModelError
 from curate.models.checkpoints import Checkpoint
+from curate.passes.files import write_atomically
 from curate.rows import Row
 from curate.workflow.runners.forward import ForwardRunner
 from curate.workflow.runners.mean_gradients import MeanGradients
@@ -184,7 +185,8 @@ class DirectionRunner(ForwardRunner):
             if found is None
             else {"epsilon": found.value, "error": found.error, "spearman": found.rank, "rows": found.rows}
         )
-        _write(said, json.dumps(written))
+        with write_atomically(said) as new:
+            new.write_text(json.dumps(written))
         return v, found.value if found else None
 
     def _sample(self) -> list[Any]:
@@ -262,9 +264,3 @@ class DirectionRunner(ForwardRunner):
 def _about(task: Task) -> Direction:
     assert task.measurement.direction is not None
     return task.measurement.direction
-
-
-def _write(file: Path, text: str) -> None:
-    new = file.with_name(f".{file.name}.{os.getpid()}")
-    new.write_text(text)
-    new.replace(file)
