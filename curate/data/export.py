@@ -133,6 +133,7 @@ def write_export(
     trainer: TrainedAs | None,
     types: Mapping[str, str] | None = None,
 ) -> ExportResult:
+    """Writes the export into `staging`: rows, dropped rows, trainer's settings, card, and what else was in `target`."""
     if format == "extend":
         records, format = both_responses(records), "prompt_completion"
     existing = old_card(target / "README.md")
@@ -142,23 +143,15 @@ def write_export(
             "nothing to export: the selection kept no row. Loosen `select`; `curate explain` says why a row was dropped."
         )
     plan = Plan.of(first, format)
-    weights = Weights()
     work = staging / "work"
     typed = read_types(types or {})
     with (
         Spool(work / "kept", plan.schema(False), typed) as kept,
         Spool(work / "dropped", plan.schema(True), typed) as left,
     ):
-        for record in with_first(first, records):
-            weights.add(record)
-            kept.add(plan.kept(record) | asked_columns(record), own_columns(record))
-        for record in dropped:
-            left.add(plan.dropped(record) | asked_columns(record) | {"reason": record.reason}, own_columns(record))
-        own, ours = {**kept.own, **left.own}, (kept.ours | left.ours) - {"reason"}
-        kept.called, left.called = renamed(own, ours), renamed(own, ours | {"reason"})
+        weights = fill(kept, left, plan, with_first(first, records), dropped)
         weights.check(needed=resample is not None)
-        schema = kept.schema()
-        rows = kept.rows()
+        rows, schema = kept.rows(), kept.schema()
         if resample is not None:
             rows = resampled(rows, kept.n_rows, resample, weights.total, seed)
         parquet = staging / "data" / f"{split}-00000.parquet"
@@ -168,15 +161,8 @@ def write_export(
     other = {
         name: new for name, new in {**left.called, **kept.called}.items() if name in kept.called or name in left.own
     }
-    notes = [_renamed(old, new) for old, new in sorted(other.items())]
-    as_text = sorted(kept.names(kept.as_text - kept.typed))
-    notes += [f"Column `{name}` holds values of several types and is kept as text." for name in as_text]
-    warnings = [
-        f"Column `{name}` held bytes (images, audio), which the store does not keep: here it says only how many they were. Join them again by "
-        "a column of yours before you train."
-        for name in sorted(kept.without_bytes)
-    ]
-    notes += warnings
+    warnings = bytes_warnings(kept)
+    notes = [*column_notes(kept, other), *warnings]
     if resample is not None:
         drawn = f"{n_rows:,} rows were drawn from {kept.n_rows:,} in proportion to `weight` (seed {seed})"
         notes.append(f"{drawn}; do not weight them again.")
@@ -184,21 +170,44 @@ def write_export(
         notes += write_trainer_args(staging, trainer, plan.layout)
     shutil.rmtree(work)
     (staging / MARK).write_text("An export of curate: the next export to this folder replaces it.\n")
+    n_dropped, kind, layout = left.n_rows, plan.kind.kind, plan.layout
     write_card(
-        staging / "README.md",
-        card,
-        existing=existing,
-        split=split,
-        n_rows=n_rows,
-        n_dropped=left.n_rows,
-        kind=plan.kind.kind,
-        layout=plan.layout,
+        staging / "README.md", card, existing=existing, split=split, n_rows=n_rows, n_dropped=n_dropped, kind=kind, layout=layout,
         notes=notes,
-    )
+    )  # fmt: skip
     carry_over(target, staging)
-    return ExportResult(
-        target, n_rows, left.n_rows, plan.layout, tuple(schema.names), other, tuple(notes), tuple(warnings)
-    )
+    return ExportResult(target, n_rows, n_dropped, layout, tuple(schema.names), other, tuple(notes), tuple(warnings))
+
+
+def fill(kept: Spool, left: Spool, plan: Plan, records: Iterator[ExportRow], dropped: Iterator[ExportRow]) -> Weights:
+    """Reads all rows, the kept ones and the dropped ones, and settles what the user's own columns are called. Returns the weights of the kept."""
+    weights = Weights()
+    for record in records:
+        weights.add(record)
+        kept.add(plan.kept(record) | asked_columns(record), own_columns(record))
+    for record in dropped:
+        left.add(plan.dropped(record) | asked_columns(record) | {"reason": record.reason}, own_columns(record))
+    own, ours = {**kept.own, **left.own}, (kept.ours | left.ours) - {"reason"}
+    kept.called, left.called = renamed(own, ours), renamed(own, ours | {"reason"})
+    return weights
+
+
+def column_notes(kept: Spool, other: Mapping[str, str]) -> list[str]:
+    """What became of the user's columns: the names that they have here instead (`other`), and those that are kept as text."""
+    as_text = sorted(kept.names(kept.as_text - kept.typed))
+    return [
+        *(_renamed(old, new) for old, new in sorted(other.items())),
+        *(f"Column `{name}` holds values of several types and is kept as text." for name in as_text),
+    ]
+
+
+def bytes_warnings(kept: Spool) -> list[str]:
+    """A sentence for each column whose bytes are not here."""
+    return [
+        f"Column `{name}` held bytes (images, audio), which the store does not keep: here it says only how many they were. Join them again by "
+        "a column of yours before you train."
+        for name in sorted(kept.without_bytes)
+    ]
 
 
 def _renamed(old: str, new: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from curate.console import cell, wrapped
 from curate.errors import UsageError
@@ -15,6 +15,13 @@ from curate.store import Store
 from curate.store.decisions import Reason
 from curate.store.sql import quote
 from curate.store.views import BASE
+
+if TYPE_CHECKING:
+    from curate.recipe.schema import ScoreRequest
+
+
+# what is said of the row itself
+ABOUT = (*(name for name in BASE if name not in ("row_id", "position")), "index")
 
 
 @dataclass(frozen=True)
@@ -70,48 +77,64 @@ def explain_row(store: Store, row: str, selection: str | None = None, *, every_a
     """Why a row scored and was kept or dropped as it was. row: an id, its first digits, source#row (from 1), or source:index (from 0).
     every_answer: its text shows all of the row's sampled answers, not a few.
     """
-    from curate.recipe.schema import ScoreRequest
-
     row_id = store.find_row(row)
-    decision, name, recipe = None, None, None
-    try:
-        chosen = store.selection(selection)
-        name, recipe = chosen.name, chosen.recipe
-        found = store.sql(
-            "SELECT kept, rank, reason, rule, value, cut FROM selections WHERE selection = ? AND row_id = ?",
-            [name, row_id],
-        ).to_dicts()
-        decision = found[0] if found else None
-    except UsageError:
-        if selection is not None:
-            raise
+    decision, name, recipe = _decision(store, row_id, selection)
     frame = store.sql("SELECT * FROM scored WHERE row_id = ?", [row_id], recipe=recipe)
     if frame.is_empty():
         raise UsageError(
             f"{store.folder}: row {row_id} is not among the rows of recipe {recipe!r}. Name another selection with --selection."
         )
     line = frame.to_dicts()[0]
-    known = next((r for r in store.recipes() if recipe in (None, r["name"])), None)
-    requests = {}
-    if known is not None:
-        requests = {r.name: r for r in map(ScoreRequest.read, (read_yaml(known["text"])[0] or {}).get("scores", []))}
-    scores = []
-    calibrated = dict(
-        store.sql(
-            "SELECT name, value FROM dataset_values WHERE starts_with(name, 'premem_threshold')", recipe=recipe
-        ).rows()
+    requests = _requests(store, recipe)
+    return Explanation(
+        row_id,
+        {key: line.get(key) for key in ABOUT},
+        _scores(store, recipe, line, requests),
+        _measured(store, line, requests),
+        decision,
+        name,
+        _flags(store, row_id, recipe, line, requests),
+        answers_of(store, row_id, recipe),
+        every_answer,
     )
+
+
+def _decision(store: Store, row_id: str, selection: str | None) -> tuple[dict[str, Any] | None, str | None, str | None]:
+    """What a selection (the last, if None) decided about a row, its name, and its recipe's; None where there is none. UsageError for a name that
+    no selection has.
+    """
+    try:
+        chosen = store.selection(selection)
+    except UsageError:
+        if selection is not None:
+            raise
+        return None, None, None
+    text = "SELECT kept, rank, reason, rule, value, cut FROM selections WHERE selection = ? AND row_id = ?"
+    decisions = store.sql(text, [chosen.name, row_id]).to_dicts()
+    return next(iter(decisions), None), chosen.name, chosen.recipe
+
+
+def _requests(store: Store, recipe: str | None) -> dict[str, ScoreRequest]:
+    """The scores of a recipe (of the one scored last, if None) as it asks for them: column -> request."""
+    from curate.recipe.schema import ScoreRequest
+
+    kept = next((r for r in store.recipes() if recipe in (None, r["name"])), None)
+    if kept is None:
+        return {}
+    return {r.name: r for r in map(ScoreRequest.read, (read_yaml(kept["text"])[0] or {}).get("scores", []))}
+
+
+def _scores(
+    store: Store, recipe: str | None, line: dict[str, Any], requests: dict[str, ScoreRequest]
+) -> list[dict[str, Any]]:
+    """A dict for each of the row's scores: its value, what it means, where it stands among the others, its settings."""
+    text = "SELECT name, value FROM dataset_values WHERE starts_with(name, 'premem_threshold')"
+    calibrated = dict(store.sql(text, recipe=recipe).rows())
     shares = _shares(store, recipe, {name: line[name] for name in requests if name in line})
+    scores = []
     for column, request in requests.items():
         if column not in line:
             continue
-        params = dict(request.params)
-        if params.get("threshold") == "auto":
-            params["threshold"] = calibrated.get("premem_threshold", "auto")
-        elif params.get("threshold") == "auto_per_group":
-            params["threshold"] = {
-                k.removeprefix("premem_threshold_"): v for k, v in calibrated.items() if "_threshold_" in k
-            }
         declared, share = SCORES.get(request.score), shares[column]
         code = f"{column}_name" if declared and declared.names else None
         scores.append(
@@ -124,43 +147,44 @@ def explain_row(store: Store, row: str, selection: str | None = None, *, every_a
                 "worst": declared.worst if declared else "none",
                 "plain": declared.plain if declared else f"A score of your own: {request.score}.",
                 "high_means": declared.high_means if declared else f"a score of your own: {request.score}",
-                "params": params,
+                "params": _with_thresholds(dict(request.params), calibrated),
             }
         )
-    base = (*(name for name in BASE if name not in ("row_id", "position")), "index")
-    own = set(store.sql("SELECT * FROM occurrences LIMIT 0").columns)
-    measured = {
-        k: v
-        for k, v in line.items()
-        if k not in (*base, "row_id", "position")
-        and k not in requests
-        and k.removesuffix("_name") not in requests
-        and k not in own
-        and v is not None
+    return scores
+
+
+def _with_thresholds(params: dict[str, Any], calibrated: dict[str, float]) -> dict[str, Any]:
+    """A score's settings, with the thresholds that were calibrated in the place of auto and auto_per_group."""
+    threshold = params.get("threshold")
+    if threshold == "auto":
+        params["threshold"] = calibrated.get("premem_threshold", "auto")
+    elif threshold == "auto_per_group":
+        groups = {k.removeprefix("premem_threshold_"): v for k, v in calibrated.items() if "_threshold_" in k}
+        params["threshold"] = groups
+    return params
+
+
+def _measured(store: Store, line: dict[str, Any], requests: dict[str, ScoreRequest]) -> dict[str, Any]:
+    """What was measured of the row: the known columns that are neither of the row itself, nor scores, nor the user's own."""
+    other = {*ABOUT, "row_id", "position", *requests, *store.sql("SELECT * FROM occurrences LIMIT 0").columns}
+    return {
+        name: value
+        for name, value in line.items()
+        if value is not None and name not in other and name.removesuffix("_name") not in requests
     }
-    flags = _flags(store, row_id, recipe, line, requests)
-    return Explanation(
-        row_id,
-        {k: line.get(k) for k in base},
-        scores,
-        measured,
-        decision,
-        name,
-        flags,
-        answers_of(store, row_id, recipe),
-        every_answer,
-    )
 
 
 def _shares(store: Store, recipe: str | None, scores: dict[str, Any]) -> dict[str, float | None]:
     """name -> the share of the known values that are at most the row's; None where the row's is unknown."""
     known = {name: value for name, value in scores.items() if value is not None}
     picked = ", ".join(f"count(*) FILTER ({quote(name)} <= ?) / count({quote(name)})" for name in known)
-    found = store.sql(f"SELECT {picked} FROM scored", list(known.values()), recipe=recipe).row(0) if known else ()
-    return dict.fromkeys(scores) | dict(zip(known, found, strict=True))
+    shares = store.sql(f"SELECT {picked} FROM scored", list(known.values()), recipe=recipe).row(0) if known else ()
+    return dict.fromkeys(scores) | dict(zip(known, shares, strict=True))
 
 
-def _flags(store: Store, row_id: str, recipe: str | None, line: dict[str, Any], requests: dict[str, Any]) -> list[str]:
+def _flags(
+    store: Store, row_id: str, recipe: str | None, line: dict[str, Any], requests: dict[str, ScoreRequest]
+) -> list[str]:
     """Why a pair is squeezing-prone, in words; the ranks are among the rows that were scored. Empty where nothing says so."""
     wanted = [name for name in dict.fromkeys(name for reason in REASONS for name in reason.columns) if name in line]
     if line["kind"] != "preference" or not wanted:
@@ -174,8 +198,8 @@ def _flags(store: Store, row_id: str, recipe: str | None, line: dict[str, Any], 
     params: dict[str, Any] = next(
         (r.params for r in requests.values() if r.score in ("squeezing_prone", "squeezing_weight")), {}
     )
-    found = reasons(columns, SCORES["squeezing_prone"].check(params)["share"])
-    return [reason.says(values, at) for reason, values, holds in found.values() if holds[at] == 1]
+    signs = reasons(columns, SCORES["squeezing_prone"].check(params)["share"])
+    return [reason.says(values, at) for reason, values, holds in signs.values() if holds[at] == 1]
 
 
 def _decided(decision: dict[str, Any], selection: str) -> str:

@@ -1,59 +1,27 @@
-"""The store, read: rows, measured values, scores, selections and what is known of runs. store.py has what writes."""
+"""The store, read: rows, measured values, and what is known of recipes, imports and runs. queries.py has its SQL; store.py and results.py write."""
 
 from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
 
 import numpy as np
 
 from curate.errors import StoreError
 from curate.rows import Row
-from curate.store import (
-    conjuncts,
-    coverage,
-    imported_columns,
-    imports,
-    misread,
-    query,
-    readings,
-    recipes,
-    syntax,
-    tables,
-    values,
-    views,
-)
+from curate.store import coverage, imported_columns, imports, query, readings, recipes, tables, values
 from curate.store.coverage import Coverage
-from curate.store.database import Database
-from curate.store.entries import (
-    RECENT,
-    Measured,
-    Place,
-    Role,
-    Speeds,
-)
+from curate.store.entries import RECENT, Measured, Place, Role, Speeds
 from curate.store.imports import Import
 from curate.store.locks import holder, process_alive
-from curate.store.shards import Shards
+from curate.store.queries import StoreQueries
 from curate.store.sql import first_column, one
 
-if TYPE_CHECKING:
-    import polars as pl
 
-
-class StoreReader:
+class StoreReader(StoreQueries):
     """A store's folder, as it is asked. Every method opens the database for one short transaction. See `Store`."""
-
-    def __init__(
-        self, folder: str | Path, *, patience: float | None = None, on_wait: Callable[[str], None] | None = None
-    ):
-        self.folder = Path(folder)
-        self.database = Database(self.folder / "curate.duckdb", patience=patience, on_wait=on_wait)
-        self.shards = Shards(self.folder / "shards")
-        self._waiting: dict[str, list[str]] = {}  # source -> its readings that this object sees in its place
 
     def source_is_current(self, source: str, fingerprint: str, *, role: Role = "train") -> bool:
         """Whether this content of the source has been read already, so that `add_source` can be skipped: in its place, or waiting for it."""
@@ -64,15 +32,6 @@ class StoreReader:
         if found is not None and found[0] == reading:
             self._see(source, reading)
         return found is not None
-
-    def _see(self, source: str, reading: str) -> None:
-        seen = self._waiting.setdefault(source, [])
-        if reading not in seen:
-            seen.append(reading)
-
-    def _read_as(self, names: Sequence[str] | None) -> list[str] | None:
-        """Sources as the tables have them for this object."""
-        return None if names is None else [kept for name in names for kept in self._waiting.get(name, [name])]
 
     def sources(self) -> list[dict[str, Any]]:
         """One dict a source and role: source, role, fingerprint, n_records, n_bad, n_rows, read_at."""
@@ -257,67 +216,6 @@ class StoreReader:
         with self.database.read() as con:
             found = one(con, "SELECT value FROM data.meta WHERE key = ?", [f"{what} of {name}"])
         return found[0] if found else None
-
-    def sql(
-        self,
-        text: str,
-        params: Sequence[Any] | Mapping[str, Any] | None = None,
-        *,
-        recipe: str | None = None,
-        source: str | Sequence[str] | None = None,
-    ) -> pl.DataFrame:
-        """Query the views; reading only. recipe, source: narrow every view to a recipe (its sources, scores and fingerprints) or to sources.
-
-        Raises UsageError for SQL that does not parse or names no column (the nearest is named), or that wants to write.
-        """
-        names = self._read_as((source,) if isinstance(source, str) else source)
-        with self.database.read() as con:
-            if recipe is not None or names is not None or views.outdated(con):
-                views.narrow(con, text, recipe=recipe, sources=names)
-            return query.run(con, text, params)
-
-    def own_names(self) -> dict[str, str]:
-        """The user's columns -> what `occurrences` calls them."""
-        with self.database.read() as con:
-            return {column.name: column.shown for column in views.own_names(con, None)["occurrences"]}
-
-    def frame(self, *, recipe: str | None = None, planned: Sequence[str] = ()) -> misread.Frame:
-        """What a recipe's SQL sees as `scored`, with the columns that are still to come (`planned`) as NULL."""
-        with self.database.read() as con:
-            views.narrow(con, "scored", recipe=recipe, sources=None)
-            return misread.frame(con, recipe, planned)
-
-    def check_sql(
-        self, text: str, key: str, *, recipe: str | None = None, planned: Sequence[str] = (), is_order: bool = False
-    ) -> str:
-        """A recipe's SQL expression over `scored`, as it is to be asked. is_order: rows are ordered by its value.
-
-        Raises UsageError naming `key` for a name that two columns have, and where numbers would be ordered as text.
-        """
-        with self.database.read() as con:
-            views.narrow(con, f"scored occurrences {text}", recipe=recipe, sources=None)
-            return misread.checked(con, text, key, misread.frame(con, recipe, planned), is_order=is_order)
-
-    def numbers_in(self, column: str, *, recipe: str | None = None) -> misread.Numbers | None:
-        """Of a column of `scored` that is text: which of it are numbers, and the cast that reads them. None where less than half are."""
-        with self.database.read() as con:
-            views.narrow(con, "scored", recipe=recipe, sources=None)
-            return misread.numbers_in(con, misread.quoted(column), "scored")
-
-    def conjuncts(self, where: str) -> list[conjuncts.Conjunct]:
-        """The parts of a condition that AND joins, with what they compare."""
-        with self.database.read() as con:
-            return conjuncts.conjuncts(con, where)
-
-    def unclear_names(self, text: str, *, recipe: str | None = None) -> list[str]:
-        """A sentence for every name in a query that curate and the user have a column of; what it means is curate's."""
-        with self.database.read() as con:
-            tree = syntax.parse(con, text)
-            return list(misread.ambiguous(con, tree, views.own_names(con, recipe))) if tree else []
-
-    def scored(self, *, recipe: str | None = None, source: str | Sequence[str] | None = None) -> pl.DataFrame:
-        """The view `scored`, one line a row, by position."""
-        return self.sql("SELECT * FROM scored ORDER BY position", recipe=recipe, source=source)
 
     def find_row(self, text: str) -> str:
         """The row that `text` means: a row id, the unique beginning of one (6 digits or more), source#row (rows from 1, as messages number them), or

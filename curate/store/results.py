@@ -13,12 +13,7 @@ import numpy as np
 
 from curate.errors import UsageError
 from curate.store import readings, recipes, views
-from curate.store.entries import (
-    DatasetValue,
-    Place,
-    Role,
-    Trajectories,
-)
+from curate.store.entries import DatasetValue, Place, Role, Trajectories
 from curate.store.locks import process_alive
 from curate.store.reader import StoreReader
 from curate.store.selection import Selection, find_selection

@@ -261,9 +261,10 @@ def test_a_direction_of_some_parameters():
 
 def test_what_does_not_fit_is_said(monkeypatch, tmp_path):
     model, pairs = Model(make("llama")), random_pairs(3)
-    (tmp_path / f".v.safetensors.{os.getpid()}").mkdir()
+    (tmp_path / "v.safetensors").mkdir()
     with pytest.raises(ModelError, match=r"v\.safetensors: a direction cannot be kept there"):
         mean.save_vector({"x": torch.zeros(3)}, tmp_path / "v.safetensors")
+    assert os.listdir(tmp_path) == ["v.safetensors"]
 
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
