@@ -48,11 +48,11 @@ def find_sources(
     if not paths:
         raise UsageError("source.path is an empty list. Name a file, a folder, a glob or a hub dataset.")
     base = base or Path()
-    found: dict[object, Source] = {}
+    sources: dict[object, Source] = {}
     for each in paths:
         for source in expand(str(each), split=split, revision=revision, base=base):
-            found.setdefault(source.path.resolve() if source.path else source.name, source)
-    return list(found.values())
+            sources.setdefault(source.path.resolve() if source.path else source.name, source)
+    return list(sources.values())
 
 
 def listed(rows: Any) -> Sequence[Any]:
@@ -140,13 +140,13 @@ def nearest_beside(path: Path) -> str | None:
 
 def nearest_below(base: Path, name: str) -> str | None:
     """A data file or folder of about this name, in `base` or the folders in it."""
-    found = {}
+    paths = {}
     with contextlib.suppress(OSError):
         for entry in itertools.islice(itertools.chain(base.glob("*"), base.glob("*/*")), 2000):
             if file_type(entry) or entry.is_dir():
-                found[entry.name.split(".")[0]] = "./" + entry.relative_to(base).as_posix()
-    close = nearest(name.split(".")[0], found, cutoff=0.75)
-    return None if close is None else found[close]
+                paths[entry.name.split(".")[0]] = "./" + entry.relative_to(base).as_posix()
+    close = nearest(name.split(".")[0], paths, cutoff=0.75)
+    return None if close is None else paths[close]
 
 
 def check_type(source: Source) -> Source:

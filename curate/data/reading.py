@@ -82,8 +82,10 @@ class Reading:
     def notes(self) -> list[str]:
         """What is said of the sources as a whole: what is read from the hub, and which columns go by another name."""
         on_hub = [source.name for source in self._sources if source.on_hub]
-        found = [f"{name}: no such file or folder here; read as a dataset of the Hugging Face hub." for name in on_hub]
-        return found + [
+        sentences = [
+            f"{name}: no such file or folder here; read as a dataset of the Hugging Face hub." for name in on_hub
+        ]
+        return sentences + [
             f"Column `{name}` is called `{new}` here, since `columns` calls another one {name}."
             for name, new in sorted(self._columns.moved.items())
         ]
@@ -218,19 +220,19 @@ MESSAGES = tuple(name for name in KNOWN_COLUMNS if name not in ("label", "system
 def json_list(text: str) -> Any:
     """A list that a table's cell holds as JSON text; anything else as it is."""
     try:
-        found = json.loads(text)
+        value = json.loads(text)
     except ValueError:
         return text
-    return found if isinstance(found, list) else text
+    return value if isinstance(value, list) else text
 
 
 def traits(mapped: dict[str, Any], layout: Layout) -> list[str]:
     """What `Notes` counts of a row's values before they are texts."""
-    found = [f"key:{key}" for column in layout.uses for key in unread_keys(mapped.get(column))]
-    found += [f"binary:{name}" for name, value in mapped.items() if not isinstance(value, str) and has_binary(value)]
+    result = [f"key:{key}" for column in layout.uses for key in unread_keys(mapped.get(column))]
+    result += [f"binary:{name}" for name, value in mapped.items() if not isinstance(value, str) and has_binary(value)]
     if "system" in layout.uses and layout.prompt in ("prompt", "question") and holds(mapped.get("system")):
-        found.append("system turn")
-    return found
+        result.append("system turn")
+    return result
 
 
 def problem_defect(problem: Problem, name: str, index: int, line: int | None = None) -> Defect:

@@ -55,7 +55,7 @@ def data_maps(store: Store, *, recipe: str | None = None) -> list[DataMap]:
     mine = next((r for r in store.recipes() if recipe in (None, r["name"])), None)
     share = setting(mine, "share", of="map_region") or SCORES["map_region"].defaults["share"]
     sources = mine["sources"] or None if mine else None
-    found = []
+    maps = []
     for run in stored_runs(store, ("target_nll",), kind="sft", recipe=mine, optional=("trained",), sources=sources):
         nll = run.values["target_nll"]
         if "trained" in run.values:
@@ -63,14 +63,14 @@ def data_maps(store: Store, *, recipe: str | None = None) -> list[DataMap]:
         nll = of_training(nll, np.array([step != 0 for step in run.steps]))
         if nll.shape[1] > 1:
             of = variability(nll), confidence(nll), regions(nll, share)
-            found.append(DataMap(run.run, nll.shape[1], run.row_ids, *of))
-    if not found:
+            maps.append(DataMap(run.run, nll.shape[1], run.row_ids, *of))
+    if not maps:
         raise UsageError(
             f"{store.folder}: there is no data map to draw: it needs the column target_nll at two checkpoints of a run or more, "
             "not counting step 0, the untrained model. "
             "The scores map_region, confidence and variability have it measured over models.checkpoints."
         )
-    return found
+    return maps
 
 
 def write_maps(maps: Sequence[DataMap], file: Path) -> None:

@@ -97,16 +97,17 @@ def score_json(score: Score) -> dict[str, Any]:
     return {name: getattr(score, name) for name in names}
 
 
-def validation_text(found: Validation) -> str:
+def validation_text(validation: Validation) -> str:
     """What a source holds, in a few lines."""
-    files = ", ".join(s.name for s in found.sources)
+    files = ", ".join(s.name for s in validation.sources)
     lines = [
-        f"{files}: {found.n_rows:,} rows, kind {found.kind}, format {found.format}; {found.n_bad:,} bad, {found.n_distinct:,} distinct."
+        f"{files}: {validation.n_rows:,} rows, kind {validation.kind}, format {validation.format}; "
+        f"{validation.n_bad:,} bad, {validation.n_distinct:,} distinct."
     ]
-    if found.duplicates:
-        lines.append(f"{found.duplicates:,} rows repeat an earlier one; they are measured once.")
-    lines += found.notes
-    if found.n_bad:
+    if validation.duplicates:
+        lines.append(f"{validation.duplicates:,} rows repeat an earlier one; they are measured once.")
+    lines += validation.notes
+    if validation.n_bad:
         lines.append("Drop the bad ones with `on_bad_row: drop` in the recipe's source, or mend the file.")
     return counted("\n".join(lines))
 
@@ -234,11 +235,11 @@ def _setting(value: Any) -> str:
 
 def _flat(params: dict[str, Any], before: str = "") -> dict[str, Any]:
     """{"sampling": {"samples": 8}} as {"samples": 8}; a key that stands in two places keeps its path."""
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for key, value in params.items():
         inner = _flat(value, f"{before}{key}.") if isinstance(value, dict) else {key: value}
-        found |= {(f"{before}{key}.{k}" if k in found else k): v for k, v in inner.items()}
-    return found
+        flat |= {(f"{before}{key}.{k}" if k in flat else k): v for k, v in inner.items()}
+    return flat
 
 
 def _outcome(run: dict[str, Any]) -> str:

@@ -233,16 +233,16 @@ def _phase_lines(run: str, values: list[dict[str, Any]]) -> list[str]:
     """A line a checkpoint: the share of the rows in every phase with its interval."""
     from curate.scores.phases import NAMES
 
-    found = {(v["step"], v["name"]): v for v in values}
+    at = {(v["step"], v["name"]): v for v in values}
     steps = sorted({v["step"] for v in values if v["step"] is not None})
     lines = [f"Phases of the rows that {run or 'the run'} trained on: shares with 95% intervals."]
     rows = []
     for k in np.unique(np.linspace(0, len(steps) - 1, LINES).round().astype(int)) if steps else ():
-        line = [found[steps[k], f"{OF_PHASES}{name}"] for name in NAMES]
+        line = [at[steps[k], f"{OF_PHASES}{name}"] for name in NAMES]
         shares = ["-" if v["value"] is None else f"{v['value']:.2f} ({v['low']:.2f} to {v['high']:.2f})" for v in line]
         rows.append((line[0]["checkpoint"] or str(steps[k]), *shares, line[0]["n"]))
     lines.append(table(rows, head=("checkpoint", *NAMES, "n")))
-    changed = found.get((None, f"{OF_PHASES}smoothed"))
+    changed = at.get((None, f"{OF_PHASES}smoothed"))
     if changed and changed["value"] is not None:
         lines.append(f"Smoothing changed {changed['value']:.1%} of {changed['n']:,} labels ({OF_PHASES}smoothed).")
     return lines

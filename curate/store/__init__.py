@@ -1,7 +1,7 @@
 """The store: everything that knows DuckDB. One folder keeps rows, what was measured on them, scores, selections and runs.
 
-store.py and results.py write, reader.py and queries.py read; tables.py, values.py, recipes.py, views.py and query.py hold the SQL, shards.py the files;
-importing/ brings in what others measured.
+store.py and results.py write, reader.py and queries.py read; tables.py, values.py, recipes.py, views.py and query.py hold the SQL;
+shards.py has the files; importing/ brings in what others measured.
 Its names are imported when first used: a lock or an error needs no DuckDB.
 """
 

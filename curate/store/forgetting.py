@@ -51,14 +51,14 @@ class Forgotten:
 
 def forget(con: Connection, number: int) -> Forgotten:
     """Take an import back. Raises UsageError where there is none of this number."""
-    found = ensure(con)
-    one = next((i for i in found if i.number == number), None)
+    imports = ensure(con)
+    one = next((i for i in imports if i.number == number), None)
     if one is None:
-        there = ", ".join(f"{i.number} ({i.file})" for i in found)
+        there = ", ".join(f"{i.number} ({i.file})" for i in imports)
         raise UsageError(f"no import {number} in this store. There are: {there or 'none'}.")
     row_ids = first_column(con, f"SELECT DISTINCT row_id FROM data.imported_lines WHERE {NUMBER} = ?", [number])
     values = sum(_known(con, one))
-    again = _unmerge(con, one, [other for other in found if other.number != number])
+    again = _unmerge(con, one, [other for other in imports if other.number != number])
     con.execute("DELETE FROM data.imports WHERE number = ?", [number])
     rows = _forget_rows(con, row_ids)
     dataset_values = 0

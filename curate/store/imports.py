@@ -58,7 +58,7 @@ class Import:
 
 def listed(con: Connection) -> list[Import]:
     """Every import by number; those of a store that older versions wrote are found in its tables, and numbered by their age."""
-    found = []
+    imports = []
     if _exists(con, "imports"):
         lines = con.execute(f"SELECT {', '.join(FIELDS)}, created FROM data.imports ORDER BY number").fetchall()
         for line in lines:
@@ -68,8 +68,8 @@ def listed(con: Connection) -> list[Import]:
                 "fingerprints": tuple(of["fingerprints"]),
                 "worst": json.loads(of["worst"]),
             }
-            found.append(Import(**of))
-    return [*found, *_unnumbered(con, found)]
+            imports.append(Import(**of))
+    return [*imports, *_unnumbered(con, imports)]
 
 
 def _unnumbered(con: Connection, known: Sequence[Import]) -> list[Import]:
@@ -113,10 +113,10 @@ def _unnumbered(con: Connection, known: Sequence[Import]) -> list[Import]:
 
 def ensure(con: Connection) -> list[Import]:
     """The tables of imports, with everything that was imported so far in them."""
-    found = listed(con)
+    imports = listed(con)
     con.execute(SCHEMA)
     kept = first_column(con, "SELECT number FROM data.imports")
-    for one in found:
+    for one in imports:
         if one.number not in kept:
             _insert(con, one)
             if one.fingerprints:
@@ -126,7 +126,7 @@ def ensure(con: Connection) -> list[Import]:
                     one,
                     f"SELECT {picked} FROM data.{quote(VALUES)} WHERE fingerprint IN ({literals(one.fingerprints)})",
                 )
-    return found
+    return imports
 
 
 def write(
@@ -229,5 +229,5 @@ def _add_lines(con: Connection, one: Import, query: str) -> None:
 
 
 def _exists(con: Connection, table: str) -> bool:
-    found = "SELECT count(*) FROM duckdb_tables() WHERE schema_name = 'data' AND table_name = ? AND database_name = current_database()"
-    return bool(con.execute(found, [table]).fetchall()[0][0])
+    text = "SELECT count(*) FROM duckdb_tables() WHERE schema_name = 'data' AND table_name = ? AND database_name = current_database()"
+    return bool(con.execute(text, [table]).fetchall()[0][0])

@@ -127,17 +127,17 @@ def ambiguous(con: Connection, tree: Node, own: Mapping[str, Sequence[OwnColumn]
         if name is None:
             continue
         table = _table_with(con, name, scope, own)
-        found = [c for c in own.get(table or "", ()) if c.taken_by and c.name.lower() == name.lower()]
-        if table and found and (name.lower(), table) not in said:
+        both = [c for c in own.get(table or "", ()) if c.taken_by and c.name.lower() == name.lower()]
+        if table and both and (name.lower(), table) not in said:
             said.add((name.lower(), table))
-            yield _both(name, table, found)
+            yield _both(name, table, both)
 
 
-def _both(name: str, view: str, found: Sequence[OwnColumn]) -> str:
-    mine = ", ".join(f"`{quoted(c.shown)}` for your column {c.name!r}" for c in found)
-    other = found[0].taken_by
-    if found[0].by_own:
-        return f"{name!r} could be your column {other!r} or {found[0].name!r}. Write `{view}.{quoted(other)}` for {other!r}, {mine}."
+def _both(name: str, view: str, columns: Sequence[OwnColumn]) -> str:
+    mine = ", ".join(f"`{quoted(c.shown)}` for your column {c.name!r}" for c in columns)
+    other = columns[0].taken_by
+    if columns[0].by_own:
+        return f"{name!r} could be your column {other!r} or {columns[0].name!r}. Write `{view}.{quoted(other)}` for {other!r}, {mine}."
     what = f" ({OURS[other.lower()]})" if other.lower() in OURS else ""
     return (
         f"{name!r} is a column of curate's and one of yours. Write {mine}, `{view}.{quoted(other)}` for curate's{what}."
@@ -212,12 +212,12 @@ def numbers_in(con: Connection, shown: str, table: str) -> Numbers | None:
     grouped = f"regexp_full_match({value}, '[-+]?\\d{{1,3}}(,\\d{{3}})+(\\.\\d*)?')"  # 1,234.5
     read = f"TRY_CAST(CASE WHEN {grouped} THEN replace({value}, ',', '') ELSE {value} END AS DOUBLE)"
     try:
-        found = con.execute(
+        counts = con.execute(
             f"SELECT any_value(typeof(v)), count({value}), count({read}), count(*) FILTER ({grouped}) FROM (SELECT TRY({shown}) AS v FROM {table})"
         ).fetchall()[0]
     except duckdb.Error:  # it leans on what surrounds it; or it is wrong, which asking the whole says better
         return None
-    kind, known, numbers, commas = found
+    kind, known, numbers, commas = counts
     if kind not in ("VARCHAR", "JSON") or not numbers or 2 * numbers < known:
         return None
     plain = f"replace({shown}, ',', '')" if commas else shown

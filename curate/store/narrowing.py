@@ -11,16 +11,16 @@ from curate.store.sql import Connection, first_column, literal, literals, one
 
 
 def recipe_of(con: Connection, recipe: str | None) -> tuple[str | None, str | None, list[str], list[str]]:
-    found = con.execute(
+    lines = con.execute(
         f"SELECT name, scores_table, uses, plain FROM data.recipes WHERE {NO_RECIPE_WAITS} OR name = ? ORDER BY updated DESC, name",
         [recipe],
     ).fetchall()
-    for name, table, uses, plain in found:
+    for name, table, uses, plain in lines:
         if recipe is None or name == recipe:
             return name, table, list(uses), list(plain)
     if recipe is None:
         return None, None, [], []
-    names = [row[0] for row in found if plain_name(row[0]) == row[0]]
+    names = [row[0] for row in lines if plain_name(row[0]) == row[0]]
     hint = did_you_mean(recipe, names, f"There are: {', '.join(names) or 'none yet'}.", sentence=True)
     raise UsageError(f"no recipe {recipe!r} in this store. {hint}")
 

@@ -100,8 +100,8 @@ def positions(con: Connection, row_ids: Sequence[str]) -> np.ndarray:
     """(rows,) int64, -1 where unknown."""
     result = np.full(len(row_ids), -1, np.int64)
     ids_view(con, row_ids)
-    found = con.sql("SELECT i, position FROM data.rows JOIN wanted_ids USING (row_id)").to_arrow_table()
-    result[found.column(0).to_numpy()] = found.column(1).to_numpy()
+    stored = con.sql("SELECT i, position FROM data.rows JOIN wanted_ids USING (row_id)").to_arrow_table()
+    result[stored.column(0).to_numpy()] = stored.column(1).to_numpy()
     return result
 
 
@@ -110,12 +110,12 @@ def rows_at(con: Connection, wanted: np.ndarray) -> list[Row | None]:
     if not len(wanted):
         return []
     con.register("wanted_positions", pa.table({"i": pa.array(np.arange(len(wanted))), "position": pa.array(wanted)}))
-    found = con.execute(
+    lines = con.execute(
         "SELECT i, kind, style, prompt, chosen, rejected, completion, answer, label FROM data.rows JOIN wanted_positions USING (position) "
         "WHERE position BETWEEN ? AND ? ORDER BY i",
         [int(wanted.min()), int(wanted.max())],
     ).fetchall()
-    return [_row(*values[1:]) for values in found]
+    return [_row(*values[1:]) for values in lines]
 
 
 def _row(
@@ -140,11 +140,11 @@ def occurrence_counts(
     ids_view(con, row_ids)
     con.register("wanted_sources", pa.table({"source": pa.array(list(sources or ()), pa.string())}))
     narrowed = "" if sources is None else "AND o.source IN (SELECT source FROM wanted_sources)"
-    found = con.execute(
+    counts = con.execute(
         f"SELECT i, count(*) FROM data.occurrences o JOIN wanted_ids USING (row_id) WHERE (?::VARCHAR IS NULL OR o.role = ?) {narrowed} GROUP BY i",
         [role, role],
     ).fetchall()
-    for i, n in found:
+    for i, n in counts:
         result[i] = n
     return result
 
@@ -237,7 +237,7 @@ def find_row(con: Connection, text: str, folder: str) -> str:
     if place:
         source, sign, at = place.groups()
         index = int(at) - (sign == "#")
-        found = con.execute(
+        ids = con.execute(
             "SELECT DISTINCT row_id FROM data.occurrences WHERE source = ? AND index = ?", [source, index]
         ).fetchall()
         known = [
@@ -245,15 +245,15 @@ def find_row(con: Connection, text: str, folder: str) -> str:
         ]
         hint = f"Sources are: {', '.join(known)}."
     else:
-        found = (
+        ids = (
             con.execute("SELECT row_id FROM data.rows WHERE starts_with(row_id, ?) LIMIT 3", [text]).fetchall()
             if len(text) >= 6
             else []
         )
         hint = "Give a row id, 6 or more of its first digits, source#row (from 1) or source:index (from 0)."
-    if len(found) == 1:
-        return str(found[0][0])
-    raise UsageError(f"{folder}: {text!r} means {'several rows' if found else 'no row'} of this store. {hint}")
+    if len(ids) == 1:
+        return str(ids[0][0])
+    raise UsageError(f"{folder}: {text!r} means {'several rows' if ids else 'no row'} of this store. {hint}")
 
 
 def status(con: Connection) -> dict[str, Any]:

@@ -28,19 +28,19 @@ class StoreReader(StoreQueries):
         reading = readings.waiting_name(source, fingerprint)
         with self.database.read() as con:
             text = "SELECT source FROM data.source_state WHERE role = ? AND ((source = ? AND fingerprint = ?) OR source = ?) ORDER BY source = ? DESC"
-            found = one(con, text, [role, source, fingerprint, reading, source])
-        if found is not None and found[0] == reading:
+            current = one(con, text, [role, source, fingerprint, reading, source])
+        if current is not None and current[0] == reading:
             self._see(source, reading)
-        return found is not None
+        return current is not None
 
     def sources(self) -> list[dict[str, Any]]:
         """One dict a source and role: source, role, fingerprint, n_records, n_bad, n_rows, read_at."""
         with self.database.read() as con:
-            found = query.dicts(con, "SELECT * FROM data.source_state ORDER BY read_at, source")
+            states = query.dicts(con, "SELECT * FROM data.source_state ORDER BY read_at, source")
         seen = {kept for own in self._waiting.values() for kept in own}
         kept = [
             s
-            for s in found
+            for s in states
             if s["source"] in seen or s["source"] == readings.plain_name(s["source"]) not in self._waiting
         ]
         return [{**s, "source": readings.plain_name(s["source"])} for s in kept]
@@ -100,8 +100,8 @@ class StoreReader(StoreQueries):
             )
         for start in range(0, len(row_ids), batch):
             with self.database.read() as con:
-                found = query.rows_at(con, positions[start : start + batch])
-            yield from found
+                rows = query.rows_at(con, positions[start : start + batch])
+            yield from rows
 
     def occurrence_counts(
         self, row_ids: Sequence[str], sources: Sequence[str] | None = None, *, role: Role | None = None
@@ -191,14 +191,14 @@ class StoreReader(StoreQueries):
     def kept(self, recipe: str) -> dict[str, Any] | None:
         """What a recipe's values rested on when it was measured last (`curate.plan.kept`); None where nobody noted it."""
         with self.database.read() as con:
-            found = one(con, "SELECT value FROM data.meta WHERE key = ?", [f"kept of {recipe}"])
-        return json.loads(found[0]) if found else None
+            noted = one(con, "SELECT value FROM data.meta WHERE key = ?", [f"kept of {recipe}"])
+        return json.loads(noted[0]) if noted else None
 
     def noted_of(self, source: str, role: Role, fingerprint: str) -> dict[str, Any]:
         """What was noted when a source was read in; empty where nothing was, as by earlier versions."""
         with self.database.read() as con:
-            found = one(con, "SELECT value FROM data.meta WHERE key = ?", [f"notes of {role} {source} {fingerprint}"])
-        return json.loads(found[0]) if found else {}
+            noted = one(con, "SELECT value FROM data.meta WHERE key = ?", [f"notes of {role} {source} {fingerprint}"])
+        return json.loads(noted[0]) if noted else {}
 
     def places(self, recipe: str) -> dict[str, list[Place]]:
         """fingerprint -> (run, checkpoint, step) of the models that a recipe means by it; nothing of what it has no names of its own for."""
@@ -214,8 +214,8 @@ class StoreReader(StoreQueries):
     def inputs_hash(self, what: Literal["scores", "selection"], name: str) -> str | None:
         """What a recipe's scores, or a selection, were made of; None where nobody said, "" where values were imported over what they read."""
         with self.database.read() as con:
-            found = one(con, "SELECT value FROM data.meta WHERE key = ?", [f"{what} of {name}"])
-        return found[0] if found else None
+            noted = one(con, "SELECT value FROM data.meta WHERE key = ?", [f"{what} of {name}"])
+        return noted[0] if noted else None
 
     def find_row(self, text: str) -> str:
         """The row that `text` means: a row id, the unique beginning of one (6 digits or more), source#row (rows from 1, as messages number them), or
@@ -229,13 +229,13 @@ class StoreReader(StoreQueries):
         command if it was refused (such a command is no run; the view `runs` has it), who is measuring.
         """
         with self.database.read() as con:
-            found = query.status(con)
-        for run in found["runs"]:  # the next command that writes marks them for good
+            counts = query.status(con)
+        for run in counts["runs"]:  # the next command that writes marks them for good
             if run.pop("host") == socket.gethostname() and run["outcome"] is None and not process_alive(run["pid"]):
                 run["outcome"] = "killed"
         return {
             "folder": str(self.folder),
-            **found,
+            **counts,
             "shards_pending": len(self.shards.pending()),
             "measured_by_process": self.measured_by(),
         }

@@ -40,8 +40,8 @@ def register_recipe(
 
 def forget_recipe(con: Connection, name: str) -> None:
     """A recipe with its scores, dataset values and notes, as if it had never been registered."""
-    found = one(con, "SELECT scores_table FROM data.recipes WHERE name = ?", [name])
-    for table in (found[0], trajectories_table(found[0])) if found else ():
+    registered = one(con, "SELECT scores_table FROM data.recipes WHERE name = ?", [name])
+    for table in (registered[0], trajectories_table(registered[0])) if registered else ():
         con.execute(f"DROP TABLE IF EXISTS data.{quote(table)}")
     con.execute("DELETE FROM data.recipes WHERE name = ?", [name])
     con.execute("DELETE FROM data.dataset_values WHERE origin = ?", [name])
@@ -63,8 +63,8 @@ def write_scores(
     trajectories: Sequence[Trajectories] = (),
 ) -> None:
     """Put these scores, and those at every checkpoint, in the place of the recipe's earlier ones. StoreError where it is not registered."""
-    found = one(con, "SELECT scores_table FROM data.recipes WHERE name = ?", [recipe])
-    if found is None:
+    registered = one(con, "SELECT scores_table FROM data.recipes WHERE name = ?", [recipe])
+    if registered is None:
         raise StoreError(
             f"no recipe {recipe!r} is registered in this store; `curate run` does that before it writes scores."
         )
@@ -73,9 +73,9 @@ def write_scores(
         **{name: arrow_column(values) for name, values in scores.items()},
     }
     con.register("scores_view", pa.table(arrays))
-    con.execute(f"CREATE OR REPLACE TABLE data.{quote(found[0])} AS SELECT * FROM scores_view")
+    con.execute(f"CREATE OR REPLACE TABLE data.{quote(registered[0])} AS SELECT * FROM scores_view")
     con.unregister("scores_view")
-    each = quote(trajectories_table(found[0]))
+    each = quote(trajectories_table(registered[0]))
     con.execute(f"DROP TABLE IF EXISTS data.{each}")
     if trajectories:
         con.register(
@@ -115,8 +115,8 @@ def note_places(con: Connection, recipe: str, places: Mapping[str, Sequence[Plac
     """Note which run, checkpoint and step a recipe means by a fingerprint. The views show these names (store/views.py)."""
     lines = [
         {"fingerprint": fingerprint, "run": run, "checkpoint": checkpoint, "step": step}
-        for fingerprint, found in places.items()
-        for run, checkpoint, step in found
+        for fingerprint, named in places.items()
+        for run, checkpoint, step in named
     ]
     note(con, f"places of {recipe}", json.dumps(lines) if lines else None)
 
@@ -124,10 +124,10 @@ def note_places(con: Connection, recipe: str, places: Mapping[str, Sequence[Plac
 def places(con: Connection, recipe: str) -> dict[str, list[Place]]:
     """fingerprint -> the (run, checkpoint, step) that a recipe means by it, as `note_places` noted them."""
     kept = one(con, "SELECT value FROM data.meta WHERE key = ?", [f"places of {recipe}"])
-    found: dict[str, list[Place]] = {}
+    result: dict[str, list[Place]] = {}
     for line in json.loads(kept[0]) if kept else []:
-        found.setdefault(line["fingerprint"], []).append((line["run"], line["checkpoint"], line["step"]))
-    return found
+        result.setdefault(line["fingerprint"], []).append((line["run"], line["checkpoint"], line["step"]))
+    return result
 
 
 def outdate(con: Connection, fingerprints: Sequence[str]) -> list[str]:

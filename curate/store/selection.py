@@ -158,10 +158,10 @@ def _occurrences(con: Connection, row_ids: Sequence[str], sources: list[str] | N
 def find_selection(store: StoreReader, name: str | None = None) -> Selection:
     """A selection by name; the latest if None. Raises UsageError naming those that exist."""
     with store.database.read() as con:
-        found = query.dicts(con, "SELECT * FROM data.selections ORDER BY created DESC, length(name), name")
-    chosen = [s for s in found if name is None or s["name"] == name]
+        known = query.dicts(con, "SELECT * FROM data.selections ORDER BY created DESC, length(name), name")
+    chosen = [s for s in known if name is None or s["name"] == name]
     if not chosen:
-        names = ", ".join(s["name"] for s in found)
+        names = ", ".join(s["name"] for s in known)
         wanted = f"no selection {name!r}" if name is not None else "no selection"
         hint = f"There are: {names}." if names else "Make one with `curate select RECIPE`."
         raise UsageError(f"{store.folder}: {wanted} in this store. {hint}")

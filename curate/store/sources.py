@@ -223,9 +223,9 @@ def _ingest(con: Connection, staging: Path, source: str, role: str, *, replace: 
         f"SELECT {start} + n, row_id, ?, index, ?, columns FROM {staged} {wanted} ORDER BY n",
         [source, role],
     )
-    found = con.execute("SELECT count(*) FILTER (NOT known), count(*) FROM first_seen").fetchall()[0]
+    counts = con.execute("SELECT count(*) FILTER (NOT known), count(*) FROM first_seen").fetchall()[0]
     con.execute("DROP TABLE first_seen")
-    return int(found[0]), int(found[1])
+    return int(counts[0]), int(counts[1])
 
 
 def _plain(value: Any) -> Any:

@@ -44,11 +44,11 @@ def table_of(measurement: str) -> str:
 
 def columns_of(con: Connection, table: str) -> dict[str, str]:
     """name -> SQL type of a table's columns, without fingerprint and row_id; {} when there is no such table."""
-    found = con.execute(
+    listed = con.execute(
         "SELECT column_name, data_type FROM duckdb_columns() WHERE schema_name = 'data' AND table_name = ? ORDER BY column_index",
         [table],
     ).fetchall()
-    return {name: kind for name, kind in found if name not in ("fingerprint", "row_id")}
+    return {name: kind for name, kind in listed if name not in ("fingerprint", "row_id")}
 
 
 def remember(con: Connection, measured: Measured) -> None:

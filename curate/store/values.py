@@ -25,12 +25,12 @@ def measured(con: Connection, wanted: Mapping[str, Any]) -> list[Measured]:
     if unknown:
         raise UsageError(f"no field {unknown[0]!r} of a measurement; there are {', '.join(MEASURED)}.")
     where = " AND ".join(f"{name} IS NOT DISTINCT FROM ?" for name in wanted) or "true"
-    found = con.execute(
+    lines = con.execute(
         f"SELECT {', '.join(MEASURED)} FROM data.measured WHERE {where} ORDER BY run, step NULLS FIRST, created, fingerprint",
         list(wanted.values()),
     ).fetchall()
     records = [
-        Measured(**{**dict(zip(MEASURED, row, strict=True)), "params": json.loads(row[-1] or "{}")}) for row in found
+        Measured(**{**dict(zip(MEASURED, row, strict=True)), "params": json.loads(row[-1] or "{}")}) for row in lines
     ]
     # Imported together, checkpoints without a step have nothing else to be ordered by than their names.
     order = {id(record): i for i, record in enumerate(records)}
@@ -73,19 +73,19 @@ def _table_with(con: Connection, fingerprints: Sequence[str | None], names: Sequ
     """The one table where these fingerprints' columns are; None where nothing of them was ever measured."""
     known = [f for f in fingerprints if f is not None]
     marks = ", ".join("?" * len(known)) or "NULL"
-    found = con.execute(
+    names_of = con.execute(
         f"SELECT DISTINCT measurement FROM data.measured WHERE fingerprint IN ({marks})", known
     ).fetchall()
-    if len(found) > 1:
-        raise ValueError(f"one measurement at a time, found {sorted(f[0] for f in found)}")
-    if not found:
+    if len(names_of) > 1:
+        raise ValueError(f"one measurement at a time, found {sorted(f[0] for f in names_of)}")
+    if not names_of:
         return None
-    table = table_of(found[0][0])
+    table = table_of(names_of[0][0])
     there = columns_of(con, table)
     for name in names:
         if name not in there:
             hint = did_you_mean(name, there, f"it has {', '.join(there)}.", show=str)
-            raise UsageError(f"the measurement {found[0][0]} has no column {name!r}; {hint}")
+            raise UsageError(f"the measurement {names_of[0][0]} has no column {name!r}; {hint}")
     return table
 
 
@@ -105,12 +105,12 @@ def series(
     if text:
         raise UsageError(f"{text[0]} is text, not a number.")
     picked = ", ".join(f"t.{quote(n)}::DOUBLE" for n in names)
-    found = con.sql(
+    cells = con.sql(
         f"SELECT ids.i, p.k, {picked} FROM data.{quote(table)} t JOIN wanted_prints p USING (fingerprint) JOIN wanted_ids ids USING (row_id)"
     ).to_arrow_table()
-    i, k = found.column(0).to_numpy(), found.column(1).to_numpy()
+    i, k = cells.column(0).to_numpy(), cells.column(1).to_numpy()
     for n, name in enumerate(names):
-        result[name][i, k] = found.column(2 + n).to_numpy()  # NULL arrives as NaN
+        result[name][i, k] = cells.column(2 + n).to_numpy()  # NULL arrives as NaN
     return result
 
 
@@ -148,9 +148,9 @@ def n_answers(con: Connection, fingerprint: str, row_ids: Sequence[str]) -> dict
         return {}
     ids_view(con, row_ids)
     kept = "SELECT row_id, count(*) AS n FROM data.samples WHERE fingerprint = ? GROUP BY row_id"
-    found = con.execute(
+    counts = con.execute(
         f"SELECT row_id, coalesce(k.n, 0) FROM data.{quote(table)} JOIN wanted_ids USING (row_id) LEFT JOIN ({kept}) k USING (row_id) "
         "WHERE fingerprint = ?",
         [fingerprint, fingerprint],
     ).fetchall()
-    return {row_id: int(n) for row_id, n in found}
+    return {row_id: int(n) for row_id, n in counts}

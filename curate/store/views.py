@@ -106,13 +106,13 @@ def _decided(con: Connection) -> str:
 
 def _lone_imports(con: Connection, plain: Sequence[str]) -> list[str]:
     """Measurements that a program put in once only, so that there is no choice which values a column shows. (Imported files: `_imported`.)"""
-    found = con.execute(
+    lone = con.execute(
         "SELECT measurement, any_value(fingerprint) FROM data.measured WHERE reads = 'import' AND measurement <> ? "
         "GROUP BY measurement HAVING count(*) = 1 ORDER BY 1",
         [imports.MEASUREMENT],
     ).fetchall()
     taken = first_column(con, f"SELECT measurement FROM data.measured WHERE fingerprint IN ({literals(plain)})")
-    return [fingerprint for measurement, fingerprint in found if measurement not in taken]
+    return [fingerprint for measurement, fingerprint in lone if measurement not in taken]
 
 
 def _rows(occurs: str, narrowed: bool) -> str:
@@ -152,10 +152,10 @@ def _measured(
         names = _free(scores, taken)
         picked += [f"s.{quote(n)}" for n in names]
         joins.append(f"LEFT JOIN data.{quote(scores_table)} s ON s.row_id = r.row_id")
-    found = con.execute(
+    measured = con.execute(
         f"SELECT fingerprint, measurement FROM data.measured WHERE fingerprint IN ({literals(plain)}) ORDER BY measurement"
     ).fetchall()
-    for i, (fingerprint, measurement) in enumerate(found):
+    for i, (fingerprint, measurement) in enumerate(measured):
         names = _free(columns_of(con, table_of(measurement)), taken)
         picked += [f"p{i}.{quote(n)}" for n in names]
         table = f"data.{quote(table_of(measurement))}"
@@ -226,13 +226,13 @@ def _trajectories(con: Connection, uses: Sequence[str], scores_table: str | None
     """row × run × checkpoint. Of one measurement of one set of weights the fingerprint used last counts. Beside the measurements the scores
     that have a value at every checkpoint.
     """
-    found = con.execute(
+    fingerprints_of = con.execute(
         f"SELECT measurement, list(fingerprint) FROM (SELECT * FROM data.measured WHERE fingerprint IN ({literals(uses)}) AND reads <> 'tokens' "
         "QUALIFY row_number() OVER (PARTITION BY measurement, run, checkpoint, step, model_fingerprint, reads = 'import' "
         "ORDER BY created DESC, fingerprint) = 1) GROUP BY measurement ORDER BY measurement"
     ).fetchall()
     parts, names = [], dict(TRAJECTORY)
-    for measurement, fingerprints in found:
+    for measurement, fingerprints in fingerprints_of:
         table = table_of(measurement)
         there = columns_of(con, table)
         names.update({n: kind for n, kind in there.items() if n not in names})

@@ -120,8 +120,8 @@ def import_file(
     )  # fmt: skip
     if not how:
         return _import_values(store, table, one, places, columns, made)
-    found = find_rows(store, table, how, theirs, ours=ours, source=source, origin=origin, new_rows=new_rows)
-    return _import_rows(store, table, one, places, columns, found, kind, made)
+    joined = find_rows(store, table, how, theirs, ours=ours, source=source, origin=origin, new_rows=new_rows)
+    return _import_rows(store, table, one, places, columns, joined, kind, made)
 
 
 def _import_rows(
@@ -130,27 +130,27 @@ def _import_rows(
     one: Import,
     places: pl.DataFrame,
     columns: dict[str, np.ndarray],
-    found: Found,
+    joined: Found,
     kind: str | None,
     made: bool,
 ) -> Imported:
     check_columns(store, columns)
     kind = kind or ("preference" if any(c.startswith(("chosen_", "rejected_")) for c in columns) else "sft")
-    measured, values = lines_of(table, places, columns, found, one.origin)
+    measured, values = lines_of(table, places, columns, joined, one.origin)
     one = Import(
         **{
             **vars(one),
-            "how": found.how,
+            "how": joined.how,
             "fingerprints": tuple(m.fingerprint for m in measured),
-            "n_rows": len(set(found.row_ids)),
+            "n_rows": len(set(joined.row_ids)),
         }
     )
     new = 0
-    if found.foreign:
-        ids = list(dict.fromkeys(found.row_ids))
+    if joined.foreign:
+        ids = list(dict.fromkeys(joined.row_ids))
         new = int((store.positions(ids) < 0).sum())
-    notes = [*found.notes, *notes_of(store, one, places, columns)]
-    kept, replaced = store.write_import(one, measured, values, keys=found.foreign, kind=kind)
+    notes = [*joined.notes, *notes_of(store, one, places, columns)]
+    kept, replaced = store.write_import(one, measured, values, keys=joined.foreign, kind=kind)
     notes += _said(store, kept, replaced, made)
     runs, checkpoints = places["run"].n_unique(), places.n_unique()
     return Imported(

@@ -42,11 +42,11 @@ def _check_type(store: Store, name: str, values: np.ndarray) -> None:
     """A column keeps its type: numbers that become text, or the other way round, would change what was imported before."""
     new = "text" if values.dtype.kind in "OUT" else "true and false" if values.dtype.kind == "b" else "numbers"
     words = {"VARCHAR": "text", "BOOLEAN": "true and false"}
-    found = store.sql(
+    kinds = store.sql(
         "SELECT data_type FROM duckdb_columns() WHERE schema_name = 'data' AND table_name = 'm_imported' AND lower(column_name) = lower(?)",
         [name],
     )
-    old = words.get(found.item(), "numbers") if len(found) else new
+    old = words.get(kinds.item(), "numbers") if len(kinds) else new
     if old != new and (old, new) != ("numbers", "true and false"):
         numbers = [str(one.number) for one in store.imports() if name in one.columns and one.fingerprints]
         raise UsageError(
@@ -91,7 +91,7 @@ def notes_of(store: Store, one: Import, places: pl.DataFrame, columns: Mapping[s
 
 def _unknown(columns: Mapping[str, np.ndarray]) -> list[str]:
     """How many values of each column are unknown."""
-    found = {}
+    unknown = {}
     for name, values in columns.items():
         if values.dtype.kind == "O":
             n = sum(v is None for v in values)
@@ -100,10 +100,10 @@ def _unknown(columns: Mapping[str, np.ndarray]) -> list[str]:
         else:
             n = int(np.isnan(values).sum())
         if n:
-            found[name] = (n, len(values))
-    if not found:
+            unknown[name] = (n, len(values))
+    if not unknown:
         return []
-    shown = ", ".join(f"{name} in {n:,} of {total:,} lines" for name, (n, total) in found.items())
+    shown = ", ".join(f"{name} in {n:,} of {total:,} lines" for name, (n, total) in unknown.items())
     return [f"Unknown (empty, NaN or infinite, kept as NULL): {shown}."]
 
 

@@ -159,23 +159,23 @@ def _not_known(
 
 def own_columns(store: Store) -> list[str]:
     """The user's own columns of the rows that were read, as the file has them."""
-    found = store.sql(
+    names = store.sql(
         "SELECT name FROM data.source_columns JOIN data.source_state USING (source, role) GROUP BY name ORDER BY min(ordinal), name"
     )
-    return found["name"].to_list()
+    return names["name"].to_list()
 
 
 def _fitting(store: Store, keys: Sequence[str]) -> list[tuple[str, int]]:
     """The rows' columns that hold some of these values, with how many, the best first."""
-    found = []
+    fitting = []
     for name in [*own_columns(store)[:50], *OURS]:
         n = store.sql(
             f"SELECT count(DISTINCT value) FROM ({_values_sql(name, own=name not in OURS)}) WHERE value IN (SELECT unnest(?::VARCHAR[]))",
             [list(keys)],
         ).item()
         if n:
-            found.append((name, int(n)))
-    return sorted(found, key=lambda pair: -pair[1])
+            fitting.append((name, int(n)))
+    return sorted(fitting, key=lambda pair: -pair[1])
 
 
 def _values_sql(name: str, *, own: bool, source: str | None = None) -> str:
@@ -216,12 +216,12 @@ def _on(store: Store, table: Table, column: str, keys: pl.Series, ours: str, sou
     row_ids: list[str] = []
     missed: list[int] = []
     for i, key in enumerate(keys.to_list()):
-        found = of.get(key) or of.get(_canonical(key))
-        if found is None:
+        matching = of.get(key) or of.get(_canonical(key))
+        if matching is None:
             missed.append(i)
             continue
-        lines += [i] * len(found)
-        row_ids += found
+        lines += [i] * len(matching)
+        row_ids += matching
     if not lines:
         raise UsageError(_nothing_joined(store, table, column, keys, ours, of))
     notes = []

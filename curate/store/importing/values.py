@@ -107,14 +107,14 @@ def _with_meaning(table: Table, mapping: Mapping[str, str], ours: str, theirs: s
 
 
 def lines_of(
-    table: Table, places: pl.DataFrame, columns: Mapping[str, np.ndarray], found: Found, origin: str
+    table: Table, places: pl.DataFrame, columns: Mapping[str, np.ndarray], joined: Found, origin: str
 ) -> tuple[list[Measured], Any]:
     """One fingerprint a run and checkpoint, and a pyarrow table of all values; every column stands in the measurement `imported`."""
     import pyarrow as pa
 
     from curate.store.shards import arrow_column
 
-    places = places[found.lines]
+    places = places[joined.lines]
     distinct = places.unique(maintain_order=True)
     order = sorted(
         range(len(distinct)),
@@ -135,15 +135,15 @@ def lines_of(
     ]
     prints = distinct[order].with_columns(pl.Series("fingerprint", [m.fingerprint for m in measured]))
     lines = places.join(prints, on=list(PLACES), how="left", nulls_equal=True, maintain_order="left")
-    keys = pl.DataFrame({"fingerprint": lines["fingerprint"], "row_id": found.row_ids})
-    kept = _once(table, keys, columns, found)
-    taken = {name: values[found.lines][kept] for name, values in columns.items()}
+    keys = pl.DataFrame({"fingerprint": lines["fingerprint"], "row_id": joined.row_ids})
+    kept = _once(table, keys, columns, joined)
+    taken = {name: values[joined.lines][kept] for name, values in columns.items()}
     return measured, pa.table(
         {**keys[kept].to_dict(as_series=True), **{name: arrow_column(values) for name, values in taken.items()}}
     )
 
 
-def _once(table: Table, keys: pl.DataFrame, columns: Mapping[str, np.ndarray], found: Found) -> np.ndarray:
+def _once(table: Table, keys: pl.DataFrame, columns: Mapping[str, np.ndarray], joined: Found) -> np.ndarray:
     """The lines to keep: where two different ids are of one row, and say the same of it, once. ValidationError where two lines do not."""
     every = np.arange(len(keys))
     if not keys.is_duplicated().any():
@@ -155,7 +155,7 @@ def _once(table: Table, keys: pl.DataFrame, columns: Mapping[str, np.ndarray], f
         if first == i:
             kept.append(i)
             continue
-        a, b = int(found.lines[first]), int(found.lines[i])
+        a, b = int(joined.lines[first]), int(joined.lines[i])
         if not all(_alike(values[a], values[b]) for values in columns.values()):
             raise ValidationError(
                 f"{table.at(a)} and {table.at(b).removeprefix(table.shown + ', ')} are about one row of the store ({key[1]}: two of the ids are "
@@ -173,7 +173,7 @@ def dataset_values(places: pl.DataFrame, columns: Mapping[str, np.ndarray]) -> l
     """A value for every line and column; n, low and high belong to the one other column, if there is one."""
     names = [name for name in columns if name not in ("n", "low", "high")]
     about = {key: columns[key] for key in ("low", "high") if key in columns and len(names) == 1}
-    found = []
+    result = []
     for i, (run, checkpoint, step) in enumerate(places.iter_rows()):
         n = columns["n"][i] if "n" in columns and not np.isnan(columns["n"][i]) else None
         low, high = (
@@ -184,5 +184,5 @@ def dataset_values(places: pl.DataFrame, columns: Mapping[str, np.ndarray]) -> l
             unknown = value is np.ma.masked or np.isnan(value)
             size = None if n is None else int(n)
             known = None if unknown else float(value)
-            found.append(DatasetValue(name, known, low, high, size, run=run, checkpoint=checkpoint, step=step))
-    return found
+            result.append(DatasetValue(name, known, low, high, size, run=run, checkpoint=checkpoint, step=step))
+    return result
