@@ -53,7 +53,7 @@ class Plan:
 
     @classmethod
     def of(cls, first: ExportRow, format: str) -> Plan:
-        """As the first row has it; every other kept row has to be alike."""
+        """The columns and style of an export, as its first row has them; every other kept row has to be alike."""
         row = first.row
         if row is None:
             raise no_text(first)
@@ -107,7 +107,7 @@ class Plan:
         return texts
 
     def dropped(self, record: ExportRow) -> dict[str, Any]:
-        """The same of a dropped row; what does not fit is left empty."""
+        """As `kept`, of a dropped row; what does not fit is left empty."""
         if record.row is None:
             return {"row_id": record.row_id}
         texts = self.texts(record)

@@ -23,7 +23,7 @@ def class_names(features: Any) -> Labels:
 
 
 def _names(feature: Any) -> list[str]:
-    """Of a label, or of a list of labels; [] of anything else."""
+    """The names of a class label, or of a list of labels; [] of anything else."""
     if isinstance(feature, list) and len(feature) == 1:
         return _names(feature[0])
     get = feature.get if isinstance(feature, Mapping) else lambda key: getattr(feature, key, None)

@@ -132,7 +132,7 @@ class Spool:
 
 
 def said_bytes(value: Any) -> bool:
-    """Whether it holds what `jsonable` makes of bytes: "<79 bytes>"."""
+    """Whether a value holds what `jsonable` makes of bytes: "<79 bytes>"."""
     if isinstance(value, str):
         return value.endswith(" bytes>") and BYTES.fullmatch(value) is not None
     if isinstance(value, dict):
@@ -141,7 +141,7 @@ def said_bytes(value: Any) -> bool:
 
 
 def write_parquet(rows: Iterator[dict[str, Any]], schema: pa.Schema, path: Path) -> int:
-    """How many rows were written, a batch at a time."""
+    """Writes the rows, a batch at a time, and returns how many there were."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

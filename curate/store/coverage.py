@@ -32,7 +32,7 @@ class Coverage:
 
 
 def coverage(con: Connection, sources: Sequence[str] | None, kind: str | None, fingerprints: Iterable[str]) -> Coverage:
-    """Of the rows of some sources and a kind."""
+    """Which rows of these sources (all, if None) and this kind each of the fingerprints has no line for."""
     positions, has_text, every = rows_to_cover(con, sources, kind)
     row_ids = [row_id for row_id, text in zip(every, has_text.tolist(), strict=True) if text]
     nothing, everything = np.zeros(len(row_ids), bool), np.ones(len(row_ids), bool)

@@ -24,6 +24,7 @@ def explained(path: Path) -> Iterator[None]:
 
 
 def explain(error: duckdb.Error, path: Path) -> Exception:
+    """The StoreError that says what is wrong with the file at `path`; the error itself where the file is not to blame."""
     text = str(error)
     first = text.splitlines()[0]
     if (full := disk_trouble(error)) is not None:

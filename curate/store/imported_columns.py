@@ -28,7 +28,7 @@ def shown(found: Sequence[Import]) -> dict[str, list[str]]:
 
 
 def shown_table(columns: Mapping[str, Sequence[str]]) -> str:
-    """SQL: row_id and a column each, of several fingerprints the value of the last that has one."""
+    """SQL of a table with row_id and each of these columns; of several fingerprints the value of the last that has one."""
     picked = []
     for column, prints in columns.items():
         if len(prints) == 1:

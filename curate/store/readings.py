@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from curate.store.sql import Connection, literal, one
+from curate.store.sql import Connection, first_column, literal, one
 
 MARK = "\x1e"  # no path has it
 TABLES = ("occurrences", "source_columns", "source_state")
@@ -25,17 +25,17 @@ HIDDEN = (
 
 
 def waiting_name(source: str, fingerprint: str) -> str:
-    """Under which a reading of a source waits."""
+    """The name under which a reading of a source waits."""
     return f"{MARK}{fingerprint}{MARK}{source}"
 
 
 def waiting_recipe(name: str) -> str:
-    """Under which a recipe waits."""
+    """The name under which a recipe waits."""
     return f"{MARK}{name}"
 
 
 def plain_name(source: str) -> str:
-    """A source's name as typed."""
+    """A source's name as it was typed, of one that waits too."""
     return source.split(MARK)[2] if source.startswith(MARK) else source
 
 
@@ -71,8 +71,8 @@ def take(con: Connection, waiting: Mapping[str, Sequence[str]], names: Iterable[
 
 def _drop(con: Connection, names: Iterable[str]) -> None:
     """Forget readings that nobody waits for any more, and rows that came with them alone."""
-    found = [row[0] for row in con.execute(f"SELECT source FROM data.source_state WHERE {WAITS}").fetchall()]
-    left = sorted({name for name in found if plain_name(name) in set(names)})
+    waiting = first_column(con, f"SELECT source FROM data.source_state WHERE {WAITS}")
+    left = sorted({name for name in waiting if plain_name(name) in set(names)})
     if not left:
         return
     marks = ", ".join("?" * len(left))

@@ -39,7 +39,7 @@ def register_recipe(
 
 
 def forget_recipe(con: Connection, name: str) -> None:
-    """A recipe with its scores, dataset values and notes, as if it had never been registered."""
+    """Remove a recipe with its scores, dataset values and notes, as if it had never been registered."""
     registered = one(con, "SELECT scores_table FROM data.recipes WHERE name = ?", [name])
     for table in (registered[0], trajectories_table(registered[0])) if registered else ():
         con.execute(f"DROP TABLE IF EXISTS data.{quote(table)}")
@@ -51,7 +51,7 @@ def forget_recipe(con: Connection, name: str) -> None:
 
 
 def trajectories_table(scores_table: str) -> str:
-    """Where a recipe's scores at every checkpoint are: row_id, run, checkpoint, step, and a column a score."""
+    """The name of the table of a recipe's scores at every checkpoint: row_id, run, checkpoint, step, and a column a score."""
     return f"{scores_table}_at"
 
 

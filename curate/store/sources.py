@@ -48,7 +48,7 @@ def add(
     role: Role,
     waits: bool = False,
 ) -> Ingested:
-    """See `Store.add_source`."""
+    """Read a source in: its new rows are appended, its earlier occurrences (of this role) are replaced, in one transaction."""
     types: dict[str, Shape] = {}
     bad = 0
 
@@ -86,7 +86,7 @@ def add(
 
 
 def add_foreign(folder: Path, database: Database, source: str, keys: Sequence[Any], *, kind: str) -> list[str]:
-    """See `Store.add_foreign_rows`."""
+    """Add rows that are known by somebody else's ids alone; returns their row ids, aligned to `keys`."""
     with foreign_staged(folder, source, keys, kind=kind) as staged, database.write() as con:
         ingest_foreign(con, staged, source)
         from curate.store import views

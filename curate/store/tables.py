@@ -64,7 +64,7 @@ def remember(con: Connection, measured: Measured) -> None:
 
 
 def ingest(con: Connection, paths: Sequence[Path]) -> bool:
-    """Shards into tables. True if a table or column or fingerprint is new to what the recipe registered last uses, so that views have to follow."""
+    """Bring shards into tables. True if a table, column or fingerprint is new to what the last registered recipe uses: views have to follow."""
     groups: dict[tuple[str, tuple[tuple[str, str], ...]], list[Path]] = {}
     records: dict[str, Measured] = {}
     for path in paths:
@@ -98,7 +98,7 @@ def ingest(con: Connection, paths: Sequence[Path]) -> bool:
 
 
 def put(con: Connection, measurement: str, values: pa.Table) -> None:
-    """A table with fingerprint, row_id and columns into the measurement's table."""
+    """Bring a table with fingerprint, row_id and columns into the measurement's table."""
     arrays = {
         name: values[name] if name in ("fingerprint", "row_id") else arrow_column(values[name])
         for name in values.column_names

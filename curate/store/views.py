@@ -144,7 +144,7 @@ def _ours(
 def _measured(
     con: Connection, scores_table: str | None, plain: Sequence[str]
 ) -> tuple[list[str], list[str], dict[str, str]]:
-    """Those of them that curate itself made."""
+    """The part of `_ours` that curate itself made: the row, its scores, its measurements."""
     picked = [f"r.{name}" for name in BASE] + ["r.index"]
     taken = {name: name for name in (*BASE, "index")}
     joins = []

@@ -279,7 +279,10 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     done = []
     monkeypatch.setattr(os, "fsync", lambda file: done.append(os.fstat(file).st_ino))
     cpu_kernels._compile(cpu_kernels._compiler(), tmp_path / "kernels.so")
-    assert done == [(tmp_path / "kernels.so").stat().st_ino, tmp_path.stat().st_ino]  # and the name itself, in its folder
+    assert done == [
+        (tmp_path / "kernels.so").stat().st_ino,
+        tmp_path.stat().st_ino,
+    ]  # and the name itself, in its folder
 
 
 @needed

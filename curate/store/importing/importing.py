@@ -134,6 +134,7 @@ def _import_rows(
     kind: str | None,
     made: bool,
 ) -> Imported:
+    """Values of rows into the store. joined: the rows of the lines. made: whether the store was made for them."""
     check_columns(store, columns)
     kind = kind or ("preference" if any(c.startswith(("chosen_", "rejected_")) for c in columns) else "sft")
     measured, values = lines_of(table, places, columns, joined, one.origin)
@@ -172,6 +173,7 @@ def _import_rows(
 def _import_values(
     store: Store, table: Table, one: Import, places: pl.DataFrame, columns: dict[str, np.ndarray], made: bool
 ) -> Imported:
+    """Dataset values into the store, of a file whose lines are about no rows."""
     said = dataset_values(places, columns)
     kept, replaced = store.write_import(one, [], said=said)
     runs, checkpoints = places["run"].n_unique(), places.n_unique()
@@ -182,7 +184,9 @@ def _import_values(
 
 
 def _said(store: Store, kept: Import, replaced: Sequence[int], made: bool) -> list[str]:
-    lines = (
-        [f"It replaces import {' and '.join(map(str, replaced))}."] if any(n != kept.number for n in replaced) else []
-    )
-    return [*lines, *([f"There was no store at {store.folder}: it was made."] if made else [])]
+    notes = []
+    if any(number != kept.number for number in replaced):
+        notes.append(f"It replaces import {' and '.join(map(str, replaced))}.")
+    if made:
+        notes.append(f"There was no store at {store.folder}: it was made.")
+    return notes

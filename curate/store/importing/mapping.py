@@ -31,7 +31,7 @@ MEANING = {  # ours -> the columns that it gives, where they are called otherwis
 
 
 def check_names(mapping: Mapping[str, str], on: str | None = None) -> None:
-    """Ours that are nearly one of the words with a meaning, pairs that need each other, and names that mean one column twice. Raises UsageError."""
+    """UsageError for a name that is nearly one of the words with a meaning, a word without its partner, or two that give one column."""
     words = (*ROWS, *PLACES, *VALUES)
     taken: dict[str, str] = {}
     for ours in mapping:
@@ -58,7 +58,7 @@ def check_names(mapping: Mapping[str, str], on: str | None = None) -> None:
 
 
 def check_worst(worst: Mapping[str, str], columns: Mapping[str, np.ndarray]) -> dict[str, Literal["high", "low"]]:
-    """The ends that are bad, of columns that are imported and are numbers. Raises UsageError."""
+    """`--worst` as column -> end. UsageError for a column that is not imported or is text, or an end that is neither low nor high."""
     for name, end in worst.items():
         if name not in columns:
             hint = did_you_mean(name, columns, f"there are {', '.join(columns)}.", show=str)

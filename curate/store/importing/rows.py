@@ -51,7 +51,10 @@ def find_rows(
     origin: str,
     new_rows: bool,
 ) -> Found:
-    """how: on (with `ours`), row_id, index or row. Raises UsageError or ValidationError where lines cannot be told to be about rows."""
+    """The row of each line, by the values of `column`. how: on (with `ours`), row_id, index or row.
+
+    Raises UsageError or ValidationError where lines cannot be told to be about rows.
+    """
     keys = text_of(table.frame[column])
     unique = keys.unique(maintain_order=True)
     if how == "on":
@@ -299,7 +302,7 @@ def _by_place(store: Store, table: Table, column: str, keys: pl.Series, read: li
 
 
 def _places(store: Store, source: str) -> dict[str, str]:
-    """index -> row id."""
+    """index in a source, as text -> row id."""
     frame = store.sql(
         "SELECT index::VARCHAR AS key, row_id FROM data.occurrences WHERE source = ? ORDER BY role = 'train'", [source]
     )
