@@ -26,7 +26,6 @@ from curate.errors import StoreError
 from curate.store.damage import explain, explained
 from curate.store.schema import MIGRATIONS, SCHEMA, SCHEMA_VERSION
 from curate.store.sql import Connection, literal, one
-from curate.store.sql import quote as quote  # its old home
 
 READ_PATIENCE, WRITE_PATIENCE = 30.0, 300.0  # seconds
 _locks: dict[str, threading.RLock] = defaultdict(threading.RLock)
