@@ -54,7 +54,7 @@ class Targets:
         )
 
     def identity(self, name: str) -> str:
-        """Of its rows and of what is taken of them, `per` apart."""
+        """A hash of the target's rows and of its settings but `per`: groups of the same rows are other columns, not other rows."""
         if name not in self._identities:
             target = self.named(name)
             question = f"target {target.path}"
@@ -66,13 +66,14 @@ class Targets:
         return self._identities[name]
 
     def rows(self, name: str) -> dict[str, list[Row]]:
-        """A target's rows by group, as groups are spelt in names of columns, bad rows as its `on_bad_row` says; all under "" where it has no groups.
+        """A target's rows by group; a target without groups has all of them under "". A group is spelt as in the names of columns. Bad rows are
+        treated as the target's `on_bad_row` says.
 
-        UsageError for a row without its group, for two groups that would be spelt alike, and for more than MOST_GROUPS.
+        UsageError for a row without a group, for two groups that would be spelt alike, and for more than MOST_GROUPS.
         """
         if name not in self._rows:
             target, where = self.named(name), f"targets.{name}"
-            found: dict[str, list[Row]] = {}
+            by_group: dict[str, list[Row]] = {}
             spelt: dict[str, str] = {}  # group -> the column's own value
             records = self._reading(name).good(
                 target.on_bad_row, setting=where, target=str(self.loaded.path or target.path)
@@ -85,13 +86,13 @@ class Targets:
                         f"{where}.per: {spelt[group]!r} and {value!r} would both be the column …__{group}. Rename one."
                     )
                 assert record.row is not None
-                found.setdefault(group, []).append(record.row)
-            if len(found) > MOST_GROUPS:
+                by_group.setdefault(group, []).append(record.row)
+            if len(by_group) > MOST_GROUPS:
                 raise UsageError(
-                    f"{where}.per: {target.per} has {len(found):,} values; a number is kept for every row, checkpoint and group, of at most "
+                    f"{where}.per: {target.per} has {len(by_group):,} values; a number is kept for every row, checkpoint and group, of at most "
                     f"{MOST_GROUPS} groups. Name a coarser column; `curate.passes.gradients.influence.cross_products` compares single rows."
                 )
-            self._rows[name] = found
+            self._rows[name] = by_group
         return self._rows[name]
 
     def groups(self, name: str) -> list[str]:
@@ -102,11 +103,11 @@ class Targets:
         return self.kept.ask(question, lambda: sorted(self.rows(name)))
 
     def gradients(self, of: str) -> list[str]:
-        """The mean gradients that cosines with target.NAME are taken of: its groups', or its own alone."""
+        """The names of the mean gradients that a cosine with target.NAME needs: one for each of its groups, or its own where it has none."""
         return [f"{of}:{group}" for group in self.groups(split(of)[0])] or [of]
 
     def in_groups(self, measurement: Measurement) -> Measurement:
-        """Cosines with a target that has groups: a column each."""
+        """The measurement with a column for each group, where it is a cosine with a target that has groups; else as it is."""
         about = measurement.direction
         groups = self.groups(split(about.of)[0]) if about is not None and about.cosine else []
         if not groups:
@@ -115,7 +116,9 @@ class Targets:
         return replace(measurement, columns={f"{column}__{group}": unit for group in groups})
 
     def over_groups(self, want: RequestedScore) -> RequestedScore:
-        """A score on a target that has groups reads a column of each, and may name them. UsageError where it takes a single one."""
+        """The score with a need for each group, where its target has groups: it reads the columns of all of them, and may give a group's name as
+        its value. UsageError where its function takes a single column.
+        """
         if not any("{target}" in text for text in want.score.needs):
             return want
         name = str(want.params["target"])
