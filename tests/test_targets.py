@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
 
 import numpy as np
@@ -15,6 +13,7 @@ import torch
 import yaml
 
 import curate
+from curate.cli import main
 from curate.console import Progress
 from curate.errors import UsageError
 from curate.passes.loading.model import load_model
@@ -24,7 +23,6 @@ from curate.recipe.load import load_recipe
 from curate.rows import Example, Pair
 from curate.workflow.run import STEPS, make_plan, run_steps
 from tests.passes.test_backward import gradient
-from tests.test_cli import REPOSITORY
 from tests.tiny_models import make_llama
 
 POOL = [{"prompt": f"{i} + 1 =", "completion": f" {i + 1}" + "!" * (i % 3)} for i in range(9)]
@@ -36,6 +34,7 @@ TASKS = [
     {"prompt": "who?", "completion": " me", "task": "other"},
 ]
 PAIRS = [{"prompt": f"{i} + 1 =", "chosen": f" {i + 1}", "rejected": f" {i * 7}?" + "!" * (i % 3)} for i in range(7)]
+COSINE = {"influence_cosine": {"target": "bbh"}}
 GROUPS = {"spell_it": (0, 2), "add_1": (1, 3), "other": (4,)}
 
 
@@ -43,43 +42,77 @@ def write_lines(path, rows):
     path.write_text("\n".join(map(json.dumps, rows)))
 
 
-@pytest.fixture
-def line(tmp_path):
-    """run(kind, *scores, **rest of the recipe): what `curate run` printed; run.misses(…) -> {measurement: rows}; run.store()."""
-    make_llama(tmp_path / "model", seed=0)
-    for name, rows in (("pool", POOL), ("tasks", TASKS), ("pairs", PAIRS)):
-        write_lines(tmp_path / f"{name}.jsonl", rows)
+class Line:
+    """A folder with a model and its data: line(kind, *scores, **rest of the recipe) runs it by the command line."""
 
-    def write(kind, scores, rest):
+    def __init__(self, folder, monkeypatch):
+        self.folder, self.monkeypatch = folder, monkeypatch
+
+    def write(self, kind, scores, rest):
         recipe = {
             "kind": kind, "source": "pool.jsonl" if kind == "sft" else "pairs.jsonl", "models": {"reference": "model"}, "scores": list(scores),
             "targets": {"bbh": {"path": "tasks.jsonl", "of": "completion", "per": "task"}},
         } | rest  # fmt: skip
-        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-        return tmp_path / "recipe.yaml"
+        (self.folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+        return self.folder / "recipe.yaml"
 
-    def run(kind, *scores, command="run", **rest):
-        done = subprocess.run(
-            [sys.executable, "-m", "curate", command, str(write(kind, scores, rest))],
-            cwd=REPOSITORY, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        return done.stdout + done.stderr
+    def command(self, *words):
+        """As the installed command calls it."""
+        self.monkeypatch.setattr(sys, "argv", ["curate", *map(str, words)])
+        try:
+            main()
+            code = 0
+        except SystemExit as leaving:
+            code = leaving.code
+        assert not code, words
 
-    def plan(kind, *scores, **rest):
-        return make_plan(load_recipe(write(kind, scores, rest)), progress=Progress(quiet=True))
+    def __call__(self, kind, *scores, **rest):
+        self.command("run", self.write(kind, scores, rest))
 
-    def misses(kind, *scores, **rest):
+    def plan(self, kind, *scores, **rest):
+        return make_plan(load_recipe(self.write(kind, scores, rest)), progress=Progress(quiet=True))
+
+    def misses(self, kind, *scores, **rest):
+        """{measurement: rows}."""
         blocks = [
             (task, rows)
-            for step in plan(kind, *scores, **rest).steps
+            for step in self.plan(kind, *scores, **rest).steps
             for _, rows, tasks in step.blocks
             for task in tasks
         ]
         return {task.measurement.name: len(rows) for task, rows in blocks}
 
-    run.plan, run.misses, run.folder, run.store = plan, misses, tmp_path, lambda: curate.Store(tmp_path / "store")
-    return run
+    def store(self):
+        return curate.Store(self.folder / "store")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """The files of a line, before anything is measured."""
+    folder = tmp_path_factory.mktemp("made")
+    make_llama(folder / "model", seed=0)
+    for name, rows in (("pool", POOL), ("tasks", TASKS), ("pairs", PAIRS)):
+        write_lines(folder / f"{name}.jsonl", rows)
+    return folder
+
+
+@pytest.fixture
+def line(made, tmp_path, monkeypatch):
+    return Line(shutil.copytree(made, tmp_path / "line"), monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def measured(made, tmp_path_factory):
+    """The same after a run of influence_cosine, in shards of 4 rows."""
+    folder = shutil.copytree(made, tmp_path_factory.mktemp("measured") / "line")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setitem(curate.plan.missing.SHARD_ROWS, "direction", 4)
+        curate.run(Line(folder, patched).write("sft", [COSINE], {}))
+    return folder
+
+
+def known(measured, rows):
+    return column(curate.Store(measured / "store"), "influence_cosine", rows)
 
 
 def trained(line, steps=((2, 0.5), (4, 0.25))):
@@ -134,7 +167,7 @@ def column(store, name: str, rows: list, view: str = "scored") -> np.ndarray:
     return np.asarray([by_id[row.row_id] for row in rows], float)
 
 
-def test_less_over_a_run_equals_autograd(line):
+def test_less_over_a_run_equals_autograd(line, capsys):
     """Σ over checkpoints first, then the best task; every task's own cosine; a row is kept by it, explained, and exported."""
     moments = trained(line)
     rows, tasks = [Example(**row) for row in POOL], [Example(row["prompt"], row["completion"]) for row in TASKS]
@@ -143,9 +176,9 @@ def test_less_over_a_run_equals_autograd(line):
     for at, rate in ((2, 0.5), (4, 0.25)):
         path = line.folder / "run" / f"checkpoint-{at}"
         mine, theirs = gradients(path, rows), gradients(path, tasks)
-        known = moments[at] > 0
-        p = np.where(known, 1 / (np.sqrt(moments[at]) + 1e-8), 0)
-        assert not known.all()
+        moved = moments[at] > 0
+        p = np.where(moved, 1 / (np.sqrt(moments[at]) + 1e-8), 0)
+        assert not moved.all()
         for group, of in GROUPS.items():
             for kind, scale in (("sgd", 1), ("adam", p)):
                 last[kind, group] = cosines(mine * scale, theirs[list(of)].mean(0))
@@ -173,10 +206,9 @@ def test_less_over_a_run_equals_autograd(line):
     kept = set(store.selection("recipe").to_dataset()["prompt"])
     less = column(store, "less", rows)
     assert kept == {rows[i].prompt for i in np.argsort(-less)[:3]}
-    said = subprocess.run(
-        [sys.executable, "-m", "curate", "explain", "store", rows[0].row_id], cwd=line.folder, capture_output=True, text=True, check=True,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-    ).stdout  # fmt: skip
+    capsys.readouterr()
+    line.command("explain", line.folder / "store", rows[0].row_id)
+    said = capsys.readouterr().out
     assert "less (step adam, target bbh)" in said and re.search(rf"influence_group \(.*\): {serves[0]}\b", said)
     assert not line.misses("sft", *scores, **rest)
 
@@ -201,11 +233,11 @@ def test_pairs_by_their_margin_and_a_target_without_groups(line):
     assert {m.measurement for m in line.store().measured(reads="forward")} == set()
 
 
-def test_what_a_value_depends_on(line):
+def test_what_a_value_depends_on(measured, tmp_path, monkeypatch):
     """Another task's rows, another column of groups: measured anew; what a target's groups are does not touch its plain influence."""
-    cosine, plain = {"influence_cosine": {"target": "bbh"}}, {"influence": {"target": "bbh"}}
+    cosine, plain = COSINE, {"influence": {"target": "bbh"}}
+    line = Line(shutil.copytree(measured, tmp_path / "line"), monkeypatch)
     whole = {"targets": {"bbh": {"path": "tasks.jsonl", "of": "completion"}}}
-    curate.run(line.plan("sft", cosine) and line.folder / "recipe.yaml")
     assert not line.misses("sft", cosine)
     assert line.misses("sft", cosine, **whole) == {"cosine_bbh_sgd": 9}
     assert line.misses("sft", {"influence_cosine": {"target": "bbh", "step": "sgd", "as": "again"}}) == {}
@@ -217,15 +249,13 @@ def test_what_a_value_depends_on(line):
     assert line.misses("sft", cosine) == {"cosine_bbh_sgd": 9}
 
 
-def test_killed_between_shards_it_goes_on(line, monkeypatch):
+def test_killed_between_shards_it_goes_on(line, measured, monkeypatch):
     from curate.passes.gradients import mean as direction
     from curate.workflow.runners import directions
 
     monkeypatch.setitem(curate.plan.missing.SHARD_ROWS, "direction", 4)
-    recipe = line.plan("sft", {"influence_cosine": {"target": "bbh"}}) and line.folder / "recipe.yaml"
+    recipe = line.write("sft", [COSINE], {})
     rows = [Example(**row) for row in POOL]
-    whole = column(curate.run(recipe).store, "influence_cosine", rows)
-    shutil.rmtree(line.folder / "store")
     run, made = directions.DirectionRunner.run, []
 
     def killed(self, rows, *rest):
@@ -241,29 +271,25 @@ def test_killed_between_shards_it_goes_on(line, monkeypatch):
     monkeypatch.setattr(direction, "accumulate", lambda *a, **k: pytest.fail("the gradients were there"))
     again = curate.run(recipe)
     assert made == [4] and again.measured["direction"] == 5
-    np.testing.assert_array_equal(column(again.store, "influence_cosine", rows), whole)
+    np.testing.assert_array_equal(column(again.store, "influence_cosine", rows), known(measured, rows))
 
 
-def test_targets_that_do_not_fit_together_are_taken_in_turns(line, monkeypatch, capsys):
+def test_targets_that_do_not_fit_together_are_taken_in_turns(line, measured, monkeypatch, capsys):
     from curate.passes.gradients import cosines as passes
 
-    recipe = line.plan("sft", {"influence_cosine": {"target": "bbh"}}) and line.folder / "recipe.yaml"
+    recipe = line.write("sft", [COSINE], {})
     rows = [Example(**row) for row in POOL]
-    whole = column(curate.run(recipe).store, "influence_cosine", rows)
-    shutil.rmtree(line.folder / "store")
     size = 4 * sum(p.numel() for p in load_model(line.folder / "model").module.parameters())
     monkeypatch.setattr(passes, "free_for", lambda model: 2.5 * size / (passes.SHARE / 2))
     again = run_steps(load_recipe(recipe), STEPS, progress=Progress())
-    np.testing.assert_allclose(column(again.store, "influence_cosine", rows), whole, atol=1e-6)
+    np.testing.assert_allclose(column(again.store, "influence_cosine", rows), known(measured, rows), atol=1e-6)
     said = capsys.readouterr().err
     assert "2 of the 3 targets' gradients fit into memory at a time: the rows are run 2 times." in said
     assert said.count("3 gradients of targets: 5 of 5 rows") == 1
 
 
 def test_what_a_user_can_get_wrong(line):
-    cosine = {"influence_cosine": {"target": "bbh"}}
-
-    def refused(rows, match, score=cosine, per="task"):
+    def refused(rows, match, score=COSINE, per="task"):
         write_lines(line.folder / "tasks.jsonl", rows)
         with pytest.raises(UsageError, match=match):
             line.plan("sft", score, targets={"bbh": {"path": "tasks.jsonl", "of": "completion", "per": per}})
