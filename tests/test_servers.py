@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 
 import pytest
@@ -37,6 +38,31 @@ def write(folder, url, rows=ROWS, **over):
     return folder / "recipe.yaml"
 
 
+@pytest.fixture(scope="module")
+def of_a(tmp_path_factory):
+    """A folder in which a server with the weights `a` was measured; it is gone since."""
+    folder = tmp_path_factory.mktemp("of_a")
+    with Served("a") as server:
+        curate.run(write(folder, server.url))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_llama(tmp_path_factory.mktemp("models") / "model", seed=1)
+
+
+@pytest.fixture
+def known(of_a, tmp_path):
+    """known(a server's url, **over the recipe's keys): a recipe over that store, at another address."""
+
+    def known(url, **over):
+        shutil.copytree(of_a / "store", tmp_path / "store")
+        return write(tmp_path, url, **over)
+
+    return known
+
+
 def plan_of(path, **more):
     return make_plan(load_recipe(path, **more), progress=Progress(quiet=True))
 
@@ -64,22 +90,23 @@ def test_other_weights_at_the_same_url_are_measured_under_their_own_identity(tmp
         assert texts(second.store) == answers
 
 
-@pytest.mark.parametrize("said", [{"id": "other"}, {"root": "/models/step-200"}, {"max_model_len": 128}])
-def test_another_name_root_or_context_is_another_model(tmp_path, said):
-    with Served() as server:
+def test_another_name_root_or_context_is_another_model(tmp_path):
+    with Served("a") as server:
         path = write(tmp_path, server.url)
         curate.run(path)
-        server.models[0] |= said
-        (key,) = said
-        assert plan_of(path).missing == 6 and f"{'model' if key == 'id' else key} was" in plan_of(path).text()
+        for key, value in (("id", "other"), ("root", "/models/step-200"), ("max_model_len", 128)):
+            before = server.models[0]
+            server.models[0] = before | {key: value}
+            plan = plan_of(path)
+            assert plan.missing == 6 and f"{'model' if key == 'id' else key} was" in plan.text()
+            server.models[0] = before
 
 
-def test_the_same_weights_at_another_url_are_known(tmp_path):
-    with Served("a") as one, Served("a") as two, Served("b") as third:
-        path = write(tmp_path, one.url)
-        curate.run(path)
+def test_the_same_weights_at_another_url_are_known(known):
+    with Served("a") as two, Served("b") as third:
+        path = known(two.url)
         two.noise = 2e-4
-        assert plan_of(path, set={"server.url": two.url}).missing == 0
+        assert plan_of(path).missing == 0
         assert plan_of(path, set={"server.url": third.url}).missing == 6
 
 
@@ -119,10 +146,10 @@ def test_a_server_that_changes_while_it_samples_leaves_nothing_under_the_old_ide
         assert plan_of(path).missing == 6  # not one value of the mixed run was kept as the first model's
 
 
-def test_steps_that_need_no_server_do_not_ask_it(tmp_path):
+def test_steps_that_need_no_server_do_not_ask_it(known):
     with Served("a") as server:
-        path = write(tmp_path, server.url, select={"keep": {"rows": 3}})
-        curate.run(path)
+        path = known(server.url, select={"keep": {"rows": 3}})
+        assert curate.run(path).measured == {}
         asked = len(server.requests)
         for command in ("score", "select"):
             run_steps(load_recipe(path), (command,), progress=Progress(quiet=True), command=command)
@@ -140,11 +167,10 @@ def test_a_store_of_before_is_measured_again_and_that_is_said(tmp_path):
         assert plan.missing == 6 and any("known by its address alone" in note for note in plan.notes())
 
 
-def test_a_model_of_the_recipe_must_be_the_one_that_is_served(tmp_path):
-    model = make_llama(tmp_path / "model", seed=1)
+def test_a_model_of_the_recipe_must_be_the_one_that_is_served(tmp_path, model):
     other = make_llama(tmp_path / "other-model", seed=2)
     with Served(models=[{"id": "other-model", "root": "other-model"}]) as server:
-        path = write(tmp_path, server.url, models={"reference": "model"})
+        path = write(tmp_path, server.url, models={"reference": str(model)})
         with pytest.raises(UsageError, match=r"recipe's model is model .* serves other-model") as error:
             plan_of(path)
         assert "server.model=other-model" in str(error.value)
@@ -193,9 +219,8 @@ def test_a_server_that_has_no_chat_is_said_by_the_plan_of_conversations(tmp_path
             plan_of(path)
 
 
-def test_a_recipe_that_samples_nothing_needs_no_server(tmp_path):
-    make_llama(tmp_path / "model", seed=1)
-    path = write(tmp_path, None, models={"reference": "model"}, scores=["target_nll"])
+def test_a_recipe_that_samples_nothing_needs_no_server(tmp_path, model):
+    path = write(tmp_path, None, models={"reference": str(model)}, scores=["target_nll"])
     assert curate.run(path).measured == {"tokens": 6, "forward": 6}
 
 
@@ -239,11 +264,10 @@ def test_noise_is_measured_on_what_is_repeated():
     assert kept.keys() == {"p", "q"} and (noise.mean, noise.most) == pytest.approx((0.03, 0.06))
 
 
-def test_a_label_is_no_proof_of_another_model_and_that_is_said_even_quietly(tmp_path, capsys):
+def test_a_label_is_no_proof_of_another_model_and_that_is_said_even_quietly(tmp_path, model, capsys):
     """A server that gives neither root nor log-probabilities: whether its model is the recipe's cannot be told."""
-    make_llama(tmp_path / "model", seed=1)
     with Served(models=[{"id": "tiny"}], logprobs=False, version=None) as server:
-        path = write(tmp_path, server.url, models={"reference": "model"})
+        path = write(tmp_path, server.url, models={"reference": str(model)})
         run_steps(load_recipe(path), ("measure",), progress=Progress(quiet=True), command="measure")
         said = capsys.readouterr().err
         assert "calls its model tiny" in said and "server.model=tiny" in said
