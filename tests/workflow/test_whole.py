@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
-import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -16,15 +15,16 @@ import curate
 from curate.console import Progress
 from curate.errors import UsageError
 from curate.recipe.load import load_recipe
-from curate.store import Store
+from curate.store import Store, recipes
+from curate.store.database import kept_open
 from curate.workflow import measure as measuring
 from curate.workflow import run as workflow
 from curate.workflow import score as scoring
 from curate.workflow import select
 from curate.workflow.runners.forward import ForwardRunner
+from tests.forked import exit_code
 from tests.workflow.pairs import write_rows
 
-REPOSITORY = Path(__file__).resolve().parent.parent.parent
 VIEWS = ("rows", "scored", "trajectories", "samples", "occurrences", "dataset_values", "selections")
 CHANGES = {  # another source, other answers, another score
     "source.path": "rows.jsonl",
@@ -40,9 +40,8 @@ def rows(n: int) -> list[dict]:
     ]
 
 
-@pytest.fixture
-def sft(tmp_path, model) -> Path:
-    write_rows(tmp_path / "rows.jsonl", rows(6))
+def write(folder: Path, model: Path) -> Path:
+    write_rows(folder / "rows.jsonl", rows(6))
     raw = {
         "kind": "sft",
         "source": {"path": "rows.jsonl"},
@@ -52,16 +51,35 @@ def sft(tmp_path, model) -> Path:
         "scores": ["accuracy", "target_nll"],
         "select": {"order_by": "target_nll", "keep": {"rows": 4}},
     }
-    (tmp_path / "sft.yaml").write_text(yaml.safe_dump(raw))
-    return tmp_path / "sft.yaml"
+    (folder / "sft.yaml").write_text(yaml.safe_dump(raw))
+    return folder / "sft.yaml"
+
+
+@pytest.fixture
+def sft(tmp_path, model) -> Path:
+    return write(tmp_path, model)
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory, model) -> Path:
+    folder = tmp_path_factory.mktemp("whole_run")
+    curate.run(write(folder, model))
+    return folder
+
+
+@pytest.fixture
+def store(whole_run, sft) -> Store:
+    """Of a run of `sft` that was whole."""
+    return Store(shutil.copytree(whole_run / "store", sft.parent / "store"))
 
 
 def views(store: Store) -> dict:
-    of = {
-        f"{view} of {recipe}": store.sql(f"SELECT * FROM {view} ORDER BY ALL", recipe=recipe).to_dicts()
-        for view in VIEWS
-        for recipe in (None, "sft")
-    }
+    with kept_open():
+        of = {
+            f"{view} of {recipe}": store.sql(f"SELECT * FROM {view} ORDER BY ALL", recipe=recipe).to_dicts()
+            for view in VIEWS
+            for recipe in (None, "sft")
+        }
     return of | {
         "sources": [(s["source"], s["fingerprint"]) for s in store.status()["sources"]],
         "n": store.status()["rows"],
@@ -77,8 +95,7 @@ class Broken(RuntimeError):
     pass
 
 
-def test_a_run_that_fails_leaves_the_views_as_they_were(sft, tmp_path, monkeypatch):
-    store = curate.run(sft).store
+def test_a_run_that_fails_leaves_the_views_as_they_were(sft, store, tmp_path, monkeypatch):
     before = views(store)
     assert len(before["samples of None"]) == 12 and len(before["selections of sft"]) == 6
     change_rows(tmp_path)
@@ -109,34 +126,28 @@ def test_a_run_that_fails_leaves_the_views_as_they_were(sft, tmp_path, monkeypat
     assert {(r["row_id"], r["sample"]): r["text"] for r in after["samples of sft"]} == drawn
 
 
-DRIVER = """
-    import os, signal, sys
-    from curate.store import recipes
-    from curate.workflow.runners.forward import ForwardRunner
-    def die(*args, **kwargs):
-        os.kill(os.getpid(), signal.SIGKILL)
-    if sys.argv[1] == "measuring":
+def die(*args, **kwargs):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def dies(where: str, sft: Path) -> None:
+    """`curate run` with other answers and another selection, in a process of its own."""
+    from curate.cli import main
+
+    if where == "measuring":
         ForwardRunner.run = die
     else:
         recipes.write_selection = die
-    sys.argv = ["curate", "run", sys.argv[2], "--quiet", "--set", "sampling.temperature=0.5", "--set", "select.keep.rows=3"]
-    from curate.cli import main
+    changes = [f"--set={key}" for key in ("sampling.temperature=0.5", "select.keep.rows=3")]
+    sys.argv = ["curate", "run", str(sft), "--quiet", *changes]
     main()
-"""
 
 
 @pytest.mark.parametrize("where", ["measuring", "publishing"])
-def test_a_run_that_is_killed_leaves_the_views_as_they_were(sft, tmp_path, where):
-    store = curate.run(sft).store
+def test_a_run_that_is_killed_leaves_the_views_as_they_were(sft, store, tmp_path, where):
     before = views(store)
     change_rows(tmp_path)
-    script = tmp_path / "driver.py"
-    script.write_text(textwrap.dedent(DRIVER))
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run(
-        [sys.executable, str(script), where, str(sft)], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert exit_code(dies, where, sft, said=tmp_path / "said") == -signal.SIGKILL, (tmp_path / "said").read_text()
     assert views(Store(store.folder)) == before
     again = curate.run(sft, set=["sampling.temperature=0.5"])
     assert again.measured == ({"forward": 3} if where == "measuring" else {})  # of the new rows
@@ -179,7 +190,7 @@ def test_steps_one_at_a_time(sft, tmp_path, capsys):
 
 def test_a_file_that_is_trained_on_and_held_out(sft, tmp_path):
     """It is read for both, or for neither."""
-    result = curate.run(sft, set={"heldout": {"path": "rows.jsonl", "limit": 2}})
+    curate.run(sft, set={"heldout": {"path": "rows.jsonl", "limit": 2}})
     change_rows(tmp_path)
     result = curate.run(sft, set={"heldout": {"path": "rows.jsonl", "limit": 2}})
     assert result.store.sql("SELECT role, count(*) AS n FROM occurrences GROUP BY role ORDER BY role").rows() == [
@@ -188,8 +199,7 @@ def test_a_file_that_is_trained_on_and_held_out(sft, tmp_path):
     ]
 
 
-def test_rows_of_a_failed_reading_are_forgotten(sft, tmp_path, monkeypatch):
-    store = curate.run(sft).store
+def test_rows_of_a_failed_reading_are_forgotten(sft, store, tmp_path, monkeypatch):
     write_rows(tmp_path / "rows.jsonl", [{**row, "prompt": "wrong " + row["prompt"]} for row in rows(5)])
     with monkeypatch.context() as patched, pytest.raises(Broken):
         patched.setattr(measuring, "measure", lambda *a, **k: (_ for _ in ()).throw(Broken()))
