@@ -22,6 +22,7 @@ context.set_forkserver_preload(NEEDED)  # what is missing there is imported by e
 
 def exit_code(target: Callable[..., None], *args: object, said: Path) -> int | None:
     """Of a process that calls target(*args); what it prints goes to the file `said`. -9: it was killed."""
+    said.touch()
     process = context.Process(target=_printing_to, args=(said, target, *args))
     process.start()
     process.join()

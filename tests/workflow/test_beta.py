@@ -13,6 +13,7 @@ from curate.recipe.load import load_recipe
 from curate.recipe.schema import ScoreRequest
 from curate.report.summary import summarise
 from curate.workflow.run import make_plan
+from tests.workflow.pairs import pairs, write_rows
 
 SAID = "DPO's β is 0.3 in this recipe (forecast.beta), and another one in flip_loss_b5 (0.5)"
 
@@ -39,6 +40,7 @@ def test_the_beta_of_a_recipe(given, scores, expected):
 
 def test_scores_values_card_and_trainer_take_the_recipes_beta(recipe, tmp_path):
     """A default flip_loss would have been 0.1, here and in trainer_args.json."""
+    write_rows(tmp_path / "pairs.jsonl", pairs(12))
     scores = ["flip_loss", {"flip_loss": {"beta": 0.5, "as": "flip_loss_b5"}}]
     path = recipe(scores=scores, select={}, export={"to": "out"}, forecast={"beta": 0.3})
     assert any(note.startswith(SAID) for note in make_plan(load_recipe(path), progress=Progress(quiet=True)).notes())
@@ -57,7 +59,8 @@ def test_scores_values_card_and_trainer_take_the_recipes_beta(recipe, tmp_path):
 
 def test_a_forecasts_beta_is_the_trainers(recipe, tmp_path):
     """It was exported without any. The forecast is about every row at once, in one step."""
+    write_rows(tmp_path / "pairs.jsonl", pairs(4))
     path = recipe(scores=["batch_forecast"], select={}, export={"to": "out"}, forecast={"beta": 0.3})
-    curate.run(path, set={"source.limit": 8})
+    curate.run(path)
     assert json.loads((tmp_path / "out" / "trainer_args.json").read_text())["beta"] == 0.3
     assert "DPO's β is" not in (tmp_path / "out" / "README.md").read_text()

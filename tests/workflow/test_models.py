@@ -12,7 +12,7 @@ import curate
 import curate.plan.missing
 from curate.errors import UsageError
 from tests.tiny_models import make_llama
-from tests.workflow.pairs import WORDS, scored, write_rows
+from tests.workflow.pairs import WORDS, pairs, scored, write_rows
 
 
 def test_a_reference_is_step_0_of_the_run_that_was_measured_last(tmp_path, model, other_model):
@@ -29,6 +29,7 @@ def test_a_reference_is_step_0_of_the_run_that_was_measured_last(tmp_path, model
 
 
 def test_a_policy_measures_flips_and_implicit_rewards(recipe, model, other_model, tmp_path):
+    write_rows(tmp_path / "pairs.jsonl", pairs(12))
     scores = ["implicit_reward_gap", "ranking_gap"]
     alone = curate.run(recipe(models={"reference": str(other_model)}, scores=["ranking_gap"], select=None, export=None))
     policy_gap = scored(alone.store, "row_id, ranking_gap")["ranking_gap"].to_numpy()
@@ -36,7 +37,7 @@ def test_a_policy_measures_flips_and_implicit_rewards(recipe, model, other_model
         models={"reference": str(model), "policy": str(other_model)}, scores=scores, select=None, export=None
     ).rename(tmp_path / "both.yaml")
     again = curate.run(both)
-    assert again.measured == {"forward": 40}  # the policy was measured before, as the other recipe's reference
+    assert again.measured == {"forward": 12}  # the policy was measured before, as the other recipe's reference
     frame = again.store.sql("SELECT * FROM scored ORDER BY row_id")
     expected = 0.1 * (policy_gap - frame["ranking_gap"].to_numpy())
     np.testing.assert_allclose(frame["implicit_reward_gap"], -expected, rtol=1e-9, atol=1e-9)
@@ -47,6 +48,7 @@ def test_a_policy_measures_flips_and_implicit_rewards(recipe, model, other_model
 def test_plain_columns_of_pairs_are_the_references_even_where_checkpoints_are_named(
     recipe, model, other_model, tmp_path
 ):
+    write_rows(tmp_path / "pairs.jsonl", pairs(12))
     both = {"reference": str(model), "checkpoints": [str(other_model)]}
     of = {}
     for name, models in (
@@ -54,8 +56,9 @@ def test_plain_columns_of_pairs_are_the_references_even_where_checkpoints_are_na
         ("reference", {"reference": str(model)}),
         ("last", {"checkpoints": [str(other_model)]}),
     ):
-        path = recipe(models=models, scores=["ranking_gap"], select=None, export=None, store=name)
-        of[name] = scored(curate.run(path).store, "row_id, ranking_gap")
+        found = curate.run(recipe(models=models, scores=["ranking_gap"], select=None, export=None))
+        assert (found.measured == {}) is (name == "reference")
+        of[name] = scored(found.store, "row_id, ranking_gap")
     assert of["both"].equals(of["reference"]) and not of["both"].equals(of["last"])
 
 

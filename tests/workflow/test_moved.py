@@ -18,6 +18,7 @@ from curate.report.describe import store_status
 from curate.report.explain import explain_row
 from curate.report.summary import summarise
 from curate.store import Store
+from curate.store.database import kept_open
 from curate.workflow import run as workflow
 from tests.old_store.models import make_models
 from tests.tiny_models import make_llama
@@ -86,10 +87,9 @@ def shown(folder: Path, name: str) -> list[list[dict]]:
     store = Store(folder / "store")
     views = ("scored", "trajectories", "samples", "dataset_values", "selections", "occurrences")
     exported = pl.read_parquet(folder / "out" / name / "data" / "train-00000.parquet")
-    return [
-        *(store.sql(f"SELECT * FROM {view} ORDER BY ALL", recipe=name).to_dicts() for view in views),
-        exported.to_dicts(),
-    ]
+    with kept_open():
+        found = [store.sql(f"SELECT * FROM {view} ORDER BY ALL", recipe=name).to_dicts() for view in views]
+    return [*found, exported.to_dicts()]
 
 
 @pytest.mark.parametrize("name", ["sft", "pairs"])
