@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import textwrap
 from pathlib import Path
@@ -17,13 +16,13 @@ import curate
 import curate.plan.missing
 from curate.errors import UsageError
 from curate.rows import Example
+from tests.forked import exit_code
 from tests.tiny_models import make_llama
 
 pytest.importorskip(
     "vllm", reason="vLLM is not installed here; sampling with transformers is tested in test_real_data.py"
 )
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 RECIPE = """
     kind: sft
     source: rows.jsonl
@@ -33,24 +32,6 @@ RECIPE = """
     engine: {sampler: vllm}
     sampling: {samples: 3, temperature: 1.0, top_p: 1.0, max_new_tokens: 6, grader: {regex: "([a-z])"}}
     scores: [accuracy, target_nll, {premem_accuracy: {threshold: 0.5}}, fluent]
-"""
-DRIVER = """
-    import os, signal, sys
-    import curate.plan.missing, curate.store.shards as shards
-    curate.plan.missing.SHARD_ROWS.update(sample=4)
-    kill_at, writes, done = int(sys.argv[1]), shards.write_parquet, 0
-
-    def written(table, path):
-        global done
-        writes(table, path)
-        done += "samples" in table.column_names
-        if done == kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    shards.write_parquet = written
-    sys.argv = ["curate", "measure", sys.argv[2], "--quiet"]
-    from curate.cli import main
-    main()
 """
 
 
@@ -64,16 +45,26 @@ def folder(path: Path, runs: Path) -> Path:
     (path / "heldout.jsonl").write_text(json.dumps({"prompt": "kit says", "completion": " k", "answer": "k"}) + "\n")
     (path / "recipe.yaml").write_text(textwrap.dedent(RECIPE))
     (path / "run").symlink_to(runs)
-    (path / "driver.py").write_text(textwrap.dedent(DRIVER))
     return path
 
 
-def killed_after(path: Path, shards: int) -> None:
-    """Measure in another process, which is killed once it has written so many shards of samples."""
-    command = [sys.executable, str(path / "driver.py"), str(shards), str(path / "recipe.yaml")]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+def dies(kill_at: int, recipe: Path) -> None:
+    """`curate measure`, in a process of its own, which is killed once it has written so many shards of samples."""
+    import curate.store.shards as shards
+    from curate.cli import main
+
+    curate.plan.missing.SHARD_ROWS.update(sample=4)
+    write_parquet, done = shards.write_parquet, []
+
+    def written(table, path):
+        write_parquet(table, path)
+        done.extend(["samples"] if "samples" in table.column_names else [])
+        if len(done) == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    shards.write_parquet = written
+    sys.argv = ["curate", "measure", str(recipe), "--quiet"]
+    main()
 
 
 def test_a_series_is_sampled_by_one_engine_and_a_killed_run_repeats_itself(tmp_path, monkeypatch):
@@ -81,7 +72,9 @@ def test_a_series_is_sampled_by_one_engine_and_a_killed_run_repeats_itself(tmp_p
     for step in (10, 20):
         make_llama(runs / f"checkpoint-{step}", seed=step)
     killed, whole = folder(tmp_path / "killed", runs), folder(tmp_path / "whole", runs)
-    killed_after(killed, shards=2)  # 11 rows in shards of 4: the third shard of the first checkpoint is under way
+    said = tmp_path / "said"
+    assert exit_code(dies, 2, killed / "recipe.yaml", said=said) == -signal.SIGKILL, said.read_text()
+    # 11 rows in shards of 4: the third shard of the first checkpoint is under way
     monkeypatch.setitem(curate.plan.missing.SHARD_ROWS, "sample", 4)
     result = curate.run(killed / "recipe.yaml")
     assert result.measured["sample"] == 11 * 2 - 8
