@@ -140,6 +140,9 @@ class Batch:
 
     @cached_property
     def _statistics(self) -> dict[str, torch.Tensor]:
+        return self._sweep()
+
+    def _sweep(self) -> dict[str, torch.Tensor]:
         """One sweep for all sides: a state whose token both sides share (a common beginning of the responses) is read
         once.
         """

@@ -137,6 +137,16 @@ def join(bundles: list[Bundle]) -> Bundle:
     )
 
 
+def bundle_halves(bundle: Bundle) -> list[Bundle]:
+    """The first and the second half of a bundle's rows, each to run as one batch; none of a single row."""
+    rows: dict[int, list[Item]] = {}
+    for item in bundle.items:
+        rows.setdefault(item.row, []).append(item)
+    half = len(bundle.rows) // 2
+    parts = (bundle.rows[:half], bundle.rows[half:]) if half else ()
+    return [join(bundle_rows({row: rows[row] for row in part}, NO_LIMIT)) for part in parts]
+
+
 def states_of(model: Model, bundle: Bundle) -> tuple[torch.Tensor, list[np.ndarray]]:
     """(N, d) final states of all tokens that were run, and for each item the index there of each of its positions."""
     items = bundle.items

@@ -20,9 +20,18 @@ import torch
 
 from curate.errors import ModelError
 from curate.passes.batch import Batch, write_columns
-from curate.passes.bundles import NO_LIMIT, Bundle, batch_rows, bundle_rows, check_lengths, items_of, join, states_of
+from curate.passes.bundles import (
+    NO_LIMIT,
+    Bundle,
+    batch_rows,
+    bundle_halves,
+    bundle_rows,
+    check_lengths,
+    items_of,
+    states_of,
+)
 from curate.passes.contract import Kind, Measurement
-from curate.passes.layout import Item
+from curate.passes.halving import halving
 from curate.passes.loading.model import Model, load_model
 from curate.passes.tokens import Encoded, EncodedPair
 
@@ -83,8 +92,22 @@ def _measure_rows(
     alone = any(m.without_prompt for m in wanted)
     rows = {i: items_of(i, encoded[i], alone, model.bos) for i in indices}
     check_lengths(model, rows)
-    for bundle in batch_rows(model, rows, token_budget):
-        _measure_batch(model, bundle, encoded, wanted, out)
+
+    @torch.inference_mode()
+    def run(bundle: Bundle) -> None:
+        states, where = states_of(model, bundle)
+        of = [encoded[row] for row in bundle.rows]
+        batch = Batch(model.head, bundle.rows, of, bundle.items, where, states, {s for m in wanted for s in m.head})
+        for m in wanted:
+            write_columns(m, batch, out)
+
+    def too_long(bundle: Bundle) -> ModelError:
+        return ModelError(
+            f"{model.path}: one row of {bundle.n_tokens} tokens does not fit into the memory of {model.device}.\n"
+            "  Lower `tokens.max_length`, or use a smaller dtype."
+        )
+
+    halving(batch_rows(model, rows, token_budget), run, bundle_halves, too_long)
 
 
 def _is_prompt(row: Encoded | EncodedPair) -> bool:
@@ -96,38 +119,3 @@ def tokens_to_run(encoded: Sequence[Encoded | EncodedPair], *, without_prompt: b
     """How many tokens the packed pass puts through the model for these rows: what a plan's cost is reckoned from."""
     rows = {i: items_of(i, row, without_prompt, None) for i, row in enumerate(encoded) if row.problem is None}
     return sum(bundle.n_tokens for bundle in bundle_rows(rows, NO_LIMIT))
-
-
-def _measure_batch(
-    model: Model,
-    bundle: Bundle,
-    encoded: Sequence[Encoded | EncodedPair],
-    wanted: Sequence[Measurement],
-    out: dict[str, np.ndarray],
-) -> None:
-    """Run one bundle and write every measurement's columns; halved and run again where memory is short."""
-    try:
-        with torch.inference_mode():
-            states, where = states_of(model, bundle)
-            of = [encoded[row] for row in bundle.rows]
-            batch = Batch(model.head, bundle.rows, of, bundle.items, where, states, {s for m in wanted for s in m.head})
-            for m in wanted:
-                write_columns(m, batch, out)
-            return
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as problem:
-        if type(problem) is RuntimeError and "can't allocate memory" not in str(problem):  # how torch says it on a CPU
-            raise
-        if model.device.type == "cuda":
-            torch.cuda.empty_cache()
-        if len(bundle.rows) == 1:
-            raise ModelError(
-                f"{model.path}: one row of {bundle.n_tokens} tokens does not fit into the memory of {model.device}.\n"
-                "  Lower `tokens.max_length`, or use a smaller dtype."
-            ) from None
-    rows: dict[int, list[Item]] = {}
-    for item in bundle.items:
-        rows.setdefault(item.row, []).append(item)
-    half = len(bundle.rows) // 2
-    for part in (bundle.rows[:half], bundle.rows[half:]):
-        smaller = join(bundle_rows({row: rows[row] for row in part}, NO_LIMIT))
-        _measure_batch(model, smaller, encoded, wanted, out)

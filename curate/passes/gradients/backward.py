@@ -11,8 +11,7 @@ tokens agreed with the gradients of autograd itself. Memory: passes/gradients/me
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from functools import cached_property
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,14 +21,14 @@ from curate.errors import ModelError
 from curate.passes import forward
 from curate.passes.batch import Batch, write_columns
 from curate.passes.bundles import NO_LIMIT, bundle_rows, check_lengths, items_of, join
-from curate.passes.gradients.capture import Capture, begun_at
-from curate.passes.gradients.graph_memory import Arena
+from curate.passes.gradients.capture import begun_at
+from curate.passes.gradients.graph import APART, Graph, check_angles
 from curate.passes.gradients.head import HeadGradient, head_gradient, tied_products
 from curate.passes.gradients.layer_rules import Parameters, Rules, find_rules, probe_ids
 from curate.passes.gradients.memory import Footprint, footprint
 from curate.passes.gradients.pairs import PairProducts
 from curate.passes.gradients.products import embedding_sums
-from curate.passes.kernels import attention
+from curate.passes.halving import halving, list_halves
 from curate.passes.layout import Group, Item, Layout
 from curate.passes.loading.model import Model
 from curate.passes.tokens import Encoded, EncodedPair
@@ -40,7 +39,6 @@ if TYPE_CHECKING:
 __all__ = ["GradientBatch", "Parameters", "measure"]
 
 TOKENS_ON_CPU = 512  # more tokens at a time cost memory there and gain nothing
-APART = 192 << 20  # bytes of a graph from which on it is kept apart: a few percent of time for a third of the memory
 
 
 class GradientBatch(Batch):
@@ -51,11 +49,10 @@ class GradientBatch(Batch):
     products: torch.Tensor
     of_head: HeadGradient
 
-    @cached_property
-    def _statistics(self) -> dict[str, torch.Tensor]:
+    def _sweep(self) -> dict[str, torch.Tensor]:
         """Log-probabilities are there already; anything else of the head takes the forward pass's own sweep."""
         if not self._wanted <= {"logp", "lse"}:
-            return Batch._statistics.func(self)  # type: ignore[attr-defined]
+            return super()._sweep()
         at, sides = 0, list(self.sides.values())
         entries: list[list[torch.Tensor]] = [[] for _ in sides]
         for row in range(len(self.rows)):
@@ -112,18 +109,19 @@ def _measure_rows(
     limit = memory.check(model, items, token_budget)
     if model.device.type == "cpu":
         limit = min(limit, TOKENS_ON_CPU)
-    for rows in _batches(model, items, limit):
-        _measure_batch(model, rules, memory, {row: items[row] for row in rows}, encoded, wanted, out)
 
+    def run_rows(rows: list[int]) -> None:
+        part = {row: items[row] for row in rows}
+        sequences = list(part.values())
+        again = memory.checkpointed(sequences, model)
+        apart = not again and model.device.type == "cpu" and memory.graph(sequences) > APART
+        batch = run(model, rules, part, encoded, wanted, checkpointed=again, apart=apart)
+        with torch.no_grad():
+            for m in wanted:
+                write_columns(m, batch, out)
 
-def check_angles(model: Model, items: dict[int, list[Item]]) -> None:
-    """ModelError where a row is so long that its rotary angles depend on its company."""
-    longest = max(len(item.ids) for row in items.values() for item in row)
-    if model.rope_limit is not None and longest >= model.rope_limit:
-        raise ModelError(
-            f"{model.path}: a row has {longest} tokens; from {model.rope_limit} on this model's rotary angles depend on the longest row of a batch, "
-            f"and gradients of such rows are not taken.\n  Set `--set tokens.max_length={model.rope_limit - 1}`."
-        )
+    too_long = lambda rows: memory.too_long(model, items[rows[0]])  # noqa: E731
+    halving(_batches(model, items, limit), run_rows, list_halves, too_long)
 
 
 def _batches(model: Model, items: dict[int, list[Item]], limit: int) -> Iterator[list[int]]:
@@ -150,36 +148,6 @@ def tokens_of(rows: Sequence[list[Item]], layout: str) -> int:
     return len(lengths) * max(lengths) if layout == "padded" else sum(lengths)
 
 
-def _measure_batch(
-    model: Model,
-    rules: Rules,
-    memory: Footprint,
-    items: dict[int, list[Item]],
-    encoded: Sequence[Encoded | EncodedPair],
-    wanted: Sequence[Measurement],
-    out: dict[str, np.ndarray],
-) -> None:
-    """One batch; halved and run again where a GPU's memory is short after all."""
-    try:
-        rows = list(items.values())
-        again = memory.checkpointed(rows, model)
-        apart = not again and model.device.type == "cpu" and memory.graph(rows) > APART
-        batch = run(model, rules, items, encoded, wanted, checkpointed=again, apart=apart)
-    except torch.OutOfMemoryError:
-        if model.device.type == "cuda":
-            torch.cuda.empty_cache()
-        if len(items) == 1:
-            raise memory.too_long(model, next(iter(items.values()))) from None
-    else:
-        with torch.no_grad():
-            for m in wanted:
-                write_columns(m, batch, out)
-        return
-    numbers = list(items)
-    for part in (numbers[: len(numbers) // 2], numbers[len(numbers) // 2 :]):
-        _measure_batch(model, rules, memory, {row: items[row] for row in part}, encoded, wanted, out)
-
-
 def run(
     model: Model,
     rules: Rules,
@@ -194,80 +162,39 @@ def run(
     the way back. apart: activations are kept as in passes/gradients/graph_memory.py.
     """
     bundle = join(bundle_rows(items, NO_LIMIT))
-    sequences = bundle.items
     shared = Layout.of(bundle.groups)
-    layout = Layout.of([Group((item,), 0) for item in sequences])
-    padded = model.layout == "padded"
-    longest = max(len(item.ids) for item in sequences)
-    starts = [i * longest for i in range(len(sequences))] if padded else [int(w[0]) for w in layout.where]
-    n_tokens = longest * len(sequences) if padded else len(layout.ids)
-    per_row = len(sequences) // len(bundle.rows)
-    ends = [*starts[per_row::per_row], n_tokens]
-    spans = [
-        (starts[i], starts[i + 1] if per_row == 2 else end, end) for i, end in zip(range(0, len(starts), per_row), ends)
-    ]
+    graph = Graph.of(model, [Group((item,), 0) for item in bundle.items])
+    per_row = len(graph.sequences) // len(bundle.rows)
+    ends = [*graph.starts[per_row::per_row], graph.n_tokens]
+    owned = [graph.starts[i : i + per_row] for i in range(0, len(graph.starts), per_row)]
+    spans = [(own[0], own[1] if per_row == 2 else end, end) for own, end in zip(owned, ends)]
+    counts = np.cumsum([0] + [len(item.ids) - item.start for item in graph.sequences]).tolist()
+    responses = [(counts[i], counts[i + 1], counts[i + per_row]) for i in range(0, len(graph.sequences), per_row)]
     first = line = None
-    if not padded and len(shared.ids) < n_tokens:
+    if not graph.padded and len(shared.ids) < graph.n_tokens:
         found = np.concatenate(shared.where)
         line = torch.from_numpy(found).to(model.device)
         first = torch.from_numpy(np.unique(found, return_index=True)[1]).to(model.device)
-    around = None if padded else lambda: attention.packed(layout)
-    apart &= not padded and n_tokens not in _heads(model)
-    arena = Arena(n_tokens, first, line) if apart else None
     products = PairProducts(spans, model.device)
-    capture = Capture(rules, products, n_tokens, first, line, checkpointed, arena, around)
+    heads: list[HeadGradient] = []
 
-    at = torch.from_numpy(
-        np.concatenate([np.arange(s + i.start - 1, s + len(i.ids) - 1) for s, i in zip(starts, sequences)])
-    ).to(model.device)
-    tokens = torch.from_numpy(np.concatenate([i.ids[i.start :] for i in sequences]).astype(np.int64)).to(model.device)
-    counts = np.cumsum([0] + [len(i.ids) - i.start for i in sequences])
-    responses = [
-        (int(counts[i]), int(counts[i + 1]), int(counts[i + per_row])) for i in range(0, len(sequences), per_row)
-    ]
-    with torch.enable_grad(), capture.installed():
-        with arena.keeping() if arena else nullcontext():
-            states = model.padded_states(sequences) if padded else model.packed_states(layout)  # (N, d)
-        capture.forward_done()
-        predicting = states.detach()[at]
-        with torch.no_grad():
-            of_head = head_gradient(model.head, predicting, tokens, responses, products=rules.head)
-            slope = torch.zeros_like(states)
-            slope[at] = of_head.slope.to(states.dtype)
-        products.on_tied = _tied(model, products, of_head, predicting, tokens, responses)
-        with packed_attention(model) if checkpointed and not padded else nullcontext():
-            states.backward(slope)
-    states = states.detach()
-    where = [np.arange(s, s + len(i.ids)) for s, i in zip(starts, sequences)]
+    def slope(states: torch.Tensor) -> torch.Tensor:
+        predicting = states[graph.at]
+        of_head = head_gradient(model.head, predicting, graph.tokens, responses, products=rules.head)
+        heads.append(of_head)
+        products.on_tied = _tied(model, products, of_head, predicting, graph.tokens, responses)
+        slopes = torch.zeros_like(states)
+        slopes[graph.at] = of_head.slope.to(states.dtype)
+        return slopes
+
+    states = graph.backward(rules, products, slope, first=first, line=line, checkpointed=checkpointed, apart=apart)
+    where = graph.where
     if first is not None:
         states, where = states[first], shared.where
-    batch = GradientBatch(
-        model.head,
-        bundle.rows,
-        [encoded[row] for row in bundle.rows],
-        sequences,
-        where,
-        states,
-        {s for m in wanted for s in m.head},
-    )
-    batch.products, batch.of_head = products.found + of_head.products, of_head
+    of, statistics = [encoded[row] for row in bundle.rows], {s for m in wanted for s in m.head}
+    batch = GradientBatch(model.head, bundle.rows, of, graph.sequences, where, states, statistics)
+    batch.of_head, batch.products = heads[0], products.found + heads[0].products
     return batch
-
-
-def _heads(model: Model) -> set[int]:
-    """How many heads attention has: of as many tokens, its own tensors (1, heads, …) would be taken for tokens'."""
-    config = model.module.config.get_text_config()
-    return {getattr(config, name, 0) for name in ("num_attention_heads", "num_key_value_heads")}
-
-
-@contextmanager
-def packed_attention(model: Model) -> Iterator[None]:
-    """The attention of packed rows for layers that are run again on the way back."""
-    model.module.set_attn_implementation(attention.NAME)
-    try:
-        yield
-    finally:
-        model.module.set_attn_implementation(model.plain_attention)
 
 
 def _tied(

@@ -19,10 +19,11 @@ import numpy as np
 import torch
 
 from curate.errors import ModelError
-from curate.passes.bundles import Bundle, batch_rows, check_lengths, items_of, states_of
+from curate.passes.bundles import Bundle, batch_rows, bundle_halves, check_lengths, items_of, states_of
 from curate.passes.files import write_atomically
 from curate.passes.gradients.head import head_backward
 from curate.passes.gradients.layer_rules import Parameters, parameter_names
+from curate.passes.halving import halving
 from curate.passes.kernels.cpu_products import NARROW
 from curate.passes.layout import Item
 from curate.passes.loading.model import Model
@@ -77,7 +78,7 @@ def accumulate(
     """Σ_j Σ_side w ∇ log π over the rows that can be measured, all of one kind: an ordinary backward, gradients accumulated in the
     model's dtype, float32 or wider.
 
-    parameters: as of backward.measure, a tied matrix whole; or the parameters' own names. count is told of rows as they are done. Where a GPU's
+    parameters: as of backward.measure, a tied matrix whole; or the parameters' own names. count is told of rows as they are done. Where
     memory is short the batches are halved and it begins anew. ModelError where a single row does not fit, nothing can be measured, or the model is
     narrower: sums over a set's rows do not fit into bfloat16.
     """
@@ -90,33 +91,37 @@ def accumulate(
     wanted = {name: p for name, p in model.module.named_parameters() if name in names}
     rows = _rows(model, encoded)
     limit = min(token_budget, TOKENS_ON_CPU) if model.device.type == "cpu" else token_budget
-    bundle: Bundle | None = None
+    done = 0
+
+    def anew() -> None:
+        nonlocal done
+        count(-done)
+        done = 0
+        try:
+            for p in wanted.values():
+                p.requires_grad_(True)
+                p.grad = torch.zeros_like(p)
+        except torch.OutOfMemoryError:
+            raise ModelError(
+                f"{model.path}: the weights and a gradient of them do not fit into the memory of {model.device}.\n"
+                "  Take the gradients over the last layers alone: `--set gradients.parameters=2`."
+            ) from None
+
+    def run(bundle: Bundle) -> None:
+        nonlocal done
+        _backward(model, bundle, weigh)
+        done += len(bundle.rows)
+        count(len(bundle.rows))
+
+    def too_long(bundle: Bundle) -> ModelError:
+        return ModelError(
+            f"{model.path}: forward and backward of one row of {bundle.n_tokens} tokens do not fit into the memory of "
+            f"{model.device}.\n  Lower `tokens.max_length`."
+        )
+
     try:
-        while True:
-            done = 0
-            try:
-                for p in wanted.values():
-                    p.requires_grad_(True)
-                    p.grad = torch.zeros_like(p)
-                for bundle in batch_rows(model, rows, limit):
-                    _backward(model, bundle, weigh)
-                    done += len(bundle.rows)
-                    count(len(bundle.rows))
-                return {name: p.grad.cpu() for name, p in wanted.items() if p.grad is not None}
-            except torch.OutOfMemoryError:
-                if bundle is None:
-                    raise ModelError(
-                        f"{model.path}: the weights and a gradient of them do not fit into the memory of {model.device}.\n"
-                        "  Take the gradients over the last layers alone: `--set gradients.parameters=2`."
-                    ) from None
-                if len(bundle.rows) == 1:
-                    raise ModelError(
-                        f"{model.path}: forward and backward of one row of {bundle.n_tokens} tokens do not fit into the memory of "
-                        f"{model.device}.\n  Lower `tokens.max_length`."
-                    ) from None
-                limit = max(bundle.n_tokens // 2, 1)
-                count(-done)
-            torch.cuda.empty_cache()
+        halving(batch_rows(model, rows, limit), run, bundle_halves, too_long, anew=anew)
+        return {name: p.grad.cpu() for name, p in wanted.items() if p.grad is not None}
     finally:
         for p in wanted.values():
             p.requires_grad_(False)

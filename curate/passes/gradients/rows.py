@@ -10,7 +10,6 @@ Rows are packed side by side. A margin's two responses share their prompt in the
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal, Protocol
@@ -20,15 +19,15 @@ import torch
 
 from curate.errors import ModelError
 from curate.passes.bundles import check_lengths, items_of
-from curate.passes.gradients.backward import APART, check_angles, packed_attention, understood
-from curate.passes.gradients.capture import Capture, Shared
-from curate.passes.gradients.graph_memory import Arena
+from curate.passes.gradients.backward import understood
+from curate.passes.gradients.capture import Shared
+from curate.passes.gradients.graph import APART, Graph, check_angles
 from curate.passes.gradients.head import head_gradient
 from curate.passes.gradients.layer_rules import Embedding, Linear, Norm, Parameters, Rules
 from curate.passes.gradients.memory import Footprint
 from curate.passes.gradients.products import wide
-from curate.passes.kernels import attention
-from curate.passes.layout import Group, Item, Layout
+from curate.passes.halving import halving, list_halves
+from curate.passes.layout import Group, Item
 from curate.passes.loading.model import Model
 from curate.passes.tokens import Encoded, EncodedPair, common_prefix
 
@@ -232,18 +231,13 @@ def _group(row: list[Item]) -> Group:
 
 
 def take(model: Model, rules: Rules, memory: Footprint, items: dict[int, list[Item]], limit: int, sink: Sink) -> None:
-    """All rows, batch by batch; a batch is halved and run again where a GPU's memory is short after all."""
-    waiting = list(batches(model, items, limit))[::-1]
-    while waiting:
-        numbers = waiting.pop()
-        try:
-            take_batch(model, rules, memory, numbers, [items[row] for row in numbers], sink)
-        except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
-            if len(numbers) == 1:
-                raise memory.too_long(model, items[numbers[0]]) from None
-            half = len(numbers) // 2
-            waiting += [numbers[half:], numbers[:half]]
+    """All rows, batch by batch; a batch is halved and run again where memory is short after all."""
+    halving(
+        batches(model, items, limit),
+        lambda numbers: take_batch(model, rules, memory, numbers, [items[row] for row in numbers], sink),
+        list_halves,
+        lambda numbers: memory.too_long(model, items[numbers[0]]),
+    )
 
 
 def take_batch(
@@ -251,39 +245,20 @@ def take_batch(
 ) -> None:
     """One batch."""
     checkpointed = memory.checkpointed(rows, model)
-    padded = model.layout == "padded"
-    sequences = [item for row in rows for item in row]
-    layout = Layout.of([_group(row) for row in rows])
-    longest = max(len(item.ids) for item in sequences)
-    n_tokens = longest * len(sequences) if padded else len(layout.ids)
-    where = [np.arange(i * longest, (i + 1) * longest) for i in range(len(sequences))] if padded else layout.where
+    graph = Graph.of(model, [_group(row) for row in rows])
     firsts = np.cumsum([0] + [len(row) for row in rows])[:-1]
-    edges = [*(int(where[i][0]) for i in firsts), n_tokens]
+    edges = [*(graph.starts[i] for i in firsts), graph.n_tokens]
     sink.begin(numbers)
-    arena = None
-    if not checkpointed and not padded and model.device.type == "cpu" and memory.graph(rows) > APART:
-        arena = Arena(n_tokens, None, None)
-    taker = _Sorter(rules, sink, list(pairwise(edges)))
-    around = None if padded else lambda: attention.packed(layout)
-    capture = Capture(rules, taker, n_tokens, None, None, checkpointed, arena, around)
-    at, tokens = (
-        torch.from_numpy(np.concatenate(parts).astype(np.int64)).to(model.device)
-        for parts in (
-            [w[i.start - 1 : len(i.ids) - 1] for w, i in zip(where, sequences)],
-            [i.ids[i.start :] for i in sequences],
-        )
+    graph.backward(
+        rules,
+        _Sorter(rules, sink, list(pairwise(edges))),
+        lambda states: _head(model, rules, rows, states, graph.at, graph.tokens, sink),
+        checkpointed=checkpointed,
+        apart=not checkpointed and model.device.type == "cpu" and memory.graph(rows) > APART,
     )
-    with torch.enable_grad(), capture.installed():
-        with arena.keeping() if arena else nullcontext():
-            states = model.padded_states(sequences) if padded else model.packed_states(layout)  # (N, d)
-        capture.forward_done()
-        slope = _head(model, rules, rows, states.detach(), at, tokens, sink)
-        with packed_attention(model) if checkpointed and not padded else nullcontext():
-            states.backward(slope)
     sink.end()
 
 
-@torch.no_grad()
 def _head(
     model: Model,
     rules: Rules,
