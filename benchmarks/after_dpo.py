@@ -38,7 +38,8 @@ from curate.passes.gradients.derivatives import Line, choose_epsilon, derivative
 from curate.passes.gradients.mean import accumulate, accumulate_head, dpo_weights, fixed_weights, precondition
 from curate.passes.gradients.warmup import WarmUp, warm_up
 from curate.passes.loading.model import load_model
-from curate.passes.tokens import EncodedPair, Limits, encode, load_tokenizer
+from curate.passes.tokenizer import load_tokenizer
+from curate.passes.tokens import EncodedPair, Limits, encode
 from curate.rows import Pair
 from curate.scores import SCORES
 

@@ -181,7 +181,8 @@ def sampled_accuracy(
     from curate.measurements.grading import grader
     from curate.passes.sampling.hf import HfSampler
     from curate.passes.sampling.types import Prompt, Sampling
-    from curate.passes.tokens import encode_prompt, load_tokenizer
+    from curate.passes.tokenizer import load_tokenizer
+    from curate.passes.tokens import encode_prompt
 
     gsm8k, tokenizer = grader("gsm8k"), load_tokenizer(checkpoints[0])
     examples = [as_example(row) for row in rows]
@@ -209,7 +210,8 @@ def target_nll(checkpoints: Sequence[Path], rows: Sequence[task.Problem]) -> np.
     """(rows, checkpoints) nats per target token, EOS included."""
     from curate.measurements import MEASUREMENTS
     from curate.passes.forward import load_model, measure
-    from curate.passes.tokens import encode, load_tokenizer
+    from curate.passes.tokenizer import load_tokenizer
+    from curate.passes.tokens import encode
 
     tokenizer = load_tokenizer(checkpoints[0])
     encoded = [encode(as_example(row), tokenizer) for row in rows]
@@ -224,7 +226,8 @@ def target_nll(checkpoints: Sequence[Path], rows: Sequence[task.Problem]) -> np.
 
 def target_tokens(rows: Sequence[task.Problem], checkpoint: Path) -> np.ndarray:
     """(rows,) tokens of the targets, EOS included."""
-    from curate.passes.tokens import encode, load_tokenizer
+    from curate.passes.tokenizer import load_tokenizer
+    from curate.passes.tokens import encode
 
     tokenizer = load_tokenizer(checkpoint)
     return np.array([encode(as_example(row), tokenizer).n_response for row in rows])

@@ -39,7 +39,8 @@ from curate.passes.gradients import derivatives as along
 from curate.passes.gradients import mean as direction
 from curate.passes.gradients.warmup import BETAS, WarmUp, warm_up
 from curate.passes.loading.model import Model, load_model
-from curate.passes.tokens import EncodedPair, Limits, encode, load_tokenizer
+from curate.passes.tokenizer import load_tokenizer
+from curate.passes.tokens import EncodedPair, Limits, encode
 from curate.rows import Pair
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"

@@ -106,7 +106,8 @@ def test_directions_over_the_adapter(place):
     from curate.passes.gradients import derivatives, mean
     from curate.passes.gradients.adam import second_moments
     from curate.passes.loading.model import load_model
-    from curate.passes.tokens import Limits, encode, load_tokenizer
+    from curate.passes.tokenizer import load_tokenizer
+    from curate.passes.tokens import Limits, encode
     from curate.rows import Pair
 
     adapter = place / "runs" / "dpo" / "checkpoint-10"
@@ -146,7 +147,8 @@ def test_less_over_a_runs_adapters(place):
     import torch
 
     from curate.passes.loading.model import load_model
-    from curate.passes.tokens import Limits, encode, load_tokenizer
+    from curate.passes.tokenizer import load_tokenizer
+    from curate.passes.tokens import Limits, encode
     from curate.rows import Example
     from tests.passes.test_backward import gradient
 

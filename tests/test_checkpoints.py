@@ -153,15 +153,17 @@ def test_a_real_model(shared):
 
 
 def test_a_tokenizer_is_loaded_only_where_its_files_changed(tmp_path, monkeypatch):
-    import curate.passes.tokens
+    import curate.passes.tokenizer
     from tests.tiny_models import make_tokenizer
 
     make_tokenizer().save_pretrained(tmp_path / "model")
     first = FingerprintCache(tmp_path / "known.json").tokenizer(tmp_path / "model")
-    assert first == curate.passes.tokens.tokenizer_fingerprint(curate.passes.tokens.load_tokenizer(tmp_path / "model"))
+    assert first == curate.passes.tokenizer.tokenizer_fingerprint(
+        curate.passes.tokenizer.load_tokenizer(tmp_path / "model")
+    )
     loaded = []
-    load = curate.passes.tokens.load_tokenizer
-    monkeypatch.setattr(curate.passes.tokens, "load_tokenizer", lambda path: loaded.append(path) or load(path))
+    load = curate.passes.tokenizer.load_tokenizer
+    monkeypatch.setattr(curate.passes.tokenizer, "load_tokenizer", lambda path: loaded.append(path) or load(path))
     assert FingerprintCache(tmp_path / "known.json").tokenizer(tmp_path / "model") == first and not loaded
     make_tokenizer(template=True).save_pretrained(tmp_path / "model")
     assert FingerprintCache(tmp_path / "known.json").tokenizer(tmp_path / "model") != first and len(loaded) == 1

@@ -16,7 +16,8 @@ from curate.errors import ModelError, UsageError
 from curate.passes.gradients import derivatives as along
 from curate.passes.gradients import mean as direction
 from curate.passes.loading.model import load_model
-from curate.passes.tokens import Limits, encode, load_tokenizer
+from curate.passes.tokenizer import load_tokenizer
+from curate.passes.tokens import Limits, encode
 from curate.recipe.load import load_recipe
 from curate.rows import Example, Pair
 from curate.workflow.run import make_plan

@@ -191,7 +191,7 @@ def test_nothing_that_loads_asks_about_code(tmp_path, monkeypatch, capsys):
     from curate.passes.loading.model import load_model
     from curate.passes.loading.skeleton import skeleton
     from curate.passes.sampling.engines import read_config
-    from curate.passes.tokens import context_length, load_tokenizer
+    from curate.passes.tokenizer import context_length, load_tokenizer
 
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setenv("CANARY", str(tmp_path / "canary"))

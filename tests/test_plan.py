@@ -129,7 +129,7 @@ def test_a_plan_of_measured_rows_loads_no_torch(model, tmp_path):
 
 def test_a_known_engine_is_the_one_that_torch_names(model, tmp_path, monkeypatch):
     """Kept only where no GPU can be, under all that it depends on: another dtype, another version is asked for anew."""
-    from curate.passes.loading import model as of_torch
+    from curate.passes.loading import engine as of_torch
 
     path, checkpoint = write(tmp_path, model), Checkpoint(str(model), "0")
     asked = []

@@ -114,7 +114,8 @@ def test_log_probs_of_vllm_and_torch_agree_on_the_demos_model():
     from curate.passes.forward import load_model, response_logps
     from curate.passes.sampling.open import open_sampler
     from curate.passes.sampling.types import Prompt, Sampling
-    from curate.passes.tokens import encode_prompt, load_tokenizer
+    from curate.passes.tokenizer import load_tokenizer
+    from curate.passes.tokens import encode_prompt
     from tests.passes.sampled import sampled_rows
 
     base = Path(curate.jobs.demo.__file__).parent / "base"

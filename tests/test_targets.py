@@ -17,7 +17,8 @@ from curate.cli import main
 from curate.console import Progress
 from curate.errors import UsageError
 from curate.passes.loading.model import load_model
-from curate.passes.tokens import Encoded, Limits, encode, load_tokenizer
+from curate.passes.tokenizer import load_tokenizer
+from curate.passes.tokens import Encoded, Limits, encode
 from curate.plan.targets import MOST_GROUPS
 from curate.recipe.load import load_recipe
 from curate.rows import Example, Pair

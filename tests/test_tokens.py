@@ -6,17 +6,8 @@ import numpy as np
 import pytest
 
 from curate.errors import ModelError, ValidationError
-from curate.passes.tokens import (
-    Encoded,
-    EncodedPair,
-    Limits,
-    common_prefix,
-    context_length,
-    encode,
-    encode_prompt,
-    load_tokenizer,
-    tokenizer_fingerprint,
-)
+from curate.passes.tokenizer import context_length, load_tokenizer, tokenizer_fingerprint
+from curate.passes.tokens import Encoded, EncodedPair, Limits, common_prefix, encode, encode_prompt
 from curate.rows import Example, Pair
 
 WORDS = [

@@ -57,7 +57,7 @@ class FingerprintCache:
         """`tokenizer_fingerprint` of a model folder, which is loaded only where a file of it has changed (weights aside)."""
 
         def loaded() -> str:
-            from curate.passes.tokens import load_tokenizer, tokenizer_fingerprint
+            from curate.passes.tokenizer import load_tokenizer, tokenizer_fingerprint
 
             return tokenizer_fingerprint(load_tokenizer(folder))
 
@@ -80,7 +80,7 @@ class FingerprintCache:
 
         def looked() -> str:
             from curate.passes.chat import template_of
-            from curate.passes.tokens import load_tokenizer
+            from curate.passes.tokenizer import load_tokenizer
 
             return template_to_json(template_of(load_tokenizer(folder), stop_ids(model)))
 
@@ -90,7 +90,7 @@ class FingerprintCache:
         """The tokens of a folder's tokenizer whose id is n or more, by id."""
 
         def looked() -> str:
-            from curate.passes.tokens import load_tokenizer
+            from curate.passes.tokenizer import load_tokenizer
 
             found = {token: i for token, i in load_tokenizer(folder).get_vocab().items() if i >= n}
             return json.dumps(dict(sorted(found.items(), key=lambda entry: entry[1])))
@@ -102,7 +102,7 @@ class FingerprintCache:
 
     def positions(self, folder: Path) -> int | None:
         """`context_length` of a model folder, its config read by transformers only where it has changed."""
-        from curate.passes.tokens import context_length
+        from curate.passes.tokenizer import context_length
 
         state = content_id(self._transformers(), file_state(folder / "config.json"))
         found = self.kept(f"positions|{folder.resolve()}|{state}", lambda: str(context_length(folder) or ""))

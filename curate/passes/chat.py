@@ -154,3 +154,23 @@ def template_to_json(template: Template | None) -> str:
 def template_from_json(text: str) -> Template | None:
     found = json.loads(text)
     return None if found is None else Template(**{**found, "stops": tuple(found["stops"])})
+
+
+def with_context(
+    prompt: tuple[Message, ...], system: str | None, few_shot: str | Sequence[Example] | None
+) -> tuple[Message, ...]:
+    own = [m for m in prompt if m["role"] == "system"]
+    rest = [m for m in prompt if m["role"] != "system"]
+    head: list[Message] = own or ([{"role": "system", "content": system}] if system else [])
+    if isinstance(few_shot, str):
+        last = max((i for i, m in enumerate(rest) if m["role"] == "user"), default=None)
+        if last is not None:
+            rest[last] = {**rest[last], "content": few_shot + rest[last]["content"]}
+    else:
+        shots: list[Message] = []
+        for example in few_shot or ():
+            question = example.prompt
+            shots += [{"role": "user", "content": question}] if isinstance(question, str) else list(question)
+            shots += turns(example.completion or "")
+        rest = shots + rest
+    return (*head, *rest)

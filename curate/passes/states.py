@@ -17,7 +17,8 @@ from curate.passes.contract import Measurement
 from curate.passes.forward import measure
 from curate.passes.loading.adapter_config import tokenizer_folder
 from curate.passes.loading.model import Model
-from curate.passes.tokens import Limits, encode, load_tokenizer
+from curate.passes.tokenizer import load_tokenizer
+from curate.passes.tokens import Limits, encode
 from curate.rows import Example, Pair
 
 

@@ -15,18 +15,18 @@ TRL's.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from curate.errors import ModelError, ValidationError
-from curate.passes.chat import Refused, ids_of, left_out, render, turns
+from curate.errors import ValidationError
+from curate.passes.chat import Refused, ids_of, left_out, render, turns, with_context
 from curate.passes.chat import as_chat as as_chat
+from curate.passes.tokenizer import context_length as context_length
+from curate.passes.tokenizer import load_tokenizer as load_tokenizer
+from curate.passes.tokenizer import tokenizer_fingerprint as tokenizer_fingerprint
 from curate.rows import Example, Message, Pair, Row, Text
 
 if TYPE_CHECKING:
@@ -110,79 +110,6 @@ class PromptTokens:
     truncated: bool = False
     problem: str | None = None
     left_out: tuple[str, ...] = ()
-
-
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder or hub id. ModelError, with what was found there, when it cannot be read."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
-    except Exception as problem:  # OSError, ValueError, KeyError, ImportError, and json's and tokenizers' own
-        raise ModelError(
-            f"{path}: wanted a folder or hub id with a tokenizer (tokenizer.json, tokenizer_config.json), "
-            f"found {describe_folder(path)}.\n"
-            f"  {type(problem).__name__}: {first_line(problem)}\n"
-            "  Save one beside the weights with `tokenizer.save_pretrained(folder)`."
-        ) from problem
-
-
-def describe_folder(path: str | Path) -> str:
-    """What lies at a path, for error messages: "a folder with config.json, …", "no such folder", "a file"."""
-    folder = Path(path)
-    if folder.is_file():
-        return "a file"
-    if not folder.is_dir():
-        return "no such folder"
-    names = sorted(entry.name for entry in folder.iterdir())
-    if not names:
-        return "an empty folder"
-    return "a folder with " + ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-
-
-def first_line(problem: BaseException) -> str:
-    return (str(problem).strip().splitlines() or [""])[0][:300]
-
-
-def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """20 hex digits over everything that decides the ids of a text: vocabulary, merges, normaliser, special tokens,
-    chat template.
-    """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        body = json.loads(backend.to_str())
-        body.pop("truncation", None)  # state of the last call, not of the tokenizer
-        body.pop("padding", None)
-    else:
-        body = sorted(tokenizer.get_vocab().items())
-    special = {name: str(token) for name, token in sorted(tokenizer.special_tokens_map.items())}
-    parts = [
-        body,
-        special,
-        tokenizer.chat_template,
-        getattr(tokenizer, "add_bos_token", None),
-        getattr(tokenizer, "add_eos_token", None),
-    ]
-    text = json.dumps(parts, ensure_ascii=False, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:20]
-
-
-def context_length(path: str | Path) -> int | None:
-    """How many tokens the model at a path was made for (its config), None where it does not say."""
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
-    except Exception as problem:
-        raise ModelError(
-            f"{path}: wanted a folder or hub id with a model's config.json, found {describe_folder(path)}.\n"
-            f"  {type(problem).__name__}: {first_line(problem)}"
-        ) from problem
-    config = config.get_text_config()
-    for name in ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length"):
-        if isinstance(getattr(config, name, None), int):
-            return int(getattr(config, name))
-    return None
 
 
 def common_prefix(a: Sequence[int] | np.ndarray, b: Sequence[int] | np.ndarray) -> int:
@@ -386,23 +313,3 @@ def _plain_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str | 
     if response is not None and eos is not None and not (ids and ids[-1] == eos):
         ids.append(eos)
     return ids
-
-
-def with_context(
-    prompt: tuple[Message, ...], system: str | None, few_shot: str | Sequence[Example] | None
-) -> tuple[Message, ...]:
-    own = [m for m in prompt if m["role"] == "system"]
-    rest = [m for m in prompt if m["role"] != "system"]
-    head: list[Message] = own or ([{"role": "system", "content": system}] if system else [])
-    if isinstance(few_shot, str):
-        last = max((i for i, m in enumerate(rest) if m["role"] == "user"), default=None)
-        if last is not None:
-            rest[last] = {**rest[last], "content": few_shot + rest[last]["content"]}
-    else:
-        shots: list[Message] = []
-        for example in few_shot or ():
-            question = example.prompt
-            shots += [{"role": "user", "content": question}] if isinstance(question, str) else list(question)
-            shots += turns(example.completion or "")
-        rest = shots + rest
-    return (*head, *rest)

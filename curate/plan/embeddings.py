@@ -103,7 +103,7 @@ def _padding(folder: Path) -> int | None:
 
 def _added(folder: Path) -> tuple[set[str], set[str], str]:
     """Of a folder's tokenizer: its added tokens, bos and eos, and the text of its chat template."""
-    from curate.passes.tokens import load_tokenizer
+    from curate.passes.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(folder)
     special = {str(t) for t in (tokenizer.bos_token, tokenizer.eos_token) if t}

@@ -42,7 +42,7 @@ def engine_name(
             from curate.passes.sampling.engines import sampler_identity
 
             return sampler_identity(engine.sampler, path, base=checkpoint.base, dtype=dtype, device=engine.device)[0]
-        from curate.passes.loading.model import engine_identity
+        from curate.passes.loading.engine import engine_identity
 
         return engine_identity(dtype=dtype, device=engine.device)
 

@@ -54,7 +54,7 @@ def check_models(plan: Plan, renderings: Renderings, store: Store, sources: Sequ
 
 def _left_out(checkpoint: Checkpoint, renderings: Renderings, store: Store, sources: Sequence[str]) -> list[str]:
     """What the checkpoint's template leaves out of up to LOOKED_AT rows, evenly from all."""
-    from curate.passes.tokens import load_tokenizer
+    from curate.passes.tokenizer import load_tokenizer
 
     rendering = renderings.of(checkpoint)
     if rendering.template is None or not (rendering.chat or rendering.messages):

@@ -145,7 +145,7 @@ def engine_is_there(ahead: Ahead) -> None:
     if engine.device not in ("auto", "cpu") and any(
         step.reads == "sample" and not step.tasks[0].measured.engine.startswith("openai ") for step in ahead.to_do
     ):
-        from curate.passes.loading.model import engine_identity  # torch takes seconds to load
+        from curate.passes.loading.engine import engine_identity
 
         engine_identity(dtype=engine.dtype, device=engine.device)
 

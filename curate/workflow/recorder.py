@@ -152,7 +152,7 @@ class Recorder(TrainerCallback):
         """The rows to measure, and how the tokenizer renders them."""
         from curate.models.fingerprints import FingerprintCache
         from curate.passes.chat import template_of
-        from curate.passes.tokens import tokenizer_fingerprint
+        from curate.passes.tokenizer import tokenizer_fingerprint
         from curate.plan.rendering import Renderings
 
         self.tokenizer_print = tokenizer_fingerprint(self.tokenizer)

@@ -13,7 +13,8 @@ from curate.passes import forward
 from curate.passes.bundles import items_of
 from curate.passes.gradients import backward
 from curate.passes.kernels import cpu_products
-from curate.passes.loading.model import Model, engine_identity
+from curate.passes.loading.engine import engine_identity
+from curate.passes.loading.model import Model
 from tests.passes.forward_models import BODY, double, make, oracle, random_pairs
 
 

@@ -15,7 +15,8 @@ from curate.passes.gradients import mean
 from curate.passes.gradients.adam import second_moments
 from curate.passes.gradients.warmup import WarmUp, warm_up
 from curate.passes.loading.model import Model
-from curate.passes.tokens import Encoded, encode, load_tokenizer
+from curate.passes.tokenizer import load_tokenizer
+from curate.passes.tokens import Encoded, encode
 from curate.rows import Pair
 from tests.passes.forward_models import FAMILIES, double, make, oracle, random_pairs
 
@@ -257,6 +258,24 @@ def test_a_direction_of_some_parameters():
     np.testing.assert_allclose(exact, along.exact_products(model, pairs, zero | v), rtol=1e-5)
     with along.Line(model, v) as line:
         assert along.choose_epsilon(line, pairs).error < 5e-3
+
+
+def test_short_memory_halves_every_batch_and_the_sums_begin_anew():
+    """Layers run, gradients are added, then memory is short: nothing of the failed batch stays in the sum."""
+    model, pairs = Model(make("llama")), random_pairs(8)
+    wanted, whole, counted = mean.accumulate(model, pairs, mean.fixed_weights(1, -1)), mean._backward, []
+
+    def short(model, bundle, weigh):
+        whole(model, bundle, weigh)
+        if len(bundle.rows) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.MonkeyPatch.context() as here:
+        here.setattr(mean, "_backward", short)
+        found = mean.accumulate(model, pairs, mean.fixed_weights(1, -1), count=counted.append)
+    assert sum(counted) == 8
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6)
 
 
 def test_what_does_not_fit_is_said(monkeypatch, tmp_path):

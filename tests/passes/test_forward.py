@@ -259,12 +259,12 @@ def test_freed_memory_is_reused():
     """
     code = """
 import resource, torch
-from curate.passes.loading.model import _keep_freed_memory
+from curate.passes.loading.facts import keep_freed_memory
 
 def use():
     kept = [torch.ones(2 << 20) for _ in range(15)]
 
-_keep_freed_memory()
+keep_freed_memory()
 use()
 faults = []
 for _ in range(5):

@@ -7,7 +7,8 @@ import pytest
 
 from curate.measurements import MEASUREMENTS
 from curate.passes import forward
-from curate.passes.tokens import Limits, encode, load_tokenizer
+from curate.passes.tokenizer import load_tokenizer
+from curate.passes.tokens import Limits, encode
 from curate.rows import Pair
 
 

@@ -14,7 +14,7 @@ from curate.passes.sampling.engines import sampler_identity
 from curate.passes.sampling.hf import HfSampler
 from curate.passes.sampling.open import open_sampler
 from curate.passes.sampling.types import Prompt, Sampling, engine_seed, room
-from curate.passes.tokens import load_tokenizer
+from curate.passes.tokenizer import load_tokenizer
 from tests.passes.sampled import sampled_rows
 from tests.tiny_models import make_llama
 

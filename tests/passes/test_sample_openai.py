@@ -22,7 +22,7 @@ from curate.passes.sampling.engines import sampler_identity
 from curate.passes.sampling.hf import HfSampler
 from curate.passes.sampling.openai import OpenAISampler
 from curate.passes.sampling.types import Prompt, Sampling
-from curate.passes.tokens import load_tokenizer
+from curate.passes.tokenizer import load_tokenizer
 from tests.tiny_models import make_llama
 
 CONTEXT = 96

@@ -11,7 +11,8 @@ from curate.jobs.demo import task
 from curate.jobs.demo.model import BASE
 from curate.passes.loading.model import load_model
 from curate.passes.states import prompt_states
-from curate.passes.tokens import Limits, load_tokenizer
+from curate.passes.tokenizer import load_tokenizer
+from curate.passes.tokens import Limits
 from curate.rows import Example, Pair
 
 

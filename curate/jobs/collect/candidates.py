@@ -168,7 +168,8 @@ def _prompts(asked: Round, model: str, base: str | None) -> tuple[Encode, Encode
     from curate.models.checkpoints import Checkpoint
     from curate.passes.loading.adapter_config import tokenizer_folder
     from curate.passes.sampling.types import Prompt
-    from curate.passes.tokens import encode_prompt, load_tokenizer
+    from curate.passes.tokenizer import load_tokenizer
+    from curate.passes.tokens import encode_prompt
     from curate.plan.identity import few_shot_text
     from curate.plan.rendering import limits_for
 

@@ -48,7 +48,7 @@ class Measuring:
     ):
         """rows: by row id, None for a row without text. cache: of the checkpoints' fingerprints."""
         from curate.measurements import MEASUREMENTS
-        from curate.passes.loading.model import engine_identity
+        from curate.passes.loading.engine import engine_identity
         from curate.plan.rendering import Renderings
 
         self.loaded, self.rows, self.checkpoints, self.tolerance = loaded, rows, checkpoints, tolerance
@@ -108,7 +108,8 @@ class Measuring:
                         count(1)
 
     def _encoded(self) -> list[Any]:
-        from curate.passes.tokens import Encoded, Limits, encode, load_tokenizer
+        from curate.passes.tokenizer import load_tokenizer
+        from curate.passes.tokens import Encoded, Limits, encode
 
         tokens = self.loaded.recipe.tokens
         tokenizer = load_tokenizer(self.checkpoints[-1].tokenizer)

@@ -18,10 +18,10 @@ import torch
 from torch import nn
 
 from curate.errors import ModelError
+from curate.passes.descriptions import describe_folder, first_line
 from curate.passes.gradients.layer_rules import Parameters, parameter_names
 from curate.passes.gradients.mean import Vector, check_same
 from curate.passes.loading.skeleton import skeleton
-from curate.passes.tokens import describe_folder, first_line
 
 FILE = "optimizer.pt"
 NEXT = "Name the model's own with forecast.optimizer, leave that out (a short warm-up then gives Adam's state), or take step: sgd."

@@ -20,6 +20,7 @@ import torch
 
 from curate.errors import ModelError
 from curate.passes.bundles import Bundle, batch_rows, bundle_halves, check_lengths, items_of, states_of
+from curate.passes.descriptions import first_line
 from curate.passes.files import write_atomically
 from curate.passes.gradients.head import head_backward
 from curate.passes.gradients.layer_rules import Parameters, parameter_names
@@ -27,7 +28,7 @@ from curate.passes.halving import halving
 from curate.passes.kernels.cpu_products import NARROW
 from curate.passes.layout import Item
 from curate.passes.loading.model import Model
-from curate.passes.tokens import Encoded, EncodedPair, first_line
+from curate.passes.tokens import Encoded, EncodedPair
 
 Rows = Sequence[Encoded | EncodedPair]
 Vector = dict[str, torch.Tensor]  # parameter's name -> tensor of its shape, on the CPU

@@ -27,9 +27,9 @@ import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from curate.passes.descriptions import first_line
 from curate.passes.kernels import block_mask, cpu_kernels
 from curate.passes.layout import Group, Item, Layout
-from curate.passes.tokens import first_line
 
 NAME = "curate_packed"
 QUERY_BLOCK = 64  # queries per attention call on the CPU, whose kernel does not skip the upper triangle by itself

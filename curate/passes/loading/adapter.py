@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from curate.errors import ModelError
+from curate.passes.descriptions import describe_folder, first_line
 from curate.passes.loading.adapter_config import MERGE, WEIGHTS, AdapterConfig, read_adapter_config, split_name
-from curate.passes.tokens import describe_folder, first_line
 
 
 class LoraLinear(nn.Module):

@@ -139,3 +139,15 @@ def split_name(name: str) -> tuple[str, str]:
     plain = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
     found = re.fullmatch(r"(.+)\.(lora_[A-Za-z_]+(?:\.weight|\.bias)?)", plain)
     return (found[1], found[2]) if found else (plain, "")
+
+
+def own_base(path: str | Path) -> str | None:
+    """The base that an adapter's own config names; None for a whole model. ModelError where an adapter names none."""
+    if not is_adapter(path):
+        return None
+    config = read_adapter_config(path)
+    if not config.base:
+        raise ModelError(
+            f"{path} is a LoRA adapter whose config names no base. Say which model it sits on (models.base)."
+        )
+    return config.base

@@ -9,11 +9,10 @@ ones. A head we do not understand is refused by name; an attention we do not und
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ import numpy as np
 import torch
 
 from curate.errors import ModelError
+from curate.passes.descriptions import describe_folder, first_line
 from curate.passes.head import Head
 from curate.passes.kernels import attention as packing
 from curate.passes.kernels import cpu_kernels
@@ -29,15 +29,18 @@ from curate.passes.kernels.cpu_sweeps import Sweeps
 from curate.passes.layout import Group, Item, Layout
 from curate.passes.loading import weights
 from curate.passes.loading.adapter import Adapter, Factors
-from curate.passes.loading.adapter_config import is_adapter, read_adapter_config
-from curate.passes.tokens import describe_folder, first_line
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-M_TRIM_THRESHOLD = -1  # glibc's name for it
-KEPT = (
-    192 << 20
-)  # bytes of freed memory that stay with the process on a CPU; a batch of a small model takes 100 to 150 MB
-BETWEEN = "float32-between"  # in an engine's name: float32 between narrow products
+from curate.passes.loading.adapter_config import own_base
+from curate.passes.loading.engine import BETWEEN, find_device, find_dtype
+from curate.passes.loading.engine import engine_identity as engine_identity
+from curate.passes.loading.facts import (
+    REFUSED,
+    agree,
+    keep_freed_memory,
+    learned_positions,
+    probe_ids,
+    rope_limit,
+    with_adapters,
+)
 
 
 def load_model(path: str | Path, *, base: str | Path | None = None, dtype: str = "auto", device: str = "auto") -> Model:
@@ -54,8 +57,8 @@ def load_model(path: str | Path, *, base: str | Path | None = None, dtype: str =
         model = load_model(base, dtype=dtype, device=device)
         model.use(path, base=base)
         return model
-    chosen = _device(device)
-    kind = _dtype(dtype, chosen)
+    chosen = find_device(device)
+    kind = find_dtype(dtype, chosen)
     packing.register()
     try:
         config = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
@@ -82,48 +85,6 @@ def load_model(path: str | Path, *, base: str | Path | None = None, dtype: str =
     return Model(module.to(chosen), path=str(path))
 
 
-def own_base(path: str | Path) -> str | None:
-    """The base that an adapter's own config names; None for a whole model. ModelError where an adapter names none."""
-    if not is_adapter(path):
-        return None
-    config = read_adapter_config(path)
-    if not config.base:
-        raise ModelError(
-            f"{path} is a LoRA adapter whose config names no base. Say which model it sits on (models.base)."
-        )
-    return config.base
-
-
-def _device(device: str) -> torch.device:
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as problem:
-        raise ModelError(
-            f"engine.device: wanted {device}, which this machine does not have ({first_line(problem)}).\n"
-            "  Leave it at auto, or see `curate doctor`."
-        ) from problem
-
-
-def _dtype(dtype: str, device: torch.device) -> torch.dtype:
-    if dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
-    if dtype not in DTYPES:
-        raise ModelError(f"engine.dtype: wanted auto or one of {', '.join(DTYPES)}, found {dtype!r}.")
-    return DTYPES[dtype]
-
-
-def engine_identity(*, dtype: str = "auto", device: str = "auto") -> str:
-    """What would run, before anything is loaded: "torch 2.13.0 cpu float32". The layout is left out: it changes no number beyond rounding.
-    "cpu bfloat16 float32-between": passes/kernels/cpu_products.py, where the model takes it.
-    """
-    chosen = _device(device)
-    kind = _dtype(dtype, chosen)
-    between = f" {BETWEEN}" if chosen.type == "cpu" and kind in NARROW else ""
-    return f"torch {torch.__version__.split('+')[0]} {chosen.type} {str(kind).removeprefix('torch.')}{between}"
-
-
 class Model:
     """A loaded model: `module`, `device`, `dtype`, `head`, `layout` ("packed" or "padded") and `layout_reason`: why it is
     padded, or why packed attention on CUDA runs without its kernel; else None. `adapter`: the LoRA adapter on it, or None. `known`: what passes
@@ -142,10 +103,10 @@ class Model:
         config = self.module.config.get_text_config()
         self.context: int | None = getattr(config, "max_position_embeddings", None)
         self.bos: int | None = getattr(config, "bos_token_id", None)
-        self.rope_limit = _rope_limit(config)
-        self.learned_positions = _learned_positions(self.module)
+        self.rope_limit = rope_limit(config)
+        self.learned_positions = learned_positions(self.module)
         if self.device.type == "cpu":
-            _keep_freed_memory()
+            keep_freed_memory()
         self._wide = self._keeps_float32()
         self.head = self._find_head()
         self._loop_reason: str | None = None
@@ -252,13 +213,13 @@ class Model:
         """Whether a narrow model on a CPU runs with float32 between its products, and gives its own states so."""
         if self.device.type != "cpu" or self.dtype not in NARROW:
             return False
-        ids = torch.from_numpy(_probe_ids(self.module.config.get_text_config().vocab_size)[0].astype(np.int64))[None]
+        ids = torch.from_numpy(probe_ids(self.module.config.get_text_config().vocab_size)[0].astype(np.int64))[None]
         self._wide = False
         with torch.inference_mode():
             plain = self.states(ids)
             self._wide = True
             try:
-                return _close(self.states(ids), plain, self.dtype)
+                return agree(self.states(ids), plain, self.dtype)
             except (RuntimeError, TypeError, ValueError):  # a model that mixes dtypes in a way of its own
                 return False
 
@@ -307,23 +268,23 @@ class Model:
         config, linear = self.module.config.get_text_config(), self.module.get_output_embeddings()
         name = type(self.module).__name__
         if linear is None or getattr(linear, "weight", None) is None or linear.weight.ndim != 2:
-            raise ModelError(f"{name}: wanted a linear LM head, found {type(linear).__name__}. {_REFUSED}")
+            raise ModelError(f"{name}: wanted a linear LM head, found {type(linear).__name__}. {REFUSED}")
         scale = float(getattr(config, "logit_scale", None) or 1.0)  # Cohere
         scale /= float(getattr(config, "logits_scaling", None) or 1.0)  # Granite
         scale *= float(getattr(config, "lm_head_multiplier", None) or 1.0)  # Falcon H1
         cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
-        return Head(_with_adapters(linear, name), getattr(linear, "bias", None), scale, cap)
+        return Head(with_adapters(linear, name), getattr(linear, "bias", None), scale, cap)
 
     def _check(self, head: Head) -> None:
         config = self.module.config.get_text_config()
-        ids = torch.from_numpy(_probe_ids(config.vocab_size)[0][None, :8].astype(np.int64)).to(self.device)
+        ids = torch.from_numpy(probe_ids(config.vocab_size)[0][None, :8].astype(np.int64)).to(self.device)
         with torch.inference_mode():
             ours = head.logits(self.states(ids)[0])
             theirs = self.module(input_ids=ids, use_cache=False).logits[0].to(ours.dtype)
-        if not _close(ours, theirs, self.dtype):
+        if not agree(ours, theirs, self.dtype):
             raise ModelError(
                 f"{type(self.module).__name__}: our reading of its LM head (scale {head.scale:g}, soft-cap {head.cap}, bias "
-                f"{head.bias is not None}) does not give the model's own logits. {_REFUSED}"
+                f"{head.bias is not None}) does not give the model's own logits. {REFUSED}"
             )
 
     def _why_padded(self) -> str | None:
@@ -331,7 +292,7 @@ class Model:
         if not getattr(self.module, "_can_set_attn_implementation", lambda: True)():
             return f"{type(self.module).__name__}: does not use transformers' attention interface"
         vocabulary = self.module.config.get_text_config().vocab_size
-        first, second, third, fourth = _probe_ids(vocabulary)
+        first, second, third, fourth = probe_ids(vocabulary)
         joined = [np.concatenate([first, second]), np.concatenate([first, third])]
         items = [Item(0, "a", ids, 1) for ids in (*joined, fourth)]
         layout = Layout.of([Group(tuple(items[:2]), len(first)), Group((items[2],), 0)])
@@ -340,7 +301,7 @@ class Model:
                 row = self.packed_states(layout)
                 for item, where in zip(items, layout.where):
                     ids = torch.from_numpy(item.ids.astype(np.int64)).to(self.device)[None]
-                    if not _close(row[torch.from_numpy(where).to(self.device)], self.states(ids)[0], self.dtype):
+                    if not agree(row[torch.from_numpy(where).to(self.device)], self.states(ids)[0], self.dtype):
                         return f"{type(self.module).__name__}: packed rows do not give its own states"
             if layout.loop_reason:
                 self._loop_reason = f"attention branch by branch, not in one kernel: {layout.loop_reason}"
@@ -349,69 +310,3 @@ class Model:
         except Exception as problem:  # models without the interface fail in ways of their own
             return f"{type(self.module).__name__}: {type(problem).__name__}: {first_line(problem)}"
         return None
-
-
-def _with_adapters(head: Any, name: str) -> torch.Tensor:
-    """(V, d) weight of an LM head, with what PEFT's LoRA layers on it add in training: merged in float32. ModelError for DoRA's."""
-    weight = head.weight.detach()
-    factors = getattr(head, "lora_A", None)
-    if factors is None or head.merged or head.disable_adapters:
-        return weight
-    active = [adapter for adapter in head.active_adapters if adapter in factors]
-    if any(head.use_dora.get(adapter) for adapter in active):
-        raise ModelError(
-            f"{name}: DoRA on the LM head cannot be measured while it trains. Leave lm_head out of target_modules, or save checkpoints, merge "
-            "them, and name their folder as models.checkpoints."
-        )
-    return sum((head.get_delta_weight(a).detach().float() for a in active), weight.float()).to(weight.dtype)
-
-
-def _keep_freed_memory() -> None:
-    """Let the allocator reuse what a pass frees. glibc gives large blocks back to the system one by one and gets them back page by page, which
-    is a tenth of a pass: blocks below 32 MB stay (the largest one freed so far sets that), KEPT in all.
-    """
-    torch.empty(31 << 20, dtype=torch.uint8)
-    with suppress(AttributeError):  # another allocator
-        ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, KEPT)
-
-
-_REFUSED = "It cannot be measured in torch; sample it with vLLM, or open an issue naming the architecture."
-
-
-def _probe_ids(vocabulary: int) -> list[np.ndarray]:
-    ids = np.random.default_rng(0).integers(0, vocabulary, 7 + 6 + 9 + 5).astype(np.int32)
-    return np.split(ids, np.cumsum([7, 6, 9]))
-
-
-def _close(ours: torch.Tensor, theirs: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Whether two computations of one thing agree as well as the dtype allows, relative to the tensor's scale."""
-    tolerance = 0.05 if dtype in (torch.bfloat16, torch.float16) else 1e-4
-    ours, theirs = ours.double(), theirs.double()
-    if not bool(torch.isfinite(theirs).all()):
-        return True  # broken weights: nothing to compare, and the measurements will say NULL
-    return bool((ours - theirs).norm() <= tolerance * theirs.norm() + 1e-12)
-
-
-def _learned_positions(module: Any) -> int | None:
-    """How many positions a model with a learned position table has; None for rotary and relative ones."""
-    for name, part in module.named_modules():
-        if isinstance(part, torch.nn.Embedding) and name.rsplit(".", 1)[-1] in (
-            "wpe",
-            "embed_positions",
-            "position_embeddings",
-        ):
-            return part.num_embeddings - int(getattr(part, "offset", 0))
-    return None
-
-
-def _rope_limit(config: Any) -> int | None:
-    """Length above which rotary angles depend on the longest sequence of a batch (dynamic NTK, longrope): such rows
-    run alone.
-    """
-    rope = getattr(config, "rope_parameters", None) or {}
-    kinds = [rope] if "rope_type" in rope else [r for r in rope.values() if isinstance(r, dict)]
-    if not any(r.get("rope_type") in ("dynamic", "longrope") for r in kinds):
-        return None
-    limits = [r.get("original_max_position_embeddings") for r in kinds]
-    found = [limit for limit in (*limits, getattr(config, "original_max_position_embeddings", None)) if limit]
-    return int(min(found)) if found else getattr(config, "max_position_embeddings", None)

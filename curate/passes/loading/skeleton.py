@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from curate.errors import ModelError
+from curate.passes.descriptions import describe_folder, first_line
 from curate.passes.loading.adapter import Adapter, Factors
-from curate.passes.tokens import describe_folder, first_line
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from curate.errors import ModelError
-from curate.passes.tokens import describe_folder, first_line
+from curate.passes.descriptions import describe_folder, first_line
 
 # Keys of a config that may differ between checkpoints of one model.
 FREE = {

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from curate.errors import EngineError, ModelError, UsageError
+from curate.passes.descriptions import describe_folder, first_line
 from curate.passes.loading.adapter_config import vllm_refusal
 from curate.passes.sampling.vllm_facts import (
     cpu_head_sizes,
@@ -15,7 +16,6 @@ from curate.passes.sampling.vllm_facts import (
     vllm_architectures,
     vllm_distribution,
 )
-from curate.passes.tokens import describe_folder, first_line
 
 SAMPLERS = ("auto", "vllm", "openai", "transformers")
 TORCHVISION_BROKEN = "operator torchvision::nms does not exist"

@@ -21,7 +21,7 @@ from curate.errors import EngineError, ModelError
 from curate.passes.loading.adapter_config import tokenizer_folder
 from curate.passes.sampling.engines import hf_engine
 from curate.passes.sampling.types import Prompt, Sample, Sampling, engine_seed, room
-from curate.passes.tokens import context_length, load_tokenizer
+from curate.passes.tokenizer import context_length, load_tokenizer
 
 CONTEXT_TOKENS = 6  # prompt tokens decoded with the response, so that its first space is kept
 

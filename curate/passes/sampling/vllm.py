@@ -38,7 +38,7 @@ from curate.passes.sampling.engines import (
 from curate.passes.sampling.process import ChildFailure, EngineProcess
 from curate.passes.sampling.types import Prompt, Sample, Sampling, engine_seed, room
 from curate.passes.sampling.vllm_memory import MEMORY_WORDS, Memory, first_memory, free_memory, less_memory
-from curate.passes.tokens import context_length
+from curate.passes.tokenizer import context_length
 
 START_TIMEOUT = 1800.0  # seconds; loading a large model from a slow disk takes its time
 CALL_TIMEOUT = 900.0  # seconds, plus what the tokens of the call may take at worst:

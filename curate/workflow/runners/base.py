@@ -60,7 +60,7 @@ class Runner:
         pass
 
     def _tokenizer(self, step: Step) -> Any:
-        from curate.passes.tokens import load_tokenizer
+        from curate.passes.tokenizer import load_tokenizer
 
         if not Path(step.checkpoint.home).is_dir():
             return None

@@ -118,7 +118,7 @@ class DirectionRunner(ForwardRunner):
 
     def _say_once(self) -> None:
         """What somebody who reads the numbers has to know: another precision than elsewhere, checkpoints that all weigh the same."""
-        from curate.passes.loading.model import engine_identity
+        from curate.passes.loading.engine import engine_identity
 
         engine = self.recipe.engine
         asked = engine_identity(dtype=engine.dtype, device=engine.device).split()[3]  # torch, version, device, dtype

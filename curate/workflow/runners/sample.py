@@ -223,8 +223,8 @@ class SampleRunner(Runner):
 
 def _plain_prompt(row: Row, seed: int, system: str | None, few_shot: str | None) -> Any:
     """A prompt for a server whose tokenizer is its own."""
+    from curate.passes.chat import with_context
     from curate.passes.sampling.types import Prompt
-    from curate.passes.tokens import with_context
 
     if isinstance(row.prompt, str):
         parts = [f"{system}\n\n" if system else "", few_shot or "", row.prompt]
