@@ -8,22 +8,17 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from curate.errors import BrokenCheckpoint, ModelError, OtherLayout, did_you_mean
+from curate.errors import BrokenCheckpoint, ModelError, did_you_mean
 from curate.models.fingerprints import FingerprintCache, weights_fingerprint
-from curate.models.layouts import check_folder, no_folder, training_state
-from curate.models.naming import natural, step_in_name
+from curate.models.hub import HUB_ID, fetch_snapshot
+from curate.models.layouts import check_folder, no_folder
+from curate.models.naming import step_in_name
+from curate.models.training_folder import checkpoint_folders
 from curate.passes.loading.adapter_config import is_adapter, read_adapter_config, tokenizer_folder
-
-HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
-VERL = (
-    "/actor/huggingface holds a config and no weights. For later trainings: hf_model in actor_rollout_ref.actor.checkpoint.save_contents; "
-    "of this one, `python -m verl.model_merger merge` makes them."
-)
 
 
 @dataclass(frozen=True)
@@ -76,7 +71,7 @@ def find_model(name: str, folder: Path) -> Path:
     of_hub = HUB_ID.fullmatch(name)
     if of_hub and not name.startswith("."):
         try:
-            found = _from_hub(of_hub["repo"], of_hub["revision"])
+            found = fetch_snapshot(of_hub["repo"], of_hub["revision"])
         except ModelError:
             if not os.path.isdir(path.parent):
                 raise
@@ -138,7 +133,28 @@ def find_checkpoints(
     base: what LoRA adapters sit on, where their configs do not say it rightly. skip: is told of a broken or half-written checkpoint, which is then
     left out (None: it is an error). Raises ModelError where a folder holds none, or where one of them is broken (named).
     """
-    places: Sequence[str | Path] = _of_folder(spec, folder) if isinstance(spec, str) else spec
+    places: Sequence[str | Path] = checkpoint_folders(spec, folder) if isinstance(spec, str) else spec
+    checkpoints = _read(places, folder, cache, base, skip)
+    if isinstance(spec, str):
+        run = (folder / Path(spec).expanduser()).resolve().name
+        checkpoints = [replace(s, run=run) for s in checkpoints]
+    else:
+        checkpoints = _as_one_run(checkpoints)
+    checkpoints = _in_step_order(checkpoints)
+    before = (0, *(s.step for s in checkpoints))
+    return [
+        replace(s, rate=_mean_rate(Path(s.path), since, s.step)) for s, since in zip(checkpoints, before, strict=False)
+    ]
+
+
+def _read(
+    places: Sequence[str | Path],
+    folder: Path,
+    cache: FingerprintCache | None,
+    base: str | None,
+    skip: Callable[[str], None] | None,
+) -> list[Checkpoint]:
+    """The checkpoints at some places, broken ones left out where `skip` is told of them."""
     checkpoints: list[Checkpoint] = []
     broken: list[BrokenCheckpoint] = []
     for place in places:
@@ -164,19 +180,24 @@ def find_checkpoints(
     for message in broken:
         assert skip is not None
         skip(str(message))
-    if isinstance(spec, str):
-        run = (folder / Path(spec).expanduser()).resolve().name
-    else:
-        runs = {s.run for s in checkpoints}
-        run = runs.pop() if len(runs) == 1 else "checkpoints"
-        rest = [s.step for s in checkpoints[1:]]
-        if (
-            checkpoints[0].step is None and rest and all(rest)
-        ):  # listed before checkpoint-10: what the training began with
-            checkpoints[0] = replace(checkpoints[0], step=0)
-        if any(s.step is None for s in checkpoints):  # step 0 is a reference's
-            checkpoints = [replace(s, step=i) for i, s in enumerate(checkpoints, start=1)]
-    ordered = sorted((replace(s, run=run) for s in checkpoints), key=lambda s: (s.step is None, s.step or 0))
+    return checkpoints
+
+
+def _as_one_run(checkpoints: list[Checkpoint]) -> list[Checkpoint]:
+    """Listed checkpoints under one run's name, each with a step: in the order given, where they have none."""
+    runs = {s.run for s in checkpoints}
+    run = runs.pop() if len(runs) == 1 else "checkpoints"
+    rest = [s.step for s in checkpoints[1:]]
+    if checkpoints[0].step is None and rest and all(rest):  # listed before checkpoint-10: what the training began with
+        checkpoints = [replace(checkpoints[0], step=0), *checkpoints[1:]]
+    if any(s.step is None for s in checkpoints):  # step 0 is a reference's
+        checkpoints = [replace(s, step=i) for i, s in enumerate(checkpoints, start=1)]
+    return [replace(s, run=run) for s in checkpoints]
+
+
+def _in_step_order(checkpoints: list[Checkpoint]) -> list[Checkpoint]:
+    """By step, copies left out. ModelError where two are of one step."""
+    ordered = sorted(checkpoints, key=lambda s: (s.step is None, s.step or 0))
     checkpoints = []
     for s in ordered:  # a trainer's `final/` is often a copy of the last checkpoint: that one counts
         if not any(s.fingerprint == other.fingerprint and s.step in (None, other.step) for other in checkpoints):
@@ -187,10 +208,7 @@ def find_checkpoints(
         raise ModelError(
             f"models.checkpoints: {both} are both of step {min(twice)}: keep one, or list the checkpoints that you mean."
         )
-    before = (0, *(s.step for s in checkpoints))
-    return [
-        replace(s, rate=_mean_rate(Path(s.path), since, s.step)) for s, since in zip(checkpoints, before, strict=False)
-    ]
+    return checkpoints
 
 
 def _mean_rate(path: Path, since: int | None, step: int | None) -> float | None:
@@ -217,56 +235,6 @@ def single_model(
     path = find_model(name, folder)
     checkpoint = _checkpoint(path, folder, cache, name=name, base=base)
     return replace(checkpoint, run="", checkpoint=name if _of_hub(path) else path.name, step=step)
-
-
-def _of_folder(spec: str, folder: Path) -> list[Path]:
-    """The checkpoints in a trainer's output folder."""
-    place = folder / Path(spec).expanduser()
-    if why := no_folder(place):
-        advice = (
-            " Give a trainer's output folder (with checkpoint-<step>/ in it), a list, or revisions of a hub repository: "
-            "{repo: owner/name, revisions: [...]}."
-        )
-        raise ModelError(f"models.checkpoints: {spec} is not a folder that can be read: {why}{advice}")
-    try:
-        return _found_in(place.resolve(), spec)
-    except OSError as error:
-        where = f" ({error.filename})" if error.filename else ""
-        raise ModelError(
-            f"models.checkpoints: {spec} cannot be read: {(error.strerror or str(error)).lower()}{where}. Ask its owner, or name the checkpoints "
-            "that you mean in a list."
-        ) from None
-
-
-def _found_in(root: Path, spec: str) -> list[Path]:
-    """The checkpoints in a folder; those that cannot be looked into too, so that none is left out unsaid."""
-    there = sorted(root.iterdir(), key=lambda p: natural(p.name))
-    inside = [p for p in there if no_folder(p) is None]
-    found = [
-        p
-        for p in there
-        if re.fullmatch(r"checkpoint-\d+", p.name) or (_has_config(p) if p in inside else os.path.isdir(p))
-    ]
-    if not found:  # verl's layout: the actor's model in transformers' format, where it was saved so
-        of_verl = [p for p in inside if (p / "actor" / "huggingface" / "config.json").is_file()]
-        found = [
-            p / "actor" / "huggingface" for p in of_verl if any((p / "actor" / "huggingface").glob("*.safetensors"))
-        ]
-        if of_verl and not found:
-            raise OtherLayout(f"models.checkpoints: {training_state(of_verl[0]) or of_verl[0].name + VERL}")
-    state = next((told for p in (*inside, root) if (told := training_state(p))), None) if not found else None
-    if state is not None:
-        raise OtherLayout(f"models.checkpoints: {state}")
-    if not found:
-        raise ModelError(
-            f"models.checkpoints: {spec} holds no checkpoint (a folder checkpoint-<step> with config.json and weights, or with a LoRA adapter). "
-            "For the trainer, set save_strategy and save_steps; for a single model, use models.reference."
-        )
-    return found
-
-
-def _has_config(path: Path) -> bool:
-    return any((path / name).exists() for name in ("config.json", "adapter_config.json"))
 
 
 def _checkpoint(path: Path, folder: Path, cache: FingerprintCache | None, *, name: str, base: str | None) -> Checkpoint:
@@ -296,25 +264,3 @@ def _step(path: Path, name: str) -> int | None:
         return int(json.loads((path / "trainer_state.json").read_text())["global_step"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def _from_hub(repo: str, revision: str | None) -> Path:
-    """The snapshot of a hub repository, fetched where the cache has none: safetensors, or .bin weights where there are no others."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RevisionNotFoundError
-
-    name = f"{repo}@{revision}" if revision else repo
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-    try:
-        found = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
-        if not any(found.glob("*.safetensors")):
-            found = Path(snapshot_download(repo, revision=revision, allow_patterns=[*patterns, "pytorch_model*.bin"]))
-        return found
-    except LocalEntryNotFoundError:
-        raise ModelError(
-            f"{name}: not a folder here, and the hub cannot be reached (or HF_HUB_OFFLINE is set) and has no cached copy."
-        ) from None
-    except RevisionNotFoundError:
-        raise ModelError(f"{name}: the hub has the repository {repo}, but no revision {revision} of it.") from None
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        raise ModelError(f"{name}: not a folder here, and the hub refused it: {str(error).splitlines()[0]}") from None

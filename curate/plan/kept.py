@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from curate.errors import BrokenCheckpoint, CurateError, ModelError, UsageError
-from curate.models.checkpoints import HUB_ID, Checkpoint
+from curate.models.checkpoints import Checkpoint
 from curate.models.fingerprints import WEIGHTS
+from curate.models.hub import HUB_ID
 
 if TYPE_CHECKING:
     from curate.recipe.load import Loaded

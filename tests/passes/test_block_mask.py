@@ -9,7 +9,7 @@ import torch.nn.attention.flex_attention as flex
 
 from curate.measurements import MEASUREMENTS
 from curate.passes import forward
-from curate.passes.kernels import attention, block_mask
+from curate.passes.kernels import attention, attention_loop, block_mask
 from curate.passes.layout import Group, Item, Layout
 from curate.passes.loading.model import Model
 from tests.passes.forward_models import make, random_pairs
@@ -95,8 +95,8 @@ def test_equals_the_loop(on_block_mask, dtype, kv_heads, extra, window):
     low = None if window is None else (torch.arange(layout.longest) - window + 1).clamp_min(0)
     pattern = None if low is None else attention._dense(low, {})
     with attention.packed(layout):
-        extras = attention._Extras(0.3, softcap, sinks, pattern, layout.masks)
-        theirs = attention._by_loop(q, k, v, extras)
+        extras = attention_loop.Extras(0.3, softcap, sinks, pattern, layout.masks)
+        theirs = attention_loop.by_loop(q, k, v, extras)
         ours = attention._by_block_mask(q, k, v, low, extras)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 

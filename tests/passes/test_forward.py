@@ -59,7 +59,7 @@ def test_any_batch_and_order():
 
 def test_long_responses_cross_query_blocks(monkeypatch):
     """With 8 queries a block, every band of the causal mask is used, with and without a sliding window."""
-    monkeypatch.setattr("curate.passes.kernels.attention.QUERY_BLOCK", 8)
+    monkeypatch.setattr("curate.passes.kernels.attention_loop.QUERY_BLOCK", 8)
     for family in ("llama", "mistral_window", "gemma2"):
         module = make(family)
         pairs = random_pairs(6, longest=40)
@@ -68,17 +68,17 @@ def test_long_responses_cross_query_blocks(monkeypatch):
 
 def test_kernels_for_cuda_give_the_same_attention():
     """What a GPU would run, run here: the last queries of a sequence, grouped key heads."""
-    from curate.passes.kernels import attention
+    from curate.passes.kernels import attention, attention_loop
 
     generator = torch.Generator().manual_seed(0)
     k, v = (torch.randn(1, 2, 30, 8, generator=generator) for _ in range(2))
     layout = Layout([], np.zeros(0), np.zeros(0), [], [], longest=30)
-    extras = attention._Extras(None, None, None, None, {})
+    extras = attention_loop.Extras(None, None, None, None, {})
     for n in (1, 9, 30):
         q = torch.randn(1, 4, n, 8, generator=generator)
         with attention.packed(layout):
-            ours = torch.cat(list(attention._tail(q, k, v, extras)), 1)
-        torch.testing.assert_close(attention._tail_on_cuda(q, k, v, None).transpose(1, 2), ours)
+            ours = torch.cat(list(attention_loop._tail(q, k, v, extras)), 1)
+        torch.testing.assert_close(attention_loop._tail_on_cuda(q, k, v, None).transpose(1, 2), ours)
 
 
 def test_left_padding_gives_the_same_numbers():

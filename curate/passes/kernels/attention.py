@@ -9,30 +9,27 @@ may see (full, sliding window, chunked) is asked of the mask function that the m
 interface, in each sequence's own positions. Logit soft-caps (Gemma 2) and attention sinks (GPT-OSS) are computed; any
 other extra argument is refused by name (NotPackable), and the model then runs padded.
 
-The whole row is one kernel on CUDA (passes/kernels/block_mask.py), and on a CPU with a C compiler (passes/kernels/cpu_kernels.py), proved against
-the loop of
-this file before its first use; where it cannot serve, the loop runs, and `Layout.loop_reason` says why. Elsewhere, and under a gradient,
-the loop is all there is.
+The whole row is one kernel on CUDA (passes/kernels/block_mask.py), and on a CPU with a C compiler (passes/kernels/cpu_kernels.py), proved
+against the loop (passes/kernels/attention_loop.py) before its first use. Where it cannot serve, the loop runs, and `Layout.loop_reason` says
+why. Elsewhere, and under a gradient, the loop is all there is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 
 from curate.passes.descriptions import first_line
 from curate.passes.kernels import block_mask, cpu_kernels
+from curate.passes.kernels.attention_loop import Extras, by_loop, current
 from curate.passes.layout import Group, Item, Layout
 
 NAME = "curate_packed"
-QUERY_BLOCK = 64  # queries per attention call on the CPU, whose kernel does not skip the upper triangle by itself
 
 # Arguments of the attention interface that are read, or that do not change what attention computes.
 KNOWN = {
@@ -52,17 +49,14 @@ class NotPackable(Exception):
     """This model's attention does something the packed layout does not know; the message says what."""
 
 
-_current: ContextVar[Layout] = ContextVar("packed_layout")
-
-
 @contextmanager
 def packed(layout: Layout) -> Iterator[None]:
     """While inside, attention registered here follows this layout."""
-    token = _current.set(layout)
+    token = current.set(layout)
     try:
         yield
     finally:
-        _current.reset(token)
+        current.reset(token)
         layout.masks.clear()
 
 
@@ -86,7 +80,7 @@ def pattern(*args: Any, mask_function: Any, device: Any = "cpu", **kwargs: Any) 
 
     if mask_function is causal_mask_function:
         return None
-    longest = _current.get().longest
+    longest = current.get().longest
     if _kernel(device) and (low := block_mask.window(mask_function, longest, device)) is not None:
         return low[None, None, :, None] if low.any() else None
     at = torch.arange(longest, device=device)
@@ -109,7 +103,7 @@ def attention(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention of one packed row, (1, N, heads, dv)."""
-    layout = _current.get()
+    layout = current.get()
     key, value = key.to(query.dtype), value.to(query.dtype)  # rotary angles in float32 make wide queries of narrow ones
     for name, argument in kwargs.items():
         if name not in KNOWN and argument is not None and not isinstance(argument, (bool, int, float, str)):
@@ -118,7 +112,7 @@ def attention(
         raise NotPackable("attention is not causal")
     if query.shape[2] != len(layout.ids) or key.shape[2] != len(layout.ids):
         raise NotPackable("attention sees other tokens than the row's")
-    extras = _Extras(scaling, softcap, s_aux, None, layout.masks)
+    extras = Extras(scaling, softcap, s_aux, None, layout.masks)
     low = None
     if attention_mask is not None and attention_mask.dtype == torch.int64:
         low = attention_mask[0, 0, :, 0]
@@ -141,14 +135,14 @@ def attention(
         layout.loop_reason = reason
     if low is not None:
         extras = replace(extras, pattern=_dense(low, layout.masks))
-    return _by_loop(query, key, value, extras), None
+    return by_loop(query, key, value, extras), None
 
 
 def _by_block_mask(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, low: torch.Tensor | None, extras: _Extras
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, low: torch.Tensor | None, extras: Extras
 ) -> torch.Tensor:
     """(1, N, heads, dv). One mask serves every layer with the same `low`."""
-    layout = _current.get()
+    layout = current.get()
     entry = "block mask", None if low is None else low.data_ptr()
     if entry not in layout.masks:
         layout.masks[entry] = block_mask.build(layout, low, query.device), low  # low is kept: its address is the name
@@ -160,10 +154,10 @@ def _by_block_mask(
 
 
 def _by_cpu_kernel(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, low: torch.Tensor | None, extras: _Extras
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, low: torch.Tensor | None, extras: Extras
 ) -> torch.Tensor:
     """(1, N, heads, dv)."""
-    layout, kernels = _current.get(), cpu_kernels.kernels()
+    layout, kernels = current.get(), cpu_kernels.kernels()
     assert kernels is not None
     if "stretches" not in layout.masks:
         layout.masks["stretches"] = cpu_kernels.stretches_of(layout)
@@ -175,7 +169,7 @@ class _Kernel(NamedTuple):
     """run(query, key, value, low, extras) -> (1, N, heads, dv); refuses(query, value, extras): why not, whatever the mask."""
 
     run: Callable[..., torch.Tensor]
-    refuses: Callable[[torch.Tensor, torch.Tensor, _Extras], str | None]
+    refuses: Callable[[torch.Tensor, torch.Tensor, Extras], str | None]
 
 
 _ON_CUDA = _Kernel(_by_block_mask, lambda query, value, extras: block_mask.refusal(query, value))
@@ -197,13 +191,13 @@ def _kernel(device: torch.device | str) -> _Kernel | None:
 _refusals: dict[Any, str | None] = {}  # kind of attention -> why it runs by the loop; None: the kernel was proved
 
 
-def _kind(kernel: _Kernel, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, extras: _Extras) -> Any:
+def _kind(kernel: _Kernel, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, extras: Extras) -> Any:
     heads = query.shape[1], key.shape[1], query.shape[3], value.shape[3]
     return kernel, query.device, query.dtype, *heads, extras.scaling, extras.softcap, extras.sinks is not None
 
 
 def _refusal(
-    kernel: _Kernel, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, extras: _Extras
+    kernel: _Kernel, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, extras: Extras
 ) -> str | None:
     """Why this kind of attention runs by the loop; None when the kernel gives the loop's numbers. Tried once per
     kind, on a row of several blocks, branches and a window.
@@ -215,7 +209,7 @@ def _refusal(
 
 
 def _difference(
-    kernel: _Kernel, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, extras: _Extras
+    kernel: _Kernel, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, extras: Extras
 ) -> str | None:
     shared, alone = (np.zeros(n, np.int32) for n in (210, 330))
     trial = Layout.of([Group((Item(0, "", shared, 1),) * 3, 150), Group((Item(1, "", alone, 1),), 0)])
@@ -233,7 +227,7 @@ def _difference(
             raise
         except Exception as problem:
             return f"{type(problem).__name__}: {first_line(problem)}"
-        theirs = _by_loop(q, k, v, replace(extras, pattern=_dense(low, trial.masks))).double()
+        theirs = by_loop(q, k, v, replace(extras, pattern=_dense(low, trial.masks))).double()
     error = float((ours - theirs).norm() / theirs.norm())
     close = error <= (0.02 if query.dtype in (torch.bfloat16, torch.float16) else 1e-3)  # False for NaN
     return None if close else f"the kernel differs from the loop by {error:.1e}"
@@ -247,109 +241,3 @@ def _dense(low: torch.Tensor, masks: dict[Any, Any]) -> torch.Tensor:
         masks[entry] = (at >= low[:, None]) & (at <= at[:, None]), low
     dense: torch.Tensor = masks[entry][0]
     return dense
-
-
-def _by_loop(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, extras: _Extras) -> torch.Tensor:
-    """(1, N, heads, dv), branch by branch."""
-    layout = _current.get()
-    if query.shape[1] != key.shape[1] and (extras.pattern is not None or extras.softcap or extras.sinks is not None):
-        key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
-        value = value.repeat_interleave(query.shape[1] // value.shape[1], 1)
-    pieces: list[torch.Tensor] = []  # (1, n, heads, dv) each, in the row's order
-    for offset, p, branches in layout.segments:
-        at = offset + p
-        for i, n in enumerate(branches):
-            if i == 0:  # prefix and first branch lie side by side
-                own = slice(offset, at + n)
-                k, v = key[:, :, own], value[:, :, own]
-            elif p:
-                own = slice(at, at + n)
-                k = torch.cat([key[:, :, offset : offset + p], key[:, :, own]], 2)
-                v = torch.cat([value[:, :, offset : offset + p], value[:, :, own]], 2)
-            else:
-                own = slice(at, at + n)
-                k, v = key[:, :, own], value[:, :, own]
-            if own.stop > own.start:
-                pieces += _tail(query[:, :, own], k, v, extras)
-            at += n
-    return torch.cat(pieces, 1)
-
-
-@dataclass(frozen=True, slots=True)
-class _Extras:
-    scaling: float | None
-    softcap: float | None
-    sinks: torch.Tensor | None  # (heads,)
-    pattern: torch.Tensor | None  # (longest, longest) bool
-    masks: dict[Any, Any]
-
-
-def _tail(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extras: _Extras) -> Iterator[torch.Tensor]:
-    """Causal attention of the last q.shape[2] positions of a sequence over all its k.shape[2] positions: (1, n, heads, dv), some queries at
-    a time.
-    """
-    n, total = q.shape[2], k.shape[2]
-    before = total - n
-    manual = extras.softcap is not None or extras.sinks is not None
-    if q.is_cuda and extras.pattern is None and not manual:
-        yield _tail_on_cuda(q, k, v, extras.scaling).transpose(1, 2)
-        return
-    gqa = q.shape[1] != k.shape[1]
-    for start in range(0, n, QUERY_BLOCK):
-        stop = min(start + QUERY_BLOCK, n)
-        end = before + stop  # keys beyond the last query of the block are all masked
-        if extras.pattern is None:
-            mask = _causal_band(before + start, stop - start, end, q, extras.masks)
-        else:
-            mask = _additive(extras.pattern[before + start : end, :end], q)
-        block = q[:, :, start:stop], k[:, :, :end], v[:, :, :end]
-        if manual:
-            found = _plain_attention(*block, mask, extras)
-        else:
-            found = scaled_dot_product_attention(*block, attn_mask=mask, scale=extras.scaling, enable_gqa=gqa)
-        yield found.transpose(1, 2)
-
-
-def _causal_band(start: int, n: int, end: int, like: torch.Tensor, masks: dict[Any, Any]) -> torch.Tensor:
-    """(n, end), 0 or −∞: query i, at position start + i, sees keys 0..start + i. A window of one band kept per row, not
-    built each time.
-    """
-    band = masks.get(("band", like.dtype))
-    if band is None or band.shape[1] - QUERY_BLOCK < start:
-        width = max(start, _current.get().longest)
-        at = torch.arange(width + QUERY_BLOCK, device=like.device)
-        band = masks["band", like.dtype] = _additive(at[None, :] <= at[width:, None], like)
-    width = band.shape[1] - QUERY_BLOCK
-    return band[:n, width - start : width - start + end]
-
-
-def _additive(mask: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """What is added to scores: 0 where a key is seen, −∞ elsewhere. A bool mask would be turned into this at every call."""
-    return torch.zeros_like(mask, dtype=like.dtype).masked_fill_(~mask, float("-inf"))
-
-
-def _tail_on_cuda(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float | None) -> torch.Tensor:
-    gqa = q.shape[1] != k.shape[1]
-    if q.shape[2] == k.shape[2]:
-        return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=gqa)
-    from torch.nn.attention.bias import causal_lower_right
-
-    mask: Any = causal_lower_right(q.shape[2], k.shape[2])
-    return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling, enable_gqa=gqa)
-
-
-def _plain_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, extras: _Extras
-) -> torch.Tensor:
-    """What transformers' eager attention computes, with soft-cap and sinks; softmax in float32 or wider."""
-    scores = q @ k.transpose(2, 3) * (q.shape[-1] ** -0.5 if extras.scaling is None else extras.scaling)
-    if extras.softcap is not None:
-        scores = torch.tanh(scores / extras.softcap) * extras.softcap
-    scores = scores + mask
-    wide = torch.promote_types(scores.dtype, torch.float32)
-    if extras.sinks is not None:
-        sinks = extras.sinks.reshape(1, -1, 1, 1).expand(1, -1, q.shape[2], 1).to(scores.dtype)
-        weights = torch.softmax(torch.cat([scores, sinks], -1).to(wide), -1)[..., :-1]
-    else:
-        weights = torch.softmax(scores.to(wide), -1)
-    return weights.to(v.dtype) @ v
