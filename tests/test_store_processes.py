@@ -223,12 +223,12 @@ def test_a_shard_that_is_no_shard_is_named(store):
 
 
 def test_what_did_not_fit_into_memory_lay_beside_the_store_and_is_gone(store, monkeypatch):
-    from curate.store import database
+    from curate.store import engines
 
-    monkeypatch.setattr(database, "_engines", defaultdict(list))  # the small memory is this test's alone
+    monkeypatch.setattr(engines, "_idle", defaultdict(list))  # the small memory is this test's alone
+    monkeypatch.setattr(engines, "MEMORY", "30MB")
     beside = store.folder / "curate.duckdb.tmp"
     with store.database.read() as con:
-        con.execute("SET memory_limit = '30MB'")
         con.execute("CREATE TEMP TABLE big AS SELECT i, hash(i) AS h FROM range(3_000_000) t(i)")
         assert any(beside.iterdir())
     assert not beside.exists()

@@ -3,8 +3,8 @@
 DuckDB locks the file against every other process while a writer has it open, and readers block a writer. So everyone opens it for one
 short transaction, and waits with a message while another has it. Inside one process all use of one file goes through one lock.
 
-Opening is done all the time, so it is cheap: an engine (an empty DuckDB in memory, 15 ms to start) is kept for the next opening, and the
-file is attached to it and detached again (1 ms). What reads a hundred small things in a row, such as a plan, still does better with one opening:
+Opening is done all the time, so it is cheap: the engine is kept for the next opening (`engines.py`), and the file is attached to it and detached
+again (1 ms). What reads a hundred small things in a row, such as a plan, still does better with one opening:
 inside `kept_open` the file stays open for reading until this thread writes, which other readers do not notice and writers wait for.
 """
 
@@ -24,16 +24,15 @@ import duckdb
 
 from curate.errors import StoreError
 from curate.store.damage import explain, explained
+from curate.store.engines import attached
 from curate.store.schema import MIGRATIONS, SCHEMA, SCHEMA_VERSION
-from curate.store.sql import Connection, literal, one
+from curate.store.sql import Connection, one
 
 READ_PATIENCE, WRITE_PATIENCE = 30.0, 300.0  # seconds
 _locks: dict[str, threading.RLock] = defaultdict(threading.RLock)
 _locks_lock = threading.Lock()
 # .connections: path of a database -> the connection of this thread's transaction; .reading: see `_kept`
 _held = threading.local()
-# process id -> idle engines: a forked child starts its own
-_engines: defaultdict[int, list[Connection]] = defaultdict(list)
 
 
 def _connections() -> dict[str, Connection]:
@@ -93,7 +92,7 @@ class Database:
             return False
         new = self.path.with_name(f".new-{os.getpid()}-{uuid4().hex[:8]}.duckdb")
         try:
-            with explained(self.path), _attached(new, read_only=False) as con:
+            with explained(self.path), attached(new, read_only=False) as con:
                 con.execute(SCHEMA)
                 con.execute(
                     "INSERT INTO data.meta VALUES ('schema_version', ?), ('created_by', ?)",
@@ -218,7 +217,7 @@ class Database:
         start, pause, said = time.monotonic(), 0.005, False
         while True:
             try:
-                return opened.enter_context(_attached(self.path, read_only=read_only))
+                return opened.enter_context(attached(self.path, read_only=read_only))
             except duckdb.ResourceInUseException:
                 raise StoreError(
                     f"{self.path}: this process has it open through a DuckDB connection of its own. "
@@ -268,30 +267,3 @@ class Database:
             f"{self.path} is a store of the older version {version}{by}, this curate needs version {SCHEMA_VERSION}. Nothing was changed. Rename "
             f"{self.path.name} and run the recipe again: rows come from the sources and finished measurements from {self.path.parent.name}/shards."
         )
-
-
-@contextmanager
-def _attached(path: Path, *, read_only: bool) -> Iterator[Connection]:
-    """A connection to the file at `path`, as if DuckDB had opened it: same names, same folder for what does not fit into memory."""
-    idle = _engines[os.getpid()]
-    try:
-        engine = idle.pop()
-    except IndexError:
-        engine = duckdb.connect()
-        # a query that names what is not there ends no transaction: a selection asks such questions inside its run's
-        engine.execute("SET default_transaction_invalidation_policy = 'SYNTACTIC_ERRORS_DO_NOT_INVALIDATE'")
-    try:
-        with closing(engine.cursor()) as con:
-            con.execute(f"SET temp_directory = {literal(f'{path}.tmp')}")
-            con.execute(f"ATTACH {literal(str(path))} AS curate{' (READ_ONLY)' if read_only else ''}")
-            con.execute("USE curate")
-            yield con
-        engine.execute("DETACH curate")
-    except BaseException:
-        engine.close()  # whatever went wrong, it is not the next one's
-        raise
-    try:
-        engine.execute("RESET temp_directory")
-        idle.append(engine)
-    except duckdb.NotImplementedException:  # it has used that folder, and would use it for ever
-        engine.close()

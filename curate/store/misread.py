@@ -4,7 +4,6 @@
   with both ways to write it.
 - Text whose values are numbers, where its order matters (`'9' > '10'` is true of text): refused, with the cast that is meant.
 - NaN, which DuckDB takes for the greatest number: a comparison with it is unknown.
-- random(): another selection every time.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 import duckdb
 
 from curate.errors import UsageError
-from curate.store import syntax, views
+from curate.store import allowed, syntax, views
 from curate.store.own_columns import OwnColumn
 from curate.store.sql import Connection, quote
 from curate.store.syntax import Node, Scope
@@ -25,14 +24,6 @@ BY_ORDER = {
     *("min", "max", "greatest", "least", "arg_min", "arg_max", "argmin", "argmax", "min_by", "max_by", "median"),
     *("quantile", "quantile_cont", "quantile_disc", "approx_quantile"),
 }
-RANDOM = {"random", "setseed", "uuid", "gen_random_uuid", "uuidv4", "uuidv7", "nextval"}
-CLOCK = {
-    "current_date",
-    "current_time",
-    "current_timestamp",
-    "localtime",
-    "localtimestamp",
-}  # SQL's words, read as columns
 OURS = {  # what our column of a name that users have too is
     "source": "which source the row was read from",
     "index": "the row's number in its source",
@@ -84,17 +75,13 @@ def checked(con: Connection, text: str, key: str, seen: Frame, *, is_order: bool
     """The expression as it is to be asked of `seen`. Raises UsageError where it could be misread. is_order: rows are ordered by its value."""
     tree = syntax.parse(con, f"SELECT (\n{text}\n) FROM scored")
     if tree is None:
+        allowed.check_brackets(con, text, key)
         return text  # asking it says what is wrong
+    allowed.check_rule(con, tree, key, seen.columns)
     for problem in ambiguous(con, tree, seen.own):
         raise UsageError(f"{key}: {problem}")
     top = tree["statements"][0]["node"]
     expression = top["select_list"][0]
-    for part, _ in syntax.parts(tree):
-        if part.get("class") == "FUNCTION" and str(part["function_name"]).lower() in RANDOM:
-            raise UsageError(
-                f"{key}: {part['function_name']}() gives another selection every time. For an order that is random and can be repeated: "
-                "`order_by: random`."
-            )
     if (is_order or key == "select.per") and _is_constant(tree):
         does = "orders nothing" if is_order else "makes one group of all rows"
         raise UsageError(
@@ -113,8 +100,7 @@ def checked(con: Connection, text: str, key: str, seen: Frame, *, is_order: bool
 def _is_constant(tree: Node) -> bool:
     """Whether an expression reads no column and numbers no rows."""
     return not any(
-        part.get("class") in ("WINDOW", "STAR", "SUBQUERY")
-        or (part.get("class") == "COLUMN_REF" and str(part["column_names"][0]).lower() not in CLOCK)
+        part.get("class") in ("WINDOW", "STAR", "SUBQUERY", "COLUMN_REF")
         for part, _ in syntax.parts(tree)
     )
 

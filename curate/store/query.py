@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from curate.errors import UsageError, did_you_mean
 from curate.rows import Example, Pair, Row, text_from_column
+from curate.store import allowed
 from curate.store.readings import HIDDEN, NO_RECIPE_WAITS, WAITS, any_waits
 from curate.store.sql import Connection, one, quote
 from curate.store.tables import table_of
@@ -152,15 +153,7 @@ def occurrence_counts(
 def run(con: Connection, text: str, params: Sequence[Any] | Mapping[str, Any] | None) -> pl.DataFrame:
     """A user's query to polars. Raises UsageError for what is wrong in it."""
     try:
-        for statement in con.extract_statements(text):
-            if statement.type not in (
-                duckdb.StatementType.SELECT,
-                duckdb.StatementType.EXPLAIN,
-                duckdb.StatementType.PRAGMA,
-            ):
-                raise UsageError(
-                    "a store is only read through SQL: use SELECT. What a store keeps is written by curate's own commands."
-                )
+        allowed.check_query(con, text)
         relation = con.sql(text, params=params) if params else con.sql(text)
         if relation is None:
             raise UsageError("expected a query that returns rows, such as SELECT row_id FROM rows LIMIT 5.")
@@ -189,10 +182,8 @@ def explain(con: Connection, error: duckdb.Error) -> UsageError | None:
     """What is wrong with a user's SQL, with the nearest name; None where the fault is not the query's."""
     text = str(error)
     first = text.splitlines()[0]
-    if "read-only mode" in text:
-        return UsageError(
-            "a store is only read through SQL: use SELECT. What a store keeps is written by curate's own commands."
-        )
+    if (problem := allowed.refused(error)) is not None:
+        return problem
     column = re.search(
         r'Referenced column "([^"]+)"|does not have a column named "([^"]+)"|column named "([^"]+)"', text
     )
