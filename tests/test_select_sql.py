@@ -369,9 +369,7 @@ def test_a_comparison_with_what_surrounds_a_subquery(tmp_path):
 # ---- what orders nothing, groups without a value, text that is to have a bad end --------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "text", ["1", "'loss'", "loss, 2 desc", "1 + 1", "lower('A')", "NULL", "CAST(1 AS BIGINT)"]
-)
+@pytest.mark.parametrize("text", ["1", "'loss'", "loss, 2 desc", "1 + 1", "lower('A')", "NULL", "CAST(1 AS BIGINT)"])
 def test_a_constant_orders_nothing(tmp_path, text):
     store = made(tmp_path, [{"topic": "x"}] * 3)
     for ask in (

@@ -99,10 +99,7 @@ def checked(con: Connection, text: str, key: str, seen: Frame, *, is_order: bool
 
 def _is_constant(tree: Node) -> bool:
     """Whether an expression reads no column and numbers no rows."""
-    return not any(
-        part.get("class") in ("WINDOW", "STAR", "SUBQUERY", "COLUMN_REF")
-        for part, _ in syntax.parts(tree)
-    )
+    return not any(part.get("class") in ("WINDOW", "STAR", "SUBQUERY", "COLUMN_REF") for part, _ in syntax.parts(tree))
 
 
 def ambiguous(con: Connection, tree: Node, own: Mapping[str, Sequence[OwnColumn]]) -> Iterator[str]:
