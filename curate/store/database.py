@@ -75,6 +75,14 @@ def _kept() -> dict[str, tuple[ExitStack, Connection]] | None:
     return reading
 
 
+def _waiting() -> dict[str, list[Callable[[Connection], object]]]:
+    """path of a database -> what this thread's transaction there does last, before it commits."""
+    waiting: dict[str, list[Callable[[Connection], object]]] | None = getattr(_held, "waiting", None)
+    if waiting is None:
+        waiting = _held.waiting = {}
+    return waiting
+
+
 class Database:
     """`<store>/curate.duckdb`. `read` and `write` are context managers that yield a connection inside one transaction."""
 
@@ -148,7 +156,23 @@ class Database:
             return
         with self._transaction() as con:
             yield con
-            con.execute("COMMIT")
+            self._commit(con)
+
+    def before_commit(self, work: Callable[[Connection], object]) -> None:
+        """Inside `write` or `transaction`: do this once, as the transaction's last step, however often it is asked for."""
+        works = _waiting().setdefault(self._name, [])
+        if work not in works:
+            works.append(work)
+
+    @property
+    def is_unfinished(self) -> bool:
+        """Whether this thread's transaction has something left to do before it commits."""
+        return bool(_waiting().get(self._name))
+
+    def _commit(self, con: Connection) -> None:
+        for work in _waiting().pop(self._name, []):
+            work(con)
+        con.execute("COMMIT")
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
@@ -163,7 +187,7 @@ class Database:
                 yield
             finally:
                 _held.connections = {name: other for name, other in _connections().items() if other is not con}
-            con.execute("COMMIT")
+            self._commit(con)
 
     def _under_way(self) -> Connection | None:
         return _connections().get(self._name)
@@ -177,6 +201,7 @@ class Database:
             try:
                 yield con
             except BaseException:
+                _waiting().pop(self._name, None)
                 try:
                     con.execute("ROLLBACK")
                 except duckdb.Error:

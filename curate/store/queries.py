@@ -48,7 +48,7 @@ class StoreQueries:
         """
         names = self._read_as((source,) if isinstance(source, str) else source)
         with self.database.read() as con:
-            if recipe is not None or names is not None or views.outdated(con):
+            if recipe is not None or names is not None or self.database.is_unfinished or views.outdated(con):
                 views.narrow(con, text, recipe=recipe, sources=names)
             return query.run(con, text, params)
 

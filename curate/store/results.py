@@ -52,7 +52,7 @@ class StoreResults(StoreReader):
             recipes.register_recipe(con, name, text, sources, uses, plain)
             recipes.note_places(con, name, places or {})
             recipes.note(con, f"roles of {name}", noted)
-            views.define(con)
+            self.database.before_commit(views.define)
 
     def stage_recipe(
         self,
@@ -105,7 +105,7 @@ class StoreResults(StoreReader):
         with self.database.write() as con:
             recipes.write_scores(con, recipe, row_ids, scores, trajectories)
             recipes.note(con, f"scores of {recipe}", inputs_hash)
-            views.define(con)
+            self.database.before_commit(views.define)
 
     def write_dataset_values(self, origin: str, values: Iterable[DatasetValue]) -> None:
         """Replace the dataset values of an origin: a recipe's name, or "import:<file>" (shown whatever the recipe)."""
@@ -144,7 +144,7 @@ class StoreResults(StoreReader):
                 recipes.write_selection(con, beside, control, recipe, {**(spec or {}), "control_of": name})
             recipes.note(con, f"selection of {name}", inputs_hash)
             if widened:
-                views.define(con)
+                self.database.before_commit(views.define)
         return self.selection(name)
 
     def selection(self, name: str | None = None) -> Selection:

@@ -79,7 +79,7 @@ def add(
             con.execute("INSERT INTO data.source_state VALUES (?, ?, ?, ?, ?, ?, now()::TIMESTAMP)", state)
             from curate.store import views
 
-            views.define(con)
+            database.before_commit(views.define)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return Ingested(good, new, good - distinct, bad)
@@ -91,7 +91,7 @@ def add_foreign(folder: Path, database: Database, source: str, keys: Sequence[An
         ingest_foreign(con, staged, source)
         from curate.store import views
 
-        views.define(con)
+        database.before_commit(views.define)
     return [foreign_id(source, key) for key in keys]
 
 

@@ -69,8 +69,8 @@ class Store(StoreResults):
         except OSError as error:
             raise StoreError(f"{self.folder}: cannot make this folder ({error.strerror}).") from None
         if self.database.create(__version__):
-            with self.database.write() as con:
-                views.define(con)
+            with self.database.write():
+                self.database.before_commit(views.define)
             self._ingest(self.shards.all_files())  # a new database beside old shards is made again from them
 
     @contextmanager
@@ -115,7 +115,7 @@ class Store(StoreResults):
         with self.database.write() as con:
             readings.take(con, {name: self._waiting.get(name, []) for name in names}, names)
             self._waiting = {name: kept for name, kept in self._waiting.items() if name not in names}
-            views.define(con)
+            self.database.before_commit(views.define)
 
     def add_foreign_rows(self, source: str, keys: Sequence[Any], *, kind: str = "sft") -> list[str]:
         """Rows known only by somebody else's ids: no text. Returns their row ids, aligned to `keys`. Adding them again changes nothing."""
@@ -166,7 +166,7 @@ class Store(StoreResults):
             with self.database.write() as con:
                 # True where the views are about it: a run that is not whole yet changes nothing of them
                 if tables.ingest(con, paths):
-                    views.define(con)
+                    self.database.before_commit(views.define)
             self.shards.ingested(paths)
         return len(paths)
 
@@ -180,7 +180,7 @@ class Store(StoreResults):
                 tables.remember(con, record)
             tables.put(con, measured[0].measurement, values)
             recipes.outdate(con, [record.fingerprint for record in measured])
-            views.define(con)
+            self.database.before_commit(views.define)
 
     def write_import(
         self,
@@ -202,7 +202,7 @@ class Store(StoreResults):
             if staged is not None:
                 sources.ingest_foreign(con, staged, one.origin)
             numbered = imports.write(con, one, measured, values, said)
-            views.define(con)
+            self.database.before_commit(views.define)
         return numbered
 
     def forget_import(self, number: int, *, dry_run: bool = False) -> Forgotten:
@@ -216,7 +216,7 @@ class Store(StoreResults):
         try:
             with self.database.write() as con:
                 forgotten = replace(forgetting.forget(con, number), dry_run=dry_run)
-                views.define(con)
+                self.database.before_commit(views.define)
                 if dry_run:
                     raise Undone
         except Undone:
