@@ -42,10 +42,10 @@ def train(
         seed=seed,
     )
     trainer = SFTTrainer(
-        AutoModelForCausalLM.from_pretrained(model),
+        AutoModelForCausalLM.from_pretrained(model, trust_remote_code=False),
         args=settings,
         train_dataset=rows,
-        processing_class=AutoTokenizer.from_pretrained(model),
+        processing_class=AutoTokenizer.from_pretrained(model, trust_remote_code=False),
     )
     trainer.train()
 

@@ -10,6 +10,7 @@ import yaml
 from pydantic import ValidationError
 
 from curate.errors import UsageError, did_you_mean
+from curate.recipe.doors import without_login
 from curate.recipe.errors import explained, found, lines_of
 from curate.recipe.schema import Recipe
 from curate.recipe.yaml import as_written, is_text_wanted, overriding, read_yaml
@@ -23,6 +24,7 @@ class Loaded:
     """
 
     def __init__(self, recipe: Recipe, raw: dict[str, Any], path: Path | None, store: str | Path | None = None):
+        raw = without_login(raw)
         self.recipe, self.raw = recipe, raw
         self.name = path.stem if path else "recipe"
         self.folder = path.resolve().parent if path else Path.cwd()

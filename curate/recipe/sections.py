@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
+
+from curate.recipe.doors import address
 
 
 class Strict(BaseModel):
@@ -95,7 +97,9 @@ class Engine(Strict):
 class Server(Strict):
     """An OpenAI-compatible server, for `sampler: openai`."""
 
-    url: str | None = Field(None, description="where it answers, with /v1: http://localhost:8000/v1")
+    url: Annotated[str, AfterValidator(address)] | None = Field(
+        None, description="where it answers, with /v1: http://localhost:8000/v1"
+    )
     key_env: str = Field("OPENAI_API_KEY", description="the environment variable with its key")
     concurrency: int = Field(16, ge=1, description="requests under way at once")
     model: str | None = Field(None, description="the server's name of the model; its only one by default")

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
+
+from curate.recipe.doors import file_name
 
 DATA_FILES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".gz")
 OF_PAIRS = frozenset(("chosen", "rejected"))
@@ -39,6 +41,11 @@ class Source(BaseModel):
     @classmethod
     def path_alone(cls, value: Any) -> Any:
         return {"path": value} if isinstance(value, str | list) else value
+
+    @field_validator("split")
+    @classmethod
+    def split_names_a_file(cls, value: str) -> str:
+        return file_name(value)
 
     @property
     def inherited(self) -> frozenset[str]:

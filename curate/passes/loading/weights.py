@@ -155,7 +155,9 @@ def _same_shape(name: str, found: tuple[int, ...], wanted: tuple[int, ...], path
 def _copy_through_transformers(module: Any, folder: Path, path: str | Path) -> None:
     try:
         with quiet():
-            other, report = type(module).from_pretrained(str(folder), dtype=module.dtype, output_loading_info=True)
+            other, report = type(module).from_pretrained(
+                str(folder), dtype=module.dtype, output_loading_info=True, trust_remote_code=False
+            )
     except Exception as problem:
         raise ModelError(
             f"{path}: wanted weights of a {type(module).__name__}, found {describe_folder(folder)}.\n"

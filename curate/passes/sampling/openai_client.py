@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import threading
 from collections.abc import Coroutine
 from typing import Any
+from urllib.parse import unquote
 
 from curate.errors import EngineError, UsageError
 
 ASKED_TWICE = 1  # how often a question about the server is tried again
+LOGIN = re.compile(r"(?<=//)[^/?#]*@")  # user:password@, which is sent and never said
 PATIENCE = 60.0  # seconds that such a question may take
 
 NO_URL = "server.url: wanted the address of an OpenAI-compatible server, found none. `--set server.url=http://localhost:8000/v1`"
@@ -35,7 +38,10 @@ class Server:
     def __init__(self, settings: dict[str, Any]):
         if not settings.get("url"):
             raise UsageError(NO_URL)
-        self.url = str(settings["url"]).rstrip("/")
+        url = str(settings["url"]).rstrip("/")
+        found = LOGIN.search(url)
+        self.url = LOGIN.sub("", url, count=1)  # what is said and kept
+        self._login = getattr(settings["url"], "login", "") or (found[0] if found else "")
         self.key_env = str(settings.get("key_env") or "OPENAI_API_KEY")
         self.concurrency = int(settings.get("concurrency") or 16)
         self.timeout = float(settings.get("timeout") or 600)
@@ -55,7 +61,9 @@ class Server:
             self.attempts, self.waited = min(self.retries, ASKED_TWICE) + 1, min(self.timeout, PATIENCE)
         else:
             self.attempts, self.waited = self.retries + 1, self.timeout
-        return AsyncOpenAI(base_url=self.url, api_key=key, timeout=self.waited, max_retries=self.attempts - 1)
+        return AsyncOpenAI(
+            base_url=self._sent_to(self.url), api_key=key, timeout=self.waited, max_retries=self.attempts - 1
+        )
 
     async def models(self) -> dict[str, dict[str, Any]]:
         """name -> what the server says of each model; empty when it has no list. EngineError where it cannot be asked."""
@@ -84,7 +92,7 @@ class Server:
         import httpx
         import openai
 
-        address = self.url.removesuffix("/v1") + "/version"
+        address = self._sent_to(self.url.removesuffix("/v1") + "/version")
         async with self.client(questions=True) as client:
             try:
                 answer = await client.get(address, cast_to=httpx.Response)
@@ -93,12 +101,24 @@ class Server:
                 return None
         return str(found)
 
+    def _sent_to(self, url: str) -> str:
+        return url.replace("//", f"//{self._login}", 1)
+
+    def _without_secrets(self, text: str) -> str:
+        """What a server or the client library says, which may repeat the login or the key."""
+        login = self._login.removesuffix("@")
+        secrets = {self._login, login, login.partition(":")[2], unquote(login.partition(":")[2])}
+        for secret in sorted(secrets | {os.environ.get(self.key_env, "")}, key=len, reverse=True):
+            text = text.replace(secret, "…") if len(secret) > 3 else text
+        return text
+
     def explained(self, error: Exception) -> EngineError:
         """What the user can do about a client library's error."""
         import openai
 
         tried = f"after {self.attempts} attempts" if self.attempts > 1 else "at the first attempt"
-        text = error_text(error)[:400]
+        text = self._without_secrets(error_text(error))[:400]
+        cause = self._without_secrets(str(error.__cause__)) if error.__cause__ else text
         if isinstance(error, openai.APITimeoutError):
             return EngineError(
                 f"{self.url}: no answer within {self.waited:g} s {tried}. Raise `--set server.timeout=…`, or lower "
@@ -106,7 +126,7 @@ class Server:
             )
         if isinstance(error, openai.APIConnectionError):
             return EngineError(
-                f"{self.url}: no server reached {tried} ({error.__cause__ or text}). Check `server.url`, or start one: "
+                f"{self.url}: no server reached {tried} ({cause}). Check `server.url`, or start one: "
                 "`python -m vllm.entrypoints.openai.api_server --model MODEL`."
             )
         if isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError):

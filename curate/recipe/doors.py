@@ -1,0 +1,39 @@
+"""Values that are looked at as they come in, whatever they are used for later: names that become part of a file's, and addresses with a login."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+LOGIN = re.compile(r"(?<=//)[^/?#]*@")
+
+
+class Address(str):
+    """An address without the user and password that it came with; they are sent with every request, and written nowhere."""
+
+    login: str = ""
+
+
+def address(written: str) -> Address:
+    """https://user:password@host/v1 as https://host/v1, which knows its login."""
+    found = LOGIN.search(written)
+    result = Address(LOGIN.sub("", written, count=1))
+    result.login = getattr(written, "login", "") or (found[0] if found else "")
+    return result
+
+
+def without_login(raw: dict[str, Any]) -> dict[str, Any]:
+    """A recipe as it was written, with `server.url` as it is kept."""
+    server = raw.get("server")
+    if not isinstance(server, dict) or not isinstance(server.get("url"), str):
+        return raw
+    return {**raw, "server": {**server, "url": str(address(server["url"]))}}
+
+
+def file_name(name: str) -> str:
+    """A name that becomes part of a file's. Raises ValueError for one that would lead to another folder, or that no file can have."""
+    if not name.strip() or name.startswith(".") or len(name) > 100 or re.search(r"[/\\\x00-\x1f\x7f]", name):
+        raise ValueError(
+            "wanted a name, which becomes part of a file's: no slash, no dot in front, 1 to 100 characters"
+        )
+    return name
