@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections import defaultdict
 
 LONGEST = (
-    "test_anew",
-    "test_results",
     "test_sampling_line",
+    "test_select_sql",
+    "test_cpu_kernels",
+    "test_servers",
+    "test_anew",
+    "test_whole",
+    "test_recorder",
     "test_sample_vllm",
+    "test_schedule",
     "test_cli",
     "test_line",
-    "test_recorder",
-    "test_rounds",
+    "test_directions",
 )
 
 seconds: defaultdict[str, float] = defaultdict(float)
