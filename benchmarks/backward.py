@@ -3,7 +3,7 @@
     python benchmarks/backward.py            about eight minutes on one core
     python benchmarks/backward.py --quick    under three minutes
 
-Model: the random 57M-parameter Llama of benchmarks/forward.py. Pairs of random tokens with P prompt and C, R response tokens. Ours: ⟨g+,g+⟩, ⟨g+,g−⟩,
+Model: the random 58M-parameter Llama of benchmarks/forward.py. Pairs of random tokens with P prompt and C, R response tokens. Ours: ⟨g+,g+⟩, ⟨g+,g−⟩,
 ⟨g−,g−⟩ over all parameters, and both log-probabilities. Rivals:
 
     lean step     one DPO micro-step as lean as plain torch gets: both sequences in one batch, logits at the response only, gradients accumulated

@@ -3,7 +3,7 @@
     python benchmarks/forward.py            about a quarter of an hour on one core
     python benchmarks/forward.py --quick    four minutes; --only bf16 checkpoints: these parts alone
 
-Model: a random Llama of 57M parameters (d = 512, 8 layers, 32,000 tokens, untied), so that nothing has to be downloaded. Pairs of random
+Model: a random Llama of 58M parameters (d = 512, 8 layers, 32,000 tokens, untied), so that nothing has to be downloaded. Pairs of random
 tokens in three length mixes. Rivals:
 
     loop   one sequence at a time with output_hidden_states and full logits, as the CHES authors' script works: log-probs, hidden sums
