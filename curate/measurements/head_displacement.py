@@ -1,7 +1,7 @@
 """Residual CHES: the LM head's part of how a pair's two gradients meet.
 
     R± = onehot(y±) − π(·)   (T±, V)       H± the states that predict the response   (T±, d)
-    head_cc = ‖R+ᵀH+‖²   head_cr = ⟨R+ᵀH+, R−ᵀH−⟩      exactly the LM-head part of K++ and of K+− (docs: eNTK of a pair)
+    head_cc = ‖R+ᵀH+‖²   head_cr = ⟨R+ᵀH+, R−ᵀH−⟩      exactly the LM-head part of K++ and of K+− (entk.py)
 
 ∂ log π(y) / ∂W = RᵀH for logits z = W h. With a scale s and a soft-cap c the residual is multiplied by s(1 − (z/c)²), as the chain rule
 says; a bias adds its own part, ⟨Σ_t r, Σ_t r'⟩. CHES replaces every ⟨r, r'⟩ by 1.

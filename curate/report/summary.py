@@ -1,7 +1,7 @@
 """What a store says about whole datasets: `curate summary`.
 
 Summaries read dataset values as they were scored, calibrate τ of pre-memorization accuracy where held-out accuracies are known (imported
-as `test_accuracy`, or measured on the recipe's `heldout` rows), and tell which pairs a DPO run has flipped where log-probabilities of both
+as `test_accuracy`, or measured on the recipe's `heldout` rows), and tell which pairs a DPO run has flipped (flips.py) where log-probabilities of both
 responses are known at two of its checkpoints or more.
 """
 

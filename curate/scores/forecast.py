@@ -11,7 +11,7 @@ warm-up). Along another gradient than G, sign's diagonal weighs coordinates most
 unit of step: times η they are nats. First order: they rank, they are no calibrated change of a long run. β, warm-up and optimizer are the
 recipe's `forecast:`, the targets its `targets:`.
 
-Source: docs/scores.md, section 4; Pruthi et al. 2020, arXiv:2002.08484 (TracIn); Xia et al. 2024, arXiv:2402.04333 (LESS).
+Source: Pruthi et al. 2020, arXiv:2002.08484 (TracIn); Xia et al. 2024, arXiv:2402.04333 (LESS).
 """
 
 from __future__ import annotations

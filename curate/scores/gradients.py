@@ -8,7 +8,7 @@
     steps_to_flip = max(gap, 0)/(s‖g+ − g−‖²)             flip_cost = −ρ·max(gap, 0)          gap = logp− − logp+
 
 First order: a ranking of pairs, not a forecast of a long run's level. Plain gradient descent: AdamW's steps are another size.
-Source: Ren & Sutherland 2024, arXiv:2407.10490; docs/scores.md, section 4.
+Source: Ren & Sutherland 2024, arXiv:2407.10490.
 """
 
 from __future__ import annotations

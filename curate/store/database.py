@@ -1,4 +1,4 @@
-"""The DuckDB file of a store: opening it briefly, waiting for whoever has it, its schema and version.
+"""The DuckDB file of a store: opening it briefly, waiting for whoever has it, bringing it to the version of schema.py.
 
 DuckDB locks the file against every other process while a writer has it open, and readers block a writer. So everyone opens it for one
 short transaction, and waits with a message while another has it. Inside one process all use of one file goes through one lock.

@@ -1,4 +1,4 @@
-"""Measurements, scores and decisions as tables: one wide table a measurement (`m_<name>`), one a recipe's scores (`scores_<name>`).
+"""Measurements as tables: one wide table each (`m_<name>`). A recipe's scores and decisions are in recipes.py.
 
 A table is made when its first values arrive and widened when a column appears. All functions take a connection inside a transaction.
 """

@@ -1,1 +1,1 @@
-"""The line: run.py wires read -> plan -> measure -> score -> select -> export; runners/ has one file a pass."""
+"""The line: steps.py wires read -> plan -> measure -> score -> select -> publish -> export, run.py runs it; runners/ has one file a pass."""

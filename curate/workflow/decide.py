@@ -1,4 +1,4 @@
-"""Decisions from arrays: which rows are kept, and for every row why. The pure part of selecting (select.py asks the store for the arrays).
+"""Decisions from arrays: which rows are kept, and for every row why. The pure part of selecting (select_query.py asks the store for the arrays).
 
 exclude  →  where  →  drop_worst  →  order_by  →  keep (in every group of `per`)
 """

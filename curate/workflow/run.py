@@ -1,4 +1,4 @@
-"""The wiring of the steps: source → rows → plan → measure → store → score → select → export.
+"""A run of a recipe, all of it or some of its steps, noted in the store with how it ended. steps.py has the steps.
 
 result = curate.run("recipe.yaml", set={"select.keep.share": 0.5})
 result.selection, result.dataset, result.values

@@ -17,7 +17,7 @@
 A recipe's SQL sees the views of the recipe, as `curate sql STORE --recipe NAME` does: its training rows and its held-out rows. Only training
 rows are decided on (docs/selection.md).
 
-`curate.workflow.decide` is the pure part: arrays in, decisions out. `select` asks the store for the arrays.
+decide.py is the pure part: arrays in, decisions out. select_query.py asks the store for the arrays, spec.py reads the rules.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Audits of a training run: what its checkpoints say about the examples that no single loss curve shows. Imported when first used."""
+"""POLCA: what a training run's checkpoints say about the examples that no single loss curve shows. Imported when first used."""

@@ -9,7 +9,7 @@
                    there the plain loss' |second difference| is under half of its own largest
 
 Checkpoints are taken as they come, whatever steps lie between them.
-Source: Kangaslahti et al. 2025, arXiv:2506.15872; Campello et al. 2013 (HDBSCAN); docs/scores.md, section 7.
+Source: Kangaslahti et al. 2025, arXiv:2506.15872; Campello et al. 2013 (HDBSCAN).
 """
 
 from __future__ import annotations

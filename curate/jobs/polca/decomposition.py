@@ -7,7 +7,7 @@ B spans the deltas (passes/gradients/segments.py), so nothing is left out, and w
 composite Simpson over 5 equidistant nodes per segment, ends shared with its neighbours; a segment whose sum is off by more than the tolerance
 gets 9, 17, … nodes, and keeps those it has; Gauss–Legendre's could neither be shared nor kept.
 
-Source: Kangaslahti et al. 2025, arXiv:2506.15872 (there to second order in the step); docs/scores.md, section 7.
+Source: Kangaslahti et al. 2025, arXiv:2506.15872 (there to second order in the step).
 """
 
 from __future__ import annotations

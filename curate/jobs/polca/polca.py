@@ -3,7 +3,7 @@
     rows, checkpoints -> basis of the run's own weight deltas -> every row's change of loss along each direction -> clusters -> report
 
 Stopped and started again, finished segments are not run twice (measured.py: where they are kept).
-Source: Kangaslahti et al. 2025, arXiv:2506.15872; docs/scores.md, section 7.
+Source: Kangaslahti et al. 2025, arXiv:2506.15872.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@
 With ε such that rows move by some tenths of a nat, float32's rounding and the curvature are both small. ε is chosen on a sample of rows, against the
 exact product of their gradients with v, and the error there is said. The weights are put back bit by bit.
 
-Source: Pruthi et al. 2020, arXiv:2002.08484 (TracIn); docs/scores.md, section 4.
+Source: Pruthi et al. 2020, arXiv:2002.08484 (TracIn).
 """
 
 from __future__ import annotations

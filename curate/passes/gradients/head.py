@@ -5,7 +5,7 @@
 
 Logits are computed once and kept where tokens × vocabulary is small, otherwise twice; beyond that only a block is in memory. 1 − π comes from log π,
 so a memorised token's residual keeps its digits.
-Source: the chain rule; docs/scores.md, section 4.
+Source: the chain rule.
 """
 
 from __future__ import annotations

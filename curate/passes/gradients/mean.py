@@ -6,7 +6,7 @@
 
 What rows do along such a direction is passes/gradients/derivatives.py.
 
-Source: Rafailov et al. 2023, arXiv:2305.18290 (DPO's gradient); Xia et al. 2024, arXiv:2402.04333 (LESS: Adam's P); docs/scores.md, section 4.
+Source: Rafailov et al. 2023, arXiv:2305.18290 (DPO's gradient); Xia et al. 2024, arXiv:2402.04333 (LESS: Adam's P).
 """
 
 from __future__ import annotations

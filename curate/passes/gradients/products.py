@@ -10,7 +10,7 @@ products first·first, first·second, second·second. Two forms, the cheaper one
     the layer's matrix   BᵀA for blocks of outputs                   n·i·o
 
 Products are float32 or wider; sums beyond one tile or one line are float64.
-Source: Goodfellow 2015, arXiv:1510.01799 (the first form for one example); docs/scores.md, section 4.
+Source: Goodfellow 2015, arXiv:1510.01799 (the first form for one example).
 """
 
 from __future__ import annotations

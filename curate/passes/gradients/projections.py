@@ -9,7 +9,7 @@ from its inputs A and its outputs' gradients B, multiplied with all directions, 
 
 By forwards, for any architecture: [ℓ(θ + εb) − ℓ(θ − εb)]/2ε, two packed forward passes per direction (passes/gradients/derivatives.py).
 Measured for r = 9: 5 to 6 forward passes by gradients, 18 by forwards (benchmarks/projections.py).
-Source: docs/scores.md, section 7; the layers' gradients are those of passes/gradients/layer_rules.py.
+The layers' gradients are those of passes/gradients/layer_rules.py.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@
 
 Every delta lies in the span of B, so what is taken apart along B adds up again. Directions whose share of the path is rounding alone
 (λ below 1e-10 of the largest: a checkpoint given twice) are left out.
-Source: docs/scores.md, section 7; Kangaslahti et al. 2025, arXiv:2506.15872, takes Hessian eigenvectors in B's place.
+Source: Kangaslahti et al. 2025, arXiv:2506.15872, takes Hessian eigenvectors in B's place.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
 
 AdamW without weight decay, β = (0.9, 0.999), a constant rate. Batches go through the rows in an order that the seed fixes. It is no training run.
 
-Source: Xia et al. 2024, arXiv:2402.04333 (LESS' warm-up); docs/scores.md, section 4.
+Source: Xia et al. 2024, arXiv:2402.04333 (LESS' warm-up).
 """
 
 from __future__ import annotations

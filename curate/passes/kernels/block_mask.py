@@ -11,7 +11,7 @@ blocks, at least two, and the number of blocks is the one dynamic size: a kernel
 batch. Grouped key heads, soft-caps (score_mod) and sinks (from the log-sum-exp) are in the kernel.
 
 Why not torch.nn.attention.varlen: half precision only, no soft-caps, and every branch would need its own copy of the
-prefix's keys. What this kernel cannot serve runs through the loop of passes/kernels/attention.py, and says so.
+prefix's keys. What this kernel cannot serve runs through the loop of passes/kernels/attention_loop.py, and says so.
 
 Checked on the CPU against that loop, uncompiled; that one program serves all batches is checked up to the code
 generator (torch 2.13's for the CPU compiles it with static sizes, and rightly, but not with a dynamic one). It has never

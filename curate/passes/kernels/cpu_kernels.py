@@ -6,9 +6,8 @@
     rms_norm, rotate, silu_times    in one sweep; passes/kernels/cpu_sweeps.py puts them into models
 
 Without a C compiler (CC, cc, gcc or clang) or AVX2, and for whatever these do not serve, torch's own operators run: slower, the same numbers to
-rounding. `curate doctor` says which. Each kind of attention is compared with passes/kernels/attention.py's loop on the spot before its first use,
-norms,
-angles and gates with the model's own, the sums with torch's when they are loaded. CURATE_CPU_KERNELS=0 leaves them out.
+rounding. `curate doctor` says which. Each kind of attention is compared with the loop of passes/kernels/attention_loop.py on the spot before its
+first use, norms, angles and gates with the model's own, the sums with torch's when they are loaded. CURATE_CPU_KERNELS=0 leaves them out.
 """
 
 from __future__ import annotations
