@@ -21,7 +21,7 @@ from typing import Any
 from curate.errors import CurateError
 
 STOPPED = 128 + signal.SIGINT
-ONE = re.compile(r"(?<![\d.,])1 (row|pair|example|checkpoint|answer|recording|run|line|sample)s\b")
+ONE = re.compile(r"(?<![\d.,])1 ((?:bad )?row|pair|example|checkpoint|answer|recording|run|line|sample)s\b")
 
 
 def counted(text: str) -> str:

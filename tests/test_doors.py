@@ -45,6 +45,15 @@ def test_a_password_is_sent_and_not_kept(tmp_path):
         assert SECRET not in said and "no route to" in said
 
 
+@pytest.mark.parametrize("url", ["https://me:{}/x@h/v1", "http://me:{}#x@h/v1", "me:{}@h:8000/v1"])
+def test_a_password_that_does_not_come_off_is_refused_and_not_said(tmp_path, url):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"kind: sft\nsource: rows.jsonl\nserver: {{url: '{url.format(SECRET)}'}}\n")
+    with pytest.raises(UsageError, match="line 3: server.url: an @ is left in the address") as error:
+        load_recipe(recipe)
+    assert SECRET not in str(error.value)
+
+
 def test_a_key_that_a_server_echoes_is_not_said(monkeypatch):
     pytest.importorskip("openai")
     from curate.passes.sampling.openai_client import Server

@@ -341,6 +341,11 @@ def test_a_hedged_choice_is_none(text):
         "Answer: B, which beats A or C",
         "It's not A or C; B",
         "Answer: B. The answer is (B).",
+        "The answer is B, A and C are wrong.",
+        "The answer is B; A and C are wrong.",
+        "The answer is B; A, C, and D do not apply.",
+        "The answer is B; A, C, D don't fit",
+        "The answer is B, A and C being false",
     ],
 )
 def test_no_hedge_is_seen_where_none_is(text):
@@ -378,11 +383,13 @@ def test_what_gsm8k_takes_for_a_number(mark):
         ("number", "so it is 5x", "5", False),
         ("number", "5 of 6, or 0.5, is 3", "3", True),
         ("number", "It is 25 cm²", "25", True),
+        ("number", "Row 1\n2 7", "7", True),  # numbers of a table are no list
         ("number", "5 or 6", "5 or 6", False),  # a reference that cannot be read
         ({"regex": r"x = (\d+)"}, "x = 5 or x = 6", "6", False),
         ({"regex": r"x = (\d+)"}, "x = 5 or 6", "5", False),
         ({"regex": r"answer: (\w)"}, "answer: A or B", "A", False),
         ({"regex": r"answer: (\w)"}, "answer: A or so", "A", True),
+        ({"regex": r"answer: (\w)"}, "answer: A or a combination", "A", True),
     ],
 )
 def test_hedges_in_every_grader(spec, text, answer, right):
@@ -402,6 +409,22 @@ def test_hedges_in_mathematics(math_grader):
     assert math_grader.grade(r"\boxed{5 \text{ or } 6}", "6 or 5") and math_grader.grade(r"\boxed{5,6}", "6, 5")
     assert math_grader.grade(r"\boxed{5}. No, \boxed{6}", "6") and math_grader.grade(r"\boxed{2+2} = \boxed{4}", "4")
     assert math_grader.grade(r"\boxed{5}, so \boxed{5.0}", "5")
+
+
+@pytest.mark.parametrize(
+    "text, answer",
+    [
+        (r"\boxed{1;2}", "1;2"),
+        (r"\boxed{(1;2)}", "(1;2)"),
+        (r"\boxed{[1;2]}", "[1;2]"),
+        (r"\boxed{5 \text{ or } -5}", "5, -5"),
+        (r"\boxed{5 \text{ or } -5}", r"\{5,-5\}"),
+        (r"\boxed{x = 5 \text{ or } x = -5}", "x = 5 or x = -5"),
+        ("Answer: 2 or 3", "2, 3"),
+    ],
+)
+def test_several_values_are_no_hedge_where_the_reference_has_several(math_grader, text, answer):
+    assert math_grader.grade(text, answer)
 
 
 def test_choices_by_their_texts_and_beyond_the_options():

@@ -145,6 +145,29 @@ def test_a_rule_reads_the_store_alone(there, number, key):
 
 
 @pytest.mark.parametrize("key", ["where", "order_by", "per"])
+def test_two_expressions_are_no_rule(there, key):
+    _refused(there, key, "loss > 0, 1")
+
+
+def test_what_is_no_expression_is_shown_as_it_was_written(there):
+    spec = SelectSpec(where="loss <")
+    with pytest.raises(UsageError, match="^select.where: this is not one whole SQL expression: loss <$"):
+        check_select(there.store, spec, worst={}, planned=[], recipe="r")
+
+
+def test_a_table_function_in_a_columns_place_is_refused_as_such(there):
+    spec = SelectSpec(where="prompt < read_text('x')")
+    with pytest.raises(UsageError, match=r"read_text\(\) is no function of a store. SQL here reads the store alone"):
+        check_select(there.store, spec, worst={}, planned=[], recipe="r")
+
+
+def test_a_pivot_says_what_it_needs(there):
+    with pytest.raises(UsageError, match=r"PIVOT needs its values here: `ON topic IN"):
+        there.store.sql("PIVOT scored ON loss USING count(*)")
+    assert len(there.store.sql("PIVOT scored ON kind IN ('sft') USING count(*) GROUP BY kind")) == 1
+
+
+@pytest.mark.parametrize("key", ["where", "order_by", "per"])
 def test_a_rule_is_one_expression_of_columns(there, key):
     for rule in [*BREAKS_OUT, "loss > 0 AND sleep_ms(1) IS NULL", "getenv('HOME') = 'x' AND loss > 0"]:
         _refused(there, key, rule.format(**there.names))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 
+import numpy as np
 import pytest
 import yaml
 
@@ -160,3 +161,16 @@ def test_tables_fold_every_column_but_numbers():
         len(table([("x" * 50, "y" * 50)], head=("a", "b"), width=40, whole=True).splitlines()[2]) > 50
     )  # sql: a row is a line
     assert wrapped("  - " + "word " * 30, "  ", width=40).splitlines()[1].startswith("    word")
+
+
+def test_every_value_of_a_dataset_stands_under_a_heading_of_its_own():
+    """`Other values` are a user's, or imported."""
+    columns = {"accuracy": np.array([[0.0, 1.0]] * 4), "target_nll": np.array([[0.2, 0.1]] * 4)}
+    values = [
+        v
+        for one in DATASET_VALUES.values()
+        if set(one.needs) <= set(columns)
+        for v in one.compute(columns, steps=[0, 1])
+    ]
+    assert {value.name for value in values} >= {"fluent", "accuracy", "premem_accuracy"}
+    assert not [value.name for value in values if heading(value.name) == OTHER]

@@ -45,8 +45,7 @@ def make(folder, lines, held, more):
 
 
 def kept(store, recipe="r", sources=("a",), **spec):
-    with store.transaction():  # as a run does
-        found = select(store, SelectSpec(**spec), worst={"loss": "high"}, recipe=recipe, sources=sources)
+    found = select(store, SelectSpec(**spec), worst={"loss": "high"}, recipe=recipe, sources=sources)
     prompts = dict(store.sql("SELECT row_id, prompt FROM data.rows").rows())
     return "".join(sorted(prompts[r][-1] for r, k in zip(found.row_ids, found.kept, strict=True) if k)), found
 
@@ -357,8 +356,9 @@ def test_a_row_is_taken_from_the_training_files_of_its_recipe(tmp_path):
     ],
 )
 def test_a_mistake_in_a_runs_transaction_is_told_as_anywhere(tmp_path, spec, told):
-    with pytest.raises(UsageError, match=told):
-        kept(made(tmp_path, [{"word": "a"}, {"word": "b"}]), **spec)
+    store = made(tmp_path, [{"word": "a"}, {"word": "b"}])
+    with pytest.raises(UsageError, match=told), store.transaction():
+        kept(store, **spec)
 
 
 def test_a_comparison_with_what_surrounds_a_subquery(tmp_path):
@@ -444,3 +444,10 @@ def test_the_worst_of_numbers_that_are_text(tmp_path, values, cast, share):
 def test_text_that_only_looks_like_thousands_is_text(tmp_path):
     store = made(tmp_path, [{"rating": v} for v in ("1,2", "1,23", "12,34", "a,bcd")])
     assert kept(store, order_by="rating", keep={"rows": 1})[0] == "0"
+
+
+@pytest.mark.parametrize("rule", [{"where": "ches_ln < 1"}, {"drop_worst": {"ches_ln": 0.1}}, {"order_by": "ches_ln"}])
+def test_a_score_that_the_recipe_does_not_ask_for_is_said(tmp_path, rule):
+    store = made(tmp_path, [{}] * 3)
+    with pytest.raises(UsageError, match="the score 'ches_ln' is not among the recipe's `scores`; add it there"):
+        check_select(store, SelectSpec(**rule), worst={"loss": "high"}, planned=["loss"], recipe="r")

@@ -364,6 +364,14 @@ def test_no_store_there(tmp_path):
         Store(tmp_path)
 
 
+def test_a_database_that_is_cut_short_is_damaged(store):
+    file = store.folder / "curate.duckdb"
+    with file.open("r+b") as opened:
+        opened.truncate(file.stat().st_size // 2)
+    with pytest.raises(StoreError, match="is damaged .*Rename it and run the recipe again"):
+        Store(store.folder).sql("SELECT * FROM scored")
+
+
 def test_a_damaged_database_is_made_again_from_shards(store):
     scored_store(store)
     (store.folder / "curate.duckdb").rename(store.folder / "damaged")

@@ -17,6 +17,8 @@ from curate.data.labels import class_names
 if TYPE_CHECKING:
     import pyarrow as pa
 
+LISTS = ("list", "large_list", "fixed_size_list", "list_view", "large_list_view")
+
 
 def types_of(schema: pa.Schema, labels: Iterable[str] = ()) -> dict[str, str]:
     """column -> its type as text that `read_types` reads."""
@@ -55,7 +57,7 @@ def as_typed(value: Any, kind: pa.DataType) -> Any:
         return None
     if pa.types.is_struct(kind):
         return {field.name: as_typed(value.get(field.name), field.type) for field in kind}
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+    if any(getattr(pa.types, f"is_{name}")(kind) for name in LISTS):
         return [as_typed(item, kind.value_type) for item in value]
     if pa.types.is_timestamp(kind):
         return pa.scalar(value).cast(kind).value if kind.unit == "ns" else datetime.fromisoformat(value)

@@ -48,7 +48,7 @@ CLAUSE = re.compile(
 )  # where what was denied before is over
 DENIED_AFTER = re.compile(
     rf"{CLOSE}\s*,?\s*(?i:(?:is|was|are|would\s+be|seems|looks|can)\s*(?:also\s+)?(?:not\b|n['’]t|wrong|incorrect|false|out\b|impossible)|"
-    rf"isn['’]t|cannot|can['’]t|fails|is\s+ruled|[:,-]?\s*(?:no|wrong|incorrect|false)\b)"
+    rf"(?:do|does)\s*(?:not\b|n['’]t)|being\s+(?:wrong|incorrect|false|out)\b|isn['’]t|cannot|can['’]t|fails|is\s+ruled|[:,-]?\s*(?:no|wrong|incorrect|false)\b)"
 )
 # "the answer is a dog", "the answer I found": a small letter, or A or I, is an option only where no word follows it
 WORD_FOLLOWS = re.compile(
@@ -73,6 +73,8 @@ BESIDE_BEFORE = re.compile(
     rf"(?<![\w'’])(?P<other>[A-Za-z]){CLOSE}\s*(?i:,?\s*\b(?:and\s*/\s*or|{DOUBT}|and|(?:it\s+)?(?:could|might|may)\s+(?:also\s+)?be)\b|[/|&+])[\s,:]*(?i:\b{LINK}\b\s*)*(?i:option|choice|letter|answer)?\s*{OPEN}$"
 )
 COMMA_BEFORE = re.compile(rf"(?<![\w'’])(?P<other>[A-Za-z]){CLOSE}\s*,\s*{OPEN}$")
+# more letters of a list that one word denies: "A, B and C are wrong"
+LIST_GOES_ON = re.compile(rf"(?:\s*(?:,\s*(?i:and|or)\b|(?i:\band|\bor)\b|[,&/])\s*{OPEN}[A-Za-z](?![\w'’]){CLOSE})*")
 ONLY_LETTERS = re.compile(rf"(?:{OPEN}[A-Za-z](?![\w'’]){CLOSE}[\s.,;:]*)+")
 IS_MARK = re.compile(r"(?i)\W*(?:answer|boxed|####)")
 
@@ -144,7 +146,7 @@ class Choice:
             if (
                 after
                 and self._is_other(after[other], letter, text, after.end(other))
-                and not DENIED_AFTER.match(text, after.end(other))
+                and not self._dismissed(text, after.end(other))
             ):
                 return True
         head = text[max(0, start - 60) : start]
@@ -153,6 +155,11 @@ class Choice:
                 said = CLAUSE.split(head[: before.start()])[-1]
                 return not DENIED_BEFORE.search(said)
         return False
+
+    def _dismissed(self, text: str, end: int) -> bool:
+        """Whether another letter, or the list that begins with it, is denied right after: "A and C are wrong"."""
+        rest = LIST_GOES_ON.match(text, end)
+        return bool(DENIED_AFTER.match(text, end) or (rest and DENIED_AFTER.match(text, rest.end())))
 
     def _is_other(self, other: str, letter: str, text: str, end: int) -> bool:
         """Whether a letter is another option, and no word ("a", "I")."""

@@ -26,7 +26,7 @@ BETWEEN = re.compile(  # what stands between two values of which one is meant
 LISTED = re.compile(  # what stands between the values of a list
     r"[^\d,.;:!?|/&()\n=<>*+^]*?(?:\s+and\s+|\s*[;|&/]\s*|,\s*|\s+to\s+|\s*[-–]\s*)[-+($€£\s]*|[\s$€£]+", re.IGNORECASE
 )
-AND = re.compile(r"\s*(?:\band\b|[,;|&])\s*[$€£]*|\s+[$€£]*", re.IGNORECASE)
+AND = re.compile(r"\s*(?:\band\b|[,;|&])\s*[$€£]*", re.IGNORECASE)
 MARKED = re.compile(r"^.*?\banswer\s*(?:is)?\s*[:=]?\s*(?:between\s+)?", re.IGNORECASE)
 GIVES_WAY = re.compile(
     r"\b(?:because|since|as|so|not|instead|rather|which|where|when|after|than|if|for|of|in)\b", re.IGNORECASE
@@ -34,7 +34,7 @@ GIVES_WAY = re.compile(
 
 
 OTHER_LETTER = re.compile(
-    rf"\w\W{{0,4}}?\s*(?:\b{DOUBT}\b|/|\band\s*/\s*or\b)[\s,]*(?:\b{LINK}\b\s*)*\W{{0,3}}[A-Za-z](?!\w)", re.I
+    rf"\w\W{{0,4}}?\s*(?:\b{DOUBT}\b|/|\band\s*/\s*or\b)[\s,]*(?:\b{LINK}\b\s*)*\W{{0,3}}(?-i:[A-Z])(?!\w)", re.I
 )
 
 

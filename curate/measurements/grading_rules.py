@@ -81,13 +81,19 @@ def _math(timeout: float = 5.0) -> Grader:
         wanted = answer.strip() if inside is None else inside
         if inside is None and (HASHES.search(answer) or ANSWER_MARK.search(answer)):
             wanted = math_answer(answer) or wanted
-        if (hedged(found, lists=False) or ONE_OF.fullmatch(found)) and not hedged(wanted, lists=False):
+        if (hedged(found, lists=False) or ONE_OF.fullmatch(found)) and _is_one(wanted):
             return False
         return same_answer(found.strip("$ "), wanted.strip("$ ")) or equality(wanted, found)
 
     made = f"3+math-verify-{version()}"
     settings = {"timeout": float(timeout)}
     return Grader("math", made, settings, math_answer, same, close=equality.close, shown="\\boxed{{}}")
+
+
+def _is_one(wanted: str) -> bool:
+    """Whether a reference is one value, 5 or x = 5: of a set, a tuple or an interval the values are no hedge."""
+    value = whole_value(wanted.rpartition("=")[2]) if wanted.count("=") <= 1 else None
+    return value is not None and not value.kind
 
 
 def _choice(letters: str = "ABCD") -> Grader:

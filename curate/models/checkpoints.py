@@ -171,7 +171,9 @@ def _read(
         kind = type(broken[0])
         every = "every checkpoint is broken" if kind is BrokenCheckpoint else "no checkpoint holds a model's weights"
         first = f"{every} ({len(broken)}). The first: " if len(broken) > 1 or skip else ""
-        raise kind(f"models.checkpoints: {first}{broken[0]}")
+        raise kind(
+            f"models.checkpoints: {first}{broken[0]}\n  Wait until the trainer has written one, or name others in models.checkpoints."
+        )
     if broken and skip is None:
         raise type(broken[0])(
             f"{broken[0]}\n  `--set models.on_broken_checkpoint=skip` leaves such checkpoints out "

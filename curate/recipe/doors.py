@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-LOGIN = re.compile(r"(?<=//)[^/?#]*@")
+LOGIN = re.compile(r"^(\w[\w+.-]*://)([^/?#]*@)")
 
 
 class Address(str):
@@ -15,10 +15,14 @@ class Address(str):
 
 
 def address(written: str) -> Address:
-    """https://user:password@host/v1 as https://host/v1, which knows its login."""
+    """https://user:password@host/v1 as https://host/v1, which knows its login. ValueError where a login may be left in it."""
     found = LOGIN.search(written)
-    result = Address(LOGIN.sub("", written, count=1))
-    result.login = getattr(written, "login", "") or (found[0] if found else "")
+    result = Address(LOGIN.sub(r"\1", written))
+    if "@" in result:  # the address itself is not said: it may hold a password
+        raise ValueError(
+            "an @ is left in the address. Write https://user:password@host/v1, with / # ? @ of a password as %2F %23 %3F %40"
+        )
+    result.login = getattr(written, "login", "") or (found[2] if found else "")
     return result
 
 
@@ -27,7 +31,11 @@ def without_login(raw: dict[str, Any]) -> dict[str, Any]:
     server = raw.get("server")
     if not isinstance(server, dict) or not isinstance(server.get("url"), str):
         return raw
-    return {**raw, "server": {**server, "url": str(address(server["url"]))}}
+    try:
+        kept = str(address(server["url"]))
+    except ValueError:  # which the recipe's own check says
+        kept = "?"
+    return {**raw, "server": {**server, "url": kept}}
 
 
 def file_name(name: str) -> str:

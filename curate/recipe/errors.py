@@ -62,7 +62,8 @@ def _line(
         return f"{where}: {key!r} is missing."
     texts = list(dict.fromkeys(_said(item) for item in items))
     text = " or ".join([texts[0], *(t.removeprefix("input should be ") for t in texts[1:])])
-    value = first["input"] if not isinstance(first["input"], dict | list) else None
+    hidden = isinstance(first["input"], dict | list) or path == ("server", "url")  # an address may hold a password
+    value = None if hidden else first["input"]
     shown = f"; found {found(value)}" if value is not None else ""
     return f"{where}: {key + ': ' if key else ''}{text}{shown}."
 

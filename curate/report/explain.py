@@ -81,8 +81,11 @@ def explain_row(store: Store, row: str, selection: str | None = None, *, every_a
     decision, name, recipe = _decision(store, row_id, selection)
     frame = store.sql("SELECT * FROM scored WHERE row_id = ?", [row_id], recipe=recipe)
     if frame.is_empty():
+        deciding = store.sql("SELECT DISTINCT selection FROM selections WHERE row_id = ? ORDER BY 1", [row_id])
+        others = ", ".join(f"--selection {name}" for name in deciding["selection"])
         raise UsageError(
-            f"{store.folder}: row {row_id} is not among the rows of recipe {recipe!r}. Name another selection with --selection."
+            f"{store.folder}: row {row_id} is not among the rows of recipe {recipe!r}; "
+            + (f"it is decided on in: {others}." if others else "no selection decided on it.")
         )
     line = frame.to_dicts()[0]
     requests = _requests(store, recipe)

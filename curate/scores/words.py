@@ -91,12 +91,13 @@ VALUES = (
     ("Pairs with signs that training may push the chosen response down (one, two or more)", ("squeezing_prone",)),
     ("What the policy has turned round, against the reference", ("flips_", "flipped_")),
     ("Answered right before it was memorised (threshold: where that begins)", ("premem",)),
+    ("Rows whose given answer was likely from the start", ("fluent",)),
     ("The data map: shares of hard, ambiguous and easy rows, and how sure the model is", ("map_",)),
     ("Answers that are right, of those sampled or tested", ("accuracy", "test_accuracy")),
     ("How unlikely the model finds the given answers (nats a token)", ("target_nll",)),
     ("Rows in every phase of learning", ("phase_",)),
 )
-OTHER = "Other values, as they were imported"
+OTHER = "Other values"
 
 
 def heading(name: str) -> str:

@@ -19,6 +19,7 @@ from curate.store.sql import Connection
 from curate.store.syntax import Node
 
 READ_ONLY = "a store is only read through SQL: use SELECT. What a store keeps is written by curate's own commands."
+PIVOT = "PIVOT needs its values here: `ON topic IN ('maths', 'code')`."
 STORE_ALONE = "SQL here reads the store alone: no files, no addresses, no settings."
 ONE = "expected one SQL expression, whose brackets and quotes end inside it."
 QUERIES = {"SELECT_NODE", "SET_OPERATION_NODE", "RECURSIVE_CTE_NODE", "CTE_NODE"}
@@ -56,10 +57,10 @@ def check_query(con: Connection, text: str) -> None:
         if statement.type == duckdb.StatementType.EXPLAIN:
             query = re.sub(r"(?is)^\s*explain\s+(analyze\s+)?(\([^()]*\)\s*)?", "", query)
         elif statement.type != duckdb.StatementType.SELECT:
-            raise UsageError(READ_ONLY)
+            raise UsageError(PIVOT if re.search(r"(?i)\bpivot\b", query) else READ_ONLY)
         tree = syntax.parse(con, query)
         if tree is None:
-            raise UsageError(READ_ONLY)
+            raise UsageError(PIVOT if re.search(r"(?i)\bpivot\b", query) else READ_ONLY)
         for problem in _problems(tree):
             raise UsageError(problem)
 
@@ -73,7 +74,7 @@ def check_rule(con: Connection, tree: Node, key: str, columns: list[str]) -> Non
         and (top.get("from_table") or {}).get("table_name") == "scored"
         and not any(top.get(part) for part in ("where_clause", "group_expressions", "having", "qualify", "modifiers"))
     )
-    if not alone:
+    if not alone or top["select_list"][0].get("function_name") == "row":  # "a, b" in brackets is a row
         raise UsageError(f"{key}: {ONE}")
     for problem in _problems(tree):
         raise UsageError(f"{key}: {problem}")
@@ -91,6 +92,9 @@ def refused(error: duckdb.Error) -> UsageError | None:
     """What the engine refused, in the user's words; None for any other error."""
     if isinstance(error, duckdb.PermissionException) or "configuration has been locked" in str(error):
         return UsageError(STORE_ALONE)
+    called = re.search(r'Function "(\w+)" is a table function', str(error))
+    if called and called[1].lower() not in TABLE_FUNCTIONS:
+        return UsageError(f"{called[1]}() is no function of a store. {STORE_ALONE}")
     return UsageError(READ_ONLY) if "read-only mode" in str(error) else None
 
 

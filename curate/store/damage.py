@@ -32,6 +32,7 @@ def explain(error: duckdb.Error, path: Path) -> Exception:
     if (
         "corrupt" in text.lower()
         or "not a valid duckdb" in text.lower()
+        or "could not read enough bytes" in text.lower()  # cut short
         or isinstance(error, duckdb.SerializationException)
     ):
         return StoreError(

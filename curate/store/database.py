@@ -45,7 +45,7 @@ def kept_open(on: bool = True) -> Iterator[None]:
     """The databases that this thread reads inside stay open until it writes, or the block ends. on=False: inside such a block, for what takes long
     without the database, such as running a model.
     """
-    before = getattr(_held, "reading", None)
+    before = _kept()
     if before and not on:
         let_go()
     if not on:
@@ -64,14 +64,21 @@ def let_go() -> None:
     """Close what `kept_open` has open, for now: others may write, until this thread reads again."""
     kept = _kept() or {}
     while kept:
-        kept.popitem()[1][0].close()
+        kept.popitem()[1].opening.close()
 
 
-def _kept() -> dict[str, tuple[ExitStack, Connection]] | None:
-    """path of a database -> what closes it, and a connection to it, open for reading. None outside `kept_open`, and in a forked child."""
+class _Opened:
+    """A database that is open for reading: what closes it, a connection to it, and how many of this thread's reads are under way."""
+
+    def __init__(self, opening: ExitStack, con: Connection):
+        self.opening, self.con, self.readers = opening, con, 0
+
+
+def _kept() -> dict[str, _Opened] | None:
+    """path of a database -> how it is open for reading. None outside `kept_open`, and in a forked child."""
     if getattr(_held, "process", None) != os.getpid():
         _held.process, _held.reading = os.getpid(), None
-    reading: dict[str, tuple[ExitStack, Connection]] | None = getattr(_held, "reading", None)
+    reading: dict[str, _Opened] | None = getattr(_held, "reading", None)
     return reading
 
 
@@ -138,14 +145,21 @@ class Database:
             return
         if self._name not in kept:
             opening = ExitStack()
-            kept[self._name] = opening, opening.enter_context(self._open(read_only=True))
+            kept[self._name] = _Opened(opening, opening.enter_context(self._open(read_only=True)))
+        opened = kept[self._name]
+        opened.readers += 1
         try:
-            with explained(self.path), closing(kept[self._name][1].cursor()) as con:
+            with explained(self.path), closing(opened.con.cursor()) as con:
                 con.execute("USE curate")
                 yield con
         except BaseException:
-            let_go()  # whatever went wrong, it is not the next one's
+            if kept.get(self._name) is opened:  # whatever went wrong, it is not the next one's
+                del kept[self._name]
             raise
+        finally:
+            opened.readers -= 1
+            if not opened.readers and kept.get(self._name) is not opened:
+                opened.opening.close()
 
     @contextmanager
     def write(self) -> Iterator[Connection]:
@@ -160,7 +174,9 @@ class Database:
 
     def before_commit(self, work: Callable[[Connection], object]) -> None:
         """Inside `write` or `transaction`: do this once, as the transaction's last step, however often it is asked for."""
-        works = _waiting().setdefault(self._name, [])
+        works = _waiting().get(self._name)
+        if works is None:
+            raise RuntimeError("before_commit outside a transaction")
         if work not in works:
             works.append(work)
 
@@ -172,6 +188,12 @@ class Database:
     def _commit(self, con: Connection) -> None:
         for work in _waiting().pop(self._name, []):
             work(con)
+        try:
+            con.execute("SELECT 1")
+        except duckdb.Error:  # somebody caught the error that has ended the transaction: COMMIT would say nothing of it
+            raise StoreError(
+                f"{self.path}: an SQL error has ended this transaction, so nothing of it is written."
+            ) from None
         con.execute("COMMIT")
 
     @contextmanager
@@ -198,6 +220,7 @@ class Database:
         with self._open(read_only=False) as con:
             self._check_version(con)
             con.execute("BEGIN")
+            _waiting()[self._name] = []
             try:
                 yield con
             except BaseException:
@@ -210,6 +233,8 @@ class Database:
 
     def open_once(self) -> None:
         """Check that the file is a store of this version; bring an older one to it where that is known how, one transaction a step."""
+        if self._under_way() is not None:
+            return
         with self._reading() as con:
             version = self._version(con)
             steps = range(version, SCHEMA_VERSION)

@@ -185,7 +185,7 @@ def explain(con: Connection, error: duckdb.Error) -> UsageError | None:
     if (problem := allowed.refused(error)) is not None:
         return problem
     column = re.search(
-        r'Referenced column "([^"]+)"|does not have a column named "([^"]+)"|column named "([^"]+)"', text
+        r'Referenced (?:column|table) "([^"]+)"|does not have a column named "([^"]+)"|column named "([^"]+)"', text
     )
     if isinstance(error, duckdb.BinderException) and column:
         name = next(g for g in column.groups() if g)

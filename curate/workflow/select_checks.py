@@ -6,7 +6,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from curate.errors import UsageError, did_you_mean, nearest
+from curate.errors import UsageError, did_you_mean
+from curate.scores import SCORES
 from curate.store.expressions import check_expression, order_keys
 from curate.store.sql import quote
 from curate.workflow.spec import SelectSpec, check_groups
@@ -40,17 +41,24 @@ def check_select(
         try:
             store.sql(f"SELECT (\n{meant}\n){cast} FROM {frame.text} LIMIT 0", recipe=recipe)
         except UsageError as error:
-            raise UsageError(f"{key}: {_with_nearest(str(error), frame.columns)}") from None
+            raise UsageError(f"{key}: {_in_words(str(error), expression, frame.columns)}") from None
     _check_groups_ahead(store, spec, frame, planned, recipe)
     check_random(spec, frame)
     return frame
 
 
-def _with_nearest(message: str, columns: Sequence[str]) -> str:
-    """A message about a column that is not there names the nearest that is, or will be."""
-    missing = re.match(r"no column '([^']+)'", message)
-    near = nearest(missing[1], columns) if missing else None
-    return f"no column {missing[1]!r}; did you mean {near!r}?" if missing and near else message
+def _in_words(message: str, expression: str, columns: Sequence[str]) -> str:
+    """A message about a column that is not there names the nearest that is, or will be; one about SQL shows the user's, not what was made of it."""
+    if missing := re.match(r"no column '([^']+)'", message):
+        return _not_there(missing[1]) or f"no column {missing[1]!r}" + did_you_mean(
+            missing[1], columns, message[missing.end() :], before="; "
+        )
+    return f"this is not one whole SQL expression: {expression}" if message.startswith("Parser Error") else message
+
+
+def _not_there(name: str) -> str:
+    """What to do for a score of curate's that the recipe does not ask for; "" for any other name."""
+    return f"the score {name!r} is not among the recipe's `scores`; add it there." if name in SCORES else ""
 
 
 def _check_groups_ahead(
@@ -82,6 +90,8 @@ def check_worst(name: str, worst: Mapping[str, str], available: Sequence[str]) -
     if name not in worst:
         if name in available:
             raise UsageError(f"select.drop_worst: which end of {name!r} is bad? It is no score, so say it: {say}.")
+        if told := _not_there(name):
+            raise UsageError(f"select.drop_worst: {told}")
         hint = did_you_mean(name, [*worst, *available], f"this recipe has {', '.join(worst) or 'none'}.", cutoff=0.5)
         raise UsageError(f"select.drop_worst: {name!r} is not a score of this recipe; {hint}")
     if worst[name] not in ("high", "low"):

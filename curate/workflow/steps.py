@@ -100,7 +100,8 @@ class Steps:
         self._say(check_references(self.loaded, self.store, plan))
         rows = sum(step.missing for step in graded)
         self.progress.say(f"The kept answers of {rows:,} rows are graded as the recipe says now; no model is asked.")
-        self._measure(plan)
+        with kept_open(False):  # graders may be slow
+            self._measure(plan)
 
     def _measure(self, plan: Plan) -> None:
         from curate.workflow.measure import measure

@@ -157,6 +157,7 @@ def test_types_of_a_typed_source_come_back(recipe, tmp_path):
         "day": pa.array([zoned.date()] * 3, pa.date32()),
         "small": pa.array([1, 2, None], pa.int16()),
         "seen": pa.array([[zoned], [], None], pa.list_(pa.timestamp("us", tz="UTC"))),
+        "view": pa.array([[zoned.date()], [], None], pa.list_(pa.date32())),
         "meta": pa.array([{"n": 1, "on": zoned.date()}] * 3, pa.struct([("n", pa.int8()), ("on", pa.date32())])),
     }
     texts = {name: [r[name] for r in pairs(3)] for name in ("prompt", "chosen", "rejected")}

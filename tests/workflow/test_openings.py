@@ -6,12 +6,15 @@ import json
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 
+import duckdb
 import pytest
 import yaml
 
 import curate
+from curate.errors import StoreError
 from curate.store import database
 from curate.store.database import kept_open, let_go
 from tests.tiny_models import make_llama
@@ -110,3 +113,52 @@ def written_by_another_process(store) -> bool:
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(curate.__file__).parents[1]
     )
     return done.returncode == 0
+
+
+def test_a_new_thread_keeps_it_open_too(tmp_path, opened):
+    """As a command's first block does: nothing was read in it before."""
+    curate.Store(tmp_path / "s", create=True)
+    opened.clear()
+
+    def reads():
+        with kept_open():
+            store = curate.Store(tmp_path / "s")
+            for _ in range(5):
+                store.sources()
+
+    thread = threading.Thread(target=reads)
+    thread.start()
+    thread.join()
+    assert opened == [True]
+
+
+def test_a_read_that_fails_inside_another_leaves_that_one_open(tmp_path):
+    store = curate.Store(tmp_path / "s", create=True)
+    with kept_open(), store.database.read() as outer:
+        with pytest.raises(Exception, match="nothing_like_it"), store.database.read() as inner:
+            inner.execute("SELECT nothing_like_it")
+        assert outer.execute("SELECT 1").fetchone() == (1,)
+        assert store.sources() == []
+
+
+def test_a_transaction_that_an_error_has_ended_is_not_committed_silently(tmp_path):
+    """DuckDB's COMMIT says nothing then, and all that was written before is gone."""
+    store = curate.Store(tmp_path / "s", create=True)
+    with pytest.raises(StoreError), store.transaction(), store.database.write() as con:
+        con.execute("INSERT INTO data.meta VALUES ('a', '1')")
+        with suppress(duckdb.Error):
+            con.execute("INSERT INTO data.meta VALUES ('a', '2')")
+    with store.database.read() as con:
+        assert con.execute("SELECT count(*) FROM data.meta WHERE key = 'a'").fetchone() == (0,)
+
+
+def test_work_before_a_commit_belongs_to_a_transaction(tmp_path):
+    store = curate.Store(tmp_path / "s", create=True)
+    done = []
+    with pytest.raises(RuntimeError, match="outside a transaction"):
+        store.database.before_commit(done.append)
+    with store.transaction():
+        store.database.before_commit(done.append)
+        store.database.before_commit(done.append)
+        assert curate.Store(tmp_path / "s").sources() == [] and not done  # the same store, once more
+    assert len(done) == 1 and not store.database.is_unfinished
