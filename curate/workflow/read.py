@@ -166,7 +166,7 @@ def _read_source(
             store.note_source(name, role, prints[name], said)
             good += found.records
             again = f", {found.duplicates:,} of them occur more than once (measured once)" if found.duplicates else ""
-            bad = f", {found.bad:,} bad rows left out (`curate validate` names them)" if found.bad else ""
+            bad = f", bad rows left out: {found.bad:,} (`curate validate` names them)" if found.bad else ""
             progress.say(f"{name}: {found.records:,} rows, {found.new_rows:,} new to the store{again}{bad}")
     if not good:
         list(
@@ -193,7 +193,7 @@ def noted(store: Store, role: Role, prints: Mapping[str, str], *, counts: bool =
         lines |= dict.fromkeys(found.get("lines", ()))
         notes.seen.update(found.get("traits", {}))
         bad, column = bad + found.get("bad", 0), column or found.get("prompt", "")
-    left_out = [f"{bad:,} bad rows were left out (`curate validate` names them)."] if bad and counts else []
+    left_out = [f"Bad rows left out: {bad:,} (`curate validate` names them)."] if bad and counts else []
     return [*left_out, *lines, *notes.left_out(column)]
 
 

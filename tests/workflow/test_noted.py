@@ -23,7 +23,7 @@ def test_notes_about_a_source_are_said_every_time(recipe, tmp_path, capsys):
         "rows have something in `context`",
         "Column `prompt` is called `source_prompt` here",
         "with the whole prompt",
-        "1 bad rows",
+        "ad rows left out: 1 (`curate validate` names them)",
     )
     for step in ("plan", "run", "plan", "run", "score"):
         if step == "plan":
