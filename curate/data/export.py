@@ -12,30 +12,21 @@ Written beside `to` and exchanged with it in one step, so that a kill leaves the
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
 from curate.data.arrow_types import read_types
 from curate.data.card import Card, write_card
-from curate.data.exported import (
-    SIDE,
-    TAKEN,
-    ExportRow,
-    Plan,
-    Weights,
-    asked_columns,
-    both_responses,
-    own_columns,
-    renamed,
-    resampled,
-)
+from curate.data.exported import SIDE, TAKEN, ExportRow
 from curate.data.hub import first_line
+from curate.data.parts import Part, Parts, resampled
 from curate.data.replace import MARK, carry_over, check_target, replace_folder
-from curate.data.spool import Spool, write_parquet
+from curate.data.spooled import spooled
 from curate.data.trainer import FILE, TrainedAs, write_trainer_args
+from curate.data.written import write_dataset, write_parquet
 from curate.errors import CurateError, UsageError, ValidationError, disk_trouble
 
 ExportFormat = Literal["trl", "prompt_completion", "messages", "extend"]
@@ -85,28 +76,57 @@ def export(
     Memory is bounded. Errors: ValidationError (no rows, text beside messages, missing completions, weights that cannot be used),
     UsageError (`to` is a source, or a folder that is no export).
     """
-    target = check_target(Path(to), sources)
-    if format not in (known := get_args(ExportFormat)):
+    known = get_args(ExportFormat)
+    if format not in known:
+        check_target(Path(to), sources)
         raise UsageError(f"export.format: '{format}' is none of {', '.join(known)}.")
+
+    def fill(work: Path) -> AbstractContextManager[Parts]:
+        return spooled(
+            work, iter(records), iter(dropped), format, read_types(types or {}), needs_weights=resample is not None
+        )
+
+    return export_parts(
+        to,
+        fill,
+        split=split,
+        card=card,
+        sources=sources,
+        resample=resample,
+        seed=seed,
+        push_to_hub=push_to_hub,
+        trainer=trainer,
+    )
+
+
+def export_parts(
+    to: str | Path,
+    fill: Callable[[Path], AbstractContextManager[Parts]],
+    *,
+    split: str = "train",
+    card: Card | None = None,
+    sources: Iterable[str | Path | None] = (),
+    resample: int | None = None,
+    seed: int = 0,
+    push_to_hub: str | None = None,
+    trainer: TrainedAs | None = None,
+    mark: str = "",
+) -> ExportResult:
+    """As `export`, of rows that are tables already. fill: what is written, from a folder for what it needs meanwhile.
+    mark: what the export was made of, in the file that marks it as one.
+    """
+    target = check_target(Path(to), sources)
     staging = target.with_name(f".{target.name}.new")
     shutil.rmtree(staging, ignore_errors=True)
     try:
         (staging / "work").mkdir(parents=True)
         with ExitStack() as stack:
             stack.callback(shutil.rmtree, staging, True)
-            result = write_export(
-                staging,
-                target,
-                iter(records),
-                iter(dropped),
-                format,
-                split,
-                card or Card(),
-                resample,
-                seed,
-                trainer,
-                types,
-            )
+            existing = old_card(target / "README.md")
+            with fill(staging / "work") as parts:
+                result = write_export(
+                    staging, target, parts, split, card or Card(), existing, resample, seed, trainer, mark
+                )
             replace_folder(staging, target)
     except Exception as error:  # `datasets` has errors of its own for a full disk
         if not isinstance(error, OSError) and (isinstance(error, CurateError) or disk_trouble(error) is None):
@@ -123,41 +143,22 @@ def export(
 def write_export(
     staging: Path,
     target: Path,
-    records: Iterator[ExportRow],
-    dropped: Iterator[ExportRow],
-    format: str,
+    parts: Parts,
     split: str,
     card: Card,
+    existing: str | None,
     resample: int | None,
     seed: int,
     trainer: TrainedAs | None,
-    types: Mapping[str, str] | None = None,
+    mark: str,
 ) -> ExportResult:
     """Writes the export into `staging`: rows, dropped rows, trainer's settings, card, and what else was in `target`."""
-    if format == "extend":
-        records, format = both_responses(records), "prompt_completion"
-    existing = old_card(target / "README.md")
-    first = next(records, None)
-    if first is None:
-        raise ValidationError(
-            "nothing to export: the selection kept no row. Loosen `select`; `curate explain` says why a row was dropped."
-        )
-    plan = Plan.of(first, format)
-    work = staging / "work"
-    typed = read_types(types or {})
-    with (
-        Spool(work / "kept", plan.schema(False), typed) as kept,
-        Spool(work / "dropped", plan.schema(True), typed) as left,
-    ):
-        weights = fill(kept, left, plan, with_first(first, records), dropped)
-        weights.check(needed=resample is not None)
-        rows, schema = kept.rows(), kept.schema()
-        if resample is not None:
-            rows = resampled(rows, kept.n_rows, resample, weights.total, seed)
-        parquet = staging / "data" / f"{split}-00000.parquet"
-        n_rows = write_parquet(rows, schema, parquet)
-        write_parquet(left.rows(), left.schema(), staging / "dropped" / "dropped-00000.parquet")
-        save_to_disk(parquet, staging, split)
+    kept, left, layout = parts.kept, parts.dropped, parts.layout
+    rows, schema = kept.tables(), kept.schema()
+    if resample is not None:
+        rows = resampled(rows, kept.n_rows, resample, parts.total, seed)
+    n_rows = write_dataset(rows, schema, staging, split)
+    write_parquet(left.tables(), left.schema(), staging / "dropped" / "dropped-00000.parquet")
     other = {
         name: new for name, new in {**left.called, **kept.called}.items() if name in kept.called or name in left.own
     }
@@ -167,10 +168,10 @@ def write_export(
         drawn = f"{n_rows:,} rows were drawn from {kept.n_rows:,} in proportion to `weight` (seed {seed})"
         notes.append(f"{drawn}; do not weight them again.")
     if trainer is not None:
-        notes += write_trainer_args(staging, trainer, plan.layout)
-    shutil.rmtree(work)
-    (staging / MARK).write_text("An export of curate: the next export to this folder replaces it.\n")
-    n_dropped, kind, layout = left.n_rows, plan.kind.kind, plan.layout
+        notes += write_trainer_args(staging, trainer, layout)
+    shutil.rmtree(staging / "work")
+    (staging / MARK).write_text(f"An export of curate: the next export to this folder replaces it.\n{mark}")
+    n_dropped, kind = left.n_rows, parts.kind
     write_card(
         staging / "README.md", card, existing=existing, split=split, n_rows=n_rows, n_dropped=n_dropped, kind=kind, layout=layout,
         notes=notes,
@@ -179,34 +180,21 @@ def write_export(
     return ExportResult(target, n_rows, n_dropped, layout, tuple(schema.names), other, tuple(notes), tuple(warnings))
 
 
-def fill(kept: Spool, left: Spool, plan: Plan, records: Iterator[ExportRow], dropped: Iterator[ExportRow]) -> Weights:
-    """Reads all rows, the kept ones and the dropped ones, and settles what the user's own columns are called. Returns the weights of the kept."""
-    weights = Weights()
-    for record in records:
-        weights.add(record)
-        kept.add(plan.kept(record) | asked_columns(record), own_columns(record))
-    for record in dropped:
-        left.add(plan.dropped(record) | asked_columns(record) | {"reason": record.reason}, own_columns(record))
-    own, ours = {**kept.own, **left.own}, (kept.ours | left.ours) - {"reason"}
-    kept.called, left.called = renamed(own, ours), renamed(own, ours | {"reason"})
-    return weights
-
-
-def column_notes(kept: Spool, other: Mapping[str, str]) -> list[str]:
+def column_notes(kept: Part, other: Mapping[str, str]) -> list[str]:
     """What became of the user's columns: the names that they have here instead (`other`), and those that are kept as text."""
-    as_text = sorted(kept.names(kept.as_text - kept.typed))
+    as_text = kept.texts_of_several()
     return [
         *(_renamed(old, new) for old, new in sorted(other.items())),
         *(f"Column `{name}` holds values of several types and is kept as text." for name in as_text),
     ]
 
 
-def bytes_warnings(kept: Spool) -> list[str]:
+def bytes_warnings(kept: Part) -> list[str]:
     """A sentence for each column whose bytes are not here."""
     return [
         f"Column `{name}` held bytes (images, audio), which the store does not keep: here it says only how many they were. Join them again by "
         "a column of yours before you train."
-        for name in sorted(kept.without_bytes)
+        for name in sorted(kept.without_bytes())
     ]
 
 
@@ -230,25 +218,6 @@ def old_card(file: Path) -> str | None:
             f"{file}: not UTF-8 text ({error.reason} at byte {error.start}), so the new card cannot be merged with it. "
             "Save it as UTF-8, or move it away."
         ) from None
-
-
-def with_first(first: ExportRow, others: Iterator[ExportRow]) -> Iterator[ExportRow]:
-    yield first
-    yield from others
-
-
-def save_to_disk(parquet: Path, folder: Path, split: str) -> None:
-    """The parquet file's rows as a save_to_disk DatasetDict in `folder`."""
-    import datasets
-
-    shown = datasets.is_progress_bar_enabled()
-    datasets.disable_progress_bars()
-    try:
-        rows = datasets.Dataset.from_parquet(str(parquet), split=split, cache_dir=str(folder / "work" / "cache"))
-        datasets.DatasetDict({split: rows}).save_to_disk(str(folder))
-    finally:
-        if shown:
-            datasets.enable_progress_bars()
 
 
 def push(result: ExportResult, repository: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -216,16 +215,3 @@ class Weights:
             raise ValidationError(
                 f"every weight of the {self._rows:,} rows is 0: nothing would be trained on. Take another column for the weight."
             )
-
-
-def resampled(
-    rows: Iterator[dict[str, Any]], n_rows: int, n_wanted: int, total: float, seed: int
-) -> Iterator[dict[str, Any]]:
-    """Systematic resampling: row i occurs floor or ceil of n_wanted * w_i / sum(w) times, n_wanted rows in all (Kitagawa 1996)."""
-    offset, reached, given = random.Random(seed).random(), 0.0, 0
-    for number, row in enumerate(rows, start=1):
-        reached += row["weight"] / total
-        upto = n_wanted if number == n_rows else min(n_wanted, math.floor(n_wanted * reached + offset))
-        for _ in range(given, upto):
-            yield row
-        given = max(given, upto)

@@ -100,7 +100,7 @@ class Selection:
             ids = part["row_id"].to_list()
             rows = self.store.iter_rows(ids, batch=BATCH)
             with self.store.database.read() as con:
-                found = _occurrences(con, ids, self._sources(con))
+                found = _occurrences(con, ids, self.sources(con))
             for row, line in zip(rows, part.iter_rows(named=True), strict=True):
                 row_id = line["row_id"]
                 asked = {n: line[f"+{n}"] for n in names}
@@ -126,7 +126,7 @@ class Selection:
         wanted = {n.lower() for n in names}
         return names, {c.name: c.shown for c in own if c.taken_by and c.name.lower() in wanted}
 
-    def _sources(self, con: Connection) -> list[str] | None:
+    def sources(self, con: Connection) -> list[str] | None:
         """The names of the sources whose training rows were decided on; None for all."""
         if self.recipe is None:
             return None

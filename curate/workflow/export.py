@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from curate.errors import UsageError, ValidationError, did_you_mean
@@ -20,6 +22,7 @@ from curate.workflow.read import noted, source_types
 
 if TYPE_CHECKING:
     from curate.data import ExportResult, ExportRow
+    from curate.data.parts import Parts
     from curate.plan.roles import Roles
     from curate.store import Selection, Store
 
@@ -47,27 +50,47 @@ def export_selection(
 def _export(
     loaded: Loaded, store: Store, selection: Selection, sources: list[str], asked: Export, roles: Roles
 ) -> ExportResult:
-    from curate.data import export
+    from curate.data.export import export, export_parts
+    from curate.workflow.export_tables import ByRows, parts_of
 
     columns = _columns(loaded, store)
     if asked.weight:
         _check_weights(asked.weight, loaded, store, selection)
     chat = bool(measured_as(store, loaded.name).get("chat"))  # it trains as it was measured
-    beside = Beside(loaded, store, [*columns, *([asked.weight] if asked.weight else [])])
-    return export(
-        loaded.resolve(asked.to),
-        _rows(selection.kept(), asked.weight, columns, beside, chat=chat),
-        _rows(selection.dropped(), None, columns, beside, chat=chat),
-        format=asked.format,
-        split=loaded.recipe.source.split if loaded.recipe.source else "train",
-        card=_card(loaded, store, selection, sources, roles),
-        types=_types(store, sources),
-        sources=[loaded.resolve(name) for name in sources],
-        resample=asked.resample,
-        seed=loaded.recipe.engine.seed,
-        push_to_hub=asked.push_to_hub,
-        trainer=_trained_as(loaded),
-    )
+    own = _own_of(loaded, store)
+    beside = [name for name in columns if name not in own and name != "row_id"]
+    common = {
+        "split": loaded.recipe.source.split if loaded.recipe.source else "train",
+        "card": _card(loaded, store, selection, sources, roles),
+        "sources": [loaded.resolve(name) for name in sources],
+        "resample": asked.resample,
+        "seed": loaded.recipe.engine.seed,
+        "push_to_hub": asked.push_to_hub,
+        "trainer": _trained_as(loaded),
+    }
+    types = _types(store, sources)
+
+    def fill(work: Path) -> AbstractContextManager[Parts]:
+        return parts_of(selection, work, format=asked.format, chat=chat, asked=beside, weight=asked.weight, types=types)
+
+    to = loaded.resolve(asked.to)
+    try:
+        if asked.weight in own:
+            raise ByRows
+        return export_parts(to, fill, **common)
+    except ByRows:
+        of_rows = Beside(loaded, store, [*columns, *([asked.weight] if asked.weight else [])])
+        kept, dropped = (
+            _rows(rows, weight, columns, of_rows, chat=chat)
+            for rows, weight in ((selection.kept(), asked.weight), (selection.dropped(), None))
+        )
+        return export(to, kept, dropped, format=asked.format, types=types, **common)
+
+
+def _own_of(loaded: Loaded, store: Store) -> set[str]:
+    """The user's columns that keep their names in `scored`: they come with each row."""
+    own = store.frame(recipe=loaded.name).own["scored"]
+    return {column.name for column in own if not column.taken_by and not column.imported}
 
 
 def check_columns(asked: Export, known: Sequence[str]) -> None:
@@ -126,9 +149,7 @@ class Beside:
     """Columns of `scored` that stand beside the rows of an export: ours as the view has them, the user's own as each row came with them."""
 
     def __init__(self, loaded: Loaded, store: Store, names: Sequence[str]):
-        own = store.frame(recipe=loaded.name).own["scored"]
-        kept = {column.name for column in own if not column.taken_by and not column.imported}
-        self.own = {name for name in names if name in kept}  # else that name is ours there
+        self.own = _own_of(loaded, store).intersection(names)  # any other name is ours there
         self.names = [name for name in dict.fromkeys(names) if name not in self.own | {"row_id"}]
         picked = ", ".join(["row_id", *map(quote, self.names)])
         frame = store.sql(f"SELECT {picked} FROM scored", recipe=loaded.name)
@@ -226,7 +247,11 @@ def _card(loaded: Loaded, store: Store, selection: Selection, sources: list[str]
         models={role: f"{checkpoint.label} (weights {checkpoint.fingerprint})" for role, checkpoint in models.items()},
         recipe=loaded.text,
         counts=counts,
-        scores={name: distribution(frame[name].to_list()) for name in names if name in frame.columns},
+        scores={
+            name: distribution(frame[name].cast(float).fill_null(math.nan).to_numpy())
+            for name in names
+            if name in frame.columns
+        },
         notes=[
             f"Made by curate {__version__}; `curate explain {store.folder.name} <row_id>` says why a row was kept or dropped.",
             *card_notes(
