@@ -2,9 +2,10 @@
 
 Each reader yields (line, row) with a dict of the columns, or (line, Problem) where this row alone is broken (a line that is not JSON, a
 CSV row with too many cells); the line counts from 1 and is None where a row is not a line of the file. What breaks the file as a whole
-(truncated gzip, damaged parquet, an array that stops being JSON) raises ValidationError after the rows before it. Three bounds to know: a
-.json array is read in pieces of 1 MiB, so one row has to fit in memory (a string that never ends is read to the end of the file); parquet is
-decoded in batches of 512 rows; a .json file of one object that is a table by columns (see `by_column`) is held in memory whole.
+(truncated gzip, damaged parquet, an array that stops being JSON) raises ValidationError after the rows before it. Bounds (`curate/bounds.py`): a
+row of more than 64 MiB is a broken row, a .json file of one object that is a table by columns (see `by_column`) is held in memory whole, up to
+1 GiB; a compressed file that holds 500 times its size is none of text (unpack it, and it is read). Parquet is decoded in batches of 512 rows, of
+fewer where its dictionaries are long.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ import json
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from curate.bounds import DEEP, OBJECT, PACKED, RATIO, ROW, is_deep, json_value, size
 from curate.data.by_column import TEXTS, is_wrapped, turned
 from curate.data.labels import class_names, with_names
 from curate.data.records import Problem
@@ -28,6 +31,8 @@ RawRow = dict[str, Any] | Problem
 Line = tuple[int | None, RawRow]
 PIECE = 1 << 20  # characters of a .json array at a time
 PARQUET_BATCH = 512
+DECODED = 256 << 20  # bytes that the dictionary of a parquet file may become in a batch
+TOO_LONG = f"longer than {size(ROW)}"
 FILE_TYPES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 
 
@@ -53,6 +58,8 @@ def rows_of_file(path: Path, name: str) -> Iterator[tuple[int, int | None, RawRo
 def explained(name: str) -> Iterator[None]:
     try:
         yield
+    except Bomb as error:
+        raise ValidationError(f"{name}: {error}.") from None
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValidationError(
             f"{name}: a .gz file that ends too early or is damaged ({error}). Was its download or copy cut off? Fetch it again; "
@@ -68,16 +75,56 @@ def explained(name: str) -> Iterator[None]:
         raise ValidationError(f"{name}: cannot be read: {error.strerror or error}.") from error
 
 
+class Unpacked(gzip.GzipFile):
+    """A .gz file, up to what text can have been packed into it."""
+
+    given = 0
+
+    def read(self, size: int | None = -1) -> bytes:
+        data = super().read(size)
+        self.given += len(data)
+        check_ratio(self.given, self.fileobj.tell() if self.fileobj else self.given)
+        return data
+
+
+def check_ratio(out: int, packed: int) -> None:
+    """ValueError where more came out of a compressed file than text can have been packed into it."""
+    if out > PACKED and out > RATIO * packed:
+        raise Bomb(
+            f"it unpacks to {RATIO} times its size and more, which text never does. If it is what you mean, unpack it first and name the "
+            "unpacked file"
+        )
+
+
+class Bomb(ValueError):
+    """A compressed file that holds more than text can have been packed into it."""
+
+
 def open_bytes(path: Path) -> BinaryIO:
     if path.suffix.lower() == ".gz":
-        return io.BufferedReader(gzip.open(path, "rb"), PIECE)
+        return io.BufferedReader(Unpacked(path, "rb"), PIECE)  # type: ignore[arg-type]
     return open(path, "rb")
+
+
+def lines_of(file: Any, ends: Any) -> Iterator[Any]:
+    """The lines of a file; of one that is longer than a row may be, None. ends: what lines end with, of the file's kind."""
+    nothing = ends[:0]
+    for line in iter(partial(file.readline, ROW + 1), nothing):
+        if len(line) <= ROW:
+            yield line
+            continue
+        while line and not line.endswith(ends):
+            line = file.readline(PIECE)
+        yield None
 
 
 def json_lines(path: Path, name: str) -> Iterator[Line]:
     """One JSON object a line; blank lines are skipped and are no rows."""
     with open_bytes(path) as file:
-        for number, line in enumerate(file, start=1):
+        for number, line in enumerate(lines_of(file, b"\n"), start=1):
+            if line is None:
+                yield number, ("", f"line {number} is {TOO_LONG}", "one JSON object a line")
+                continue
             if number == 1 and line.startswith(b"\xef\xbb\xbf"):
                 line = line[3:]
             if line.strip():
@@ -86,13 +133,13 @@ def json_lines(path: Path, name: str) -> Iterator[Line]:
 
 def json_line(line: bytes, number: int) -> RawRow:
     try:
-        row = json.loads(line.decode("utf-8"))
+        row = json_value(line.decode("utf-8"))
     except json.JSONDecodeError as error:
         found = f"line {number} is not JSON ({error.msg.removesuffix(' at')} at character {error.colno})"
     except UnicodeDecodeError:
         found = f"line {number} is not UTF-8"
-    except RecursionError:
-        found = f"line {number} is nested too deeply"
+    except ValueError as error:  # too deep, or a number of thousands of digits
+        found = f"line {number} cannot be read ({str(error).partition(';')[0]})"
     else:
         if not isinstance(row, dict):
             return not_an_object(row)
@@ -135,9 +182,15 @@ def one_object(path: Path, name: str, found: str) -> list[dict[str, Any]]:
     """The rows of a file that is one JSON object: a table by columns, or a single row that is written over several lines."""
     try:
         with open_bytes(path) as file:
-            value = json.loads(file.read().decode("utf-8-sig"))
-    except ValueError:
+            held = file.read(OBJECT + 1)
+            if len(held) > OBJECT:
+                raise ValidationError(f"{name}: one JSON value of more than {size(OBJECT)}. Write one JSON object a line (.jsonl).")
+            value = json_value(held.decode("utf-8-sig"))
+    except Bomb:
+        raise
+    except ValueError as error:
         value = None
+        found = found if isinstance(error, json.JSONDecodeError | UnicodeDecodeError) else str(error).partition(";")[0]
     if isinstance(value, dict):
         rows = turned(value)
         if rows is not None:
@@ -153,6 +206,12 @@ def one_object(path: Path, name: str, found: str) -> list[dict[str, Any]]:
         f"take them out: `jq -c '.{lists[0] if lists else 'data'}[]' {name} > rows.jsonl`. A table by columns is turned round by "
         "pandas' to_json(orient='records', lines=True)."
     )
+
+
+def array_row(row: Any) -> RawRow:
+    if isinstance(row, dict):
+        return ("", DEEP, "a row") if is_deep(row) else row
+    return not_an_object(row)
 
 
 def json_array(path: Path, name: str) -> Iterator[RawRow]:
@@ -176,29 +235,42 @@ def json_array(path: Path, name: str) -> Iterator[RawRow]:
             if at < len(text):
                 try:
                     row, end = decoder.raw_decode(text, at)
+                except RecursionError as error:
+                    raise damaged(DEEP) from error
                 except json.JSONDecodeError as error:
                     unfinished = error.msg.startswith("Unterminated string") or len(text) - error.pos < 12
                     if ended or not unfinished:
                         raise damaged(f"{error.msg}: {text[error.pos : error.pos + 30]!r}") from error
+                except ValueError as error:  # a number of thousands of digits
+                    raise damaged(str(error).partition(";")[0]) from error
                 else:
                     if end < len(text) or ended:
-                        yield row if isinstance(row, dict) else not_an_object(row)
+                        yield array_row(row)
                         count, at = count + 1, end
                         continue
             elif ended:
                 raise damaged("the array is not closed: was the file cut off?")
+            if len(text) - at > ROW:
+                raise damaged(f"a row {TOO_LONG}")
             piece = file.read(max(PIECE, len(text) - at))  # doubles, so that a huge row is not decoded over and over
             ended = not piece
             text, at = text[at:] + piece, 0
+
+
+def short_lines(file: Any, name: str) -> Iterator[str]:
+    for number, line in enumerate(lines_of(file, "\n"), start=1):
+        if line is None:
+            raise ValidationError(f"{name}, line {number}: {TOO_LONG}. Is it a text table, with a line a row?")
+        yield line
 
 
 def separated(delimiter: str) -> Callable[[Path, str], Iterator[Line]]:
     """CSV with a header line. Cells are text; which columns are numbers is decided by the reading, for the user's other columns only."""
 
     def read(path: Path, name: str) -> Iterator[Line]:
-        csv.field_size_limit(1 << 30)
+        csv.field_size_limit(ROW)
         with open_bytes(path) as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, delimiter=delimiter)
+            reader = csv.reader(short_lines(file, name), delimiter=delimiter)
             try:
                 header = next(reader, [])
                 if len(set(header)) < len(header):
@@ -228,7 +300,10 @@ def parquet(path: Path, name: str) -> Iterator[Line]:
     try:
         with pq.ParquetFile(path, pre_buffer=False) as file:
             labels = class_names(file.schema_arrow.metadata)
-            for batch in file.iter_batches(batch_size=PARQUET_BATCH):
+            given, packed = 0, path.stat().st_size
+            for batch in file.iter_batches(batch_size=rows_at_once(file.metadata)):
+                given += batch.nbytes
+                check_ratio(given, packed)
                 for row in batch.to_pylist():
                     yield None, with_names(row, labels)
     except (pa.ArrowException, OSError) as error:
@@ -238,6 +313,22 @@ def parquet(path: Path, name: str) -> Iterator[Line]:
         raise ValidationError(
             f"{name}: not a parquet file that can be read ({what}). Was its download cut off?"
         ) from error
+
+
+def rows_at_once(about: Any) -> int:
+    """How many rows of a parquet file are decoded at once, of what its footer says. `Bomb` where that is none of text.
+
+    A value stands in a column's dictionary once and in every row that has it: so many rows are taken that all of them may hold the whole dictionary.
+    """
+    packed = whole = longest = 0
+    for chunk in (about.row_group(i).column(j) for i in range(about.num_row_groups) for j in range(about.num_columns)):
+        packed, whole = packed + chunk.total_compressed_size, whole + chunk.total_uncompressed_size
+        if chunk.has_dictionary_page and chunk.dictionary_page_offset is not None:
+            length = max(0, chunk.data_page_offset - chunk.dictionary_page_offset)
+            unpacks = chunk.total_uncompressed_size / max(1, chunk.total_compressed_size)
+            longest = max(longest, min(chunk.total_uncompressed_size, int(length * max(1.0, unpacks))))
+    check_ratio(whole, packed)
+    return max(1, min(PARQUET_BATCH, DECODED // max(1, longest, whole // max(1, about.num_rows))))
 
 
 READERS: dict[str, Callable[[Path, str], Iterator[Line]]] = {

@@ -18,16 +18,16 @@ def requested_scores(loaded: Loaded) -> list[RequestedScore]:
     from curate.scores import resolve
 
     found, beta = [], beta_of(loaded.recipe)
-    for request in loaded.recipe.scores:
+    for i, request in enumerate(loaded.recipe.scores):
         try:
             score = resolve(request.score, folder=loaded.folder)
             own = {"beta": beta} if has_beta(request.score) and "beta" not in request.params else {}
             params = score.check({**request.params, **own})
         except UsageError as error:
-            raise UsageError(f"{loaded.path or 'recipe'}: scores: {error}") from None
+            raise UsageError(f"{loaded.place('scores', i)}: scores: {error}") from None
         if score.kind not in ("any", loaded.recipe.kind):
             raise UsageError(
-                f"{loaded.path or 'recipe'}: scores: {request.score} is for {score.kind} rows, this recipe's kind is {loaded.recipe.kind}."
+                f"{loaded.place('scores', i)}: scores: {request.score} is for {score.kind} rows, this recipe's kind is {loaded.recipe.kind}."
             )
         found.append(RequestedScore(request.name, score, params))
     _check_names(found, loaded)

@@ -1,9 +1,11 @@
-"""Values that are looked at as they come in, whatever they are used for later: names that become part of a file's, and addresses with a login."""
+"""Values that are looked at as they come in, whatever they are used for later: paths, names that become part of a file's, addresses with a login."""
 
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import AfterValidator
 
 LOGIN = re.compile(r"^(\w[\w+.-]*://)([^/?#]*@)")
 
@@ -45,3 +47,15 @@ def file_name(name: str) -> str:
             "wanted a name, which becomes part of a file's: no slash, no dot in front, 1 to 100 characters"
         )
     return name
+
+
+def path(written: str) -> str:
+    """A path, or a hub id. Raises ValueError for one that no system has: with characters that no name has, or of a length that none takes."""
+    if re.search(r"[\x00-\x1f\x7f]", written):
+        raise ValueError("wanted a path: no line break, tab or NUL in it")
+    if len(written.encode(errors="replace")) > 4096 or any(len(p.encode(errors="replace")) > 255 for p in written.split("/")):
+        raise ValueError("wanted a path: at most 4,096 bytes, 255 in each of its names")
+    return written
+
+
+PathText = Annotated[str, AfterValidator(path)]

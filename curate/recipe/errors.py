@@ -10,6 +10,8 @@ from pydantic import BaseModel, ValidationError
 
 from curate.errors import did_you_mean
 
+LONGEST_SHOWN = 120  # characters of a value
+
 
 def lines_of(node: Any, path: tuple[Any, ...] = ()) -> dict[tuple[Any, ...], int]:
     """(key, key, …) -> line in the file, from the composed YAML."""
@@ -27,7 +29,11 @@ def lines_of(node: Any, path: tuple[Any, ...] = ()) -> dict[tuple[Any, ...], int
 
 
 def found(value: Any) -> str:
-    return "nothing" if value is None else f"{value!r} ({type(value).__name__})"
+    """A value as a message shows it: its beginning, and its type."""
+    if value is None:
+        return "nothing"
+    shown = repr(value) if not isinstance(value, int) or abs(value) < 10**40 else f"a number of {len(str(abs(value)))} digits"
+    return f"{shown if len(shown) <= LONGEST_SHOWN else shown[:LONGEST_SHOWN] + '…'} ({type(value).__name__})"
 
 
 def explained(error: ValidationError, recipe: type[BaseModel], lines: dict[tuple[Any, ...], int], file: str) -> str:

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from curate.recipe.doors import PathText
 from curate.recipe.sections import Engine, Forecast, Gradients, Models, Sampling, Server, Strict, Tokens
 from curate.recipe.select import Export, Select
 from curate.recipe.sources import Source, Target, inherit
@@ -65,7 +66,7 @@ class Recipe(Strict):
     """One recipe: the whole of what a run does."""
 
     kind: Literal["preference", "sft"] = Field(description="what a row is: a preference pair, or an SFT example")
-    store: str | None = Field(None, description="the store's folder; default: `store` beside the recipe")
+    store: PathText | None = Field(None, description="the store's folder; default: `store` beside the recipe")
     source: Source | None = None
     heldout: Source | None = Field(
         None,

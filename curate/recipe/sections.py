@@ -7,11 +7,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
-from curate.recipe.doors import address
+from curate.recipe.doors import PathText, address
 
 
 class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Revisions(Strict):
@@ -24,15 +24,15 @@ class Revisions(Strict):
 class Models(Strict):
     """The models that rows are measured with: whole models, or LoRA adapters' folders as PEFT and TRL save them."""
 
-    reference: str | None = Field(
+    reference: PathText | None = Field(
         None, description="a model's or LoRA adapter's folder, or a hub id (owner/name@revision)"
     )
-    policy: str | None = Field(None, description="a second model: implicit rewards, flips")
-    checkpoints: str | list[str] | Revisions | None = Field(
+    policy: PathText | None = Field(None, description="a second model: implicit rewards, flips")
+    checkpoints: PathText | list[PathText] | Revisions | None = Field(
         None,
         description="a training run's folder, a list of folders and hub ids, revisions of a hub repository, or recordings:RUN",
     )
-    base: str | None = Field(
+    base: PathText | None = Field(
         None, description="the model that LoRA adapters sit on; default: the one their adapter_config.json names"
     )
     on_broken_checkpoint: Literal["error", "skip"] = Field(
@@ -135,7 +135,7 @@ class Forecast(Strict):
         gt=0,
         description="DPO's β: of forecasts, of scores that set none, of trainer_args.json; not given: the one that the scores agree on",
     )
-    optimizer: str | None = Field(
+    optimizer: PathText | None = Field(
         None,
         description="optimizer.pt of a trainer's checkpoint, for step: adam; null: the measured checkpoint's own, else a warm-up's",
     )

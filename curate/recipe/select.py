@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from curate.recipe.doors import PathText
 from curate.recipe.sections import Strict
 
 
@@ -121,7 +122,7 @@ def _group_name(group: Any) -> str:
 class Export(Strict):
     """Where the kept rows go, as a dataset to train on."""
 
-    to: str = Field(description="the dataset's folder")
+    to: PathText = Field(description="the dataset's folder")
     format: Literal["trl", "prompt_completion", "messages", "extend"] = Field(
         "trl", description="extend: both responses of every pair as prompt/completion rows, for SFT before DPO"
     )

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
-from curate.recipe.doors import file_name
+from curate.recipe.doors import PathText, file_name
 
 DATA_FILES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".gz")
 OF_PAIRS = frozenset(("chosen", "rejected"))
@@ -24,7 +24,7 @@ class Source(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    path: str | list[str] = Field(
+    path: PathText | list[PathText] = Field(
         description="a file, a folder written by save_to_disk, a glob, a hub id, or a list of them"
     )
     split: str = Field("train", description="of a hub dataset or a folder; a file has none")

@@ -3,6 +3,9 @@
 PyYAML reads YAML 1.1, where `no` and `on` are booleans, `012` is ten, `12:30` is 750, `1e-6` is text, and of two keys of one name the last one
 counts without a word. Here, as in YAML 1.2, `true` and `false` alone are booleans, dates and times are text, and every key is text as it is
 written. A value that is a number where the recipe wants text (`split: 1.10`) is taken as written: `read_yaml` tells the words, too.
+
+A few lines of YAML can stand for more than a memory holds (an alias of aliases of aliases), or for nothing that ends (an alias inside what it
+names): a recipe is of at most VALUES values, DEPTH deep, and its tags are those of JSON's kinds.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from curate.bounds import DEPTH
 from curate.errors import UsageError
 
 Path = tuple[Any, ...]
@@ -20,11 +24,35 @@ NUMBER = re.compile(
     r"(?P<float>[-+]?(?:\.[0-9]+|[0-9][0-9_]*(?:\.[0-9_]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))"
 )
 PLAIN = "!plain"
+VALUES = 100_000  # an alias counts as what it stands for
+TAGS = {PLAIN, *(f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null", "map", "seq", "merge"))}
 WORDS = {"null": None, "true": True, "false": False}
 
 
 class Loader(yaml.SafeLoader):
-    """SafeLoader with YAML 1.2's scalars."""
+    """SafeLoader with YAML 1.2's scalars, and bounds."""
+
+    depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """The parser goes into itself with every list in a list: it is stopped before Python does."""
+        self.depth += 1
+        if self.depth > DEPTH:
+            mark = self.peek_event().start_mark
+            raise yaml.composer.ComposerError(None, None, f"lists and mappings stand more than {DEPTH} deep", mark)
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def construct_object(self, node: Any, deep: bool = False) -> Any:
+        """What a value's own reader finds wrong (`!!int x`, a number of thousands of digits) is wrong YAML."""
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError) as error:
+            shown = f"{node.value[:40]!r}" if isinstance(node.value, str) else "this"
+            kind = "a number" if node.tag == PLAIN else node.tag.rpartition(":")[2]
+            said = f"{shown} cannot be read as {kind} ({str(error).partition(';')[0][:80]})"
+            raise yaml.constructor.ConstructorError(None, None, said, node.start_mark) from None
 
     def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
         """Scalars without quotes or a tag of their own are told apart in `plain`."""
@@ -72,17 +100,54 @@ def plain(text: str) -> Any:
     return float(bare.lower().replace(".inf", "inf").replace(".nan", "nan"))
 
 
-def read_yaml(text: str) -> tuple[Any, dict[Path, str]]:
-    """(the value, (key, key, …) -> the words of every number, boolean and null in it). Raises yaml.YAMLError."""
+def compose(text: str) -> yaml.Node | None:
+    """The nodes of a text, within bounds; None of an empty one. Raises yaml.YAMLError."""
     loader = Loader(text)
     try:
         node = loader.get_single_node()
-        if node is None:
-            return None, {}
-        value = loader.construct_document(node)
-        return value, dict(_written(node, ()))
     finally:
         loader.dispose()
+    if node is not None:
+        _measure(node, {}, set())
+    return node
+
+
+def _measure(node: yaml.Node, known: dict[int, tuple[int, int]], above: set[int]) -> tuple[int, int]:
+    """How many values a node stands for, and how deep they stand, looked at once a node. Raises yaml.YAMLError where either is too much."""
+    if node.tag not in TAGS:
+        shown = node.tag.replace("tag:yaml.org,2002:", "!!")
+        raise _wrong(node, f"the tag {shown} is not taken here; write the value without it")
+    if id(node) in above:
+        raise _wrong(node, "an alias stands inside of what it is an alias of")
+    if id(node) not in known:
+        above.add(id(node))
+        parts = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
+        inside = [_measure(part, known, above) for part in parts] if isinstance(node, yaml.CollectionNode) else []
+        above.discard(id(node))
+        values, depth = 1 + sum(n for n, _ in inside), 1 + max((d for _, d in inside), default=0)
+        if values > VALUES:
+            raise _wrong(node, f"{values:,} values, its aliases written out: no recipe has more than {VALUES:,}")
+        if depth > DEPTH:
+            raise _wrong(node, f"lists and mappings stand more than {DEPTH} deep, its aliases written out")
+        known[id(node)] = values, depth
+    return known[id(node)]
+
+
+def _wrong(node: yaml.Node, what: str) -> yaml.YAMLError:
+    return yaml.constructor.ConstructorError(None, None, what, node.start_mark)
+
+
+def read_yaml(text: str) -> tuple[Any, dict[Path, str]]:
+    """(the value, (key, key, …) -> the words of every number, boolean and null in it). Raises yaml.YAMLError."""
+    node = compose(text)
+    if node is None:
+        return None, {}
+    loader = Loader("")
+    try:
+        value = loader.construct_document(node)
+    finally:
+        loader.dispose()
+    return value, dict(_written(node, ()))
 
 
 def _written(node: yaml.Node, path: Path) -> Any:

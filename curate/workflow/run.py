@@ -50,7 +50,7 @@ def run_steps(loaded: Loaded, steps: Sequence[str], *, progress: Progress, comma
     """Some steps of a recipe, in their order; the run's version and outcome are kept in the store."""
     _check_steps(loaded, steps, command)
     requested_scores(loaded)  # a misspelt score is said before anything is read
-    with kept_open():
+    with loaded.placed(), kept_open():
         return _run_noted(loaded, steps, progress, command)
 
 
@@ -63,11 +63,12 @@ def _run_noted(loaded: Loaded, steps: Sequence[str], progress: Progress, command
     number = store.begin_run(loaded.name, command, curate.__version__)
     result = Result(store, loaded.name)
     try:
-        with store.measuring():
+        with loaded.placed(), store.measuring():
             taken = Steps(loaded, steps, result, progress)
             taken.take()
         if "export" in steps and loaded.recipe.export is not None:
-            taken.export()
+            with loaded.placed():
+                taken.export()
     except CurateError as error:
         wrong_use = isinstance(error, UsageError) and not result.measured
         _finish(store, number, "refused" if wrong_use else "failed", str(error), result)
@@ -88,7 +89,7 @@ def _run_noted(loaded: Loaded, steps: Sequence[str], progress: Progress, command
 def make_plan(loaded: Loaded, *, progress: Progress) -> Plan:
     """What a run would measure. Rows are read into the store (that is cheap, and done once); no model is run."""
     requested_scores(loaded)
-    with kept_open():
+    with loaded.placed(), kept_open():
         return _plan_checked(loaded, progress)
 
 
