@@ -10,6 +10,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from curate.errors import StoreError
+
 ROW = 64 << 20  # bytes of one row: some 16 million tokens
 OBJECT = 1 << 30  # bytes of a .json file that is one object, which is held in memory whole
 SETTINGS = 64 << 20  # bytes of a model's, a trainer's or our own JSON file
@@ -42,7 +44,7 @@ def json_value(text: str | bytes) -> Any:
 def is_deep(value: Any) -> bool:
     """Whether lists and mappings stand more than DEPTH deep in each other; looked at without recursion."""
     level = [value] if isinstance(value, dict | list | tuple) else []
-    for _ in range(DEPTH + 1):
+    for _ in range(DEPTH):
         inside = [part for outer in level for part in (outer.values() if isinstance(outer, dict) else outer)]
         level = [part for part in inside if isinstance(part, dict | list | tuple)]
         if not level:
@@ -73,3 +75,13 @@ def read_object(file: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"it holds {type(value).__name__}, expected an object")
     return value
+
+
+def own_object(file: Path) -> dict[str, Any]:
+    """The object of a JSON file that curate wrote itself. StoreError where that cannot be read."""
+    try:
+        return read_object(file)
+    except (OSError, ValueError) as error:
+        raise StoreError(
+            f"{file}: cannot be read ({error}). curate wrote it, and something else has changed it: delete it, and run the same command again."
+        ) from None

@@ -54,6 +54,7 @@ LIMITS = {
     errno.EDQUOT: f"the disk quota is used up. Free some space (or name another folder). {KEPT}",
     errno.EFBIG: f"a file would be larger than this system allows (`ulimit -f`, or the file system). {KEPT}",
     errno.EROFS: "the file system is read-only. Name a folder that can be written, with --store or export.to.",
+    errno.ENAMETOOLONG: "a path is longer than this system takes (255 bytes a name, 4,096 in all). Name another one.",
     errno.EMFILE: f"too many files are open at once (`ulimit -n` says how many may be). {KEPT}",
     errno.ENFILE: f"the system has too many files open. {KEPT}",
 }
@@ -65,6 +66,7 @@ SPELT = {
     "file too large": errno.EFBIG,
     "read-only file system": errno.EROFS,
     "too many open files": errno.EMFILE,
+    "file name too long": errno.ENAMETOOLONG,
 }
 
 

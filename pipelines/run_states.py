@@ -1,6 +1,6 @@
 """Latent states of the training runs of a sweep, from their weights alone, and which states are detours on the way to convergence.
 
-    python pipelines/run_states.py runs/seed0 runs/seed1 … [--metric eval_loss] [--reach 0.5] [--times times.csv] [--json]
+    python pipelines/run_states.py runs/seed0 runs/seed1 … [--metric eval_loss] [--reach 0.5] [--times times.csv] [--allow-pickle] [--json]
 
 Each RUN is a trainer's output folder with checkpoint-<step>/ in it. When a run converged is read from its trainer's log (trainer_state.json):
 the first step at which --metric reached --reach (without one: the worst of the runs' best values, which all reach); or from --times, a csv with
@@ -36,6 +36,7 @@ def states_of_sweep(
     reach: float | None = None,
     times: Path | None = None,
     most: int = MOST_STATES,
+    allow_pickle: bool = False,
     quiet: bool = False,
 ) -> tuple[list[Run], RunStates]:
     """The runs with their convergence steps, and their states. UsageError, ModelError: what is wrong with a folder or the times."""
@@ -44,7 +45,7 @@ def states_of_sweep(
     runs = []
     progress = Progress(quiet=quiet)
     for folder, name, step in zip(folders, names, converged, strict=True):
-        runs.append(replace(read_run(folder), name=name, converged=step))
+        runs.append(replace(read_run(folder, allow_pickle=allow_pickle), name=name, converged=step))
         progress.say(f"{runs[-1].name}: {len(runs[-1].steps)} checkpoints")
     return runs, run_states(runs, most=most)
 
@@ -196,12 +197,23 @@ def main() -> int:
     parser.add_argument("--reach", type=float, help="the metric's value that counts as converged")
     parser.add_argument("--times", type=Path, metavar="CSV", help="columns run, step: when each run converged")
     parser.add_argument("--most", type=int, default=MOST_STATES, help=f"states at most (default {MOST_STATES})")
+    parser.add_argument(
+        "--allow-pickle",
+        action="store_true",
+        help="read weights that are pickles (pytorch_model.bin), as tensors alone",
+    )
     parser.add_argument("--json", action="store_true", help="for machines")
     parser.add_argument("--quiet", action="store_true", help="no progress")
     a = parser.parse_args()
     try:
         runs, found = states_of_sweep(
-            a.runs, metric=a.metric, reach=a.reach, times=a.times, most=max(1, a.most), quiet=a.quiet or a.json
+            a.runs,
+            metric=a.metric,
+            reach=a.reach,
+            times=a.times,
+            most=max(1, a.most),
+            allow_pickle=a.allow_pickle,
+            quiet=a.quiet or a.json,
         )
         out(to_json(as_json(runs, found)) if a.json else report(runs, found))
     except CurateError as error:

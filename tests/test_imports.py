@@ -37,7 +37,8 @@ HEAVY = [
 WITH_TRANSFORMERS = ["safetensors", "huggingface_hub", "tokenizers"]  # it cannot be installed without them
 PASSES = ["rows", "errors", "bounds", "passes"]
 MAY_IMPORT = [
-    (["errors", "rows", "bounds"], [], []),
+    (["errors", "rows"], [], []),
+    (["bounds"], ["errors"], []),
     (["recipe.objects"], ["errors"], []),
     (["scores", "scores.*"], ["scores", "errors", "recipe.objects"], ["numpy", "polars"]),
     (["passes.nearest"], ["rows"], ["numpy"]),

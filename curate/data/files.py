@@ -78,13 +78,20 @@ def explained(name: str) -> Iterator[None]:
 class Unpacked(gzip.GzipFile):
     """A .gz file, up to what text can have been packed into it."""
 
-    given = 0
+    def __init__(self, path: Path) -> None:
+        self.packed = open(path, "rb")  # noqa: SIM115 (`close` closes it)
+        self.given = 0
+        super().__init__(fileobj=self.packed, mode="rb")
 
     def read(self, size: int | None = -1) -> bytes:
         data = super().read(size)
         self.given += len(data)
-        check_ratio(self.given, self.fileobj.tell() if self.fileobj else self.given)
+        check_ratio(self.given, self.packed.tell())
         return data
+
+    def close(self) -> None:
+        super().close()
+        self.packed.close()
 
 
 def check_ratio(out: int, packed: int) -> None:
@@ -102,7 +109,7 @@ class Bomb(ValueError):
 
 def open_bytes(path: Path) -> BinaryIO:
     if path.suffix.lower() == ".gz":
-        return io.BufferedReader(Unpacked(path, "rb"), PIECE)  # type: ignore[arg-type]
+        return io.BufferedReader(Unpacked(path), PIECE)
     return open(path, "rb")
 
 
@@ -184,7 +191,9 @@ def one_object(path: Path, name: str, found: str) -> list[dict[str, Any]]:
         with open_bytes(path) as file:
             held = file.read(OBJECT + 1)
             if len(held) > OBJECT:
-                raise ValidationError(f"{name}: one JSON value of more than {size(OBJECT)}. Write one JSON object a line (.jsonl).")
+                raise ValidationError(
+                    f"{name}: one JSON value of more than {size(OBJECT)}. Write one JSON object a line (.jsonl)."
+                )
             value = json_value(held.decode("utf-8-sig"))
     except Bomb:
         raise

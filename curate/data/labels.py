@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
+
+from curate.bounds import json_value
 
 Labels = dict[str, list[str]]  # column -> the names of its numbers
 
@@ -13,7 +14,7 @@ def class_names(features: Any) -> Labels:
     """The columns that are class labels: of `datasets.Features`, or of a parquet file's metadata, if it has any."""
     if isinstance(features, Mapping) and b"huggingface" in features:
         try:
-            features = json.loads(features[b"huggingface"])["info"]["features"]
+            features = json_value(features[b"huggingface"])["info"]["features"]
         except (ValueError, KeyError, TypeError):
             return {}
     if not isinstance(features, Mapping):
@@ -29,7 +30,8 @@ def _names(feature: Any) -> list[str]:
     get = feature.get if isinstance(feature, Mapping) else lambda key: getattr(feature, key, None)
     kind = get("_type") or type(feature).__name__
     if kind == "ClassLabel":
-        return [str(name) for name in get("names") or ()]
+        names = get("names")
+        return [str(name) for name in names] if isinstance(names, list | tuple) else []
     return _names(get("feature")) if kind in ("List", "LargeList", "Sequence") else []
 
 

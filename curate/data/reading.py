@@ -5,13 +5,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
+from curate.bounds import json_value
 from curate.data.cells import number, number_columns
 from curate.data.columns import Columns
 from curate.data.find import find_sources
@@ -220,7 +220,7 @@ MESSAGES = tuple(name for name in KNOWN_COLUMNS if name not in ("label", "system
 def json_list(text: str) -> Any:
     """A list that a table's cell holds as JSON text; anything else as it is."""
     try:
-        value = json.loads(text)
+        value = json_value(text)
     except ValueError:
         return text
     return value if isinstance(value, list) else text

@@ -14,6 +14,7 @@ from datetime import date, datetime, time, timedelta
 from decimal import Decimal
 from typing import Any
 
+from curate.bounds import json_value
 from curate.data.by_column import is_message, turned_messages
 from curate.data.records import Problem
 from curate.rows import Message, Text
@@ -102,7 +103,7 @@ def unpacked(value: Any) -> Any:
             return value
         found: Any = None
         with suppress(ValueError, RecursionError):
-            found = json.loads(text)
+            found = json_value(text)
         if found is None and PRINTED.match(text):
             with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
                 found = ast.literal_eval(text)

@@ -6,12 +6,12 @@ write them (`checkpoint-400`), or revisions of a hub repository; their step is t
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from curate.bounds import read_object
 from curate.errors import BrokenCheckpoint, ModelError, did_you_mean
 from curate.models.fingerprints import FingerprintCache, weights_fingerprint
 from curate.models.hub import HUB_ID, fetch_snapshot
@@ -216,7 +216,7 @@ def _in_step_order(checkpoints: list[Checkpoint]) -> list[Checkpoint]:
 def _mean_rate(path: Path, since: int | None, step: int | None) -> float | None:
     """Mean of the learning rates that a trainer logged after step `since` up to `step`; None where it logged none."""
     try:
-        log = json.loads((path / "trainer_state.json").read_text())["log_history"]
+        log = read_object(path / "trainer_state.json")["log_history"]
         rates = [
             float(e["learning_rate"]) for e in log if "learning_rate" in e and (since or 0) < e["step"] <= (step or 0)
         ]
@@ -263,6 +263,6 @@ def _step(path: Path, name: str) -> int | None:
     if named is not None:
         return named
     try:
-        return int(json.loads((path / "trainer_state.json").read_text())["global_step"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return int(read_object(path / "trainer_state.json")["global_step"])
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return None

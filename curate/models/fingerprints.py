@@ -11,8 +11,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from curate.bounds import json_value, read_object
 from curate.errors import BrokenCheckpoint
 from curate.models.layouts import WEIGHTS, check_folder, weight_files
 from curate.passes.files import write_atomically
@@ -21,6 +22,8 @@ from curate.rows import content_id
 
 if TYPE_CHECKING:
     from curate.passes.chat import Template
+
+Kept = TypeVar("Kept")
 
 
 class FingerprintCache:
@@ -33,9 +36,10 @@ class FingerprintCache:
     def __init__(self, file: Path | None, *, slow: Callable[[], None] = lambda: None):
         self.file, self.slow = file, slow
         try:
-            self.known: dict[str, str] = json.loads(file.read_text()) if file else {}
+            kept = read_object(file) if file else {}
         except (OSError, ValueError):
-            self.known = {}
+            kept = {}
+        self.known: dict[str, str] = {key: value for key, value in kept.items() if isinstance(value, str)}
         self._once: dict[str, Any] = {}
 
     def once(self, what: str, find: Callable[[], Any]) -> Any:
@@ -84,7 +88,7 @@ class FingerprintCache:
 
             return template_to_json(template_of(load_tokenizer(folder), stop_ids(model)))
 
-        return template_from_json(self.kept(f"template|{folder.resolve()}|{about}", looked))
+        return self.kept(f"template|{folder.resolve()}|{about}", looked, read=template_from_json)
 
     def beyond(self, folder: Path, n: int) -> dict[str, int]:
         """The tokens of a folder's tokenizer whose id is n or more, by id."""
@@ -95,25 +99,30 @@ class FingerprintCache:
             found = {token: i for token, i in load_tokenizer(folder).get_vocab().items() if i >= n}
             return json.dumps(dict(sorted(found.items(), key=lambda entry: entry[1])))
 
-        found: dict[str, int] = json.loads(
-            self.kept(f"beyond {n}|{folder.resolve()}|{self._tokenizer_state(folder)}", looked)
-        )
-        return found
+        def read(text: str) -> dict[str, int]:
+            return {str(token): int(i) for token, i in json_value(text).items()}
+
+        return self.kept(f"beyond {n}|{folder.resolve()}|{self._tokenizer_state(folder)}", looked, read=read)
 
     def positions(self, folder: Path) -> int | None:
         """`context_length` of a model folder, its config read by transformers only where it has changed."""
         from curate.passes.tokenizer import context_length
 
         state = content_id(self._transformers(), file_state(folder / "config.json"))
-        found = self.kept(f"positions|{folder.resolve()}|{state}", lambda: str(context_length(folder) or ""))
-        return int(found) if found else None
+        return self.kept(
+            f"positions|{folder.resolve()}|{state}",
+            lambda: str(context_length(folder) or ""),
+            read=lambda text: int(text) if text else None,
+        )
 
-    def kept(self, key: str, make: Callable[[], str]) -> str:
-        """What is kept under a key that says all that it depends on; made where nothing is."""
-        if key not in self.known:
+    def kept(self, key: str, make: Callable[[], str], *, read: Callable[[str], Kept] = str) -> Kept:  # type: ignore[assignment]
+        """What is kept under a key that says all that it depends on; made where nothing is, or nothing that can be read."""
+        try:
+            return read(self.known[key])
+        except (KeyError, ValueError, TypeError, AttributeError):
             self.slow()
             self._keep(key, make())
-        return self.known[key]
+            return read(self.known[key])
 
     def _keep(self, key: str, value: str) -> None:
         self.known[key] = value
@@ -130,11 +139,11 @@ def stop_ids(folder: Path) -> list[int]:
     """The ids that end an answer by a model folder's generation_config.json, or its config.json where that says none."""
     for name in ("generation_config.json", "config.json"):
         try:
-            ids = json.loads((folder / name).read_text("utf-8")).get("eos_token_id")
-        except (OSError, ValueError, AttributeError):
+            ids = read_object(folder / name).get("eos_token_id")
+        except (OSError, ValueError):
             continue
         if ids is not None:
-            return [ids] if isinstance(ids, int) else [i for i in ids if isinstance(i, int)]
+            return [i for i in (ids if isinstance(ids, list) else [ids]) if type(i) is int]
     return []
 
 

@@ -6,16 +6,16 @@ nowhere, a pointer that git-lfs left, or a page that a download gave are each sa
 
 from __future__ import annotations
 
-import json
 import os
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from curate.errors import BrokenCheckpoint, ModelError, OtherLayout
+from curate.bounds import read_object
+from curate.errors import BrokenCheckpoint, ModelError, OtherLayout, UsageError
 from curate.models.other_formats import other_weights, training_state
-from curate.passes.loading import adapter_config
+from curate.passes.loading import adapter_config, header
 from curate.passes.loading.adapter_config import is_adapter, read_adapter_config
 
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
@@ -28,7 +28,6 @@ LOADED = (
 )  # what transformers looks for, in this order
 LFS = b"version https://git-lfs"
 PAGE = (b"<!doctype", b"<html", b"<head", b"<?xml")
-HEADER_LIMIT = 100_000_000  # bytes, safetensors' own
 TASKS = {
     "ForSequenceClassification": "a classifier or reward model",
     "ForTokenClassification": "a token classifier",
@@ -110,7 +109,7 @@ def _check_adapter(path: Path) -> None:
 def _check_index(index: Path, found: set[str]) -> None:
     read_start(index)
     try:
-        wanted = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+        wanted = {str(name) for name in read_object(index)["weight_map"].values()}
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise BrokenCheckpoint(f"{_named(index)} cannot be read: {error!r}.") from None
     if missing := sorted(wanted - found):
@@ -124,6 +123,23 @@ def weight_files(path: Path) -> list[Path]:
     if is_adapter(path):
         return [path / adapter_config.WEIGHTS]
     return next((files for pattern in WEIGHTS if (files := sorted(path.glob(pattern)))), [])
+
+
+def check_pickles(paths: Iterable[str | Path | None], *, allowed: bool, key: str = "models.allow_pickle") -> None:
+    """UsageError for a model whose weights are pickles, which nobody has allowed: a pickle is a program that its reader runs."""
+    if allowed:
+        return
+    for path in paths:
+        folder = Path(path or "")
+        if not path or any((folder / name).exists() for name in LOADED[:2]):
+            continue
+        pickle = next((name for name in LOADED[2:] if (folder / name).exists()), None)
+        if pickle is not None:
+            raise UsageError(
+                f"{folder}: its weights are pickles ({pickle}), which can hold code, and no safetensors are beside them. "
+                "Save them as safetensors (`AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder)`, where you trust them), or "
+                f"set {key}: true, and they are read as tensors alone."
+            )
 
 
 def names_in(path: Path) -> list[str]:
@@ -172,18 +188,15 @@ def check_file(file: Path, *, pickled: bool = False) -> None:
     size = file.stat().st_size
     with file.open("rb") as handle:
         length = int.from_bytes(handle.read(8), "little")
-        if length > HEADER_LIMIT or handle.read(1) != b"{":
+        if length > header.LIMIT or handle.read(1) != b"{":
             raise _not_safetensors(file)
         if length > size - 8:
             raise _half_written(file, f"cut short ({size:,} bytes, its header alone has {length:,})")
-        handle.seek(8)
-        head = handle.read(length)
     try:
-        header = json.loads(head)
-        ends: Iterable[int] = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    except (ValueError, KeyError, TypeError, AttributeError):
+        length, entries = header.read_header(file)
+    except ValueError:
         raise _not_safetensors(file) from None
-    wanted = 8 + length + max(ends, default=0)
+    wanted = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
     if size < wanted:
         raise _half_written(file, f"cut short ({size:,} of {wanted:,} bytes)")
     if size > wanted:
@@ -228,12 +241,9 @@ def read_config(file: Path) -> dict[str, Any]:
     """A model's config.json. BrokenCheckpoint where it cannot be read."""
     read_start(file)
     try:
-        found = json.loads(file.read_text("utf-8"))
+        return read_object(file)
     except ValueError as error:
         raise BrokenCheckpoint(f"{_named(file)} cannot be read: {error}.") from None
-    if not isinstance(found, dict):
-        raise BrokenCheckpoint(f"{_named(file)} cannot be read: it holds {type(found).__name__}, expected an object.")
-    return found
 
 
 def _named(file: Path) -> str:

@@ -6,7 +6,6 @@ is an assert on the device that takes the process down.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 
 from curate.errors import BrokenCheckpoint, ModelError
 from curate.models.layouts import read_config, weight_files
+from curate.passes.loading.header import read_header
 
 if TYPE_CHECKING:
     from curate.models.checkpoints import Checkpoint
@@ -42,8 +42,10 @@ def embedding_rows(checkpoint: Checkpoint) -> int | None:
 def _of_weights(folder: Path) -> int | None:
     for file in weight_files(folder):
         if file.suffix == ".safetensors":
-            with file.open("rb") as handle:
-                header = json.loads(handle.read(int.from_bytes(handle.read(8), "little")))
+            try:
+                _, header = read_header(file)
+            except (OSError, ValueError):  # which loading says
+                continue
             shapes = [e["shape"] for name, e in header.items() if TABLE.search(name) and len(e["shape"]) == 2]
             if shapes:
                 return int(shapes[0][0])
@@ -55,8 +57,9 @@ def _of_config(folder: Path) -> int | None:
         config = read_config(folder / "config.json")
     except (OSError, BrokenCheckpoint):
         return None
-    found = (config.get("text_config") or config).get("vocab_size")
-    return found if isinstance(found, int) else None
+    text = config.get("text_config")
+    found = (text if isinstance(text, dict) and text else config).get("vocab_size")
+    return found if type(found) is int else None
 
 
 def check_tokenizer(checkpoint: Checkpoint, cache: FingerprintCache, store: Store, sources: Sequence[str]) -> list[str]:

@@ -6,13 +6,13 @@ Values of different fingerprints are never mixed, and a value under a known fing
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from curate.bounds import read_object, read_text
 from curate.errors import UsageError
 from curate.measurements.perturbations import perturbation
 from curate.models.checkpoints import Checkpoint
@@ -22,6 +22,7 @@ from curate.plan.kept import Kept
 from curate.plan.rendering import Renderings
 from curate.plan.servers import Servers
 from curate.plan.step import Task
+from curate.recipe.doors import path
 from curate.rows import content_id
 from curate.store import Measured
 
@@ -184,12 +185,19 @@ def end_tokens(folder: Path) -> list[int]:
     found = []
     for name in ("generation_config.json", "config.json"):
         try:
-            ids = json.loads((folder / name).read_text("utf-8")).get("eos_token_id")
-        except (OSError, ValueError, AttributeError):  # none, or of a server's model
+            ids = read_object(folder / name).get("eos_token_id")
+        except (OSError, ValueError):  # none, or of a server's model
             ids = None
-        found.append({ids} if isinstance(ids, int) else set(ids or ()))
+        found.append({i for i in (ids if isinstance(ids, list) else [ids]) if type(i) is int})
     own, of_config = found
     return sorted(own) if own != of_config else []
+
+
+def _can_name_a_file(text: str) -> bool:
+    try:
+        return bool(path(text))
+    except ValueError:
+        return False
 
 
 def few_shot_text(loaded: Loaded) -> str | None:
@@ -199,9 +207,9 @@ def few_shot_text(loaded: Loaded) -> str | None:
         return given
     file = loaded.resolve(given)
     try:
-        if len(given) < 1000 and file.is_file():
-            return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        if _can_name_a_file(given) and file.is_file():
+            return read_text(file)
+    except (OSError, ValueError) as error:
         raise UsageError(f"sampling.few_shot: {given} cannot be read ({error}).") from None
     if re.fullmatch(r"\S*[\w)]\.(txt|md|jinja2?|prompt|json|jsonl|yaml|yml|csv)", given):
         raise UsageError(

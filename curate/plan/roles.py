@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from curate.errors import UsageError
 from curate.models.checkpoints import Checkpoint, find_checkpoints, single_model
 from curate.models.fingerprints import FingerprintCache
+from curate.models.layouts import check_pickles
 from curate.plan.kept import Kept
 from curate.plan.recorded import PREFIX
 from curate.plan.servers import Servers
@@ -105,6 +106,8 @@ def find_roles(
         raise UsageError(
             "engine.sampler is openai and there are several checkpoints, but a server serves one model. Use sampler vllm, or one model."
         )
+    met = [one for one in (reference, policy, *series) if one is not None]
+    check_pickles([folder for one in met for folder in (one.path, one.base)], allowed=models.allow_pickle)
     last = series[-1] if series else None
     plain = reference or last if loaded.recipe.kind == "preference" else last
     return Roles(reference, policy, series, plain, tuple(skipped))

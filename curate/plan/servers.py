@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from curate.bounds import read_object
 from curate.errors import CurateError, EngineError, UsageError
 from curate.models.checkpoints import Checkpoint, single_model
 from curate.models.fingerprints import FingerprintCache
@@ -217,7 +218,7 @@ def first_rows(store: Store, loaded: Loaded, sources: Sequence[str]) -> list[Row
 
 def _read(folder: Path) -> dict[str, Any]:
     try:
-        found = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        found = read_object(folder / FILE)
         return {"models": dict(found["models"]), "last": dict(found["last"])}
     except FileNotFoundError:
         return {"models": {}, "last": {}}

@@ -53,7 +53,9 @@ def path(written: str) -> str:
     """A path, or a hub id. Raises ValueError for one that no system has: with characters that no name has, or of a length that none takes."""
     if re.search(r"[\x00-\x1f\x7f]", written):
         raise ValueError("wanted a path: no line break, tab or NUL in it")
-    if len(written.encode(errors="replace")) > 4096 or any(len(p.encode(errors="replace")) > 255 for p in written.split("/")):
+    if len(written.encode(errors="replace")) > 4096 or any(
+        len(p.encode(errors="replace")) > 255 for p in written.split("/")
+    ):
         raise ValueError("wanted a path: at most 4,096 bytes, 255 in each of its names")
     return written
 

@@ -32,7 +32,11 @@ def found(value: Any) -> str:
     """A value as a message shows it: its beginning, and its type."""
     if value is None:
         return "nothing"
-    shown = repr(value) if not isinstance(value, int) or abs(value) < 10**40 else f"a number of {len(str(abs(value)))} digits"
+    shown = (
+        repr(value)
+        if not isinstance(value, int) or abs(value) < 10**40
+        else f"a number of {len(str(abs(value)))} digits"
+    )
     return f"{shown if len(shown) <= LONGEST_SHOWN else shown[:LONGEST_SHOWN] + '…'} ({type(value).__name__})"
 
 
@@ -57,7 +61,8 @@ def _line(
     path: tuple[Any, ...], items: list[Any], recipe: type[BaseModel], lines: dict[tuple[Any, ...], int], file: str
 ) -> str:
     first, key = items[0], ".".join(map(str, path))
-    line = lines.get(path) or (lines.get(path[:-1]) if first["type"] == "missing" else None)
+    alone = not any(at[: len(path) - 1] == path[:-1] and len(at) == len(path) for at in lines)  # source: rows.jsonl
+    line = lines.get(path) or (lines.get(path[:-1]) if first["type"] == "missing" or alone else None)
     where = f"{file}, line {line}" if line else file
     if first["type"] == "extra_forbidden":
         allowed = _fields(recipe, path[:-1])

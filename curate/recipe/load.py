@@ -88,9 +88,7 @@ def load_recipe(
     else:
         file = Path(path)
         if file.is_dir():
-            raise UsageError(
-                f"{path} is a folder, expected a recipe (YAML). {START}"
-            )
+            raise UsageError(f"{path} is a folder, expected a recipe (YAML). {START}")
         try:
             text = read_text(file)
         except OSError as error:
@@ -135,7 +133,9 @@ def _check_numbers(value: Any, at: tuple[Any, ...], lines: Mapping[tuple[Any, ..
     """UsageError for a whole number that no library takes: of more than 64 bits."""
     if isinstance(value, int) and not -WHOLE <= value < WHOLE:
         where = f"{file}, line {lines[at]}" if at in lines else file
-        raise UsageError(f"{where}: {'.'.join(map(str, at))}: a whole number of {len(str(abs(value)))} digits, wanted at most 18.")
+        raise UsageError(
+            f"{where}: {'.'.join(map(str, at))}: a whole number of {len(str(abs(value)))} digits, wanted at most 18."
+        )
     parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
     for key, part in parts:
         _check_numbers(part, (*at, key), lines, file)

@@ -35,6 +35,10 @@ class Models(Strict):
     base: PathText | None = Field(
         None, description="the model that LoRA adapters sit on; default: the one their adapter_config.json names"
     )
+    allow_pickle: bool = Field(
+        False,
+        description="true: weights that are pickles (pytorch_model.bin) are read, as tensors alone; safetensors need no leave",
+    )
     on_broken_checkpoint: Literal["error", "skip"] = Field(
         "error", description="skip: a broken or half-written checkpoint is named and left out"
     )

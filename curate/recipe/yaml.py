@@ -25,7 +25,10 @@ NUMBER = re.compile(
 )
 PLAIN = "!plain"
 VALUES = 100_000  # an alias counts as what it stands for
-TAGS = {PLAIN, *(f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null", "map", "seq", "merge"))}
+TAGS = {
+    PLAIN,
+    *(f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null", "map", "seq", "merge")),
+}
 WORDS = {"null": None, "true": True, "false": False}
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from curate.bounds import read_text
 from curate.errors import UsageError
 from curate.jobs.collect.pick import Candidate, Known, by_function, by_group, fresh, nearest
 from curate.jobs.collect.rounds import Collect, Round, read_rows
@@ -102,10 +103,10 @@ def from_model(template: Path, *, generator: str | None = None, agree: float = 0
     from curate.jobs.collect.generate import Template
 
     try:
-        text = template.read_text(encoding="utf-8")
-    except OSError as error:
+        text = read_text(template)
+    except (OSError, ValueError) as error:
         raise UsageError(
-            f"{template}: wanted a text with {{1}}, {{2}}, … for hard rows' problems ({error.strerror})."
+            f"{template}: wanted a text with {{1}}, {{2}}, … for hard rows' problems ({getattr(error, 'strerror', None) or error})."
         ) from None
     shots = Template.of(text, file=str(template))
 
@@ -154,13 +155,16 @@ def _written(
 def _generator(asked: Round, name: str | None) -> tuple[str, str | None]:
     """The model that writes, and its base where it is an adapter. name: a folder or hub id; None: the round's last checkpoint."""
     from curate.models.checkpoints import find_base, find_model
+    from curate.models.layouts import check_pickles
     from curate.passes.loading.adapter_config import is_adapter
 
     if not name:
         return asked.checkpoint.path, asked.checkpoint.base
     folder = asked.loaded.folder
     model = find_model(name, folder)
-    return str(model), str(find_base(model, folder)) if is_adapter(model) else None
+    base = find_base(model, folder) if is_adapter(model) else None
+    check_pickles([model, base], allowed=asked.loaded.recipe.models.allow_pickle)
+    return str(model), None if base is None else str(base)
 
 
 def _prompts(asked: Round, model: str, base: str | None) -> tuple[Encode, Encode]:

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from curate.bounds import own_object
 from curate.console import Progress
 from curate.data.sections import open_rows
 from curate.errors import CurateError, UsageError
@@ -106,13 +107,13 @@ def grow(
             if not (folder / "measured.json").is_file():
                 progress.say(f"round {number}: measuring {run}")
                 _measure(recipe, overrides, folder, run, out / "store", progress)
-            line = {"round": number, **json.loads((folder / "measured.json").read_text(encoding="utf-8"))}
+            line = {"round": number, **own_object(folder / "measured.json")}
             found.append(line)
             if number == rounds + 1 or not line["hard"]:
                 break
             if not (folder / "collected.json").is_file():
                 _collect(loaded, folder, run, out / f"round-{number + 1}", number, take, seed, collect)
-            line |= json.loads((folder / "collected.json").read_text(encoding="utf-8"))
+            line |= own_object(folder / "collected.json")
             progress.say(f"round {number}: {line['hard']:,} hard rows, {line['collected']:,} like them collected")
             if not line["collected"]:
                 break
@@ -158,7 +159,7 @@ def _claim(out: Path, asked: dict[str, Any]) -> None:
     """The folder is this job's. UsageError where it is another's."""
     mark = out / RULES
     if mark.is_file():
-        before = json.loads(mark.read_text(encoding="utf-8"))
+        before = own_object(mark)
         other = [key for key in asked | before if asked.get(key) != before.get(key)]
         if other:
             raise UsageError(

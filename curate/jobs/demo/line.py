@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import curate
+from curate.bounds import own_object
 from curate.console import Progress
 from curate.errors import UsageError
 from curate.jobs.demo import task, training
@@ -88,7 +89,7 @@ def prepare(out: Path, *, seed: int) -> dict[str, list[task.Problem]]:
     """The rows of the seed, written with the recipes to `out`. Recipes that are there already are left as they are."""
     mark = out / "demo.json"
     if mark.is_file():
-        found = json.loads(mark.read_text(encoding="utf-8"))
+        found = own_object(mark)
         if found != _mark(seed):
             raise UsageError(
                 f"{out}: holds the demo of seed {found.get('seed')} (version {found.get('version')}). Name another folder with --out."

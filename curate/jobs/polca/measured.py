@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from curate.bounds import own_object
 from curate.console import Progress
 from curate.jobs.polca.decomposition import Decomposition, Integrator, Way, checkpoint_losses
 from curate.models.checkpoints import Checkpoint
@@ -76,7 +77,7 @@ class Measuring:
         if not all(file.is_file() for file in (self.about, self.losses, *self.segments)):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._run(progress)
-        about = json.loads(self.about.read_text())
+        about = own_object(self.about)
         parts = np.stack([np.load(file)["parts"] for file in self.segments], axis=1)
         decomposition = Decomposition(np.load(self.losses)["losses"], parts, np.asarray(about["share"]))
         return Measured(decomposition, about["way"], list(about["notes"]), self.folder)

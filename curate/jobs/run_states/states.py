@@ -78,11 +78,16 @@ class RunStates:
     heldout: dict[int, float]
 
 
-def read_run(folder: Path, *, converged: float = math.nan) -> Run:
-    """A trainer's output folder as a Run: its checkpoints in step order, their statistics computed. ModelError where it is none."""
+def read_run(folder: Path, *, converged: float = math.nan, allow_pickle: bool = False) -> Run:
+    """A trainer's output folder as a Run: its checkpoints in step order, their statistics computed. ModelError where it is none.
+
+    allow_pickle: weights that are pickles (pytorch_model.bin) are read, as tensors alone; UsageError for them otherwise.
+    """
     from curate.models.checkpoints import find_checkpoints
+    from curate.models.layouts import check_pickles
 
     found = find_checkpoints(str(folder.resolve()), Path())
+    check_pickles([s.path for s in found], allowed=allow_pickle, key="--allow-pickle, or allow_pickle")
     if any(s.base for s in found):
         raise ModelError(
             f"{folder.name}: its checkpoints are LoRA adapters, and these statistics are of whole weights. Merge each into its base "

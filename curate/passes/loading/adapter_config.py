@@ -16,7 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from curate.bounds import read_object
 from curate.errors import BrokenCheckpoint, ModelError
+from curate.passes.loading.header import read_header
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -83,7 +85,7 @@ def read_adapter_config(path: str | Path) -> AdapterConfig:
     """The config of an adapter's folder. ModelError where it cannot be read, or holds something that is not understood (named)."""
     folder = Path(path)
     try:
-        values = json.loads((folder / CONFIG).read_text("utf-8"))
+        values = read_object(folder / CONFIG)
         kind = values["peft_type"]
         if kind == "LORA":
             int(values["r"]), float(values["lora_alpha"])
@@ -127,11 +129,9 @@ def tensor_names(path: str | Path) -> list[str]:
     """Names of the adapter's tensors, from the file's header. ModelError where it cannot be read."""
     file = Path(path) / WEIGHTS
     try:
-        with file.open("rb") as opened:
-            header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
+        return sorted(read_header(file)[1])
     except (OSError, ValueError) as error:
         raise ModelError(f"{file.parent.name}/{WEIGHTS} cannot be read: {error}.") from None
-    return sorted(header.keys() - {"__metadata__"})
 
 
 def split_name(name: str) -> tuple[str, str]:

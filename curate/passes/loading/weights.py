@@ -8,7 +8,6 @@ through transformers' own loader, once.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 import torch
 
+from curate.bounds import read_object
 from curate.errors import ModelError
 from curate.passes.descriptions import describe_folder, first_line
 
@@ -86,7 +86,7 @@ def _files(folder: Path, path: str | Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
-            files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+            files = [folder / name for name in sorted({str(n) for n in read_object(index)["weight_map"].values()})]
         except (ValueError, KeyError, AttributeError) as problem:
             raise ModelError(f"{path}: model.safetensors.index.json is unreadable: {first_line(problem)}") from problem
         missing = [file.name for file in files if not file.is_file()]

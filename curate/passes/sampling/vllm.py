@@ -12,12 +12,12 @@ Source: Kwon et al. 2023, arXiv:2309.06180 (vLLM); settings: measured on 2 cores
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from curate.bounds import read_object
 from curate.errors import EngineError
 from curate.passes.loading.adapter_config import (
     VLLM_RANKS,
@@ -300,7 +300,7 @@ def _absolute(path: str | Path) -> str:
 def _same_architecture(one: str, other: str) -> bool:
     def essence(path: str) -> Any:
         file = Path(path) / "config.json"
-        config = json.loads(file.read_text("utf-8")) if file.is_file() else read_config(path).to_dict()
+        config = read_object(file) if file.is_file() else read_config(path).to_dict()
         return {name: value for name, value in config.items() if name not in NOT_ARCHITECTURE}
 
     return one == other or essence(one) == essence(other)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from curate.bounds import own_object
 from curate.console import Progress
 from curate.errors import ModelError
 from curate.models.checkpoints import Checkpoint
@@ -163,7 +164,7 @@ class DirectionRunner(ForwardRunner):
         kept, said = files.file(task.fingerprint), files.file(task.fingerprint, "json")
         if said.is_file() and (direction.step == "sgd" or kept.is_file()):
             v = self.gradients.of(direction.of) if direction.step == "sgd" else load_vector(kept)
-            epsilon: float | None = json.loads(said.read_text())["epsilon"]
+            epsilon: float | None = own_object(said).get("epsilon")
             return v, epsilon
         x = self.gradients.of(direction.of)
         at = x if direction.step != "sign" or direction.of == "head" else self.gradients.of("step")
