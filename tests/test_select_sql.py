@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import atexit
 import shutil
+import signal
 import tempfile
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -352,7 +354,7 @@ def test_a_row_is_taken_from_the_training_files_of_its_recipe(tmp_path):
         ({"where": "foo > 5"}, "select.where: no column 'foo'"),
         ({"where": "loss > 0 AND foo BETWEEN 1 AND 2"}, "select.where: no column 'foo'"),
         ({"order_by": "foo desc"}, "select.order_by: no column 'foo'"),
-        ({"where": "word::INT > 5"}, "select.where: .*Could not convert"),
+        ({"where": "word::INT > 5"}, "select.where: .*could not convert"),
     ],
 )
 def test_a_mistake_in_a_runs_transaction_is_told_as_anywhere(tmp_path, spec, told):
@@ -451,3 +453,57 @@ def test_a_score_that_the_recipe_does_not_ask_for_is_said(tmp_path, rule):
     store = made(tmp_path, [{}] * 3)
     with pytest.raises(UsageError, match="the score 'ches_ln' is not among the recipe's `scores`; add it there"):
         check_select(store, SelectSpec(**rule), worst={"loss": "high"}, planned=["loss"], recipe="r")
+
+
+@pytest.mark.parametrize("rule, said", [
+    ("score > 'abc'", r"score > 'abc': could not convert string 'abc' to INT64\. Write a value of the column's type"),
+    ("ches > 'abc'", r"ches > 'abc': could not convert string 'abc' to DOUBLE\."),
+    ("nosuchfn(score)", r"nosuchfn\(score\): no function nosuchfn\(\) in SQL\."),
+    ("lenght(topic) > 2", r"lenght\(topic\) > 2: no function lenght\(\) in SQL. Did you mean length\(\)\?"),
+    ("sum(score) > 3", "an aggregate has one value for all rows"),
+    ("count(*) > 3", "an aggregate has one value for all rows"),
+    ("score >", "this is not one whole SQL expression: score >$"),
+])  # fmt: skip
+def test_what_no_row_can_answer_is_said_of_the_rule_before_anything_is_measured(tmp_path, rule, said):
+    store = Store(tmp_path / "store", create=True)
+    rows = [Example(f"q{i}", "yes") for i in range(2)]
+    found = [SimpleNamespace(index=i, row=row, columns={"topic": "x", "score": i}) for i, row in enumerate(rows)]
+    store.add_source("a", "1", found)
+    store.register_recipe("r", "", sources=["a"])
+    with pytest.raises(UsageError, match=rf"select.where: .*{said}") as error:
+        check_select(store, SelectSpec(where=rule), worst={}, planned=["ches"], recipe="r")
+    told = [str(error.value)]
+    if "ches" not in rule:
+        with pytest.raises(UsageError, match=rf"select.where: .*{said}") as error:
+            select(store, SelectSpec(where=rule), worst={}, recipe="r", sources=["a"])
+        told.append(str(error.value))
+    assert not [one for one in told if "Error" in one or "LINE" in one or "\n" in one]
+
+
+def test_a_value_that_cannot_be_cast_is_said_of_the_rule(tmp_path):
+    store = Store(tmp_path / "store", create=True)
+    store.add_source("a", "1", [SimpleNamespace(index=0, row=Example("q", "yes"), columns={"topic": "x"})])
+    store.register_recipe("r", "", sources=["a"])
+    with pytest.raises(UsageError, match=r"select.order_by: topic::INT: could not convert string 'x' to INT32"):
+        select(store, SelectSpec(order_by="topic::INT"), worst={}, recipe="r", sources=["a"])
+
+
+def test_a_query_without_end_is_stopped(tmp_path):
+    """Ctrl-C while DuckDB works: the query ends, and the store is as it was."""
+    store = Store(tmp_path / "store", create=True)
+    endless = "SELECT count(*) FROM range(10000000000) a, range(10000000000) b"
+    stop = threading.Timer(0.3, lambda: signal.raise_signal(signal.SIGINT))
+    stop.start()
+    with pytest.raises(KeyboardInterrupt):
+        store.sql(endless)
+    stop.join()
+    assert len(store.sql("SELECT 1")) == 1
+
+
+def test_an_answer_that_no_memory_holds_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("curate.store.asking._memory", lambda: 16 << 20)
+    store = Store(tmp_path / "store", create=True)
+    with pytest.raises(UsageError, match="half of this machine's memory. Ask for fewer rows"):
+        store.sql("SELECT * FROM range(100000000000)")
+    with pytest.raises(UsageError, match="^could not convert string 'x' to INT32"):  # while the answer is taken
+        store.sql("SELECT CASE WHEN range = 400000 THEN 'x' ELSE '1' END::INT FROM range(500000)")

@@ -15,6 +15,7 @@ import pyarrow as pa
 from curate.errors import UsageError, did_you_mean
 from curate.rows import Example, Pair, Row, text_from_column
 from curate.store import allowed
+from curate.store.asking import answer
 from curate.store.readings import HIDDEN, NO_RECIPE_WAITS, WAITS, any_waits
 from curate.store.sql import Connection, one, quote
 from curate.store.tables import table_of
@@ -152,12 +153,16 @@ def occurrence_counts(
 
 def run(con: Connection, text: str, params: Sequence[Any] | Mapping[str, Any] | None) -> pl.DataFrame:
     """A user's query to polars. Raises UsageError for what is wrong in it."""
+    import polars as pl
+
     try:
         allowed.check_query(con, text)
-        relation = con.sql(text, params=params) if params else con.sql(text)
-        if relation is None:
+        found = answer(con, text, params)
+        if found is None:
             raise UsageError("expected a query that returns rows, such as SELECT row_id FROM rows LIMIT 5.")
-        return relation.pl()
+        frame = pl.from_arrow(found)
+        assert isinstance(frame, pl.DataFrame)
+        return frame
     except duckdb.Error as error:
         explained = explain(con, error)
         if explained is None:
@@ -211,15 +216,35 @@ def explain(con: Connection, error: duckdb.Error) -> UsageError | None:
     if isinstance(error, duckdb.CatalogException) and table:
         hint = did_you_mean(table[1].lower(), VIEWS, f"There are: {', '.join(VIEWS)}.", show=str, sentence=True)
         return UsageError(f"no view {table[1]!r} in a store. {hint}")
+    called = re.search(r"Function with name \"?(\S+?)\"? does not exist", text)
+    if isinstance(error, duckdb.CatalogException) and called:
+        known = {row[0] for row in con.execute("SELECT DISTINCT function_name FROM duckdb_functions()").fetchall()}
+        hint = did_you_mean(
+            called[1].lower(),
+            known - allowed.NEVER,
+            "It is DuckDB's SQL that is read here.",
+            show="{}()".format,
+            sentence=True,
+        )
+        return UsageError(f"no function {called[1]}() in SQL. {hint}")
     if isinstance(
         error, duckdb.ProgrammingError | duckdb.DataError | duckdb.NotSupportedError | duckdb.InvalidInputException
     ):
         line = re.search(r"^LINE \d+: .*$", text, re.M)
-        cast = (
-            " A text column that holds numbers is compared as `column::DOUBLE`." if "VARCHAR and type" in first else ""
-        )
-        return UsageError(f"{first}{cast}{' ' + line[0] if line else ''}")
+        return UsageError(f"{_in_words(error, first)}{' ' + line[0] if line else ''}")
     return None
+
+
+def _in_words(error: duckdb.Error, first: str) -> str:
+    """The first line of DuckDB's error without the name of its class, and what to write instead."""
+    _, sign, said = first.partition(" Error: ")
+    if not sign or isinstance(error, duckdb.ParserException):
+        return first
+    said = said.replace("STRING_LITERAL", "text").replace("INTEGER_LITERAL", "a number").removesuffix("!")
+    cast = " A text column that holds numbers is compared as `column::DOUBLE`." if "VARCHAR and type" in first else ""
+    if isinstance(error, duckdb.ConversionException):
+        cast = " Write a value of the column's type, or TRY_CAST(… AS DOUBLE), which is NULL where that fails."
+    return f"{said[:1].lower()}{said[1:].removesuffix('.')}.{cast}"
 
 
 def find_row(con: Connection, text: str, folder: str) -> str:

@@ -38,22 +38,36 @@ def check_select(
     asked += [("select.order_by", expression, "") for expression, _ in keys if expression.lower() != RANDOM]
     for key, expression, cast in asked:
         meant = store.check_sql(expression, key, recipe=recipe, planned=planned, is_order=not cast)
+        # asked of one row whose values are all unknown: what no row could answer ('abc' as a number) is told apart without reading any
+        nothing = f"(SELECT 1) AS one LEFT JOIN (SELECT * FROM {frame.text} LIMIT 0) AS scored ON true"
         try:
-            store.sql(f"SELECT (\n{meant}\n){cast} FROM {frame.text} LIMIT 0", recipe=recipe)
+            store.sql(f"SELECT (\n{meant}\n){cast}, scored.row_id FROM {nothing}", recipe=recipe)
         except UsageError as error:
-            raise UsageError(f"{key}: {_in_words(str(error), expression, frame.columns)}") from None
+            raise rule_error(key, error, expression, frame.columns) from None
     _check_groups_ahead(store, spec, frame, planned, recipe)
     check_random(spec, frame)
     return frame
 
 
-def _in_words(message: str, expression: str, columns: Sequence[str]) -> str:
-    """A message about a column that is not there names the nearest that is, or will be; one about SQL shows the user's, not what was made of it."""
+def rule_error(key: str, error: UsageError, expression: str, columns: Sequence[str]) -> UsageError:
+    """What is wrong with a rule: a column that is not there, with the nearest that is, or will be; else the rule as the recipe has it, and why."""
+    message = re.sub(r"\s*\bLINE \d+: .*$", "", str(error), flags=re.DOTALL)
+    if message.startswith(key):
+        return error
     if missing := re.match(r"no column '([^']+)'", message):
-        return _not_there(missing[1]) or f"no column {missing[1]!r}" + did_you_mean(
-            missing[1], columns, message[missing.end() :], before="; "
-        )
-    return f"this is not one whole SQL expression: {expression}" if message.startswith("Parser Error") else message
+        near = did_you_mean(missing[1], columns, message[missing.end() :], before="; ")
+        return UsageError(f"{key}: {_not_there(missing[1]) or f'no column {missing[1]!r}{near}'}")
+    if message.startswith("Parser Error"):
+        return UsageError(f"{key}: this is not one whole SQL expression: {shortened(expression)}")
+    if "GROUP BY clause" in message or "aggregates" in message:
+        message = "an aggregate has one value for all rows, and a rule one for each. Write `(SELECT … FROM scored)` or `… OVER ()`."
+    return UsageError(f"{key}: {shortened(expression)}: {message}")
+
+
+def shortened(expression: str) -> str:
+    """An expression on one line, as far as a message shows it."""
+    text = " ".join(expression.split())
+    return text if len(text) <= 160 else f"{text[:160]}…"
 
 
 def _not_there(name: str) -> str:

@@ -16,7 +16,7 @@ from curate.errors import UsageError
 from curate.store.expressions import check_expression, order_keys
 from curate.store.sql import literal, quote
 from curate.workflow.decide import Candidates
-from curate.workflow.select_checks import RANDOM, check_numbers, check_random, check_worst
+from curate.workflow.select_checks import RANDOM, check_numbers, check_random, check_worst, rule_error
 from curate.workflow.spec import SelectSpec
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class SelectQuery:
         null_is_known: Mapping[str, str],
     ):
         self.store, self.spec, self.recipe = store, spec, recipe
-        frame = store.frame(recipe=recipe)
+        frame = self.frame = store.frame(recipe=recipe)
         check_random(spec, frame)
         check_numbers(store, spec, recipe)
         for name in spec.drop_worst:
@@ -161,11 +161,24 @@ class SelectQuery:
                 try:
                     self._ask({alias: one})
                 except UsageError as error:
-                    raise UsageError(f"{one.key}: {error}") from None
+                    rule = self._rule(one.key)
+                    raise (
+                        rule_error(one.key, error, rule, self.frame.columns)
+                        if rule
+                        else UsageError(f"{one.key}: {error}")
+                    ) from None
                 except duckdb.TransactionException:  # a value that cannot be cast has ended it: no more can be asked
                     rules = [key for key in ("where", "order_by", "per") if getattr(self.spec, key) is not None]
                     raise UsageError(f"{', '.join(f'select.{key}' for key in rules)}: {problem}") from None
             raise
+
+    def _rule(self, key: str) -> str | None:
+        """A rule of the recipe as it is written."""
+        return {
+            "select.where": self.spec.where,
+            "select.order_by": self.spec.order_by,
+            "select.per": self.spec.group,
+        }.get(key)
 
     def _compared(self, n: int) -> list[Any] | None:
         """For every row the first part of `where` that is false, with the row's number and the bound. None where parts say no more."""
