@@ -15,9 +15,10 @@ import re
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
+from typing import Any, TypeVar
 from uuid import uuid4
 
 import duckdb
@@ -29,6 +30,7 @@ from curate.store.schema import MIGRATIONS, SCHEMA, SCHEMA_VERSION
 from curate.store.sql import Connection, one
 
 READ_PATIENCE, WRITE_PATIENCE = 30.0, 300.0  # seconds
+Found = TypeVar("Found")
 _locks: dict[str, threading.RLock] = defaultdict(threading.RLock)
 _locks_lock = threading.Lock()
 # .connections: path of a database -> the connection of this thread's transaction; .reading: see `_kept`
@@ -68,10 +70,13 @@ def let_go() -> None:
 
 
 class _Opened:
-    """A database that is open for reading: what closes it, a connection to it, and how many of this thread's reads are under way."""
+    """A database that is open for reading: what closes it, a connection to it, how many of this thread's reads are under way, and what was found
+    out and holds as long as nobody writes.
+    """
 
     def __init__(self, opening: ExitStack, con: Connection):
         self.opening, self.con, self.readers = opening, con, 0
+        self.found: dict[Hashable, Any] = {}
 
 
 def _kept() -> dict[str, _Opened] | None:
@@ -131,21 +136,35 @@ class Database:
             with explained(self.path):
                 yield con
             return
-        with self._reading() as con:
-            self._check_version(con)
+        with self._reading(self._check_version) as con:
             yield con
 
+    def found(self, key: Hashable, find: Callable[[Connection], Found]) -> Found | None:
+        """Inside `kept_open` and `read`: what `find` gives of a connection of its own, asked once as long as nobody writes. Elsewhere None."""
+        opened = (_kept() or {}).get(self._name)
+        if opened is None or self._under_way() is not None:
+            return None
+        if key not in opened.found:
+            con = opened.opening.enter_context(closing(opened.con.cursor()))
+            con.execute("USE curate")
+            opened.found[key] = find(con)
+        found: Found = opened.found[key]
+        return found
+
     @contextmanager
-    def _reading(self) -> Iterator[Connection]:
-        """A connection of its own to the file, which is opened for it or open already."""
+    def _reading(self, check: Callable[[Connection], object] = lambda con: None) -> Iterator[Connection]:
+        """A connection of its own to the file, which is opened for it, and checked, or open already."""
         kept = _kept()
         if kept is None:
             with self._open(read_only=True) as con:
+                check(con)
                 yield con
             return
         if self._name not in kept:
-            opening = ExitStack()
-            kept[self._name] = _Opened(opening, opening.enter_context(self._open(read_only=True)))
+            with ExitStack() as opening:
+                con = opening.enter_context(self._open(read_only=True))
+                check(con)
+                kept[self._name] = _Opened(opening.pop_all(), con)
         opened = kept[self._name]
         opened.readers += 1
         try:

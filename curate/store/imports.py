@@ -59,7 +59,7 @@ class Import:
 def listed(con: Connection) -> list[Import]:
     """Every import by number; those of a store that older versions wrote are found in its tables, and numbered by their age."""
     imports = []
-    if _exists(con, "imports"):
+    if columns_of(con, "imports"):
         lines = con.execute(f"SELECT {', '.join(FIELDS)}, created FROM data.imports ORDER BY number").fetchall()
         for line in lines:
             of = dict(zip((*FIELDS, "created"), line, strict=True))
@@ -76,11 +76,11 @@ def _unnumbered(con: Connection, known: Sequence[Import]) -> list[Import]:
     """Imports without a line in data.imports: values of rows by their source, dataset values by their origin."""
     taken = {print for one in known for print in one.fingerprints}
     origins: dict[str, list[tuple[str, str, Any]]] = {}
-    for print, checkpoint, step, params, created in con.execute(
-        "SELECT fingerprint, checkpoint, step, params, created FROM data.measured WHERE reads = 'import' AND measurement = ? "
-        "ORDER BY created, fingerprint",
+    lines = con.execute(
+        "SELECT created, fingerprint, checkpoint, step, params FROM data.measured WHERE reads = 'import' AND measurement = ?",
         [MEASUREMENT],
-    ).fetchall():
+    ).fetchall()
+    for created, print, checkpoint, step, params in sorted(lines, key=lambda line: line[:2]):
         if print not in taken:
             place = "" if checkpoint in (None, "") and step is None else "somewhere"
             origins.setdefault(json.loads(params or "{}").get("source", ""), []).append((print, place, created))
@@ -99,13 +99,17 @@ def _unnumbered(con: Connection, known: Sequence[Import]) -> list[Import]:
         )
         old.append((members[0][2], one))
     ours = {one.values_origin for one in known}
-    for values_origin, names, n in con.execute(
-        "SELECT origin, list(DISTINCT name ORDER BY name), count(*) FROM data.dataset_values WHERE starts_with(origin, 'import:') "
-        "GROUP BY origin ORDER BY origin"
-    ).fetchall():
+    values: dict[str, list[str]] = {}
+    for origin, name in sorted(
+        con.execute("SELECT origin, name FROM data.dataset_values WHERE starts_with(origin, 'import:')").fetchall()
+    ):
+        values.setdefault(origin, []).append(name)
+    for values_origin, names in values.items():
         if values_origin not in ours:
-            origin = values_origin.removeprefix("import:")
-            old.append((None, Import(0, origin, "", origin, "", tuple(names), values_origin=values_origin, n_lines=n)))
+            origin, different = values_origin.removeprefix("import:"), tuple(dict.fromkeys(names))
+            old.append(
+                (None, Import(0, origin, "", origin, "", different, values_origin=values_origin, n_lines=len(names)))
+            )
     old.sort(key=lambda pair: (pair[0] is None, str(pair[0] or "")))
     first = max([one.number for one in known], default=0) + 1
     return [Import(**{**vars(one), "number": first + i}) for i, (_, one) in enumerate(old)]
@@ -226,8 +230,3 @@ def _add_lines(con: Connection, one: Import, query: str) -> None:
         if name not in ("fingerprint", "row_id") and name not in there:
             con.execute(f"ALTER TABLE data.imported_lines ADD COLUMN {quote(name)} {kind}")
     con.execute(f"INSERT INTO data.imported_lines BY NAME SELECT {one.number} AS {NUMBER}, * FROM ({query})")
-
-
-def _exists(con: Connection, table: str) -> bool:
-    text = "SELECT count(*) FROM duckdb_tables() WHERE schema_name = 'data' AND table_name = ? AND database_name = current_database()"
-    return bool(con.execute(text, [table]).fetchall()[0][0])

@@ -1,21 +1,104 @@
-"""What a query of the views is about: the recipe, and the condition on the occurrences of its rows."""
+"""What a query of the views is about: the recipe, the condition on the occurrences of its rows, and what the store has of them."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, NamedTuple
 
 from curate.errors import UsageError, did_you_mean
+from curate.store import imports
 from curate.store.readings import NO_RECIPE_WAITS, WAITS, any_waits, plain_name
 from curate.store.sql import Connection, first_column, literal, literals, one
 
+PLACED = "fingerprint, measurement, reads, run, checkpoint, step, model_fingerprint, created"
 
-def recipe_of(con: Connection, recipe: str | None) -> tuple[str | None, str | None, list[str], list[str]]:
+
+class Placed(NamedTuple):
+    """A line of data.measured."""
+
+    fingerprint: str
+    measurement: str
+    reads: str
+    run: str
+    checkpoint: str
+    step: int | None
+    model_fingerprint: str
+    created: Any
+
+
+class Subject:
+    """What a query is about. recipe None: the one registered or scored last. Each thing is asked of the store once, when it is needed.
+
+    uses, plain: fingerprints of the recipe, and those that `scored` shows. only: the condition of `_condition`, "" for all.
+    Raises UsageError naming the nearest recipe or source.
+    """
+
+    def __init__(self, con: Connection, recipe: str | None = None, sources: Sequence[str] | None = None):
+        self.con, self.recipe = con, recipe
+        self.made: set[str] = set()  # the views that are made already, on this connection
+        self.name, self.scores_table, uses, plain = _recipe(con, recipe)
+        self.only = _condition(con, recipe, sources)
+        wanted = literals(dict.fromkeys([*uses, *plain]))
+        self.measured = [
+            Placed(*line)
+            for line in con.execute(
+                f"SELECT {PLACED} FROM data.measured WHERE reads = 'import' OR fingerprint IN ({wanted})"
+            ).fetchall()
+        ]
+        self.measured.sort(key=lambda m: (m.created, m.fingerprint))
+        imported = [m.fingerprint for m in self.measured if m.reads == "import"]
+        self.uses = list(dict.fromkeys([*uses, *imported] if recipe is None else uses))
+        self.plain = list(dict.fromkeys([*plain, *self._lone_imports(plain)]))
+
+    def _lone_imports(self, plain: Sequence[str]) -> list[str]:
+        """Measurements that a program put in once only, so that there is no choice which values a column shows."""
+        taken = {m.measurement for m in self.measured if m.fingerprint in plain} | {imports.MEASUREMENT}
+        of: dict[str, list[str]] = {}
+        for m in self.measured:
+            if m.reads == "import" and m.measurement not in taken:
+                of.setdefault(m.measurement, []).append(m.fingerprint)
+        return [prints[0] for prints in of.values() if len(prints) == 1]
+
+    @cached_property
+    def any_waits(self) -> bool:
+        return any_waits(self.con)
+
+    @cached_property
+    def visible(self) -> str:
+        """The condition on the sources: readings that wait are seen where they are named alone. "" for all."""
+        return self.only or (f"NOT {WAITS}" if self.any_waits else "")
+
+    @property
+    def occurring(self) -> str:
+        """The occurrences, as a FROM."""
+        return f"data.occurrences WHERE {self.visible}" if self.visible else "data.occurrences"
+
+    @cached_property
+    def imported(self) -> list[imports.Import]:
+        return imports.listed(self.con)
+
+    @cached_property
+    def own_types(self) -> dict[str, list[str]]:
+        """The user's columns of the visible sources, in their order -> their types there."""
+        where = f"WHERE {self.visible}" if self.visible else ""
+        lines = self.con.execute(f"SELECT ordinal, name, type FROM data.source_columns {where}").fetchall()
+        types: dict[str, list[str]] = {}
+        for _, name, kind in sorted(lines):
+            types.setdefault(name, []).append(kind)
+        return types
+
+
+def _recipe(con: Connection, recipe: str | None) -> tuple[str | None, str | None, list[str], list[str]]:
+    """name, table of scores, uses, plain."""
     lines = con.execute(
-        f"SELECT name, scores_table, uses, plain FROM data.recipes WHERE {NO_RECIPE_WAITS} OR name = ? ORDER BY updated DESC, name",
+        f"SELECT name, scores_table, uses, plain, updated FROM data.recipes WHERE {NO_RECIPE_WAITS} OR name = ?",
         [recipe],
     ).fetchall()
-    for name, table, uses, plain in lines:
+    lines.sort(key=lambda line: line[0])
+    lines.sort(key=lambda line: line[4], reverse=True)
+    for name, table, uses, plain, _ in lines:
         if recipe is None or name == recipe:
             return name, table, list(uses), list(plain)
     if recipe is None:
@@ -25,7 +108,7 @@ def recipe_of(con: Connection, recipe: str | None) -> tuple[str | None, str | No
     raise UsageError(f"no recipe {recipe!r} in this store. {hint}")
 
 
-def condition_of(con: Connection, recipe: str | None, sources: Sequence[str] | None) -> str:
+def _condition(con: Connection, recipe: str | None, sources: Sequence[str] | None) -> str:
     """The condition on (source, role) of the occurrences that a narrowed query is about; "" for all.
 
     A recipe's own: its training rows and its held-out rows, each from where it takes them, whatever another recipe takes from the same file.
@@ -45,16 +128,6 @@ def condition_of(con: Connection, recipe: str | None, sources: Sequence[str] | N
         _check_sources(con, sources)
         conditions.append(f"source IN ({literals(sources)})")
     return " AND ".join(f"({condition})" for condition in conditions if condition)
-
-
-def visible(con: Connection, only: str) -> str:
-    """The condition on the sources that a query is about: readings that wait are seen where they are named alone. "" for all."""
-    return only or (f"NOT {WAITS}" if any_waits(con) else "")
-
-
-def occurring(con: Connection, only: str) -> str:
-    seen = visible(con, only)
-    return f"data.occurrences WHERE {seen}" if seen else "data.occurrences"
 
 
 def _check_sources(con: Connection, sources: Sequence[str]) -> None:

@@ -6,11 +6,11 @@ that uses such a name by itself is refused (store/misread.py), so that nobody ta
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from curate.store.shapes import merged_all, read, transform, written
-from curate.store.sql import Connection, json_pointer, literal, quote
+from curate.store.sql import json_pointer, literal, quote
 
 
 @dataclass(frozen=True)
@@ -40,19 +40,16 @@ class OwnColumn:
         return f"{value} AS {quote(self.shown)}"
 
 
-def own_columns(con: Connection, taken: Mapping[str, str] | Iterable[str], only: str) -> list[OwnColumn]:
-    """The user's columns of the sources that `only` leaves, in their order. taken: the names of the view's other columns, in lower case
+def own_columns(found: Mapping[str, Sequence[str]], taken: Mapping[str, str] | Iterable[str]) -> list[OwnColumn]:
+    """found: the user's columns in their order -> their types. taken: the names of the view's other columns, in lower case
     (-> as they are written).
     """
-    found = con.execute(
-        f"SELECT name, list(DISTINCT type) FROM data.source_columns {f'WHERE {only}' if only else ''} GROUP BY name ORDER BY min(ordinal), name"
-    ).fetchall()
     holders = dict(taken) if isinstance(taken, Mapping) else {name: name for name in taken}
     shown: dict[str, str] = {}
-    for name, _ in found:  # who can keep a name keeps it, before anyone is called user_…
+    for name in found:  # who can keep a name keeps it, before anyone is called user_…
         if name.lower() not in holders:
             holders[name.lower()] = shown[name] = name
-    for name, _ in found:
+    for name in found:
         if name not in shown:
             other = f"user_{name}"
             while other.lower() in holders:
@@ -60,10 +57,13 @@ def own_columns(con: Connection, taken: Mapping[str, str] | Iterable[str], only:
             holders[other.lower()] = shown[name] = other
     kept = {name for name in shown if shown[name] == name}
     taken_by = {name: "" if name in kept else holders[name.lower()] for name in shown}
-    return [OwnColumn(name, shown[name], _kind(types), taken_by[name], taken_by[name] in kept) for name, types in found]
+    return [
+        OwnColumn(name, shown[name], _kind(types), taken_by[name], taken_by[name] in kept)
+        for name, types in found.items()
+    ]
 
 
 def _kind(types: Iterable[str]) -> str:
     """One type for a column that several sources have; of lists and mappings their shape."""
-    shape = merged_all(map(read, sorted(types)))
+    shape = merged_all(map(read, sorted(set(types))))
     return "VARCHAR" if shape == "NULL" else written(transform(shape))

@@ -9,8 +9,8 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import duckdb
 import pyarrow as pa
 
 from curate.rows import content_id
@@ -18,9 +18,6 @@ from curate.store.entries import Measured
 from curate.store.readings import NO_RECIPE_WAITS
 from curate.store.shards import arrow_column, read_shard
 from curate.store.sql import Connection, first_column, literal, one, quote
-
-if TYPE_CHECKING:
-    pass
 
 MEASURED = (
     "fingerprint",
@@ -44,11 +41,11 @@ def table_of(measurement: str) -> str:
 
 def columns_of(con: Connection, table: str) -> dict[str, str]:
     """name -> SQL type of a table's columns, without fingerprint and row_id; {} when there is no such table."""
-    listed = con.execute(
-        "SELECT column_name, data_type FROM duckdb_columns() WHERE schema_name = 'data' AND table_name = ? ORDER BY column_index",
-        [table],
-    ).fetchall()
-    return {name: kind for name, kind in listed if name not in ("fingerprint", "row_id")}
+    try:
+        listed = con.execute(f"DESCRIBE data.{quote(table)}").fetchall()
+    except duckdb.CatalogException:
+        return {}
+    return {name: kind for name, kind, *_ in listed if name not in ("fingerprint", "row_id")}
 
 
 def remember(con: Connection, measured: Measured) -> None:

@@ -12,12 +12,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 from curate.rows import ROW_COLUMNS
-from curate.store import imported_columns, imports
-from curate.store.narrowing import condition_of, occurring, recipe_of, visible
+from curate.store import imported_columns
+from curate.store.narrowing import Placed, Subject
 from curate.store.own_columns import OwnColumn, own_columns
-from curate.store.readings import HIDDEN, MARK, PLAIN, any_waits
+from curate.store.readings import HIDDEN, MARK, PLAIN
 from curate.store.recipes import trajectories_table
-from curate.store.sql import Connection, first_column, literal, literals, one, quote
+from curate.store.sql import Connection, literal, literals, one, quote
 from curate.store.tables import columns_of, table_of
 
 FIRST = "1152921504606846976"  # 2**60: a held-out occurrence comes after every training one
@@ -37,7 +37,7 @@ VERSION = "2"  # of what the views show: a store whose views an earlier curate m
 
 def define(con: Connection) -> None:
     """(Re)make every view, for the recipe registered or scored last."""
-    for view, body in _bodies(con, None, None).items():
+    for view, body in _bodies(Subject(con)).items():
         con.execute(f"CREATE OR REPLACE VIEW main.{view} AS {body()}")
     con.execute("INSERT OR REPLACE INTO data.meta VALUES ('views', ?)", [VERSION])
 
@@ -47,49 +47,45 @@ def outdated(con: Connection) -> bool:
     return one(con, "SELECT value FROM data.meta WHERE key = 'views'") != (VERSION,)
 
 
-def narrow(con: Connection, text: str, *, recipe: str | None, sources: Sequence[str] | None) -> None:
-    """Make the views that a query names, for this connection only. Raises UsageError naming the nearest recipe or source."""
-    for view, body in _bodies(con, recipe, sources).items():
-        if view in text.lower():
-            con.execute(f"CREATE OR REPLACE TEMP VIEW {view} AS {body()}")
+def narrow(of: Subject, text: str) -> Subject:
+    """Make the views that a query names, for the subject's connection only."""
+    for view, body in _bodies(of).items():
+        if view in text.lower() and view not in of.made:
+            of.con.execute(f"CREATE OR REPLACE TEMP VIEW {view} AS {body()}")
+            of.made.add(view)
+    return of
 
 
-def _bodies(con: Connection, recipe: str | None, sources: Sequence[str] | None) -> dict[str, Callable[[], str]]:
-    """view -> what makes its SQL, since finding out costs queries. recipe None: the last one."""
-    name, scores_table, uses, plain = recipe_of(con, recipe)
-    only = condition_of(con, recipe, sources)
-    if recipe is None:
-        uses += first_column(con, "SELECT fingerprint FROM data.measured WHERE reads = 'import' ORDER BY created")
-    plain = [*plain, *_lone_imports(con, plain)]
-    occurs = occurring(con, only)
-    hidden = f"row_id NOT IN ({HIDDEN})" if not only and any_waits(con) else ""
-    near = f"row_id IN (SELECT row_id FROM {occurs})" if only else hidden
-    of = literal((recipe or "").removeprefix(MARK))
-    called = _called(name or "")
+def _bodies(of: Subject) -> dict[str, Callable[[], str]]:
+    """view -> what makes its SQL, since finding out costs queries."""
+    hidden = f"row_id NOT IN ({HIDDEN})" if not of.only and of.any_waits else ""
+    near = f"row_id IN (SELECT row_id FROM {of.occurring})" if of.only else hidden
+    asked = literal((of.recipe or "").removeprefix(MARK))
+    called = _called(of.name or "")
     return {
-        "rows": lambda: _narrowed(f"SELECT {', '.join(BASE)} FROM ({_rows(occurs, bool(only))})", hidden),
-        "scored": lambda: _narrowed(_scored(con, only, scores_table, plain), hidden),
-        "trajectories": lambda: _narrowed(_trajectories(con, uses, scores_table, called), near),
+        "rows": lambda: _narrowed(f"SELECT {', '.join(BASE)} FROM ({_rows(of)})", hidden),
+        "scored": lambda: _narrowed(_scored(of), hidden),
+        "trajectories": lambda: _narrowed(_trajectories(of, called), near),
         "samples": lambda: _narrowed(
             "SELECT s.row_id, n.run, n.checkpoint, n.step, s.sample, s.text, s.correct, s.n_tokens, s.logp, s.finished "
-            f"FROM data.samples s JOIN ({called}) n USING (fingerprint) WHERE s.fingerprint IN ({literals(uses)}) "
+            f"FROM data.samples s JOIN ({called}) n USING (fingerprint) WHERE s.fingerprint IN ({literals(of.uses)}) "
             "AND s.fingerprint NOT IN (SELECT fingerprint FROM data.measured WHERE measurement = 'perturbed')",  # of other problems
             near,
         ),
-        "occurrences": lambda: _occurrences(con, only),
+        "occurrences": lambda: _occurrences(of),
         "dataset_values": lambda: (
             "SELECT name, run, checkpoint, value, low, high, n, step FROM data.dataset_values "
-            + f"WHERE origin = {literal(name or '')} OR starts_with(origin, 'import:')"
+            + f"WHERE origin = {literal(of.name or '')} OR starts_with(origin, 'import:')"
         ),
         "runs": lambda: (
             "SELECT id, recipe, command, version, started, finished, outcome, message, counts FROM data.runs"
-            + (f" WHERE recipe = {of}" if recipe is not None else "")
+            + (f" WHERE recipe = {asked}" if of.recipe is not None else "")
         ),
         "selections": lambda: _narrowed(
-            f"SELECT d.selection, d.row_id, d.kept, d.rank, d.reason, {_decided(con)} FROM data.decisions d"
+            f"SELECT d.selection, d.row_id, d.kept, d.rank, d.reason, {_decided(of.con)} FROM data.decisions d"
             + (
-                f" WHERE d.selection IN (SELECT name FROM data.selections WHERE recipe = {of})"
-                if recipe is not None
+                f" WHERE d.selection IN (SELECT name FROM data.selections WHERE recipe = {asked})"
+                if of.recipe is not None
                 else ""
             ),
             near,
@@ -104,72 +100,51 @@ def _decided(con: Connection) -> str:
     return "NULL::VARCHAR AS rule, NULL::DOUBLE AS value, NULL::DOUBLE AS cut"
 
 
-def _lone_imports(con: Connection, plain: Sequence[str]) -> list[str]:
-    """Measurements that a program put in once only, so that there is no choice which values a column shows. (Imported files: `_imported`.)"""
-    lone = con.execute(
-        "SELECT measurement, any_value(fingerprint) FROM data.measured WHERE reads = 'import' AND measurement <> ? "
-        "GROUP BY measurement HAVING count(*) = 1 ORDER BY 1",
-        [imports.MEASUREMENT],
-    ).fetchall()
-    taken = first_column(con, f"SELECT measurement FROM data.measured WHERE fingerprint IN ({literals(plain)})")
-    return [fingerprint for measurement, fingerprint in lone if measurement not in taken]
-
-
-def _rows(occurs: str, narrowed: bool) -> str:
+def _rows(of: Subject) -> str:
     """Rows with their first occurrence: source, index, role and the user's columns (JSON)."""
     return (
         f"SELECT r.*, {PLAIN.replace('source', 'o.source')} AS source, o.index, o.role, o.columns, "
         "coalesce(f.n_occurrences, 0) AS n_occurrences FROM data.rows r "
-        f"{'JOIN' if narrowed else 'LEFT JOIN'} (SELECT row_id, count(*) AS n_occurrences, "
-        f"min(CASE WHEN role = 'train' THEN seq ELSE seq + {FIRST} END) % {FIRST} AS seq FROM {occurs} GROUP BY row_id) f USING (row_id) "
+        f"{'JOIN' if of.only else 'LEFT JOIN'} (SELECT row_id, count(*) AS n_occurrences, "
+        f"min(CASE WHEN role = 'train' THEN seq ELSE seq + {FIRST} END) % {FIRST} AS seq FROM {of.occurring} GROUP BY row_id) f USING (row_id) "
         "LEFT JOIN data.occurrences o ON o.seq = f.seq"
     )
 
 
-def _scored(con: Connection, only: str, scores_table: str | None, plain: Sequence[str]) -> str:
-    picked, joins, taken = _ours(con, scores_table, plain)
-    picked += [own.picked("r.columns") for own in own_columns(con, taken, visible(con, only))]
-    return f"SELECT {', '.join(picked)} FROM ({_rows(occurring(con, only), bool(only))}) r {' '.join(joins)}"
+def _scored(of: Subject) -> str:
+    picked, joins, taken = _measured(of)
+    more, join, _ = _imported(of, taken)
+    picked += [*more, *(own.picked("r.columns") for own in own_columns(of.own_types, taken))]
+    return f"SELECT {', '.join(picked)} FROM ({_rows(of)}) r {' '.join([*joins, *join])}"
 
 
-def _ours(
-    con: Connection, scores_table: str | None, plain: Sequence[str]
-) -> tuple[list[str], list[str], dict[str, str]]:
-    """The columns of `scored` that are in no source: what is picked, the joins that it needs, and the names (in lower case -> as they are)."""
-    picked, joins, taken = _measured(con, scores_table, plain)
-    more, join, _ = _imported(con, taken)
-    return [*picked, *more], [*joins, *join], taken
-
-
-def _measured(
-    con: Connection, scores_table: str | None, plain: Sequence[str]
-) -> tuple[list[str], list[str], dict[str, str]]:
-    """The part of `_ours` that curate itself made: the row, its scores, its measurements."""
+def _measured(of: Subject) -> tuple[list[str], list[str], dict[str, str]]:
+    """The columns of `scored` that curate itself made, the row, its scores, its measurements: what is picked, the joins that it needs, and the
+    names (in lower case -> as they are).
+    """
     picked = [f"r.{name}" for name in BASE] + ["r.index"]
     taken = {name: name for name in (*BASE, "index")}
     joins = []
-    if scores_table and (scores := columns_of(con, scores_table)):
+    if of.scores_table and (scores := columns_of(of.con, of.scores_table)):
         names = _free(scores, taken)
         picked += [f"s.{quote(n)}" for n in names]
-        joins.append(f"LEFT JOIN data.{quote(scores_table)} s ON s.row_id = r.row_id")
-    measured = con.execute(
-        f"SELECT fingerprint, measurement FROM data.measured WHERE fingerprint IN ({literals(plain)}) ORDER BY measurement"
-    ).fetchall()
-    for i, (fingerprint, measurement) in enumerate(measured):
-        names = _free(columns_of(con, table_of(measurement)), taken)
+        joins.append(f"LEFT JOIN data.{quote(of.scores_table)} s ON s.row_id = r.row_id")
+    shown = sorted((m for m in of.measured if m.fingerprint in of.plain), key=lambda m: m.measurement)
+    for i, m in enumerate(shown):
+        table = table_of(m.measurement)
+        names = _free(columns_of(of.con, table), taken)
         picked += [f"p{i}.{quote(n)}" for n in names]
-        table = f"data.{quote(table_of(measurement))}"
         joins.append(
-            f"LEFT JOIN (SELECT * FROM {table} WHERE fingerprint = {literal(fingerprint)}) p{i} ON p{i}.row_id = r.row_id"
+            f"LEFT JOIN (SELECT * FROM data.{quote(table)} WHERE fingerprint = {literal(m.fingerprint)}) p{i} ON p{i}.row_id = r.row_id"
         )
     return picked, joins, taken
 
 
-def _imported(con: Connection, taken: dict[str, str]) -> tuple[list[str], list[str], list[OwnColumn]]:
+def _imported(of: Subject, taken: dict[str, str]) -> tuple[list[str], list[str], list[OwnColumn]]:
     """Imported columns, the same whatever the recipe: (what is picked, the join, their names). One whose name a score or a measured column has
     is called imported_<name>.
     """
-    columns = imported_columns.shown(imports.listed(con))
+    columns = imported_columns.shown(of.imported)
     if not columns:
         return [], [], []
     picked, names = [], []
@@ -182,16 +157,17 @@ def _imported(con: Connection, taken: dict[str, str]) -> tuple[list[str], list[s
     return picked, [f"LEFT JOIN ({imported_columns.shown_table(columns)}) i ON i.row_id = r.row_id"], names
 
 
-def own_names(con: Connection, recipe: str | None, planned: Sequence[str] = ()) -> dict[str, list[OwnColumn]]:
+def own_names(of: Subject, planned: Sequence[str] = ()) -> dict[str, list[OwnColumn]]:
     """view -> the user's columns in it, for `scored` and `occurrences`, imported ones first. planned: columns that `scored` will have once all
     is measured.
     """
-    _, scores_table, _, plain = recipe_of(con, recipe)
-    only = visible(con, condition_of(con, recipe, None))
-    taken = _measured(con, scores_table, [*plain, *_lone_imports(con, plain)])[2]
+    taken = _measured(of)[2]
     taken.update({name.lower(): name for name in planned if name.lower() not in taken})
-    imported = _imported(con, taken)[2]
-    return {"scored": [*imported, *own_columns(con, taken, only)], "occurrences": own_columns(con, OCCURRENCE, only)}
+    imported = _imported(of, taken)[2]
+    return {
+        "scored": [*imported, *own_columns(of.own_types, taken)],
+        "occurrences": own_columns(of.own_types, OCCURRENCE),
+    }
 
 
 def _free(names: Iterable[str], taken: dict[str, str]) -> list[str]:
@@ -204,10 +180,10 @@ def _free(names: Iterable[str], taken: dict[str, str]) -> list[str]:
     return free
 
 
-def _occurrences(con: Connection, only: str) -> str:
+def _occurrences(of: Subject) -> str:
     base = [f"{PLAIN} AS source" if name == "source" else name for name in OCCURRENCE]
-    picked = [*base, *(own.picked("columns") for own in own_columns(con, OCCURRENCE, visible(con, only)))]
-    return f"SELECT {', '.join(picked)} FROM {occurring(con, only)}"
+    picked = [*base, *(own.picked("columns") for own in own_columns(of.own_types, OCCURRENCE))]
+    return f"SELECT {', '.join(picked)} FROM {of.occurring}"
 
 
 def _called(recipe: str) -> str:
@@ -222,19 +198,26 @@ def _called(recipe: str) -> str:
     )
 
 
-def _trajectories(con: Connection, uses: Sequence[str], scores_table: str | None, called: str) -> str:
-    """row × run × checkpoint. Of one measurement of one set of weights the fingerprint used last counts. Beside the measurements the scores
-    that have a value at every checkpoint.
-    """
-    fingerprints_of = con.execute(
-        f"SELECT measurement, list(fingerprint) FROM (SELECT * FROM data.measured WHERE fingerprint IN ({literals(uses)}) AND reads <> 'tokens' "
-        "QUALIFY row_number() OVER (PARTITION BY measurement, run, checkpoint, step, model_fingerprint, reads = 'import' "
-        "ORDER BY created DESC, fingerprint) = 1) GROUP BY measurement ORDER BY measurement"
-    ).fetchall()
+def _followed(of: Subject) -> dict[str, list[str]]:
+    """measurement -> its fingerprints in `trajectories`: of one measurement of one set of weights the one used last."""
+    last: dict[tuple[object, ...], Placed] = {}
+    for m in of.measured:  # the oldest first
+        if m.fingerprint in of.uses and m.reads != "tokens":
+            key = (m.measurement, m.run, m.checkpoint, m.step, m.model_fingerprint, m.reads == "import")
+            if key not in last or last[key].created < m.created:
+                last[key] = m
+    found: dict[str, list[str]] = {}
+    for m in sorted(last.values(), key=lambda m: m.measurement):
+        found.setdefault(m.measurement, []).append(m.fingerprint)
+    return found
+
+
+def _trajectories(of: Subject, called: str) -> str:
+    """row × run × checkpoint. Beside the measurements the scores that have a value at every checkpoint."""
     parts, names = [], dict(TRAJECTORY)
-    for measurement, fingerprints in fingerprints_of:
+    for measurement, fingerprints in _followed(of).items():
         table = table_of(measurement)
-        there = columns_of(con, table)
+        there = columns_of(of.con, table)
         names.update({n: kind for n, kind in there.items() if n not in names})
         picked = ", ".join(f"t.{quote(n)}" for n in there)
         parts.append(
@@ -250,10 +233,12 @@ def _trajectories(con: Connection, uses: Sequence[str], scores_table: str | None
     columns = ", ".join(f"any_value({quote(n)}) AS {quote(n)}" for n in names)
     union = " UNION ALL BY NAME ".join(parts)
     lines = f"SELECT row_id, run, checkpoint, step, {columns} FROM ({union}) GROUP BY row_id, run, checkpoint, step, subject"
-    each = trajectories_table(scores_table) if scores_table else ""
+    if of.scores_table is None:
+        return lines
+    each = trajectories_table(of.scores_table)
     place = ("run", "checkpoint", "step")
     taken = {n.lower(): n for n in ("row_id", *place, *names)}
-    scores = _free([name for name in columns_of(con, each) if name not in place], taken)
+    scores = _free([name for name in columns_of(of.con, each) if name not in place], taken)
     if not scores:
         return lines
     picked = ", ".join(f"s.{quote(n)}" for n in scores)
