@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from curate.passes.chat import as_chat as as_chat
-
-if TYPE_CHECKING:
-    pass
 
 
 def describe_folder(path: str | Path) -> str:

@@ -106,8 +106,11 @@ class Database:
         with _locks_lock:
             self._lock = _locks[self._name]
 
-    def create(self, created_by: str) -> bool:
-        """Make the file if there is none: beside it and then linked into place, so that it is never seen half-made. True if made."""
+    def create(self, created_by: str, fill: Callable[[Connection], object]) -> bool:
+        """Make the file if there is none: beside it and then linked into place, so that it is never seen half-made. True if made.
+
+        fill: what else is put into it.
+        """
         if self.path.exists():
             return False
         new = self.path.with_name(f".new-{os.getpid()}-{uuid4().hex[:8]}.duckdb")
@@ -118,6 +121,7 @@ class Database:
                     "INSERT INTO data.meta VALUES ('schema_version', ?), ('created_by', ?)",
                     [str(SCHEMA_VERSION), created_by],
                 )
+                fill(con)
             os.link(new, self.path)
         except FileExistsError:
             return False  # another process was faster
@@ -216,9 +220,9 @@ class Database:
         con.execute("COMMIT")
 
     @contextmanager
-    def transaction(self) -> Iterator[None]:
+    def transaction(self, *, undo: bool = False) -> Iterator[None]:
         """Everything that this thread reads and writes inside is one transaction: all of it is there afterwards, or, after an exception or a kill,
-        nothing of it.
+        nothing of it. undo: nothing of it in any case.
         """
         if self._under_way() is not None:
             raise RuntimeError("a transaction inside a transaction")
@@ -228,7 +232,10 @@ class Database:
                 yield
             finally:
                 _held.connections = {name: other for name, other in _connections().items() if other is not con}
-            self._commit(con)
+            if undo:
+                self._undo(con)
+            else:
+                self._commit(con)
 
     def _under_way(self) -> Connection | None:
         return _connections().get(self._name)
@@ -243,12 +250,15 @@ class Database:
             try:
                 yield con
             except BaseException:
-                _waiting().pop(self._name, None)
-                try:
-                    con.execute("ROLLBACK")
-                except duckdb.Error:
-                    pass  # the failure itself has ended the transaction
+                self._undo(con)
                 raise
+
+    def _undo(self, con: Connection) -> None:
+        _waiting().pop(self._name, None)
+        try:
+            con.execute("ROLLBACK")
+        except duckdb.Error:
+            pass  # a failure has ended the transaction itself
 
     def open_once(self) -> None:
         """Check that the file is a store of this version; bring an older one to it where that is known how, one transaction a step."""

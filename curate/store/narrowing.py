@@ -11,6 +11,7 @@ from curate.errors import UsageError, did_you_mean
 from curate.store import imports
 from curate.store.readings import NO_RECIPE_WAITS, WAITS, any_waits, plain_name
 from curate.store.sql import Connection, first_column, literal, literals, one
+from curate.store.tables import columns_of
 
 PLACED = "fingerprint, measurement, reads, run, checkpoint, step, model_fingerprint, created"
 
@@ -37,6 +38,7 @@ class Subject:
 
     def __init__(self, con: Connection, recipe: str | None = None, sources: Sequence[str] | None = None):
         self.con, self.recipe = con, recipe
+        self.tables: dict[str, dict[str, str]] = {}
         self.made: set[str] = set()  # the views that are made already, on this connection
         self.name, self.scores_table, uses, plain = _recipe(con, recipe)
         self.only = _condition(con, recipe, sources)
@@ -60,6 +62,12 @@ class Subject:
             if m.reads == "import" and m.measurement not in taken:
                 of.setdefault(m.measurement, []).append(m.fingerprint)
         return [prints[0] for prints in of.values() if len(prints) == 1]
+
+    def columns(self, table: str) -> dict[str, str]:
+        """`columns_of` a table."""
+        if table not in self.tables:
+            self.tables[table] = columns_of(self.con, table)
+        return self.tables[table]
 
     @cached_property
     def any_waits(self) -> bool:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from curate.errors import StoreError
 from curate.store import forgetting, imports, readings, recipes, sources, tables, views
@@ -28,9 +28,7 @@ from curate.store.forgetting import Forgotten
 from curate.store.imports import Import
 from curate.store.locks import locked
 from curate.store.results import StoreResults
-
-if TYPE_CHECKING:
-    pass
+from curate.store.sql import Connection
 
 
 class Store(StoreResults):
@@ -68,22 +66,21 @@ class Store(StoreResults):
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StoreError(f"{self.folder}: cannot make this folder ({error.strerror}).") from None
-        if self.database.create(__version__):
-            with self.database.write():
-                self.database.before_commit(views.define)
+        if self.database.create(__version__, views.define):
             self._ingest(self.shards.all_files())  # a new database beside old shards is made again from them
 
     @contextmanager
-    def transaction(self) -> Iterator[None]:
+    def transaction(self, *, undo: bool = False) -> Iterator[None]:
         """What this thread writes inside is there as a whole afterwards, or, after an exception or a kill, not at all; meanwhile others wait.
+        undo: it is there inside alone, to ask what would be.
 
         Nothing of the user's belongs in it: an SQL error ends it, even one that is caught.
         """
         waiting, done = dict(self._waiting), False
         try:
-            with self.database.transaction():
+            with self.database.transaction(undo=undo):
                 yield
-            done = True
+            done = not undo
         finally:
             if not done:
                 self._waiting = waiting
@@ -157,13 +154,17 @@ class Store(StoreResults):
         """
         return self.shards.write(measured, index, row_ids, columns, samples)
 
-    def ingest(self) -> int:
-        """Bring finished shards into the tables, all in one short transaction. Returns how many. Doing it twice changes nothing."""
-        return self._ingest(self.shards.pending())
+    def ingest(self, throughput: Sequence[tuple[str, int, float]] = ()) -> int:
+        """Bring finished shards into the tables, all in one short transaction. Returns how many. Doing it twice changes nothing.
 
-    def _ingest(self, paths: list[Path]) -> int:
+        throughput: how fast they were made, as in `log_throughput`.
+        """
+        return self._ingest(self.shards.pending(), throughput)
+
+    def _ingest(self, paths: list[Path], throughput: Sequence[tuple[str, int, float]] = ()) -> int:
         if paths:
             with self.database.write() as con:
+                _log_throughput(con, throughput)
                 # True where the views are about it: a run that is not whole yet changes nothing of them
                 if tables.ingest(con, paths):
                     self.database.before_commit(views.define)
@@ -210,29 +211,26 @@ class Store(StoreResults):
         known to be old then. dry_run: only say what would go. Raises UsageError where there is no import of this number.
         """
 
-        class Undone(Exception):
-            pass
-
-        try:
-            with self.database.write() as con:
-                forgotten = replace(forgetting.forget(con, number), dry_run=dry_run)
-                self.database.before_commit(views.define)
-                if dry_run:
-                    raise Undone
-        except Undone:
-            pass
+        with self.transaction(undo=dry_run), self.database.write() as con:
+            forgotten = replace(forgetting.forget(con, number), dry_run=dry_run)
+            self.database.before_commit(views.define)
         return forgotten
 
     def log_throughput(self, key: str, tokens: int, seconds: float) -> None:
         """Remember how fast something ran, for `curate plan`. key: free text, such as "sample/vllm-cpu/<model fingerprint>"."""
         with self.database.write() as con:
-            con.execute("INSERT INTO data.throughput VALUES (?, ?, ?, now()::TIMESTAMP)", [key, tokens, seconds])
+            _log_throughput(con, [(key, tokens, seconds)])
 
     def remember(self, measured: Iterable[Measured]) -> None:
         """Bring the names (run, checkpoint, step) of what is measured already up to date."""
         with self.database.write() as con:
             for one in measured:
                 tables.remember(con, one)
+
+
+def _log_throughput(con: Connection, lines: Iterable[tuple[str, int, float]]) -> None:
+    for line in lines:
+        con.execute("INSERT INTO data.throughput VALUES (?, ?, ?, now()::TIMESTAMP)", list(line))
 
 
 def _what_is(folder: Path) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,9 +14,6 @@ from curate.models.naming import natural
 from curate.store.entries import Measured
 from curate.store.sql import Connection, quote
 from curate.store.tables import MEASURED, columns_of, table_of
-
-if TYPE_CHECKING:
-    pass
 
 
 def measured(con: Connection, wanted: Mapping[str, Any]) -> list[Measured]:

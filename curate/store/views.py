@@ -9,16 +9,18 @@ Values of different fingerprints are never mixed: `scored` shows a measurement's
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Sequence
 
-from curate.rows import ROW_COLUMNS
+from curate.rows import ROW_COLUMNS, content_id
 from curate.store import imported_columns
+from curate.store.imports import VALUES
 from curate.store.narrowing import Placed, Subject
 from curate.store.own_columns import OwnColumn, own_columns
 from curate.store.readings import HIDDEN, MARK, PLAIN
 from curate.store.recipes import trajectories_table
 from curate.store.sql import Connection, literal, literals, one, quote
-from curate.store.tables import columns_of, table_of
+from curate.store.tables import table_of
 
 FIRST = "1152921504606846976"  # 2**60: a held-out occurrence comes after every training one
 TRAJECTORY = {
@@ -32,14 +34,26 @@ BASE = ROW_COLUMNS
 OCCURRENCE = ("row_id", "source", "index", "role")
 
 
-VERSION = "2"  # of what the views show: a store whose views an earlier curate made gets them anew for every query
+VERSION = "3"  # of what the views show: a store whose views an earlier curate made gets them anew for every query
 
 
 def define(con: Connection) -> None:
-    """(Re)make every view, for the recipe registered or scored last."""
-    for view, body in _bodies(Subject(con)).items():
-        con.execute(f"CREATE OR REPLACE VIEW main.{view} AS {body()}")
-    con.execute("INSERT OR REPLACE INTO data.meta VALUES ('views', ?)", [VERSION])
+    """(Re)make the views that are others now, for the recipe registered or scored last."""
+    of = Subject(con)
+    bodies = {view: body() for view, body in _bodies(of).items()}
+    # a view remembers the types of its columns, so those of the tables count too
+    prints = {view: content_id([body, sorted(of.tables.items())]) for view, body in bodies.items()}
+    made = (
+        {}
+        if outdated(con)
+        else json.loads((one(con, "SELECT value FROM data.meta WHERE key = 'views made'") or ["{}"])[0])
+    )
+    for view, body in bodies.items():
+        if made.get(view) != prints[view]:
+            con.execute(f"CREATE OR REPLACE VIEW main.{view} AS {body}")
+    con.execute(
+        "INSERT OR REPLACE INTO data.meta VALUES ('views', ?), ('views made', ?)", [VERSION, json.dumps(prints)]
+    )
 
 
 def outdated(con: Connection) -> bool:
@@ -82,7 +96,7 @@ def _bodies(of: Subject) -> dict[str, Callable[[], str]]:
             + (f" WHERE recipe = {asked}" if of.recipe is not None else "")
         ),
         "selections": lambda: _narrowed(
-            f"SELECT d.selection, d.row_id, d.kept, d.rank, d.reason, {_decided(of.con)} FROM data.decisions d"
+            f"SELECT d.selection, d.row_id, d.kept, d.rank, d.reason, {_decided(of)} FROM data.decisions d"
             + (
                 f" WHERE d.selection IN (SELECT name FROM data.selections WHERE recipe = {asked})"
                 if of.recipe is not None
@@ -93,9 +107,9 @@ def _bodies(of: Subject) -> dict[str, Callable[[], str]]:
     }
 
 
-def _decided(con: Connection) -> str:
+def _decided(of: Subject) -> str:
     """What decided, of a row's decision; unknown where an earlier curate decided."""
-    if "rule" in columns_of(con, "decisions"):
+    if "rule" in of.columns("decisions"):
         return "d.rule, d.value, d.cut"
     return "NULL::VARCHAR AS rule, NULL::DOUBLE AS value, NULL::DOUBLE AS cut"
 
@@ -125,14 +139,14 @@ def _measured(of: Subject) -> tuple[list[str], list[str], dict[str, str]]:
     picked = [f"r.{name}" for name in BASE] + ["r.index"]
     taken = {name: name for name in (*BASE, "index")}
     joins = []
-    if of.scores_table and (scores := columns_of(of.con, of.scores_table)):
+    if of.scores_table and (scores := of.columns(of.scores_table)):
         names = _free(scores, taken)
         picked += [f"s.{quote(n)}" for n in names]
         joins.append(f"LEFT JOIN data.{quote(of.scores_table)} s ON s.row_id = r.row_id")
     shown = sorted((m for m in of.measured if m.fingerprint in of.plain), key=lambda m: m.measurement)
     for i, m in enumerate(shown):
         table = table_of(m.measurement)
-        names = _free(columns_of(of.con, table), taken)
+        names = _free(of.columns(table), taken)
         picked += [f"p{i}.{quote(n)}" for n in names]
         joins.append(
             f"LEFT JOIN (SELECT * FROM data.{quote(table)} WHERE fingerprint = {literal(m.fingerprint)}) p{i} ON p{i}.row_id = r.row_id"
@@ -147,6 +161,7 @@ def _imported(of: Subject, taken: dict[str, str]) -> tuple[list[str], list[str],
     columns = imported_columns.shown(of.imported)
     if not columns:
         return [], [], []
+    of.columns(VALUES)  # whose types the view is made of
     picked, names = [], []
     for name in columns:
         holder = taken.get(name.lower(), "")
@@ -217,7 +232,7 @@ def _trajectories(of: Subject, called: str) -> str:
     parts, names = [], dict(TRAJECTORY)
     for measurement, fingerprints in _followed(of).items():
         table = table_of(measurement)
-        there = columns_of(of.con, table)
+        there = of.columns(table)
         names.update({n: kind for n, kind in there.items() if n not in names})
         picked = ", ".join(f"t.{quote(n)}" for n in there)
         parts.append(
@@ -238,7 +253,7 @@ def _trajectories(of: Subject, called: str) -> str:
     each = trajectories_table(of.scores_table)
     place = ("run", "checkpoint", "step")
     taken = {n.lower(): n for n in ("row_id", *place, *names)}
-    scores = _free([name for name in columns_of(of.con, each) if name not in place], taken)
+    scores = _free([name for name in of.columns(each) if name not in place], taken)
     if not scores:
         return lines
     picked = ", ".join(f"s.{quote(n)}" for n in scores)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -46,10 +45,6 @@ class Ahead:
         return [step for step in self.plan.steps if step.to_measure]
 
 
-class _Undone(Exception):
-    """Ends a transaction of which nothing is to stay."""
-
-
 def check_all(loaded: Loaded, store: Store, plan: Plan, sources: dict[str, list[str]]) -> None:
     """What a run would refuse: what is wrong with the recipe first, then with the machine. UsageError and others, as each check says.
 
@@ -57,9 +52,8 @@ def check_all(loaded: Loaded, store: Store, plan: Plan, sources: dict[str, list[
     """
     ahead = Ahead(loaded, store, plan, sources)
     if loaded.recipe.select is not None:
-        with suppress(_Undone), store.transaction():
+        with store.transaction(undo=True):  # nor does it matter whether a question of ours has ended it
             columns_exist(ahead, stage(loaded, store, plan, sources))
-            raise _Undone  # of the views as they will be nothing stays; nor does it matter whether a question of ours has ended the transaction
     for check in CHECKS:
         check(ahead)
 

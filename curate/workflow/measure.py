@@ -75,6 +75,7 @@ def _run_step(step: Step, runner: Runner, store: Store, progress: Progress, foll
         _read_ahead(Path(following.checkpoint.path))
     title = f"{step.reads} {step.checkpoint.label}" if step.reads != "tokens" else "tokens"
     waiting = time.monotonic()
+    throughput: list[tuple[str, int, float]] = []
     with progress.bar(title, step.rows, done=step.rows - step.missing) as count:
         for number, row_ids, tasks in step.blocks:
             rows = [row for row in store.iter_rows(row_ids) if row is not None]
@@ -87,12 +88,13 @@ def _run_step(step: Step, runner: Runner, store: Store, progress: Progress, foll
                 mine = {name: columns[name] for name in names if name in columns}
                 store.write_shard(task.measured, number, row_ids, mine, (samples or {}).get(task.measurement.name))
             if tokens:
-                store.log_throughput(step.key, tokens, seconds)
+                throughput.append((step.key, tokens, seconds))
             count(len(row_ids))
             if time.monotonic() - waiting > INGEST_EVERY:
-                store.ingest()
+                store.ingest(throughput)
+                throughput.clear()
                 waiting = time.monotonic()
-    store.ingest()
+    store.ingest(throughput)
     for note in runner.notes():
         progress.say(note)
 

@@ -15,7 +15,7 @@ import yaml
 
 import curate
 from curate.errors import StoreError
-from curate.store import database
+from curate.store import database, views
 from curate.store.database import kept_open, let_go
 from tests.tiny_models import make_llama
 
@@ -162,3 +162,61 @@ def test_work_before_a_commit_belongs_to_a_transaction(tmp_path):
         store.database.before_commit(done.append)
         assert curate.Store(tmp_path / "s").sources() == [] and not done  # the same store, once more
     assert len(done) == 1 and not store.database.is_unfinished
+
+
+def test_what_a_query_is_about_is_asked_once_and_again_after_a_write(tmp_path, monkeypatch):
+    """The views of a recipe are made once for all its questions, and anew when somebody has written."""
+    from curate.store import narrowing
+
+    asked, own = [], narrowing.Subject.__init__
+
+    def counted(self, con, recipe=None, sources=None):
+        asked.append(recipe)
+        own(self, con, recipe, sources)
+
+    store = curate.Store(tmp_path / "s", create=True)
+    store.register_recipe("r", "", sources=[], uses=[], plain=[])
+    monkeypatch.setattr(narrowing.Subject, "__init__", counted)
+    with kept_open():
+        for _ in range(3):
+            store.sql("SELECT row_id FROM scored", recipe="r")
+            store.frame(recipe="r")
+        assert asked == ["r"]
+        store.write_scores("r", [], {"mine": []})
+        asked.clear()  # the views that everybody sees were made
+        assert "mine" in store.sql("SELECT * FROM scored", recipe="r").columns
+        assert asked == ["r"]
+
+
+def test_views_are_remade_where_they_or_the_types_of_their_columns_are_others(tmp_path):
+    """A view remembers the types of its columns: DuckDB refuses one whose table has other types now."""
+    store = curate.Store(tmp_path / "s", create=True)
+    store.register_recipe("r", "", sources=[], uses=[], plain=[])
+    ids = store.add_foreign_rows("theirs", ["a", "b"])
+    for values in ([1.0, 2.0], ["x", "y"]):
+        store.write_scores("r", ids, {"mine": values})
+        assert store.sql("SELECT mine FROM scored ORDER BY position")["mine"].to_list() == values
+    with store.database.write() as con:
+        oids = []
+        for _ in range(2):
+            views.define(con)
+            oids += con.execute(
+                "SELECT view_oid FROM duckdb_views() WHERE view_name = 'scored' AND NOT internal"
+            ).fetchall()
+    assert len(oids) == 2 and oids[0] == oids[1]
+
+
+def test_what_is_asked_as_it_would_be_leaves_nothing_and_costs_no_engine(tmp_path, monkeypatch):
+    from curate.store import engines
+
+    store = curate.Store(tmp_path / "s", create=True)
+    store.log_throughput("key", 10, 1.0)
+    started, start = [], engines._start
+    monkeypatch.setattr(engines, "_start", lambda path: started.append(path) or start(path))
+    with store.transaction(undo=True):
+        store.log_throughput("key", 1000, 1.0)
+        assert store.throughput("key") == 505
+        with pytest.raises(curate.errors.UsageError):
+            store.sql("SELECT 'x'::DOUBLE FROM (SELECT 1)")
+    store.log_throughput("key", 10, 1.0)
+    assert store.throughput("key") == 10 and len(started) <= 1  # one for reading
