@@ -16,6 +16,7 @@ import pyarrow as pa
 from curate.rows import Row
 from curate.store import query, views
 from curate.store.database import let_go
+from curate.store.narrowing import Subject
 from curate.store.sql import Connection, literal, literals, quote
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ class Selected:
         with self.store.database.read() as con:
             parts = self._listings(con, kept)
             if self.beside:
-                views.narrow(con, "scored", recipe=selection.recipe, sources=None)
+                views.narrow(Subject(con, selection.recipe), "scored")
             first, *others = parts
             lines = con.sql(first).to_arrow_reader(BATCH)
             with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, lines.schema) as writer:
