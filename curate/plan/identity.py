@@ -7,7 +7,7 @@ Values of different fingerprints are never mixed, and a value under a known fing
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,7 +49,7 @@ class Identity:
         self.servers = servers or Servers(loaded, loaded.store)
         self.kept = kept or Kept()
         self.loaded, self.recipe, self.cache = loaded, loaded.recipe, cache
-        self.pool: Sequence[str] = ()  # the rows that a row's neighbours are taken from
+        self.pool: Callable[[], Sequence[str]] = tuple  # gives the rows that a row's neighbours are taken from
         self.renderings = Renderings(loaded, cache, styles, store)
         self._tokenizers: dict[str, str] = {}
         self._engines: dict[tuple[str, str], str] = {}
@@ -74,7 +74,7 @@ class Identity:
     def _neighbours(self) -> str:
         from curate.passes.nearest import pool_fingerprint
 
-        return pool_fingerprint(self.pool)
+        return pool_fingerprint(self.pool())
 
     def _settings(self, measurement: Measurement, tokenizer: str) -> dict[str, Any]:
         """`params_of`, of files and modules of the user's too: a grader, a few-shot prompt."""

@@ -8,6 +8,7 @@ measurement and version, its parameters), and a row that has a line under that f
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -62,7 +63,9 @@ def make_plan(
     names = [name for group in sources.values() for name in group]
     styles = styles_of(store, names, recipe.kind)
     identity = Identity(loaded, cache, servers=servers, styles=styles, store=store, kept=kept)
-    plan.pool = store.row_ids_of(train or None, kind=recipe.kind, role="train" if train else None)
+    plan.pool = functools.cache(
+        lambda: store.row_ids_of(train or None, kind=recipe.kind, role="train" if train else None)
+    )
     identity.pool = plan.pool
     planner = _Planner(loaded, store, plan, identity, sources)
     planner.bind()

@@ -24,7 +24,7 @@ class Rows:
     def __init__(self, store: Store, sources: list[str], kind: str, tasks: Sequence[Task]):
         found = store.coverage([task.fingerprint for task in tasks], sources, kind=kind)
         self.n, self.positions, self._lacking = found.n, found.positions, found.lacking
-        self.row_ids = np.array(found.row_ids, object)
+        self.row_ids = found.row_ids
         self._blocks: dict[tuple[int, ...], list[tuple[int, list[str], tuple[int, ...]]]] = {}
         self._places: dict[tuple[int, ...], np.ndarray] = {}
 

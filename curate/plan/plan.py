@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ class Plan:
     """The steps in the order they run, and for every (role, column, over) the fingerprints that scores read.
 
     labels: of every fingerprint the (run, checkpoint, step) of the models that it is of: several where their weights are the same, in the order of
-    `bindings`. recorded: the recorded training run that they are read from, if any. pool: the rows that neighbours are taken from. of_lengths:
+    `bindings`. recorded: the recorded training run that they are read from, if any. pool: gives the rows that neighbours are taken from. of_lengths:
     what is said of rows that are too long, of_references: of those that cannot be graded, of_models: of the models, their chat templates above all.
     doubts: whether a server's model is the recipe's, which --quiet does not hide.
     lengths: of the recipe's rows, None where no model is run. beta: DPO's, of pairs; of_beta: what is said where scores take another one.
@@ -34,7 +35,7 @@ class Plan:
     labels: dict[str, list[Place]] = field(default_factory=dict)
     recorded: str | None = None
     directions: Directions | None = None
-    pool: list[str] = field(default_factory=list)
+    pool: Callable[[], list[str]] = list
     of_models: list[str] = field(default_factory=list)
     of_lengths: list[str] = field(default_factory=list)
     lengths: RowLengths | None = None

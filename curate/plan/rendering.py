@@ -214,10 +214,7 @@ def card_notes(measured: dict[str, Any], rule: str, styles: Collection[str]) -> 
 
 def styles_of(store: Store, sources: list[str], kind: str) -> set[str]:
     """The styles of the rows of some sources: standard (plain text), conversational (messages)."""
-    found = store.sql(
-        "SELECT DISTINCT style FROM rows WHERE prompt IS NOT NULL AND kind = ?", [kind], source=sources or None
-    )
-    return set(found["style"].to_list())
+    return store.styles(sources or None, kind)
 
 
 def look(

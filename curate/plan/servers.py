@@ -212,7 +212,7 @@ def first_rows(store: Store, loaded: Loaded, sources: Sequence[str]) -> list[Row
     """The recipe's first rows, whose prompts a server is asked too; none where it uses no server."""
     if loaded.recipe.engine.sampler != "openai":
         return []
-    row_ids = store.row_ids_of(sources or None, kind=loaded.recipe.kind)[:OWN_ROWS]
+    row_ids = store.row_ids_of(sources or None, kind=loaded.recipe.kind, limit=OWN_ROWS)
     return [row for row in store.iter_rows(row_ids) if row is not None]
 
 

@@ -21,45 +21,47 @@ from curate.store.tables import table_of
 class Coverage:
     """Rows with text by position, and of every measurement which of them it has no line for.
 
-    n: rows of the sources, those without text too. positions, row_ids: of those with text. lacking: fingerprint -> (rows,) bool; measurements
-    that lack the same rows have the same array.
+    n: rows of the sources, those without text too. positions, row_ids (objects): of those with text; where no measurement lacks a row, of none.
+    lacking: fingerprint -> (rows,) bool; measurements that lack the same rows have the same array.
     """
 
     n: int
     positions: np.ndarray
-    row_ids: list[str]
+    row_ids: np.ndarray
     lacking: dict[str, np.ndarray]
 
 
 def coverage(con: Connection, sources: Sequence[str] | None, kind: str | None, fingerprints: Iterable[str]) -> Coverage:
     """Which rows of these sources (all, if None) and this kind each of the fingerprints has no line for."""
-    positions, has_text, every = rows_to_cover(con, sources, kind)
-    row_ids = [row_id for row_id, text in zip(every, has_text.tolist(), strict=True) if text]
-    nothing, everything = np.zeros(len(row_ids), bool), np.ones(len(row_ids), bool)
+    about = "count(*), count(r.prompt), coalesce(bit_xor(hash(r.row_id)) FILTER (r.prompt IS NOT NULL), 0::UBIGINT)"
+    n, n_text, xor = (column[0].as_py() for column in rows_to_cover(con, sources, kind, about).columns)
+    nothing, everything = np.zeros(n_text, bool), np.ones(n_text, bool)
     lacking = dict.fromkeys(fingerprints, everything)
-    ids = pa.table({"i": pa.array(np.arange(len(row_ids)), pa.int32()), "row_id": pa.array(row_ids, pa.string())})
-    con.register("asked_rows", ids)
-    tables = _tables(con, lacking) if row_ids else {}
+    tables = _tables(con, lacking) if n_text else {}
     if tables:
-        same = "SELECT count(*), coalesce(bit_xor(hash(row_id)), 0) FROM asked_rows"
-        whole = con.execute(same).fetchall()[0]
         each = "SELECT fingerprint, count(*), bit_xor(hash(row_id)) FROM data.{table} GROUP BY fingerprint"
-        for fingerprint, *about in con.execute(_union(each, tables)).fetchall():
-            if tuple(about) == whole and fingerprint in lacking:
+        for fingerprint, *lines in con.execute(_union(each, tables)).fetchall():
+            if lines == [n_text, xor] and fingerprint in lacking:
                 lacking[fingerprint] = nothing
+    if not n_text or all(array is nothing for array in lacking.values()):
+        return Coverage(n, np.zeros(0, np.int64), np.zeros(0, object), lacking)
+    found = rows_to_cover(con, sources, kind, "r.position, r.row_id, r.prompt IS NOT NULL AS has_text")
+    found = found.filter(found["has_text"])
+    positions, row_ids = found["position"].to_numpy(), found["row_id"].to_numpy(zero_copy_only=False)
+    con.register("asked_rows", pa.table({"i": pa.array(np.arange(n_text), pa.int32()), "row_id": found["row_id"]}))
     partly = {table: of for table, prints in tables.items() if (of := [f for f in prints if lacking[f] is everything])}
     alike = {array.tobytes(): array for array in (nothing, everything)}
     if partly:
         each = (
-            f"SELECT fingerprint, bitstring_agg(i, 0, {len(row_ids) - 1}) FROM data.{{table}} JOIN asked_rows USING (row_id) "
+            f"SELECT fingerprint, bitstring_agg(i, 0, {n_text - 1}) FROM data.{{table}} JOIN asked_rows USING (row_id) "
             "WHERE fingerprint IN ({prints}) GROUP BY fingerprint"
         )
         found = con.sql(_union(each, partly)).to_arrow_table()
         for fingerprint, bits in zip(found.column(0).to_pylist(), found.column(1).to_pylist(), strict=True):
-            array = ~_unpacked(bits, len(row_ids))
+            array = ~_unpacked(bits, n_text)
             lacking[fingerprint] = alike.setdefault(array.tobytes(), array)
     con.unregister("asked_rows")
-    return Coverage(len(every), positions[has_text], row_ids, lacking)
+    return Coverage(n, positions, row_ids, lacking)
 
 
 def _tables(con: Connection, fingerprints: Iterable[str]) -> dict[str, list[str]]:

@@ -192,21 +192,31 @@ class Numbers:
 
 def numbers_in(con: Connection, shown: str, table: str) -> Numbers | None:
     """Whether half of the values or more of an expression that is text are numbers; None where they are not, or cannot be asked."""
+    if _type_of(con, shown, table) not in ("VARCHAR", "JSON"):
+        return None
     value = "nullif(trim(v::VARCHAR, ' \"'), '')"
     grouped = f"regexp_full_match({value}, '[-+]?\\d{{1,3}}(,\\d{{3}})+(\\.\\d*)?')"  # 1,234.5
     read = f"TRY_CAST(CASE WHEN {grouped} THEN replace({value}, ',', '') ELSE {value} END AS DOUBLE)"
     try:
         counts = con.execute(
-            f"SELECT any_value(typeof(v)), count({value}), count({read}), count(*) FILTER ({grouped}) FROM (SELECT TRY({shown}) AS v FROM {table})"
+            f"SELECT count({value}), count({read}), count(*) FILTER ({grouped}) FROM (SELECT TRY({shown}) AS v FROM {table})"
         ).fetchall()[0]
     except duckdb.Error:  # it leans on what surrounds it; or it is wrong, which asking the whole says better
         return None
-    kind, known, numbers, commas = counts
-    if kind not in ("VARCHAR", "JSON") or not numbers or 2 * numbers < known:
+    known, numbers, commas = counts
+    if not numbers or 2 * numbers < known:
         return None
     plain = f"replace({shown}, ',', '')" if commas else shown
     cast = f"{plain}::DOUBLE" if numbers == known else f"TRY_CAST({plain} AS DOUBLE)"
     return Numbers("all" if numbers == known else f"{numbers:,} of {known:,}", cast)
+
+
+def _type_of(con: Connection, shown: str, table: str) -> str:
+    """The SQL type of an expression, "" where it cannot be asked. No row is read for it."""
+    try:
+        return str(con.sql(f"SELECT TRY({shown}) AS v FROM {table} LIMIT 0").types[0])
+    except duckdb.Error:
+        return ""
 
 
 def _says_text(operand: Node) -> bool:
@@ -234,6 +244,8 @@ def _without_nan(con: Connection, tree: Node, seen: Frame) -> str | None:
             if part[side].get("class") in ("CONSTANT", "SUBQUERY"):
                 continue
             shown = syntax.text_of(con, part[side])
+            if _type_of(con, shown, seen.text) not in ("DOUBLE", "FLOAT"):
+                continue
             try:
                 found = con.execute(
                     f"SELECT count(*) FROM (SELECT TRY({shown}) AS v FROM {seen.text}) WHERE typeof(v) IN ('DOUBLE', 'FLOAT') AND v::VARCHAR = 'nan'"

@@ -44,9 +44,10 @@ def rows_of(
     row_ids: Sequence[str] | None = None,
     with_text: bool = False,
     without: str | None = None,
-) -> list[tuple[int, str]]:
-    """(position, row_id) by position: rows that occur in `sources` with `role`. with_text: those alone that have text. without: those with text that
-    this measurement has no line for.
+    limit: int | None = None,
+) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
+    """Positions and row ids, by position: rows that occur in `sources` with `role`, the first `limit` of them. with_text: those alone that have text.
+    without: those with text that this measurement has no line for.
     """
     conditions, params = _occurring(sources, kind, role)
     if row_ids is not None:
@@ -61,22 +62,28 @@ def rows_of(
                 f"r.row_id NOT IN (SELECT row_id FROM data.{quote(table_of(found[0]))} WHERE fingerprint = ?)"
             )
             params.append(without)
+    most = "" if limit is None else f" LIMIT {int(limit)}"
     found_rows = con.sql(
-        f"SELECT r.position, r.row_id FROM data.rows r WHERE {' AND '.join(conditions)} ORDER BY r.position",
+        f"SELECT r.position, r.row_id FROM data.rows r WHERE {' AND '.join(conditions)} ORDER BY r.position{most}",
         params=params,
     ).to_arrow_table()
-    return list(zip(found_rows.column(0).to_pylist(), found_rows.column(1).to_pylist(), strict=True))
+    return found_rows.column(0), found_rows.column(1)
 
 
-def rows_to_cover(
-    con: Connection, sources: Sequence[str] | None, kind: str | None
-) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """(rows,) positions, whether each row has text, and row ids: of the rows that occur in `sources`, by position."""
+def styles(con: Connection, sources: Sequence[str] | None, kind: str) -> set[str]:
+    """See `Store.styles`."""
     conditions, params = _occurring(sources, kind, None)
-    text = f"SELECT r.position, r.prompt IS NOT NULL, r.row_id FROM data.rows r WHERE {' AND '.join(conditions)} ORDER BY r.position"
-    found = con.sql(text, params=params).to_arrow_table()
-    positions, has_text = (np.asarray(found.column(i).to_numpy()) for i in (0, 1))
-    return positions, has_text.astype(bool), found.column(2).to_pylist()
+    text = f"SELECT DISTINCT r.style FROM data.rows r WHERE r.prompt IS NOT NULL AND {' AND '.join(conditions)}"
+    return {row[0] for row in con.execute(text, params).fetchall()}
+
+
+def rows_to_cover(con: Connection, sources: Sequence[str] | None, kind: str | None, what: str) -> pa.Table:
+    """SQL of rows r, of those that occur in `sources`; where it asks for positions, by position."""
+    conditions, params = _occurring(sources, kind, None)
+    order = " ORDER BY r.position" if "r.position" in what else ""
+    return con.sql(
+        f"SELECT {what} FROM data.rows r WHERE {' AND '.join(conditions)}{order}", params=params
+    ).to_arrow_table()
 
 
 def _occurring(sources: Sequence[str] | None, kind: str | None, role: str | None) -> tuple[list[str], list[Any]]:

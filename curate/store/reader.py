@@ -46,11 +46,19 @@ class StoreReader(StoreQueries):
         return [{**s, "source": readings.plain_name(s["source"])} for s in kept]
 
     def row_ids_of(
-        self, sources: Sequence[str] | None = None, *, kind: str | None = None, role: Role | None = None
+        self,
+        sources: Sequence[str] | None = None,
+        *,
+        kind: str | None = None,
+        role: Role | None = None,
+        limit: int | None = None,
     ) -> list[str]:
-        """The distinct rows that occur in these sources (all, if None), by position. Rows without text are in."""
+        """The distinct rows that occur in these sources (all, if None), by position, the first `limit` of them. Rows without text are in."""
         with self.database.read() as con:
-            return [row_id for _, row_id in query.rows_of(con, self._read_as(sources), kind=kind, role=role)]
+            row_ids: list[str] = query.rows_of(con, self._read_as(sources), kind=kind, role=role, limit=limit)[
+                1
+            ].to_pylist()
+            return row_ids
 
     def rows_with_text(
         self, sources: Sequence[str] | None = None, *, kind: str | None = None, role: Role | None = None
@@ -58,7 +66,13 @@ class StoreReader(StoreQueries):
         """As `row_ids_of`, without the rows that an import knows only by their ids."""
         with self.database.read() as con:
             names = self._read_as(sources)
-            return [row_id for _, row_id in query.rows_of(con, names, kind=kind, role=role, with_text=True)]
+            row_ids: list[str] = query.rows_of(con, names, kind=kind, role=role, with_text=True)[1].to_pylist()
+            return row_ids
+
+    def styles(self, sources: Sequence[str] | None, kind: str) -> set[str]:
+        """The styles of the rows of some sources (all, if None) and a kind: standard (plain text), conversational (messages)."""
+        with self.database.read() as con:
+            return query.styles(con, self._read_as(sources), kind)
 
     def missing(
         self,
@@ -75,7 +89,8 @@ class StoreReader(StoreQueries):
         """
         with self.database.read() as con:
             names = self._read_as(sources)
-            return query.rows_of(con, names, kind=kind, role=role, row_ids=row_ids, without=fingerprint)
+            found = query.rows_of(con, names, kind=kind, role=role, row_ids=row_ids, without=fingerprint)
+            return list(zip(*(column.to_pylist() for column in found), strict=True))
 
     def coverage(
         self, fingerprints: Sequence[str], sources: Sequence[str] | None = None, *, kind: str | None = None

@@ -182,7 +182,7 @@ CHECKS: list[Callable[[Ahead], None]] = [
 
 
 def _rows(ahead: Ahead, sources: list[str]) -> Iterator[Row]:
-    row_ids = ahead.store.row_ids_of(sources or None, kind=ahead.loaded.recipe.kind)[:ROWS]
+    row_ids = ahead.store.row_ids_of(sources or None, kind=ahead.loaded.recipe.kind, limit=ROWS)
     return (row for row in ahead.store.iter_rows(row_ids) if row is not None)
 
 

@@ -68,7 +68,7 @@ class NeighboursRunner(ForwardRunner):
         from curate.passes.nearest import Neighbours
 
         super().__init__(loaded, progress)
-        self.neighbours = Neighbours(plan.pool, list(store.iter_rows(plan.pool)))
+        self.neighbours = Neighbours(plan.pool(), list(store.iter_rows(plan.pool())))
         self.lonely = self.seen = 0
 
     def run(
