@@ -86,6 +86,13 @@ def disk_trouble(error: BaseException | None) -> StoreError | None:
     return None
 
 
+def listed(names: Iterable[object], *, most: int = 40, longest: int = 60) -> str:
+    """Names as a message lists them: so many of them, and so much of each."""
+    known = [str(name) for name in names]
+    shown = ", ".join(name if len(name) <= longest else f"{name[:longest]}…" for name in known[:most])
+    return shown if len(known) <= most else f"{shown} and {len(known) - most:,} more"
+
+
 def nearest(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str | None:
     """Of the known names the one that was probably meant; None where none is like it. cutoff: how alike, from 0 to 1."""
     found = difflib.get_close_matches(name, list(known), 1, cutoff)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from curate.data.formats import KNOWN_COLUMNS
-from curate.errors import UsageError, ValidationError, did_you_mean
+from curate.errors import UsageError, ValidationError, did_you_mean, listed
 
 
 class Columns:
@@ -53,7 +53,7 @@ class Columns:
             if theirs not in present:
                 hint = did_you_mean(theirs, present, sentence=True, before=" ")
                 raise UsageError(
-                    f"source.columns.{ours}: {source} has no column '{theirs}', it has {', '.join(present)}.{hint}"
+                    f"source.columns.{ours}: {source} has no column '{theirs}', it has {listed(present)}.{hint}"
                 )
         self._settle(present, source)
 

@@ -25,7 +25,7 @@ from curate.bounds import DEEP, OBJECT, PACKED, RATIO, ROW, is_deep, json_value,
 from curate.data.by_column import TEXTS, is_wrapped, turned
 from curate.data.labels import class_names, with_names
 from curate.data.records import Problem
-from curate.errors import ValidationError
+from curate.errors import ValidationError, listed
 
 RawRow = dict[str, Any] | Problem
 Line = tuple[int | None, RawRow]
@@ -207,7 +207,7 @@ def one_object(path: Path, name: str, found: str) -> list[dict[str, Any]]:
         lists = [key for key, inside in value.items() if isinstance(inside, list)]
         if not lists or TEXTS & set(value):
             return [value]
-        found = f"one object with the keys {', '.join(value)}"
+        found = f"one object with the keys {listed(value)}"
     else:
         lists = []
     raise ValidationError(
@@ -285,7 +285,7 @@ def separated(delimiter: str) -> Callable[[Path, str], Iterator[Line]]:
                 if len(set(header)) < len(header):
                     twice = next(column for column in header if header.count(column) > 1)
                     raise ValidationError(
-                        f"{name}: the header names '{twice}' twice. Give every column a name of its own."
+                        f"{name}: the header names '{listed([twice])}' twice. Give every column a name of its own."
                     )
                 before = reader.line_num
                 for cells in reader:

@@ -20,7 +20,7 @@ from curate.data.layout import PREFERENCE, Layout
 from curate.data.records import Defect, Problem, Record, SourceInfo, bad_rows_error, row_in_file
 from curate.data.sources import Source
 from curate.data.texts import has_binary, holds, jsonable, unpacked, unread_keys
-from curate.errors import CurateError, UsageError, ValidationError, did_you_mean
+from curate.errors import CurateError, UsageError, ValidationError, did_you_mean, listed
 from curate.rows import Row
 
 Kind = Literal["preference", "sft"]
@@ -268,7 +268,7 @@ def find_layout(source: str, head: list[dict[str, Any]], *, kind: str | None, fo
             return same_format[0]
         raise ValidationError(
             f"{source}: not in format '{format}' ({FORMATS[format]}){f' as kind {kind}' if kind else ''}; its columns are "
-            f"{', '.join(names)}.{f' It looks like {possible[0].format}.' if possible else ''} Leave `format: auto`, or map columns "
+            f"{listed(names)}.{f' It looks like {possible[0].format}.' if possible else ''} Leave `format: auto`, or map columns "
             "with `--set source.columns.<ours>=<theirs>`."
         )
     if fitting:
@@ -286,7 +286,7 @@ def find_layout(source: str, head: list[dict[str, Any]], *, kind: str | None, fo
         )
     if possible:
         raise ValidationError(
-            f"{source}: SFT examples ({possible[0].format}; columns {', '.join(names)}), but kind: preference needs 'chosen' and "
+            f"{source}: SFT examples ({possible[0].format}; columns {listed(names)}), but kind: preference needs 'chosen' and "
             "'rejected'. Use kind: sft, or name the columns with `--set source.columns.chosen=...` and `--set source.columns.rejected=...`."
         )
     hint = ""
@@ -298,6 +298,6 @@ def find_layout(source: str, head: list[dict[str, Any]], *, kind: str | None, fo
         hint = " A prompt alone is neither measured nor graded: it needs a completion (for likelihoods) or an answer (to grade samples by)."
     listing = "\n".join(f"    {name:20} {what}" for name, what in FORMATS.items())
     raise ValidationError(
-        f"{source}: no known format has the columns {', '.join(names)}.{hint} Name them with `--set source.columns.<ours>=<theirs>`. "
+        f"{source}: no known format has the columns {listed(names)}.{hint} Name them with `--set source.columns.<ours>=<theirs>`. "
         f"Formats:\n{listing}"
     )

@@ -220,7 +220,7 @@ def _mean_rate(path: Path, since: int | None, step: int | None) -> float | None:
         rates = [
             float(e["learning_rate"]) for e in log if "learning_rate" in e and (since or 0) < e["step"] <= (step or 0)
         ]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return None
     return sum(rates) / len(rates) if rates else None
 

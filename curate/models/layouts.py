@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from curate.bounds import read_object
-from curate.errors import BrokenCheckpoint, ModelError, OtherLayout, UsageError
+from curate.errors import BrokenCheckpoint, ModelError, OtherLayout, UsageError, listed
 from curate.models.other_formats import other_weights, training_state
 from curate.passes.loading import adapter_config, header
 from curate.passes.loading.adapter_config import is_adapter, read_adapter_config
@@ -111,7 +111,7 @@ def _check_index(index: Path, found: set[str]) -> None:
     try:
         wanted = {str(name) for name in read_object(index)["weight_map"].values()}
     except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise BrokenCheckpoint(f"{_named(index)} cannot be read: {error!r}.") from None
+        raise BrokenCheckpoint(f"{_named(index)} cannot be read: {listed([repr(error)], longest=200)}.") from None
     if missing := sorted(wanted - found):
         raise BrokenCheckpoint(
             f"{index.parent.name}: {missing[0]} is missing ({len(missing)} of {len(wanted)} weight files); the checkpoint is incomplete."
@@ -161,7 +161,12 @@ def check_config(path: Path, config: dict[str, Any]) -> None:
             f"{path.name}: an encoder-decoder ({config.get('model_type')}); rows are measured on causal language models, which read prompt and "
             "response as one sequence. Name a decoder-only model."
         )
-    names = [str(name) for name in config.get("architectures") or []]
+    said = config.get("architectures")
+    if said is not None and not (isinstance(said, list) and all(isinstance(name, str) for name in said)):
+        raise BrokenCheckpoint(
+            f"{path.name}/config.json: architectures is {str(said)[:60]!r}, expected a list of names such as LlamaForCausalLM. Save the model again."
+        )
+    names = said or []
     task = next((TASKS[suffix] for name in names for suffix in TASKS if name.endswith(suffix)), None)
     if task is not None:
         raise ModelError(

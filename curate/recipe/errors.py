@@ -8,7 +8,7 @@ from typing import Any, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from curate.errors import did_you_mean
+from curate.errors import did_you_mean, listed
 
 LONGEST_SHOWN = 120  # characters of a value
 
@@ -60,13 +60,13 @@ def explained(error: ValidationError, recipe: type[BaseModel], lines: dict[tuple
 def _line(
     path: tuple[Any, ...], items: list[Any], recipe: type[BaseModel], lines: dict[tuple[Any, ...], int], file: str
 ) -> str:
-    first, key = items[0], ".".join(map(str, path))
+    first, key = items[0], listed([".".join(map(str, path))], longest=LONGEST_SHOWN)
     alone = not any(at[: len(path) - 1] == path[:-1] and len(at) == len(path) for at in lines)  # source: rows.jsonl
     line = lines.get(path) or (lines.get(path[:-1]) if first["type"] == "missing" or alone else None)
     where = f"{file}, line {line}" if line else file
     if first["type"] == "extra_forbidden":
         allowed = _fields(recipe, path[:-1])
-        under = f" under {'.'.join(map(str, path[:-1]))!r}" if path[:-1] else ""
+        under = f" under {listed(['.'.join(map(str, path[:-1]))], longest=LONGEST_SHOWN)!r}" if path[:-1] else ""
         hint = did_you_mean(str(path[-1]), allowed, f"allowed{under}: {', '.join(allowed)}.", cutoff=0.5)
         return f"{where}: {key!r} is not a key of a recipe; {hint}"
     if first["type"] == "missing":

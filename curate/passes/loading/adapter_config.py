@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from curate.bounds import read_object
-from curate.errors import BrokenCheckpoint, ModelError
+from curate.errors import BrokenCheckpoint, ModelError, listed
 from curate.passes.loading.header import read_header
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -88,25 +88,43 @@ def read_adapter_config(path: str | Path) -> AdapterConfig:
         values = read_object(folder / CONFIG)
         kind = values["peft_type"]
         if kind == "LORA":
-            int(values["r"]), float(values["lora_alpha"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+            _check_numbers(values)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, re.error) as error:
         raise BrokenCheckpoint(
-            f"{folder.name}/{CONFIG} cannot be read as PEFT's config of a LoRA adapter: {error!r}."
+            f"{folder.name}/{CONFIG} cannot be read as PEFT's config of a LoRA adapter: {listed([repr(error)], longest=200)}."
         ) from None
     if kind != "LORA":
         raise ModelError(
-            f"{folder.name}: its adapter is of the kind {kind}, only LORA can be measured as it is. {MERGE}"
+            f"{folder.name}: its adapter is of the kind {listed([kind])}, only LORA can be measured as it is. {MERGE}"
         )
     init = values.get("init_lora_weights")
     if isinstance(init, str) and init.lower() not in INITS:
         raise ModelError(
-            f"{folder.name}: init_lora_weights {init!r} rewrites the base's weights when PEFT loads the adapter, which is not done here.\n"
+            f"{folder.name}: init_lora_weights {listed([init])!r} rewrites the base's weights when PEFT loads the adapter, which is not done here.\n"
             f"  Save it with PEFT's path_initial_model_for_weight_conversion. Or: {MERGE[0].lower()}{MERGE[1:]}"
         )
     for key, value in values.items():
         if value and key not in PLACE | TRAINING | LAYERS | VALUES | {"init_lora_weights"}:
-            raise ModelError(f"{folder.name}: its {CONFIG} has {key} {value!r}, which is not understood here. {MERGE}")
+            raise ModelError(
+                f"{folder.name}: its {CONFIG} has {listed([key, repr(value)])}, which is not understood here. {MERGE}"
+            )
     return AdapterConfig(folder, values.get("base_model_name_or_path") or "", values.get("revision"), values)
+
+
+def _check_numbers(values: dict[str, Any]) -> None:
+    """ValueError and others where ranks and alphas are not what they must be: numbers, by patterns of layers' names."""
+    for rank in (values["r"], *(values.get("rank_pattern") or {}).values()):
+        if not 0 < int(rank) < 2**31:
+            raise ValueError(f"a rank of {str(rank)[:40]}")
+    for alpha in (values["lora_alpha"], *(values.get("alpha_pattern") or {}).values()):
+        if not math.isfinite(float(alpha)):
+            raise ValueError(f"an alpha of {str(alpha)[:40]}")
+    for pattern in (*(values.get("rank_pattern") or {}), *(values.get("alpha_pattern") or {})):
+        re.compile(pattern)
+    if not isinstance(values.get("base_model_name_or_path") or "", str) or not isinstance(
+        values.get("revision") or "", str
+    ):
+        raise TypeError("the base's name is no text")
 
 
 def vllm_refusal(path: str | Path) -> str | None:

@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from curate.errors import UsageError, did_you_mean, nearest
+from curate.errors import UsageError, did_you_mean, listed, nearest
 from curate.store.importing.table import read_table
 
 PLACES = ("run", "checkpoint", "step")
@@ -61,7 +61,7 @@ def check_worst(worst: Mapping[str, str], columns: Mapping[str, np.ndarray]) -> 
     """`--worst` as column -> end. UsageError for a column that is not imported or is text, or an end that is neither low nor high."""
     for name, end in worst.items():
         if name not in columns:
-            hint = did_you_mean(name, columns, f"there are {', '.join(columns)}.", show=str)
+            hint = did_you_mean(name, columns, f"there are {listed(columns)}.", show=str)
             raise UsageError(f"--worst {name}={end}: the import has no column {name!r}; {hint}")
         if end not in ("high", "low"):
             raise UsageError(f"--worst {name}={end}: expected {name}=low (low values are bad) or {name}=high.")

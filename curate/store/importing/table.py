@@ -18,7 +18,7 @@ import polars as pl
 
 from curate.data.files import FILE_TYPES, file_type, rows_of_file
 from curate.data.records import row_in_file
-from curate.errors import UsageError, ValidationError, did_you_mean, nearest
+from curate.errors import UsageError, ValidationError, did_you_mean, listed, nearest
 from curate.models.naming import step_in_name
 
 PLAIN = r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"  # a number as programs write it
@@ -87,7 +87,7 @@ def read_table(path: Path, wanted: Mapping[str, str]) -> Table:
 
 def _no_column(shown: str, ours: str, theirs: str, names: list[str]) -> str:
     hint = did_you_mean(
-        theirs, names, f"It has: {', '.join(names) or 'none'}.", show=lambda column: f"{ours}={column}", sentence=True
+        theirs, names, f"It has: {listed(names) or 'none'}.", show=lambda column: f"{ours}={column}", sentence=True
     )
     mark = next((m for m in (";", "\t", "|") if len(names) == 1 and theirs in names[0].split(m)), None)
     if mark:
