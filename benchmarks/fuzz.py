@@ -440,7 +440,8 @@ scores:
 select: {where: "f > 0.5", drop_worst: {ches: 0.1}, order_by: "f desc", keep: {share: 0.5}, per: {topic: {a: 0.2, b: {rows: 3}}}}
 export: {to: out, columns: [f], format: trl}
 """,
-    b"kind: sft\nsource: rows.jsonl\nheldout: {path: held.jsonl, split: 1.10}\nscores: [target_nll]\nengine: {sampler: openai}\nserver: {url: 'http://u:p@h/v1', timeout: 3.5}\n",
+    b"kind: sft\nsource: rows.jsonl\nheldout: {path: held.jsonl, split: 1.10}\nscores: [target_nll]\n"
+    b"engine: {sampler: openai}\nserver: {url: 'http://u:p@h/v1', timeout: 3.5}\n",
 ]
 
 
@@ -679,7 +680,7 @@ def check_import(file: Path) -> None:
 def kinds() -> list[Kind]:
     """Every kind of file that is read."""
     lines, pairs = json_lines_of(ROWS), json_lines_of(PAIRS)
-    table_text = 'prompt,completion,n,topic\nq,a,1,x\n"a, b","c\nd",007,\n'.encode()
+    table_text = b'prompt,completion,n,topic\nq,a,1,x\n"a, b","c\nd",007,\n'
     by_column = json.dumps({name: [row[name] for row in ROWS] for name in ROWS[0]}).encode()
 
     def rows_text(value: Any) -> bytes:

@@ -211,3 +211,50 @@ def test_an_error_of_a_key_says_the_file_and_the_line(tmp_path):
     assert str(error.value).count("recipe.yaml") == 1
     with pytest.raises(UsageError, match=r"recipe.yaml: select.order_by: no column 'x'"):
         curate.run(tmp_path / "recipe.yaml", set={"select.order_by": "x"})
+
+
+@pytest.mark.parametrize("name", ["n\0m", "\0", "\ud800", ""])
+def test_a_column_whose_name_no_table_takes_is_said(tmp_path, name):
+    row = {"prompt": "q", "completion": "a", "n": 1, name: 2, "unnamed": 3}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(
+        ValidationError, match="row 1: a column called .*, expected names that are not empty, without NUL"
+    ):
+        load(tmp_path / "rows.jsonl")
+
+
+def test_odd_columns_reach_the_store_and_come_back(tmp_path):
+    from curate.data.reading import read
+    from curate.store import Store
+
+    odd = {
+        "big": 10**400,
+        "deep": json.loads("[" * 90 + "1" + "]" * 90),
+        "": 7,
+        "k" * 5000: 1,
+        "a\nb": 2,
+        "nul": "a\0b",
+        "inside": {"a\0": 1},
+    }
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "q", "completion": "a", **odd}) + "\n")
+    store = Store(tmp_path / "store", create=True)
+    reading = read(tmp_path / "rows.jsonl")
+    store.add_source("a", "1", reading.good())
+    assert "A column without a name is called `unnamed` here." in reading.notes()
+    row = store.sql("SELECT * FROM scored").row(0, named=True)
+    assert (
+        row["big"] == "1" + "0" * 400
+        and row["unnamed"] == 7
+        and row["k" * 5000] == 1
+        and row["a\nb"] == 2
+        and row["nul"] == "a\0b"
+    )
+
+
+@pytest.mark.parametrize("said", [[{}], "Llama", 3, {"a": 1}])
+def test_architectures_of_other_types_are_said(tmp_path, said):
+    from curate.errors import BrokenCheckpoint
+    from curate.models.layouts import check_config
+
+    with pytest.raises(BrokenCheckpoint, match="architectures is .*, expected a list of names"):
+        check_config(tmp_path, {"model_type": "llama", "architectures": said})

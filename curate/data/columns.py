@@ -13,6 +13,8 @@ from typing import Any
 from curate.data.formats import KNOWN_COLUMNS
 from curate.errors import UsageError, ValidationError, did_you_mean, listed
 
+UNNAMED = "unnamed"  # what a column without a name is called here
+
 
 class Columns:
     """Renames a raw row's columns; without a mapping the row passes as it is."""
@@ -40,6 +42,7 @@ class Columns:
         self.moved: dict[
             str, str
         ] = {}  # theirs that have one of our names and are not meant by it -> what they are called here
+        self.has_unnamed = False
         self.seen: set[str] = set()  # every name of theirs so far
 
     def check(self, names: Iterable[str], source: str) -> None:
@@ -76,6 +79,9 @@ class Columns:
 
     def apply(self, raw: dict[str, Any], where: str = "a later row") -> dict[str, Any]:
         """The row under our names. A column of theirs that has our name and is not meant is kept as source_<name>, or the next free name."""
+        if "" in raw and UNNAMED not in raw:  # the index of a data frame that was written as csv
+            self.has_unnamed = True
+            raw = {name or UNNAMED: value for name, value in raw.items()}
         if not self.plain and not self.templates:
             return raw
         mapped = {}

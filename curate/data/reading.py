@@ -13,13 +13,13 @@ from typing import Any, Literal
 
 from curate.bounds import json_value
 from curate.data.cells import number, number_columns
-from curate.data.columns import Columns
+from curate.data.columns import UNNAMED, Columns
 from curate.data.find import find_sources
 from curate.data.formats import FORMATS, KNOWN_COLUMNS, layouts
 from curate.data.layout import PREFERENCE, Layout
 from curate.data.records import Defect, Problem, Record, SourceInfo, bad_rows_error, row_in_file
 from curate.data.sources import Source
-from curate.data.texts import has_binary, holds, jsonable, unpacked, unread_keys
+from curate.data.texts import has_binary, holds, jsonable, unpacked, unread_keys, valid_unicode
 from curate.errors import CurateError, UsageError, ValidationError, did_you_mean, listed
 from curate.rows import Row
 
@@ -43,6 +43,7 @@ class Reading:
         self._sources = sources
         self._columns = Columns(columns)
         self._asked = format
+        self._names: set[str] = set()  # of columns, looked at
         self._told: dict[str, tuple[Layout, frozenset[str]]] = {}
         first = next((layout for source in sources if (layout := self._layout(source, kind))), None)
         if first is None:
@@ -85,6 +86,8 @@ class Reading:
         sentences = [
             f"{name}: no such file or folder here; read as a dataset of the Hugging Face hub." for name in on_hub
         ]
+        if self._columns.has_unnamed:
+            sentences.append(f"A column without a name is called `{UNNAMED}` here.")
         return sentences + [
             f"Column `{name}` is called `{new}` here, since `columns` calls another one {name}."
             for name, new in sorted(self._columns.moved.items())
@@ -93,7 +96,7 @@ class Reading:
     def types(self, name: str) -> dict[str, str]:
         """The Arrow types of a source's columns, under the names that they have here; none of a source of text."""
         source = next(source for source in self._sources if source.name == name)
-        return {self._columns.moved.get(column, column): kind for column, kind in source.types().items()}
+        return {self._columns.moved.get(column, column) or UNNAMED: kind for column, kind in source.types().items()}
 
     def formats(self) -> dict[str, str]:
         """source -> its format, of those that have rows."""
@@ -126,6 +129,9 @@ class Reading:
         mapped = self._mapped(raw, name if not self._columns.moved else f"{name}, {row_in_file(index, line)}")
         problems: list[Problem] = []
         row = layout.convert(mapped, layout, problems)
+        if not mapped.keys() <= self._names:
+            problems += unnameable(mapped)
+            self._names |= mapped.keys() if not problems else set()
         columns = {key: jsonable(value) for key, value in mapped.items() if key not in layout.uses}
         for column in numbers & columns.keys():
             columns[column] = number(columns[column])
@@ -215,6 +221,15 @@ def load(
 
 
 MESSAGES = tuple(name for name in KNOWN_COLUMNS if name not in ("label", "system", "history", "final_answer"))
+
+
+def unnameable(row: dict[str, Any]) -> list[Problem]:
+    """A problem for every column whose name no table takes: with a NUL, which ends it to some of them, or a lone surrogate."""
+    wrong = [name for name in row if not name or "\0" in name or not valid_unicode(name)]
+    return [
+        ("", f"a column called {name[:40]!r}", "names that are not empty, without NUL, and of valid Unicode")
+        for name in wrong
+    ]
 
 
 def json_list(text: str) -> Any:

@@ -229,7 +229,7 @@ def jsonable(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {str(key): jsonable(item) for key, item in value.items()}
+        return {jsonable(str(key)): jsonable(item) for key, item in value.items()}
     if isinstance(value, (list, tuple, set)):
         return [jsonable(item) for item in value]
     if isinstance(value, (datetime, date, time)):

@@ -14,11 +14,12 @@ from functools import reduce
 from typing import Any
 
 Shape = str | list[Any] | dict[str, Any]
+MOST_DEEP = 48  # lists and mappings inside each other; Arrow's schemas end at 64
 MOST_KEYS = 64  # a mapping with more keys is a table of its own, not a shape
 
 
-def shape_of(value: Any, *, inside: bool = False) -> Shape:
-    """The shape of one value. inside a list or mapping, where times are kept as text."""
+def shape_of(value: Any, *, inside: bool = False, depth: int = 0) -> Shape:
+    """The shape of one value. inside a list or mapping, where times are kept as text; depth: in how many."""
     if value is None:
         return "NULL"
     if isinstance(value, bool):
@@ -29,10 +30,12 @@ def shape_of(value: Any, *, inside: bool = False) -> Shape:
         return "DOUBLE"
     if isinstance(value, datetime.datetime) and not inside:
         return "TIMESTAMP"
+    if isinstance(value, list | tuple | dict) and depth == MOST_DEEP:
+        return "JSON"
     if isinstance(value, list | tuple):
-        return [merged_all(shape_of(v, inside=True) for v in value)]
+        return [merged_all(shape_of(v, inside=True, depth=depth + 1) for v in value)]
     if isinstance(value, dict):
-        return _checked({str(k): shape_of(v, inside=True) for k, v in value.items()})
+        return _checked({str(k): shape_of(v, inside=True, depth=depth + 1) for k, v in value.items()})
     return "VARCHAR"
 
 
