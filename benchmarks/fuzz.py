@@ -327,7 +327,7 @@ def hold(ours: Any, theirs: Any) -> None:
 
 # ---- the kinds ---------------------------------------------------------------------------------------------------------------------------------
 
-ROWS = [
+ROWS: list[dict[str, Any]] = [
     {"prompt": "What is 1 + 1?", "completion": "2", "topic": "maths", "n": 3, "more": {"a": [1, None]}},
     {"prompt": "And 2 + 2?", "completion": "4", "topic": "maths", "n": 0.5, "more": {"a": []}},
     {"prompt": "Name a colour.", "completion": "red", "topic": None, "n": -7, "more": None},
@@ -689,6 +689,11 @@ def kinds() -> list[Kind]:
     def packed(text: bytes) -> bytes:
         return gzip.compress(text, mtime=0)
 
+    def unpacked_tree(data: bytes) -> Any:
+        return lines_tree(gzip.decompress(data))
+
+    plain_parquet = parquet_of(ROWS, compression="gzip", use_dictionary=False)
+
     def as_json(value: Any) -> bytes:
         return json.dumps(value).encode()
 
@@ -700,8 +705,8 @@ def kinds() -> list[Kind]:
         Kind("jsonl", "rows.jsonl", [lines, pairs], check_jsonl, lines_tree, rows_text),
         Kind("json", "rows.json", [as_json(ROWS), by_column, as_json({"data": ROWS})], check_json, json.loads, as_json),
         Kind("csv", "rows.csv", [table_text], check_csv),
-        Kind("parquet", "rows.parquet", [parquet_of(ROWS), parquet_of(ROWS, compression="gzip", use_dictionary=False)], check_parquet, parquet_tree, parquet_of),
-        Kind("gz", "rows.jsonl.gz", [packed(lines), packed(pairs)], check_jsonl, lambda d: lines_tree(gzip.decompress(d)), lambda v: packed(rows_text(v))),
+        Kind("parquet", "rows.parquet", [parquet_of(ROWS), plain_parquet], check_parquet, parquet_tree, parquet_of),
+        Kind("gz", "rows.jsonl.gz", [packed(lines), packed(pairs)], check_jsonl, unpacked_tree, lambda v: packed(rows_text(v))),
         Kind("imported csv", "losses.csv", [b"id,step,loss\na,1,0.5\nb,2,1e-3\n007,3,\n"], check_import),
         of_model("config.json", "config.json", MODEL, check_config),
         of_model("generation_config", "generation_config.json", {"eos_token_id": [2, 1]}, check_config),
@@ -726,8 +731,8 @@ def main() -> int:
     chosen = [kind for kind in kinds() if not a.kind or kind.name in a.kind]
     with tempfile.TemporaryDirectory() as folder:
         counts = fuzz(chosen, a.inputs, a.seed, Path(folder), a.keep)
-    lines = [[name, c.inputs, c.accepted, c.refused, len(c.faults)] for name, c in counts.items()]
-    lines.append(["all", *(sum(line[i] for line in lines) for i in range(1, 5))])
+    lines: list[list[Any]] = [[name, c.inputs, c.accepted, c.refused, len(c.faults)] for name, c in counts.items()]
+    lines.append(["all", *(sum(int(line[i]) for line in lines) for i in range(1, 5))])
     print(table(lines, head=("kind", "inputs", "accepted", "refused", "faults")))
     for name, count in counts.items():
         for number, what in count.faults[:20]:
