@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from curate.errors import CurateError
+from curate.errors import CurateError, without_secrets
 
 STOPPED = 128 + signal.SIGINT
 ONE = re.compile(r"(?<![\d.,])1 ((?:bad )?row|pair|example|checkpoint|answer|recording|run|line|sample)s\b")
@@ -40,7 +40,7 @@ class Progress:
     def say(self, text: str) -> None:
         if self.quiet:
             return
-        text = counted(text)
+        text = counted(without_secrets(text))
         if self._bars is not None:
             self._bars.console.print(text, markup=False, highlight=False)
         else:
@@ -249,7 +249,7 @@ def told(error: CurateError | KeyboardInterrupt) -> int:
     if isinstance(error, KeyboardInterrupt):
         print("Stopped. What was measured is kept; the same command goes on from there.", file=sys.stderr)
         return STOPPED
-    print(counted(f"{type(error).__name__}: {error}"), file=sys.stderr)
+    print(counted(without_secrets(f"{type(error).__name__}: {error}")), file=sys.stderr)
     return error.exit_code
 
 

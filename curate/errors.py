@@ -5,9 +5,13 @@ Every message says what was wanted, what was found (file, row, column), and the 
 
 from __future__ import annotations
 
+import base64
 import difflib
 import errno
+import os
+import re
 from collections.abc import Callable, Iterable
+from urllib.parse import quote
 
 
 class CurateError(Exception):
@@ -84,6 +88,31 @@ def disk_trouble(error: BaseException | None) -> StoreError | None:
             return StoreError(f"{f'{file}: ' if file else ''}{LIMITS[number]}")
         error = error.__cause__ or error.__context__
     return None
+
+
+SECRET_NAMES = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD)$", re.IGNORECASE)  # of environment variables
+SECRET_FORMS = (
+    (re.compile(r"\b(Bearer|Basic)\s+[\w.~+/=-]{8,}", re.IGNORECASE), r"\1 …"),
+    (re.compile(r"\b(?:hf_|sk-)[\w-]{16,}"), "…"),
+    (re.compile(r"(?<=://)[^/?#\s@]+@"), "…@"),
+)
+
+
+def without_secrets(text: str, more: Iterable[str] = ()) -> str:
+    """A text that is shown or kept, without the keys and passwords that a server or a library may repeat in it.
+
+    Those are the values of environment variables whose names say so, `more`, both as they are, in a URL and in base64, and what looks like a key.
+    """
+    own = [value for name, value in os.environ.items() if SECRET_NAMES.search(name) and not value.startswith("/")]
+    known = [secret for secret in (*own, *more) if len(secret) > 5]
+    forms = {
+        form for s in known for form in (s, quote(s, safe=""), base64.b64encode(s.encode(errors="replace")).decode())
+    }
+    for form in sorted(forms, key=len, reverse=True):
+        text = text.replace(form, "…")
+    for pattern, instead in SECRET_FORMS:
+        text = pattern.sub(instead, text)
+    return text
 
 
 def listed(names: Iterable[object], *, most: int = 40, longest: int = 60) -> str:

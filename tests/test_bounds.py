@@ -258,3 +258,26 @@ def test_architectures_of_other_types_are_said(tmp_path, said):
 
     with pytest.raises(BrokenCheckpoint, match="architectures is .*, expected a list of names"):
         check_config(tmp_path, {"model_type": "llama", "architectures": said})
+
+
+@pytest.mark.parametrize(
+    "head", ["a: " + "[" * 2000, "a: " + "{a: " * 2000, "{a: &a [*a]}", "{" + BILLION.replace("\n", ", ") + "}"]
+)
+def test_a_hostile_head_of_a_card_stands_below_as_text(head):
+    from curate.data.card import Card, card_text
+
+    shown = {"split": "train", "n_rows": 3, "n_dropped": 0, "kind": "sft", "layout": "x"}
+    text = card_text(Card(), existing=f"---\n{head}\n---\nmine\n", **shown)
+    assert "The head that README.md had is no YAML" in text and head in text and "mine" in text
+
+
+@pytest.mark.parametrize("held, said", [(b"\xff\xfe", "not UTF-8 text"), (b"x" * (1 << 21), "larger than 1 MiB")])
+def test_texts_of_a_person_are_short_and_utf8(tmp_path, held, said):
+    from curate.data.export import old_card
+    from curate.plan.identity import few_shot_text
+
+    (tmp_path / "shots.txt").write_bytes(held)
+    with pytest.raises(ValidationError, match=said):
+        old_card(tmp_path / "shots.txt")
+    with pytest.raises(UsageError, match=f"sampling.few_shot: .*{said}"):
+        few_shot_text(load_recipe({"kind": "sft", "sampling": {"few_shot": str(tmp_path / "shots.txt")}}))

@@ -18,7 +18,7 @@ from curate.cli.importing import forget, import_
 from curate.cli.quiet import hush
 from curate.cli.running import STEPS, demo, doctor, init, plan, schedule, validate
 from curate.console import STOPPED, out, told
-from curate.errors import CurateError, disk_trouble
+from curate.errors import CurateError, disk_trouble, without_secrets
 
 app = typer.Typer(
     help="Which fine-tuning examples are worth training on, from how a model learns them.",
@@ -65,7 +65,7 @@ def main() -> None:
     except Exception as error:
         if (full := disk_trouble(error)) is not None:
             sys.exit(told(full))
-        traceback.print_exc()
+        print(without_secrets(traceback.format_exc()), file=sys.stderr, end="")
         print(
             "This is a bug in curate: nothing that was measured is lost. Please report the lines above.",
             file=sys.stderr,

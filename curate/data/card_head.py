@@ -13,6 +13,8 @@ from typing import Any
 
 import yaml
 
+from curate.recipe.yaml import Shallow, check_size
+
 HEAD = re.compile(r"\A(\ufeff?\s*---[ \t]*\r?\n)(.*?)(^---[ \t]*(?:\r?\n|\Z))", re.DOTALL | re.MULTILINE)
 OURS = re.compile(r"data/[^/]+-\*\.parquet")  # paths of an export's split
 
@@ -70,7 +72,9 @@ def _change(head: str, key: str, change: Callable[[str, yaml.Node], str], missin
 def _root(text: str) -> yaml.MappingNode | None:
     """The nodes of a head; None of an empty one."""
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        node = yaml.compose(text, Loader=Shallow)
+        if node is not None:
+            check_size(node)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 2}: " if mark else ""

@@ -18,12 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+from curate.bounds import read_text
 from curate.data.arrow_types import read_types
 from curate.data.card import Card, write_card
 from curate.data.exported import SIDE, TAKEN, ExportRow
 from curate.data.hub import first_line
 from curate.data.parts import Part, Parts, resampled
-from curate.data.replace import MARK, carry_over, check_target, replace_folder
+from curate.data.replace import MARK, carry_over, check_split, check_target, replace_folder
 from curate.data.spooled import spooled
 from curate.data.trainer import FILE, TrainedAs, write_trainer_args
 from curate.data.written import write_dataset, write_parquet
@@ -116,6 +117,7 @@ def export_parts(
     mark: what the export was made of, in the file that marks it as one.
     """
     target = check_target(Path(to), sources)
+    check_split(split)
     staging = target.with_name(f".{target.name}.new")
     shutil.rmtree(staging, ignore_errors=True)
     try:
@@ -212,11 +214,10 @@ def _renamed(old: str, new: str) -> str:
 def old_card(file: Path) -> str | None:
     """The card that is there, with its line ends as they are. ValidationError where it is no UTF-8 text."""
     try:
-        return file.read_bytes().decode("utf-8") if file.is_file() else None
-    except UnicodeDecodeError as error:
+        return read_text(file) if file.is_file() else None
+    except ValueError as error:
         raise ValidationError(
-            f"{file}: not UTF-8 text ({error.reason} at byte {error.start}), so the new card cannot be merged with it. "
-            "Save it as UTF-8, or move it away."
+            f"{file}: {error}, so the new card cannot be merged with it. Save it as UTF-8 text, or move it away."
         ) from None
 
 

@@ -39,6 +39,15 @@ def check_target(to: Path, sources: Iterable[str | Path | None]) -> Path:
     return target
 
 
+def check_split(split: str) -> None:
+    """UsageError for a split that an export would write in the place of a part of its own."""
+    if split in OURS:
+        raise UsageError(
+            f"source.split: '{split}' is what an export calls a part of its own, so its rows cannot be exported. Save them under another split, "
+            "or in a file."
+        )
+
+
 def carry_over(old: Path, new: Path) -> None:
     """Files that a person put into the old export are copied into the new one."""
     if not old.is_dir():

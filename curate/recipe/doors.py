@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import AfterValidator
 
+from curate.errors import without_secrets
+
+ABSOLUTE = re.compile(r"(?<![\w.:/~…])/([\w.@+-]+)/(?:[\w.@+-]+/)*([\w.@+*?-]+)")
 LOGIN = re.compile(r"^(\w[\w+.-]*://)([^/?#]*@)")
 
 
@@ -18,6 +22,8 @@ class Address(str):
 
 def address(written: str) -> Address:
     """https://user:password@host/v1 as https://host/v1, which knows its login. ValueError where a login may be left in it."""
+    if re.search(r"[?&][^=&]*(key|token|secret|password)[^=&]*=", written, re.IGNORECASE):  # nor is a key said
+        raise ValueError("a key stands in the address. Put it into the environment variable that server.key_env names")
     found = LOGIN.search(written)
     result = Address(LOGIN.sub(r"\1", written))
     if "@" in result:  # the address itself is not said: it may hold a password
@@ -58,6 +64,20 @@ def path(written: str) -> str:
     ):
         raise ValueError("wanted a path: at most 4,096 bytes, 255 in each of its names")
     return written
+
+
+def travelling(text: str, folder: Path) -> str:
+    """A text that leaves this machine, such as a card: paths in the recipe's folder are from there, of others only the name is left.
+
+    A path is what begins with a folder that there is at the root here; an address's path is none.
+    """
+    inside = f"{folder.as_posix().rstrip('/')}/"
+    text = text.replace(inside, "") if inside != "/" else text
+
+    def shortened(found: re.Match[str]) -> str:
+        return f"…/{found[2]}" if Path(f"/{found[1]}").is_dir() else found[0]
+
+    return ABSOLUTE.sub(shortened, without_secrets(text))
 
 
 PathText = Annotated[str, AfterValidator(path)]

@@ -32,8 +32,8 @@ TAGS = {
 WORDS = {"null": None, "true": True, "false": False}
 
 
-class Loader(yaml.SafeLoader):
-    """SafeLoader with YAML 1.2's scalars, and bounds."""
+class Shallow(yaml.SafeLoader):
+    """SafeLoader, of nodes that are not too deep in each other."""
 
     depth = 0
 
@@ -46,6 +46,10 @@ class Loader(yaml.SafeLoader):
         node = super().compose_node(parent, index)
         self.depth -= 1
         return node
+
+
+class Loader(Shallow):
+    """With YAML 1.2's scalars."""
 
     def construct_object(self, node: Any, deep: bool = False) -> Any:
         """What a value's own reader finds wrong (`!!int x`, a number of thousands of digits) is wrong YAML."""
@@ -111,21 +115,40 @@ def compose(text: str) -> yaml.Node | None:
     finally:
         loader.dispose()
     if node is not None:
-        _measure(node, {}, set())
+        check_tags(node, set())
+        check_size(node)
     return node
+
+
+def check_tags(node: yaml.Node, seen: set[int]) -> None:
+    """Raises yaml.YAMLError for a tag that is none of JSON's kinds."""
+    if node.tag not in TAGS:
+        shown = node.tag.replace("tag:yaml.org,2002:", "!!")
+        raise _wrong(node, f"the tag {shown} is not taken here; write the value without it")
+    if isinstance(node, yaml.CollectionNode) and id(node) not in seen:
+        seen.add(id(node))
+        for part in _parts(node):
+            check_tags(part, seen)
+
+
+def check_size(node: yaml.Node) -> None:
+    """Raises yaml.YAMLError where a node stands for too many values, for values too deep in each other, or in itself."""
+    _measure(node, {}, set())
+
+
+def _parts(node: yaml.Node) -> list[yaml.Node]:
+    if isinstance(node, yaml.MappingNode):
+        return [part for pair in node.value for part in pair]
+    return node.value if isinstance(node, yaml.SequenceNode) else []
 
 
 def _measure(node: yaml.Node, known: dict[int, tuple[int, int]], above: set[int]) -> tuple[int, int]:
     """How many values a node stands for, and how deep they stand, looked at once a node. Raises yaml.YAMLError where either is too much."""
-    if node.tag not in TAGS:
-        shown = node.tag.replace("tag:yaml.org,2002:", "!!")
-        raise _wrong(node, f"the tag {shown} is not taken here; write the value without it")
     if id(node) in above:
         raise _wrong(node, "an alias stands inside of what it is an alias of")
     if id(node) not in known:
         above.add(id(node))
-        parts = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
-        inside = [_measure(part, known, above) for part in parts] if isinstance(node, yaml.CollectionNode) else []
+        inside = [_measure(part, known, above) for part in _parts(node)]
         above.discard(id(node))
         values, depth = 1 + sum(n for n, _ in inside), 1 + max((d for _, d in inside), default=0)
         if values > VALUES:

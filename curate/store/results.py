@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from curate.errors import UsageError
+from curate.errors import UsageError, without_secrets
 from curate.store import readings, recipes, views
 from curate.store.entries import DatasetValue, Place, Role, Trajectories
 from curate.store.locks import process_alive
@@ -175,5 +175,5 @@ class StoreResults(StoreReader):
         with self.database.write() as con:
             con.execute(
                 "UPDATE data.runs SET finished = now()::TIMESTAMP, outcome = ?, message = ?, counts = ? WHERE id = ?",
-                [outcome, message, json.dumps(dict(counts or {}), default=str), run],
+                [outcome, without_secrets(message), json.dumps(dict(counts or {}), default=str), run],
             )

@@ -89,13 +89,15 @@ def columns_exist(ahead: Ahead, staged: str) -> None:
 
 def export_can_be_written(ahead: Ahead) -> None:
     """The folder, the rows' style in the format that is asked for, and the hub's key."""
-    from curate.data.replace import check_target
+    from curate.data.replace import check_split, check_target
 
     asked = ahead.loaded.recipe.export
     if asked is None:
         return
     names = [name for group in ahead.sources.values() for name in group]
     target = check_target(ahead.loaded.resolve(asked.to), [ahead.loaded.resolve(name) for name in names])
+    if ahead.loaded.recipe.source is not None:
+        check_split(ahead.loaded.recipe.source.split)
     _check_folder(target, "export.to", "`--set export.to=…`")
     _check_format(ahead, asked.format)
     if asked.push_to_hub:

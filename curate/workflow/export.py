@@ -14,6 +14,7 @@ from curate.passes.chat import as_chat
 from curate.plan.beta import asks_for_beta, beta_of, deviation_text
 from curate.plan.rendering import card_notes, measured_as, styles_of
 from curate.plan.requests import requested_scores
+from curate.recipe.doors import travelling
 from curate.recipe.load import Loaded
 from curate.recipe.select import Export
 from curate.scores.flags import ADVICE
@@ -223,6 +224,15 @@ def _types(store: Store, sources: Sequence[str]) -> dict[str, str]:
     return source_types(store, prints)
 
 
+def _named_sources(found: Sequence[tuple[str, str]]) -> dict[str, str]:
+    """name -> what it is; names that are the same without their folders are numbered."""
+    named: dict[str, str] = {}
+    for name, what in found:
+        free = next(n for n in (name, *(f"{name} ({i})" for i in range(2, len(found) + 2))) if n not in named)
+        named[free] = what
+    return named
+
+
 def _card(loaded: Loaded, store: Store, selection: Selection, sources: list[str], roles: Roles) -> Any:
     from curate import __version__
     from curate.data import Card, distribution
@@ -241,11 +251,14 @@ def _card(loaded: Loaded, store: Store, selection: Selection, sources: list[str]
     frame = store.sql(f"SELECT {picked} FROM scored WHERE role = 'train'", recipe=loaded.name)
     counts = {"rows": selection.counts["rows"], "kept": selection.counts["kept"]}
     counts |= {f"dropped: {step}": n for step, n in selection.counts["dropped_by"].items()}
+    folder = loaded.folder
     return Card(
         title=f"{selection.name}, curated",
-        sources={name: about or f"fingerprint {known.get(name, 'unknown')}" for name in sources},
+        sources=_named_sources(
+            [(travelling(name, folder), about or f"fingerprint {known.get(name, 'unknown')}") for name in sources]
+        ),
         models={role: f"{checkpoint.label} (weights {checkpoint.fingerprint})" for role, checkpoint in models.items()},
-        recipe=loaded.text,
+        recipe=travelling(loaded.text, folder),
         counts=counts,
         scores={
             name: distribution(frame[name].cast(float).fill_null(math.nan).to_numpy())
@@ -253,13 +266,16 @@ def _card(loaded: Loaded, store: Store, selection: Selection, sources: list[str]
             if name in frame.columns
         },
         notes=[
-            f"Made by curate {__version__}; `curate explain {store.folder.name} <row_id>` says why a row was kept or dropped.",
-            *card_notes(
-                measured_as(store, loaded.name),
-                loaded.recipe.tokens.chat,
-                styles_of(store, sources, loaded.recipe.kind),
-            ),
-            *_advice(loaded, store, selection),
-            *noted(store, "train", {name: known[name] for name in sources if name in known}),
+            travelling(note, folder)
+            for note in [
+                f"Made by curate {__version__}; `curate explain {store.folder.name} <row_id>` says why a row was kept or dropped.",
+                *card_notes(
+                    measured_as(store, loaded.name),
+                    loaded.recipe.tokens.chat,
+                    styles_of(store, sources, loaded.recipe.kind),
+                ),
+                *_advice(loaded, store, selection),
+                *noted(store, "train", {name: known[name] for name in sources if name in known}),
+            ]
         ],
     )

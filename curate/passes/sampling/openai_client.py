@@ -16,7 +16,7 @@ from collections.abc import Coroutine
 from typing import Any
 from urllib.parse import unquote
 
-from curate.errors import EngineError, UsageError
+from curate.errors import EngineError, UsageError, without_secrets
 
 ASKED_TWICE = 1  # how often a question about the server is tried again
 LOGIN = re.compile(r"(?<=//)[^/?#]*@")  # user:password@, which is sent and never said
@@ -81,7 +81,7 @@ class Server:
             data = answer.json()["data"]
             return {str(model["id"]): model for model in data}
         except (ValueError, KeyError, TypeError):
-            start = " ".join(answer.text.split())[:80]
+            start = self._without_secrets(" ".join(answer.text.split()))[:80]
             raise EngineError(
                 f"{self.url}/models: wanted a list of models as an OpenAI-compatible server gives it, found "
                 f"{answer.headers.get('content-type', 'no type')}: {start!r}. Is this the server's address? The url usually ends in /v1."
@@ -107,10 +107,10 @@ class Server:
     def _without_secrets(self, text: str) -> str:
         """What a server or the client library says, which may repeat the login or the key."""
         login = self._login.removesuffix("@")
-        secrets = {self._login, login, login.partition(":")[2], unquote(login.partition(":")[2])}
-        for secret in sorted(secrets | {os.environ.get(self.key_env, "")}, key=len, reverse=True):
-            text = text.replace(secret, "…") if len(secret) > 3 else text
-        return text
+        password = login.partition(":")[2]
+        return without_secrets(
+            text, [login, unquote(login), password, unquote(password), os.environ.get(self.key_env, "")]
+        )
 
     def explained(self, error: Exception) -> EngineError:
         """What the user can do about a client library's error."""
