@@ -50,6 +50,10 @@ class StoreError(CurateError):
     """A store that is locked, damaged, full, or of another version."""
 
 
+class DamagedStore(StoreError):
+    """A database file whose content is not what was written; shards and sources make it again."""
+
+
 # A disk that is full, cannot be written, or a limit of the system that is reached: told from other errors, whatever library met it.
 KEPT = "What was finished is kept; run the same command again."
 FULL = f"the disk is full. Free some space (or name another folder). {KEPT}"

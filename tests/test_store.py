@@ -368,7 +368,7 @@ def test_a_database_that_is_cut_short_is_damaged(store):
     file = store.folder / "curate.duckdb"
     with file.open("r+b") as opened:
         opened.truncate(file.stat().st_size // 2)
-    with pytest.raises(StoreError, match="is damaged .*Rename it and run the recipe again"):
+    with pytest.raises(StoreError, match="is damaged .*curate check .* --repair.*run the recipe again"):
         Store(store.folder).sql("SELECT * FROM scored")
 
 

@@ -215,11 +215,12 @@ def test_an_unfinished_run_of_a_dead_process_is_marked(store):
     assert store.sql("SELECT id, outcome FROM runs ORDER BY id").rows() == [(1, "killed"), (mine, None)]
 
 
-def test_a_shard_that_is_no_shard_is_named(store):
+def test_a_shard_that_is_no_shard_is_named_and_set_aside(store):
     path = store.write_shard(Measured("f", "m", "forward"), 0, IDS[:1], {"x": [1.0]})
     path.write_bytes(os.urandom(100))
-    with pytest.raises(StoreError, match=f"{path.name}: not a readable shard"):
-        store.ingest()
+    with pytest.warns(UserWarning, match=f"{path.name} is damaged: its checksum is"):
+        assert store.ingest() == 0
+    assert store.shards.damaged() == [store.folder / "damaged" / path.name] and not path.exists()
 
 
 def test_what_did_not_fit_into_memory_lay_beside_the_store_and_is_gone(store, monkeypatch):

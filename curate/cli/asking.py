@@ -1,4 +1,4 @@
-"""The commands that ask: what scores there are, what a store holds and says. They change nothing."""
+"""The commands that ask: what scores there are, what a store holds and says. They change nothing, except `check --repair`."""
 
 from __future__ import annotations
 
@@ -98,6 +98,27 @@ def status(store: StorePath, json: Json = False, quiet: Quiet = False) -> None:
 
     result = store_status(open_store(store))
     out(to_json(result.to_json()) if json else result.text())
+
+
+def check(
+    store: StorePath,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="set aside what is damaged, and make it again from what is whole")
+    ] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Read a store whole: is everything in it what was written there? Exit 1 if not.
+
+    Checksums of shards, every table of the database, and whether the two hold the same values.
+    """
+    from curate.report.checked import checked_text
+    from curate.store.checking import check as read_whole
+
+    found = read_whole(store, repair=repair, say=progress_of(quiet).say)
+    out(to_json(found) if json else checked_text(found))
+    if found.unmended:
+        raise typer.Exit(1)
 
 
 def sql(

@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from curate.cli.asking import diff, explain, scores, sql, status, summary
+from curate.cli.asking import check, diff, explain, scores, sql, status, summary
 from curate.cli.importing import forget, import_
 from curate.cli.quiet import hush
 from curate.cli.running import STEPS, demo, doctor, init, plan, schedule, validate
@@ -41,6 +41,7 @@ COMMANDS: dict[str, Callable[..., None]] = {  # in the order of `curate --help`
     "explain": explain,
     "summary": summary,
     "status": status,
+    "check": check,
     "sql": sql,
     "diff": diff,
     "schedule": schedule,

@@ -140,6 +140,10 @@ class Status:
             lines.append(
                 f"{f['shards_pending']} finished shards wait to be taken in; the next `curate run` or `measure` does."
             )
+        if f["set_aside"]:
+            lines.append(
+                f"{len(f['set_aside'])} damaged files are set aside in {f['folder']}/damaged; `curate check {f['folder']}` says more."
+            )
         return lines
 
     def _sources(self) -> list[str]:

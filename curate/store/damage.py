@@ -8,7 +8,16 @@ from pathlib import Path
 
 import duckdb
 
-from curate.errors import StoreError, disk_trouble
+from curate.errors import DamagedStore, StoreError, disk_trouble
+
+SAID_OF_DAMAGE = (
+    "corrupt",
+    "checksum",
+    "not a valid duckdb",
+    "could not read enough bytes",  # cut short
+    "could not read all",
+    "failed to deserialize",
+)
 
 
 @contextmanager
@@ -23,22 +32,21 @@ def explained(path: Path) -> Iterator[None]:
         raise in_words from None
 
 
-def explain(error: duckdb.Error, path: Path) -> Exception:
-    """The StoreError that says what is wrong with the file at `path`; the error itself where the file is not to blame."""
-    text = str(error)
-    first = text.splitlines()[0]
+def explain(error: duckdb.Error, path: Path, *, opening: bool = False) -> Exception:
+    """The StoreError that says what is wrong with the file at `path`; the error itself where the file is not to blame.
+
+    opening: no query is under way, so that what DuckDB calls an error of its own is one of the file.
+    """
+    said = said_of(error, path)
+    first = str(error).splitlines()[0]
     if (full := disk_trouble(error)) is not None:
         return StoreError(f"{path}: {full}")
     if (
-        "corrupt" in text.lower()
-        or "not a valid duckdb" in text.lower()
-        or "could not read enough bytes" in text.lower()  # cut short
+        any(words in said for words in SAID_OF_DAMAGE)
         or isinstance(error, duckdb.SerializationException)
+        or (opening and isinstance(error, duckdb.InternalException | duckdb.FatalException))
     ):
-        return StoreError(
-            f"{path} is damaged ({first}). Rename it and run the recipe again: rows come from the sources, and finished measurements from "
-            f"{path.parent.name}/shards; only what was imported has to be imported again."
-        )
+        return DamagedStore(f"{path} is damaged ({first}). {mend(path.parent)}")
     if isinstance(error, duckdb.IOException):
         return StoreError(
             f"{path}: cannot be read or written ({first}). Check that the file exists and that you may write it."
@@ -46,3 +54,19 @@ def explain(error: duckdb.Error, path: Path) -> Exception:
     if isinstance(error, duckdb.OutOfMemoryException):
         return StoreError(f"{path}: not enough memory for this ({first}). Ask for fewer rows or columns at a time.")
     return error
+
+
+def said_of(error: duckdb.Error, path: Path) -> str:
+    """DuckDB's words in lower case, without the names of files, which may hold any word."""
+    text = str(error)
+    for name in (str(path), str(path.resolve()), str(path.parent), str(path.parent.resolve())):
+        text = text.replace(name, "")
+    return text.lower()
+
+
+def mend(folder: Path) -> str:
+    """What makes a damaged database again, and what comes back by itself."""
+    return (
+        f"`curate check {folder} --repair` sets it aside and makes a new one (or rename it yourself); then run the recipe again: rows come from "
+        f"the sources, and finished measurements from {folder.name}/shards; only what was imported has to be imported again."
+    )

@@ -24,11 +24,13 @@ from uuid import uuid4
 import duckdb
 
 from curate.errors import StoreError
-from curate.store.damage import explain, explained
+from curate.store.damage import explain, explained, said_of
 from curate.store.engines import attached
+from curate.store.locks import process_alive
 from curate.store.schema import MIGRATIONS, SCHEMA, SCHEMA_VERSION
 from curate.store.sql import Connection, one
 
+DATABASE = "curate.duckdb"
 READ_PATIENCE, WRITE_PATIENCE = 30.0, 300.0  # seconds
 Found = TypeVar("Found")
 _locks: dict[str, threading.RLock] = defaultdict(threading.RLock)
@@ -130,7 +132,8 @@ class Database:
                 f"{self.path}: cannot be made ({error.strerror}). Check the folder and its free space."
             ) from None
         finally:
-            new.unlink(missing_ok=True)
+            for left in (new, new.with_name(f"{new.name}.wal")):  # the second where the disk was full
+                left.unlink(missing_ok=True)
         return True
 
     @contextmanager
@@ -304,8 +307,8 @@ class Database:
                 ) from None
             except duckdb.Error as error:
                 text = str(error)
-                if "lock" not in text.lower():
-                    raise explain(error, self.path) from None
+                if "could not set lock" not in said_of(error, self.path):  # "block" is another word
+                    raise explain(error, self.path, opening=True) from None
             holder = re.search(r"PID (\d+)", text)
             who = f"process {holder[1]}" if holder else "another process"
             waited = time.monotonic() - start
@@ -346,3 +349,13 @@ class Database:
             f"{self.path} is a store of the older version {version}{by}, this curate needs version {SCHEMA_VERSION}. Nothing was changed. Rename "
             f"{self.path.name} and run the recipe again: rows come from the sources and finished measurements from {self.path.parent.name}/shards."
         )
+
+
+def half_made(folder: Path) -> list[Path]:
+    """What a process that is gone left of a database that it was making."""
+    left = []
+    for path in folder.glob(".new-*.duckdb*"):
+        pid = path.name.split("-")[1]
+        if pid.isdigit() and int(pid) != os.getpid() and not process_alive(int(pid)):
+            left.append(path)
+    return left

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from curate.store import conjuncts, misread, query, syntax, views
-from curate.store.database import Database
+from curate.store.database import DATABASE, Database
 from curate.store.narrowing import Subject
 from curate.store.shards import Shards
 from curate.store.sql import Connection
@@ -23,7 +23,7 @@ class StoreQueries:
         self, folder: str | Path, *, patience: float | None = None, on_wait: Callable[[str], None] | None = None
     ):
         self.folder = Path(folder)
-        self.database = Database(self.folder / "curate.duckdb", patience=patience, on_wait=on_wait)
+        self.database = Database(self.folder / DATABASE, patience=patience, on_wait=on_wait)
         self.shards = Shards(self.folder / "shards")
         self._waiting: dict[str, list[str]] = {}  # source -> its readings that this object sees in its place
 

@@ -252,5 +252,6 @@ class StoreReader(StoreQueries):
             "folder": str(self.folder),
             **counts,
             "shards_pending": len(self.shards.pending()),
+            "set_aside": [path.name for path in self.shards.damaged()],
             "measured_by_process": self.measured_by(),
         }

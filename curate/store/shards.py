@@ -1,9 +1,11 @@
 """Shards: what a pass measured, as one parquet file each, kept beside the database.
 
-A shard is written to a temporary file, synced, and renamed into `shards/pending/`: the rename is the done mark. Ingesting copies all pending
-shards into the database in one transaction and then moves the files to `shards/<fingerprint>/`. A kill before the rename loses this shard
-only; a kill after it loses nothing, and a shard that is ingested twice is the same as once. The files stay as the durable record of what was
-paid for: a database that is lost or damaged is made again from them.
+A shard is written to a temporary file, synced, and renamed into `shards/pending/`: the rename is the done mark, and gives the name that has the
+file's checksum (`wholeness.py`). Ingesting checks all pending shards, copies them into the database in one transaction and then moves the files to
+`shards/<fingerprint>/`. A kill before the rename loses this shard only; a kill after it loses nothing, and a shard that is ingested twice is the
+same as once. The files stay as the durable record of what was paid for: a database that is lost or damaged is made again from them.
+
+A damaged shard is moved to `damaged/` beside the folder of shards, and never deleted: its rows count as not measured.
 
 A file carries its `Measured` record and the measurement's columns, so it needs nothing else: row_id, the columns, and for sampling passes
 `samples`, a list a row.
@@ -11,9 +13,12 @@ A file carries its `Measured` record and the measurement's columns, so it needs 
 
 from __future__ import annotations
 
+import io
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +28,10 @@ import pyarrow.parquet as pq
 
 from curate.errors import StoreError, disk_trouble
 from curate.passes.files import write_atomically
-from curate.rows import content_id
 from curate.store.entries import Measured
 from curate.store.locks import process_alive
+from curate.store.wholeness import RECORD, checksum, fault_of, has_checksum, stem, stem_of
 
-RECORD = b"curate.measured"
 SAMPLE = pa.struct(
     [
         ("text", pa.string()),
@@ -75,12 +79,28 @@ def clean_text(text: str) -> str:
         return "".join("\ufffd" if "\ud800" <= c <= "\udfff" else c for c in text)
 
 
+@dataclass(frozen=True)
+class SetAside:
+    """A damaged file. was: where it lay. now: where it lies. why: what is wrong with it, in words."""
+
+    was: Path
+    now: Path
+    why: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.was} is damaged: {self.why}. It is set aside as {self.now}, and its rows count as not measured: the next `curate run` "
+            "measures them again."
+        )
+
+
 class Shards:
     """The shard files of a store."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.pending_folder = folder / "pending"
+        self.damaged_folder = folder.parent / "damaged"
 
     def write(
         self,
@@ -103,9 +123,15 @@ class Shards:
                     f"shard of {measured.measurement}: {name} has {len(array)} values for {len(row_ids)} rows"
                 )
         table = pa.table(arrays).replace_schema_metadata({RECORD: measured.to_json().encode()})
-        name = f"{measured.fingerprint}-{index:06d}-{content_id(list(row_ids))[:8]}.parquet"
-        path = self.pending_folder / name
-        write_parquet(table, path)
+        return self.put(table, stem(measured.fingerprint, index, list(row_ids)))
+
+    def put(self, table: pa.Table, name: str) -> Path:
+        """A table as the pending shard of this stem; an earlier one of the same rows, which was not taken in, goes."""
+        earlier = [path for path in self.pending() if stem_of(path) == name]
+        path = write_parquet(table, self.pending_folder, lambda crc: f"{name}-{crc}.parquet")
+        for other in earlier:
+            if other != path:
+                other.unlink(missing_ok=True)
         return path
 
     def pending(self) -> list[Path]:
@@ -115,21 +141,79 @@ class Shards:
         """Every finished shard, ingested before or not: what a new database is made of."""
         return sorted(p for p in self.folder.glob("*/*.parquet"))
 
+    def whole(self, paths: Iterable[Path]) -> tuple[list[Path], list[SetAside]]:
+        """Those of these files that are what was written, and those that are not, which are set aside. Files that are gone are in neither."""
+        good, damaged = [], []
+        for path in paths:
+            with suppress(FileNotFoundError):  # another process has taken it in meanwhile
+                why = fault_of(path)
+                if why is None:
+                    good.append(path)
+                else:
+                    damaged.append(self.set_aside(path, why))
+        return good, damaged
+
+    def set_aside(self, path: Path, why: str) -> SetAside:
+        """Move a damaged file to where nobody reads it. StoreError where that is not allowed."""
+        to = self.damaged_folder / path.name
+        try:
+            self.damaged_folder.mkdir(exist_ok=True)
+            number = 1
+            while to.exists():
+                number += 1
+                to = self.damaged_folder / f"{path.name}.{number}"
+            os.replace(path, to)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise StoreError(
+                f"{path} is damaged: {why}. It cannot be moved to {self.damaged_folder} ({error.strerror}): check that you may write there, "
+                "or move the file away yourself. Its rows are measured again then."
+            ) from None
+        return SetAside(path, to, why)
+
+    def damaged(self) -> list[Path]:
+        """What was set aside."""
+        return sorted(self.damaged_folder.glob("*")) if self.damaged_folder.is_dir() else []
+
+    def without_checksum(self) -> list[Path]:
+        """Shards that an earlier version wrote."""
+        return [path for path in self.all_files() if not has_checksum(path)]
+
     def ingested(self, paths: Iterable[Path]) -> None:
-        """Move files that the database has now out of pending."""
+        """Move files that the database has now out of pending. Of the same rows measured again the later file stays."""
+        homes: dict[Path, list[Path]] = defaultdict(list)
         for path in paths:
             if path.parent == self.pending_folder:
-                home = self.folder / path.name.split("-")[0]
-                with suppress(OSError):  # on a full disk it stays pending, and is taken in again, which changes nothing
-                    home.mkdir(parents=True, exist_ok=True)
+                homes[self.folder / path.name.split("-")[0]].append(path)
+        for home, files in homes.items():
+            with suppress(OSError):  # on a full disk it stays pending, and is taken in again, which changes nothing
+                home.mkdir(parents=True, exist_ok=True)
+                there = defaultdict(set)
+                for path in home.glob("*.parquet"):
+                    there[stem_of(path)].add(path)
+                for path in files:
                     os.replace(path, home / path.name)
+                    for other in there[stem_of(path)] - {home / path.name}:
+                        other.unlink(missing_ok=True)
+
+    def all_pending(self) -> None:
+        """Every shard counts as not taken in: for a database that is made anew. OSError passes through."""
+        for path in self.all_files():
+            if path.parent != self.pending_folder:
+                self.pending_folder.mkdir(exist_ok=True)
+                os.replace(path, self.pending_folder / path.name)
 
     def sweep(self) -> list[str]:
         """Remove what a killed process left half-written (a training that records may be writing right now). Returns the names removed."""
-        left = [path for path in self.folder.glob("**/*.tmp") if not _being_written(path)]
+        left = self.half_written()
         for path in left:
             path.unlink(missing_ok=True)
         return [p.name for p in left]
+
+    def half_written(self) -> list[Path]:
+        """What killed processes left."""
+        return [path for path in self.folder.glob("**/*.tmp") if not _being_written(path)]
 
 
 def _being_written(path: Path) -> bool:
@@ -149,16 +233,23 @@ def read_shard(path: Path) -> tuple[Measured, pa.Schema]:
         ) from None
 
 
-def write_parquet(table: pa.Table, path: Path) -> None:
-    """Write, sync, rename. Raises StoreError when the disk refuses; no temporary file stays."""
+def write_parquet(table: pa.Table, folder: Path, name: Callable[[str], str]) -> Path:
+    """Write, sync, rename. name: what the file is called, from the checksum of its content. Raises StoreError when the disk refuses; no temporary
+    file stays.
+    """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with write_atomically(path, sync=True) as new, new.open("wb") as file:
-            pq.write_table(table, file, compression="zstd")
+        folder.mkdir(parents=True, exist_ok=True)
+        with io.BytesIO() as file:
+            pq.write_table(table, file, compression="zstd", write_page_checksum=True)
+            content = file.getvalue()
+        path = folder / name(checksum(content))
+        with write_atomically(path, sync=True) as new:
+            new.write_bytes(content)
     except OSError as error:
         if (full := disk_trouble(error)) is not None:
-            raise StoreError(f"{path.parent}: {str(full).removeprefix(f'{error.filename}: ')}") from None
-        raise StoreError(f"{path.parent}: cannot write there ({error.strerror or error}).") from None
+            raise StoreError(f"{folder}: {str(full).removeprefix(f'{error.filename}: ')}") from None
+        raise StoreError(f"{folder}: cannot write there ({error.strerror or error}).") from None
+    return path
 
 
 def _sample(sample: Any) -> dict[str, Any]:

@@ -157,10 +157,14 @@ def json_columns(columns: Mapping[str, Any], types: dict[str, Shape]) -> str | N
 
 def sweep(folder: Path) -> None:
     """Remove staging folders of processes that are gone."""
-    for left in (folder / "staging").glob("*-*"):
-        pid = left.name.split("-")[0]
-        if pid.isdigit() and not process_alive(int(pid)):
-            shutil.rmtree(left, ignore_errors=True)
+    for left in left_behind(folder):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def left_behind(folder: Path) -> list[Path]:
+    """Staging folders of processes that are gone."""
+    pids = {path: path.name.split("-")[0] for path in (folder / "staging").glob("*-*")}
+    return [path for path, pid in pids.items() if pid.isdigit() and not process_alive(int(pid))]
 
 
 def _staging(folder: Path) -> Path:
@@ -196,7 +200,7 @@ def _write(staging: Path, batch: list[tuple[Any, ...]]) -> None:
         except UnicodeEncodeError:
             arrays.append(pa.array([None if v is None else clean_text(v) for v in column], field.type))
     first = batch[0][0] if batch else 0
-    write_parquet(pa.Table.from_arrays(arrays, schema=STAGED), staging / f"{first:012d}.parquet")
+    write_parquet(pa.Table.from_arrays(arrays, schema=STAGED), staging, lambda _: f"{first:012d}.parquet")
 
 
 def _ingest(con: Connection, staging: Path, source: str, role: str, *, replace: bool = True) -> tuple[int, int]:

@@ -9,6 +9,7 @@ shard. Every method opens the database for one short transaction and closes it a
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -35,7 +36,8 @@ class Store(StoreResults):
     """A store's folder. Safe for threads; many processes may hold one, see `measuring`.
 
     create: make it where there is none (else StoreError says how to). patience: seconds to wait for another process that has the database
-    open (30 to read and 300 to write, if None). on_wait: called once with a line to show while waiting.
+    open (30 to read and 300 to write, if None). on_wait: called once with a line to show while waiting. on_damage: called with a sentence for every
+    shard that is not what was written, and was set aside (a Python warning, if None).
     """
 
     def __init__(
@@ -45,8 +47,10 @@ class Store(StoreResults):
         create: bool = False,
         patience: float | None = None,
         on_wait: Callable[[str], None] | None = None,
+        on_damage: Callable[[str], None] | None = None,
     ):
         super().__init__(folder, patience=patience, on_wait=on_wait)
+        self.on_damage = on_damage
         if not self.database.path.exists():
             if not create:
                 raise StoreError(
@@ -66,8 +70,12 @@ class Store(StoreResults):
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StoreError(f"{self.folder}: cannot make this folder ({error.strerror}).") from None
+        try:
+            self.shards.all_pending()  # a new database beside old shards is made again from them, killed meanwhile or not
+        except OSError as error:
+            raise StoreError(f"{error.filename}: cannot be moved ({error.strerror}).") from None
         if self.database.create(__version__, views.define):
-            self._ingest(self.shards.all_files())  # a new database beside old shards is made again from them
+            self.ingest()
 
     @contextmanager
     def transaction(self, *, undo: bool = False) -> Iterator[None]:
@@ -157,11 +165,15 @@ class Store(StoreResults):
     def ingest(self, throughput: Sequence[tuple[str, int, float]] = ()) -> int:
         """Bring finished shards into the tables, all in one short transaction. Returns how many. Doing it twice changes nothing.
 
+        A shard that is not what was written is set aside and told to `on_damage`: its rows count as not measured.
         throughput: how fast they were made, as in `log_throughput`.
         """
-        return self._ingest(self.shards.pending(), throughput)
-
-    def _ingest(self, paths: list[Path], throughput: Sequence[tuple[str, int, float]] = ()) -> int:
+        paths, damaged = self.shards.whole(self.shards.pending())
+        for file in damaged:
+            if self.on_damage is None:
+                warnings.warn(str(file), stacklevel=2)
+            else:
+                self.on_damage(str(file))
         if paths:
             with self.database.write() as con:
                 _log_throughput(con, throughput)

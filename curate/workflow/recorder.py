@@ -127,7 +127,7 @@ class Recorder(TrainerCallback):
         self._steps = self.every if isinstance(self.every, int) else max(1, round(self.every * state.max_steps))
         with untouched(model) as module:
             self.model = Model(module)
-        self.store = Store(self.loaded.store, create=True, on_wait=self.progress.say)
+        self.store = Store(self.loaded.store, create=True, on_wait=self.progress.say, on_damage=self.progress.warn)
         self._take_in()  # what an earlier training left
         runs = recorded_runs(self.store)
         self.run_name = self._name_of(args, state, runs)

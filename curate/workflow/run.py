@@ -120,7 +120,7 @@ def _check_steps(loaded: Loaded, steps: Sequence[str], command: str) -> None:
 
 
 def _open_store(loaded: Loaded, progress: Progress) -> Store:
-    return Store(loaded.store, create=True, on_wait=progress.say)
+    return Store(loaded.store, create=True, on_wait=progress.say, on_damage=progress.warn)
 
 
 def _counts(result: Result) -> dict[str, Any]:

@@ -45,7 +45,7 @@ def audit(
     progress = progress or Progress(quiet=True)
     loaded = load_recipe(recipe, set=set, store=store)
     _check(loaded, smallest, tolerance)
-    kept = Store(loaded.store, create=True, on_wait=progress.say)
+    kept = Store(loaded.store, create=True, on_wait=progress.say, on_damage=progress.warn)
     with kept.measuring():
         sources = read_sources(loaded, kept, progress)
         row_ids = kept.row_ids_of(sources["train"], kind="sft", role="train")

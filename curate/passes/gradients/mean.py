@@ -28,6 +28,7 @@ from curate.passes.halving import halving
 from curate.passes.kernels.cpu_products import NARROW
 from curate.passes.layout import Item
 from curate.passes.loading.model import Model
+from curate.passes.tensor_files import BLANK, sealed_tensors
 from curate.passes.tokens import Encoded, EncodedPair
 
 Rows = Sequence[Encoded | EncodedPair]
@@ -212,7 +213,8 @@ def save_vector(vector: Vector, file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     try:
         with write_atomically(file) as new:
-            save_file({name: value.contiguous() for name, value in vector.items()}, new)
+            save_file({name: value.contiguous() for name, value in vector.items()}, new, metadata=BLANK)
+            sealed_tensors(new)
     except (OSError, SafetensorError) as problem:  # the second is how a full disk is said
         raise ModelError(f"{file}: a direction cannot be kept there ({first_line(problem)}).") from None
 

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from curate.bounds import own_object
 from curate.console import Progress
 from curate.errors import ModelError
 from curate.models.checkpoints import Checkpoint
@@ -162,10 +161,10 @@ class DirectionRunner(ForwardRunner):
 
         direction, files = _about(task), self.directions
         kept, said = files.file(task.fingerprint), files.file(task.fingerprint, "json")
-        if said.is_file() and (direction.step == "sgd" or kept.is_file()):
+        noted = _noted(said)
+        if noted is not None and (direction.step == "sgd" or self.gradients.is_there(kept)):
             v = self.gradients.of(direction.of) if direction.step == "sgd" else load_vector(kept)
-            epsilon: float | None = own_object(said).get("epsilon")
-            return v, epsilon
+            return v, noted["epsilon"]
         x = self.gradients.of(direction.of)
         at = x if direction.step != "sign" or direction.of == "head" else self.gradients.of("step")
         v = precondition(x, direction.step, at, self._moments() if direction.step == "adam" else None)
@@ -265,3 +264,12 @@ class DirectionRunner(ForwardRunner):
 def _about(task: Task) -> Direction:
     assert task.measurement.direction is not None
     return task.measurement.direction
+
+
+def _noted(said: Path) -> dict[str, Any] | None:
+    """What was noted of a direction when it was made; None where that is not there, or damaged: it is made again."""
+    try:
+        noted: dict[str, Any] = json.loads(said.read_text(encoding="utf-8"))
+        return noted if noted["epsilon"] is None or noted["epsilon"] > 0 else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

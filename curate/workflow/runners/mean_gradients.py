@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from curate.console import Count, Progress
 from curate.errors import ModelError, UsageError
+from curate.passes.tensor_files import Known
 from curate.plan.targets import split
 from curate.rows import Row
 
@@ -42,6 +43,7 @@ class MeanGradients:
     ):
         self.directions, self.progress = directions, progress
         self.encode, self.reference = encode, reference
+        self._known = Known()
 
     def at(self, model: Model, step: Step) -> None:
         self.model, self.step = model, step
@@ -66,7 +68,7 @@ class MeanGradients:
         from curate.passes.gradients.mean import save_vector
 
         files = {of: self.directions.file(self.directions.gradient_id(of, self.step.checkpoint)) for of in every}
-        missing = [of for of, file in files.items() if not file.is_file()]
+        missing = [of for of, file in files.items() if not self.is_there(file)]
         if missing:
             title = (
                 f"gradient: {self.named(missing[0])}" if len(missing) == 1 else f"{len(missing)} gradients of targets"
@@ -75,6 +77,13 @@ class MeanGradients:
                 for of in missing:
                     save_vector(self._accumulated(of, count), files[of])
         return list(files.values())
+
+    def is_there(self, file: Path) -> bool:
+        """Whether a direction is kept, and is what was written."""
+        why = self._known.fault_of(file) if file.is_file() else None
+        if why is not None:
+            self.progress.warn(f"{file} is damaged: {why}. It is made again.")
+        return why is None and file.is_file()
 
     def _accumulated(self, of: str, count: Count) -> Vector:
         from curate.passes import forward
