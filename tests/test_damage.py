@@ -20,7 +20,7 @@ from curate.report.checked import checked_text
 from curate.rows import Example
 from curate.store import Measured, Store
 from curate.store.checking import check
-from curate.store.wholeness import fault_of, has_checksum
+from curate.store.wholeness import fault_of, has_checksum, number_of, stem_of
 
 ROWS = [Example(f"question {i} " + "x" * (i % 50), f"answer {i}") for i in range(60)]
 IDS = [row.row_id for row in ROWS]
@@ -80,7 +80,7 @@ def values(store: Store) -> dict[str, list[tuple]]:
 def as_before(folder: Path) -> None:
     """Take the checksums out of the names, as an earlier curate wrote them."""
     for path in shards_of(folder):
-        path.rename(path.with_name(path.name.rpartition("-")[0] + ".parquet"))
+        path.rename(path.with_name(path.name.split(".")[0] + ".parquet"))
 
 
 def damage(file: Path, seed: int, others: list[Path] = ()) -> str:
@@ -150,8 +150,15 @@ def test_rows_of_a_damaged_shard_are_missing_and_measured_again(whole, folder):
 
 def test_the_name_has_the_crc32_of_the_file(folder):
     for path in shards_of(folder):
-        assert path.stem.rpartition("-")[2] == f"{zlib.crc32(path.read_bytes()):08x}"
-    assert pq.ParquetFile(shards_of(folder)[0]).read() is not None
+        assert path.stem.rpartition(".")[2] == f"{zlib.crc32(path.read_bytes()):08x}"
+    digits = (
+        Path("ffff-000009-39236658.parquet"),
+        Path("ffff-000009-39236658.12345678.parquet"),
+    )  # hashes that look like numbers
+    assert [(stem_of(path), number_of(path), has_checksum(path)) for path in digits] == [
+        ("ffff-000009-39236658", 9, False),
+        ("ffff-000009-39236658", 9, True),
+    ]
 
 
 def test_shards_of_earlier_versions_are_read_and_counted(whole, folder):

@@ -26,7 +26,7 @@ from curate.store.locks import locked
 from curate.store.shards import Shards
 from curate.store.sql import quote
 from curate.store.store import Store
-from curate.store.wholeness import checksum, fault_of, has_checksum
+from curate.store.wholeness import checksum, fault_of, has_checksum, named_with, number_of
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ class _Check:
                 self._take_in(store, path, "the database does not have all of its rows", [fingerprint])
             elif self.repair and not has_checksum(path):
                 content = path.read_bytes()
-                path.rename(path.with_name(f"{path.stem}-{checksum(content)}.parquet"))
+                path.rename(path.with_name(named_with(path.stem, checksum(content))))
                 self.found.without_checksum -= 1
         if not found.uncovered and not (lines and self.repair):
             return
@@ -195,7 +195,7 @@ class _Check:
         if not self.repair:
             self._problem(where, why)
             return
-        numbers = [int(path.name.split("-")[-3 if has_checksum(path) else -2]) for path in where.glob("*.parquet")]
+        numbers = [number_of(path) for path in where.glob("*.parquet")]
         with store.database.read() as con:
             written = comparing.write_again(
                 con, self.shards, found.measured, sorted(lines), max(numbers, default=-1) + 1

@@ -30,7 +30,7 @@ from curate.errors import StoreError, disk_trouble
 from curate.passes.files import write_atomically
 from curate.store.entries import Measured
 from curate.store.locks import process_alive
-from curate.store.wholeness import RECORD, checksum, fault_of, has_checksum, stem, stem_of
+from curate.store.wholeness import RECORD, checksum, fault_of, has_checksum, named_with, stem, stem_of
 
 SAMPLE = pa.struct(
     [
@@ -128,7 +128,7 @@ class Shards:
     def put(self, table: pa.Table, name: str) -> Path:
         """A table as the pending shard of this stem; an earlier one of the same rows, which was not taken in, goes."""
         earlier = [path for path in self.pending() if stem_of(path) == name]
-        path = write_parquet(table, self.pending_folder, lambda crc: f"{name}-{crc}.parquet")
+        path = write_parquet(table, self.pending_folder, lambda crc: named_with(name, crc))
         for other in earlier:
             if other != path:
                 other.unlink(missing_ok=True)

@@ -1,6 +1,6 @@
 """Whether a shard is what was written: the CRC-32 of its bytes stands at the end of its name, and so came with the rename that made it.
 
-    <fingerprint>-<number>-<hash of its row ids>-<CRC-32>.parquet
+    <fingerprint>-<number>-<hash of its row ids>.<CRC-32>.parquet
 
 Names of earlier versions end with the hash of the row ids. Of such a file as much is checked as can be: it is readable, for Arrow and for
 DuckDB alike, with just these rows; other numbers in it would not be seen.
@@ -25,7 +25,7 @@ from curate.store.entries import Measured
 from curate.store.sql import literal
 
 RECORD = b"curate.measured"
-NAME = re.compile(r"(?P<fingerprint>.+)-(?P<number>\d{6,})-(?P<rows>[0-9a-f]{8})(?:-(?P<crc>[0-9a-f]{8}))?\.parquet")
+NAME = re.compile(r"(?P<fingerprint>.+)-(?P<number>\d{6,})-(?P<rows>[0-9a-f]{8})(?:\.(?P<crc>[0-9a-f]{8}))?\.parquet")
 _engines: dict[int, duckdb.DuckDBPyConnection] = {}  # by process: a forked child starts its own
 UNREADABLE = (pa.ArrowException, duckdb.Error, OSError, KeyError, TypeError, ValueError, AttributeError, OverflowError)
 
@@ -39,6 +39,17 @@ def stem_of(path: Path) -> str:
     """The stem in a shard's name; the whole name where it is called otherwise."""
     named = NAME.fullmatch(path.name)
     return path.name if named is None else "-".join(named.group("fingerprint", "number", "rows"))
+
+
+def named_with(name: str, crc: str) -> str:
+    """A shard's name, of its stem and the checksum of its content."""
+    return f"{name}.{crc}.parquet"
+
+
+def number_of(path: Path) -> int:
+    """The number in a shard's name; -1 where it is called otherwise."""
+    named = NAME.fullmatch(path.name)
+    return -1 if named is None else int(named["number"])
 
 
 def checksum(content: bytes) -> str:
