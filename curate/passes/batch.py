@@ -91,8 +91,8 @@ class Side:
             )
             return second
         if name in STATISTICS:
-            found = self._batch.statistics(name)  # fills in self.entry
-            return found[self.entry]
+            values = self._batch.statistics(name)  # fills in self.entry
+            return values[self.entry]
         raise AttributeError(f"a side has no '{name}'; statistics of the head are {', '.join(STATISTICS)}")
 
 
@@ -115,8 +115,8 @@ class Batch:
         self.rows = tuple(rows)
         self.encoded = tuple(encoded)
         self.all_states = all_states
-        wanted = set(statistics)
-        self._wanted = frozenset(wanted.union(*(SECOND_SWEEP[name] for name in wanted & SECOND_SWEEP.keys())))
+        requested = set(statistics)
+        self._requested = frozenset(requested.union(*(SECOND_SWEEP[name] for name in requested & SECOND_SWEEP.keys())))
         by_side: dict[str, dict[int, tuple[Item, np.ndarray]]] = {}
         for item, w in zip(items, where):
             by_side.setdefault(item.side, {})[item.row] = item, w
@@ -130,7 +130,7 @@ class Batch:
 
     def check(self, name: str) -> None:
         """CurateError where a measurement reads a statistic of the head that none declared."""
-        if name not in self._wanted:
+        if name not in self._requested:
             raise CurateError(f"a measurement reads '{name}' without declaring it: add head=(\"{name}\", …) to it.")
 
     def statistics(self, name: str) -> torch.Tensor:
@@ -153,7 +153,7 @@ class Batch:
         for side, own in zip(sides, entry.split([len(s.at) for s in sides])):
             side.entry = own
         return self.head.statistics(
-            self.all_states, unique % size, self._wanted - SECOND_SWEEP.keys(), at=unique // size
+            self.all_states, unique % size, self._requested - SECOND_SWEEP.keys(), at=unique // size
         )
 
 
@@ -161,12 +161,12 @@ def write_columns(m: Measurement, batch: Batch, out: dict[str, np.ndarray]) -> N
     """Take one measurement of a batch and write its columns of `out` at the batch's rows. CurateError where it returns
     other columns than it declared, or not one number per row.
     """
-    found = m.function(batch)
-    if set(found) != set(m.columns):
+    columns = m.function(batch)
+    if set(columns) != set(m.columns):
         raise CurateError(
-            f"measurement {m.name}: declared the columns {', '.join(m.columns)}, returned {', '.join(found) or 'none'}."
+            f"measurement {m.name}: declared the columns {', '.join(m.columns)}, returned {', '.join(columns) or 'none'}."
         )
-    for column, values in found.items():
+    for column, values in columns.items():
         if tuple(values.shape) != (len(batch.rows),):
             raise CurateError(
                 f"measurement {m.name}: {column} has shape {tuple(values.shape)}, expected one number per row: "

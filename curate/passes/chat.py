@@ -89,12 +89,12 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, g
 
 def left_out(messages: Sequence[Message], rendered: str) -> list[str]:
     """The roles of the turns whose text is not in what was rendered of them, white space around it aside."""
-    found = []
+    roles = []
     for message in messages:
         content = message.get("content")
         if isinstance(content, str) and content.strip() not in rendered:
-            found.append(str(message["role"]))
-    return found
+            roles.append(str(message["role"]))
+    return roles
 
 
 def closing_token(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> int | None:
@@ -124,12 +124,12 @@ def template_of(tokenizer: PreTrainedTokenizerBase, stops: Sequence[int] = ()) -
             refused.append(str(refusal))
             return None
 
-    plain, before = None, QUESTIONS[0]
+    reply, before = None, QUESTIONS[0]
     for before in QUESTIONS:
-        plain = shown(*before, Message(role="assistant", content="last eight"))
-        if plain is not None:
+        reply = shown(*before, Message(role="assistant", content="last eight"))
+        if reply is not None:
             break
-    end = None if plain is None else closing_token(tokenizer, ids_of(tokenizer, plain))
+    end = None if reply is None else closing_token(tokenizer, ids_of(tokenizer, reply))
     thought = shown(*before, Message(role="assistant", content=THOUGHT))
     ends = dict.fromkeys((*([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []), *stops))
     return Template(
@@ -138,7 +138,7 @@ def template_of(tokenizer: PreTrainedTokenizerBase, stops: Sequence[int] = ()) -
         keeps_reasoning=thought is None or "first seven" in thought,
         eos=tokenizer.eos_token,
         stops=tuple(str(tokenizer.convert_ids_to_tokens(i)) for i in ends if 0 <= i < len(tokenizer)),
-        refuses=refused[0] if plain is None else None,
+        refuses=refused[0] if reply is None else None,
     )
 
 
@@ -152,8 +152,8 @@ def template_to_json(template: Template | None) -> str:
 
 
 def template_from_json(text: str) -> Template | None:
-    found = json.loads(text)
-    return None if found is None else Template(**{**found, "stops": tuple(found["stops"])})
+    fields = json.loads(text)
+    return None if fields is None else Template(**{**fields, "stops": tuple(fields["stops"])})
 
 
 def with_context(

@@ -55,11 +55,11 @@ def measure(
     """
     out = {column: np.full(len(encoded), np.nan) for m in measurements for column in m.columns}
     for kind, name in ((EncodedPair, "preference"), (Encoded, "sft")):
-        wanted = [m for m in measurements if m.kind in (name, "any")]
+        requested = [m for m in measurements if m.kind in (name, "any")]
         rows = [i for i, row in enumerate(encoded) if isinstance(row, kind)]
-        _measure_rows(model, encoded, [i for i in rows if encoded[i].problem is None], wanted, token_budget, out)
+        _measure_rows(model, encoded, [i for i in rows if encoded[i].problem is None], requested, token_budget, out)
         prompt_only = [i for i in rows if _is_prompt(encoded[i])]
-        _measure_rows(model, encoded, prompt_only, [m for m in wanted if m.prompt_only], token_budget, out)
+        _measure_rows(model, encoded, prompt_only, [m for m in requested if m.prompt_only], token_budget, out)
     return out
 
 
@@ -74,31 +74,39 @@ def response_logps(model: Model, encoded: Sequence[Encoded | EncodedPair], *, to
         return {side: response.sum(response.logp) for side, response in responses.items()}
 
     kind: Kind = "preference" if len(sides) == 2 else "sft"
-    wanted = Measurement("response_logps", "forward", kind, dict.fromkeys(sides, "nats"), 1, summed, head=("logp",))
-    found = measure(model, encoded, [wanted], token_budget=token_budget)
-    return np.stack([found[side] for side in sides], 1)
+    reading = Measurement("response_logps", "forward", kind, dict.fromkeys(sides, "nats"), 1, summed, head=("logp",))
+    columns = measure(model, encoded, [reading], token_budget=token_budget)
+    return np.stack([columns[side] for side in sides], 1)
 
 
 def _measure_rows(
     model: Model,
     encoded: Sequence[Encoded | EncodedPair],
     indices: list[int],
-    wanted: list[Measurement],
+    measurements: list[Measurement],
     token_budget: int,
     out: dict[str, np.ndarray],
 ) -> None:
-    if not wanted or not indices:
+    if not measurements or not indices:
         return
-    alone = any(m.without_prompt for m in wanted)
+    alone = any(m.without_prompt for m in measurements)
     rows = {i: items_of(i, encoded[i], alone, model.bos) for i in indices}
     check_lengths(model, rows)
 
     @torch.inference_mode()
     def run(bundle: Bundle) -> None:
         states, where = states_of(model, bundle)
-        of = [encoded[row] for row in bundle.rows]
-        batch = Batch(model.head, bundle.rows, of, bundle.items, where, states, {s for m in wanted for s in m.head})
-        for m in wanted:
+        encoded_rows = [encoded[row] for row in bundle.rows]
+        batch = Batch(
+            model.head,
+            bundle.rows,
+            encoded_rows,
+            bundle.items,
+            where,
+            states,
+            {s for m in measurements for s in m.head},
+        )
+        for m in measurements:
             write_columns(m, batch, out)
 
     def too_long(bundle: Bundle) -> ModelError:

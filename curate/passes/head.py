@@ -92,13 +92,13 @@ class Head:
         return z
 
     def statistics(
-        self, states: torch.Tensor, tokens: torch.Tensor, wanted: Iterable[str], *, at: torch.Tensor | None = None
+        self, states: torch.Tensor, tokens: torch.Tensor, names: Iterable[str], *, at: torch.Tensor | None = None
     ) -> dict[str, torch.Tensor]:
         """States and the (n,) tokens they predict -> {name: (n,) float64 (top_token: int64)} of the wanted names.
 
         states (n, d), or with `at` (n,) the rows of any states in which to look; nothing is gathered beyond a block.
         """
-        wanted = frozenset(wanted)
+        names = frozenset(names)
         parts: list[dict[str, torch.Tensor]] = []
         size, blocks = self._summed()
         columns = max((block.stop - block.start for block in blocks), default=0)
@@ -106,8 +106,8 @@ class Head:
         room = torch.empty(2, min(size, len(tokens)), columns, dtype=wide, device=states.device)
         for part in _pieces(len(tokens), size) or [slice(0)]:
             h = states[part] if at is None else states[at[part]]
-            parts.append(self._of_rows(h, tokens[part], wanted, blocks, room))
-        return {name: torch.cat([part[name] for part in parts]) for name in wanted}
+            parts.append(self._of_rows(h, tokens[part], names, blocks, room))
+        return {name: torch.cat([part[name] for part in parts]) for name in names}
 
     def blocks(self) -> list[slice]:
         """The vocabulary in slices of at most COLUMNS."""
@@ -123,7 +123,7 @@ class Head:
         self,
         states: torch.Tensor,
         tokens: torch.Tensor,
-        wanted: frozenset[str],
+        names: frozenset[str],
         blocks: Sequence[slice],
         room: torch.Tensor,
     ) -> dict[str, torch.Tensor]:
@@ -131,9 +131,9 @@ class Head:
         own = self.target(states, tokens)  # (n,)
         sums = {name: torch.zeros_like(own) for name in ("total", "square", "weighted")}
         sums["best"] = torch.full_like(own, NOTHING)
-        if "rank" in wanted:
+        if "rank" in names:
             sums["rank"] = torch.zeros_like(own)
-        if "top_token" in wanted:
+        if "top_token" in names:
             sums["best_token"] = torch.zeros_like(tokens)
         kernels = cpu_kernels.kernels() if room.dtype == torch.float32 and room.device.type == "cpu" else None
         for block in blocks:
@@ -141,32 +141,34 @@ class Head:
             if kernels is not None:
                 kernels.head_sums(z, block.start, NOTHING, tokens, own, sums)
             else:
-                _add(_hide(z, tokens, block), block.start, own, sums, wanted, room[1])
-        return self._read(tokens, wanted, own, sums)
+                _add(_hide(z, tokens, block), block.start, own, sums, names, room[1])
+        return self._read(tokens, names, own, sums)
 
     def _read(
-        self, tokens: torch.Tensor, wanted: frozenset[str], own: torch.Tensor, sums: Mapping[str, torch.Tensor]
+        self, tokens: torch.Tensor, names: frozenset[str], own: torch.Tensor, sums: Mapping[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         """Everything per token, from the sums over the other tokens and the token's own logit; (n,) float64."""
         best, total, square, weighted = (sums[name] for name in ("best", "total", "square", "weighted"))
         others = best + total.log()  # log Σ_{v≠y} exp z_v
         logp = -softplus(others - own)
         lse = torch.logaddexp(others, own)
-        found = {"logp": logp, "lse": lse, "gap": own - best, "other_logp": best - lse}
-        found["top_logp"] = torch.maximum(logp, best - lse)
-        if "rank" in wanted:
-            found["rank"] = sums["rank"]
-        if "top_token" in wanted:
-            found["top_token"] = torch.where(own >= best, tokens, sums["best_token"])
+        statistics = {"logp": logp, "lse": lse, "gap": own - best, "other_logp": best - lse}
+        statistics["top_logp"] = torch.maximum(logp, best - lse)
+        if "rank" in names:
+            statistics["rank"] = sums["rank"]
+        if "top_token" in names:
+            statistics["top_token"] = torch.where(own >= best, tokens, sums["best_token"])
         pi = logp.exp()
-        if "entropy" in wanted:  # −Σ π log π = lse − Σ π z
+        if "entropy" in names:  # −Σ π log π = lse − Σ π z
             rest = torch.exp(best - lse) * (weighted + total * best)  # Σ_{v≠y} π z
-            found["entropy"] = lse - rest - pi * own
-        if wanted & _SQUARES:
+            statistics["entropy"] = lse - rest - pi * own
+        if names & _SQUARES:
             of_others = torch.exp(2 * (best - lse)) * square  # Σ_{v≠y} π²
-            found["square"] = of_others + pi**2
-            found["error"] = (of_others + torch.expm1(logp) ** 2).sqrt()  # 1 − π from log π: exact where π is near 1
-        return {name: found[name] for name in wanted}
+            statistics["square"] = of_others + pi**2
+            statistics["error"] = (
+                of_others + torch.expm1(logp) ** 2
+            ).sqrt()  # 1 − π from log π: exact where π is near 1
+        return {name: statistics[name] for name in names}
 
     def below_line(
         self,
@@ -207,7 +209,7 @@ def _add(
     start: int,
     own: torch.Tensor,
     sums: dict[str, torch.Tensor],
-    wanted: frozenset[str],
+    names: frozenset[str],
     room: torch.Tensor,
 ) -> None:
     """What `Kernels.head_sums` does, by torch's operators: (n, width) logits, own tokens at NOTHING, into the running sums. z is overwritten.
@@ -225,10 +227,10 @@ def _add(
     shrink = torch.exp(best - new)
     z.sub_(new[:, None].to(z.dtype)).mul_(LOG2_E)
     e = torch.exp2(z, out=room[: len(z), : z.shape[1]])  # four times as fast as torch's exp on a CPU
-    if "entropy" in wanted:
+    if "entropy" in names:
         added = z.mul_(e).sum(1).double() / LOG2_E
         sums["weighted"].copy_(shrink * (sums["weighted"] + total * (best - new)) + added)
-    if wanted & _SQUARES:
+    if names & _SQUARES:
         sums["square"].copy_(sums["square"] * shrink**2 + torch.mul(e, e, out=z).sum(1).double())
     total.copy_(total * shrink + e.sum(1).double())
     best.copy_(new)

@@ -38,14 +38,14 @@ class Neighbours:
         counts = [Counter(words(row.prompt)) for row in self.rows]
         lengths = np.array([sum(c.values()) for c in counts], dtype=np.float64)
         mean = lengths.mean() if len(lengths) and lengths.any() else 1.0
-        found: dict[str, tuple[list[int], list[int]]] = {}
+        occurrences: dict[str, tuple[list[int], list[int]]] = {}
         for i, of_row in enumerate(counts):
             for word, n in of_row.items():
-                at, times = found.setdefault(word, ([], []))
+                at, times = occurrences.setdefault(word, ([], []))
                 at.append(i)
                 times.append(n)
         self._weights: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-        for word, (at, times) in found.items():
+        for word, (at, times) in occurrences.items():
             where, often = np.array(at), np.array(times, dtype=np.float64)
             idf = np.log1p((len(counts) - len(at) + 0.5) / (len(at) + 0.5))
             self._weights[word] = where, idf * often * (K1 + 1) / (often + K1 * (1 - B + B * lengths[where] / mean))

@@ -200,13 +200,13 @@ def encode_prompt(
     limit = limits.max_length
     if limit is None or len(ids) < limit:
         return PromptTokens(text, ids, messages, left_out=lost)
-    found = f"the prompt has {len(ids)} tokens, max_length is {limit}: no room for an answer"
+    too_long = f"the prompt has {len(ids)} tokens, max_length is {limit}: no room for an answer"
     if limits.truncation == "keep_end":
         ids = ids[len(ids) - limit + 1 :]
         return PromptTokens(tokenizer.decode(ids), ids, messages, truncated=True, left_out=lost)
     if limits.truncation == "error":
-        raise ValidationError(f"row {name}: {found}.\n  {_NEXT_LENGTH}")
-    return PromptTokens(text, ids, messages, truncated=True, problem=found)
+        raise ValidationError(f"row {name}: {too_long}.\n  {_NEXT_LENGTH}")
+    return PromptTokens(text, ids, messages, truncated=True, problem=too_long)
 
 
 _NEXT_LENGTH = (

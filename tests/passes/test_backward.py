@@ -267,7 +267,7 @@ def test_too_long_a_row_is_refused_before_anything_runs(monkeypatch):
 def test_the_estimate_is_what_a_graph_keeps():
     """Bytes per token, read off two short sequences, foretell a longer one's within a tenth."""
     model = Model(make("llama"))
-    rules, memory = backward.understood(model, "all")
+    rules, memory = backward.checked_rules(model, "all")
     found = backward_memory._saved(model, rules, 200)
     assert abs(memory.linear * 200 + memory.square * 200**2 - found) < 0.1 * found
 
@@ -283,7 +283,7 @@ def test_a_closed_model_leaves_nothing_behind(monkeypatch):
     made, init = [], Capture.__post_init__
     monkeypatch.setattr(Capture, "__post_init__", lambda self: (init(self), made.append(weakref.ref(self)))[0])
     model = Model(make("llama"))
-    rules = weakref.ref(backward.understood(model, "all")[0])
+    rules = weakref.ref(backward.checked_rules(model, "all")[0])
     for again in (False, True):  # kept, and run again on the way back
         monkeypatch.setattr(backward_memory.Footprint, "checkpointed", lambda *_, again=again: again)
         backward.measure(model, random_pairs(4), ENTK)

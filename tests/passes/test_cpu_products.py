@@ -105,7 +105,7 @@ def test_backward_is_torchs_own(family, way, one_dnn, monkeypatch):
     found, calls = [], []
     for faster in (cpu_products.one_dnn_is_faster(), False):
         monkeypatch.setattr(cpu_products, "one_dnn_is_faster", lambda faster=faster: calls.append(faster) or faster)
-        rules, _ = backward.understood(model, "all")
+        rules, _ = backward.checked_rules(model, "all")
         batch = backward.run(model, rules, items, pairs, **{} if way == "plain" else {way: True})
         found.append(batch.products)
     assert len(calls) > 100 and not calls[-1]

@@ -13,7 +13,7 @@ import torch
 from curate.errors import ModelError
 from curate.measurements import MEASUREMENTS
 from curate.passes.gradients import backward, influence
-from curate.passes.gradients.backward import understood
+from curate.passes.gradients.backward import checked_rules
 from curate.passes.loading.model import Model
 from curate.passes.tokens import Encoded, EncodedPair
 from tests.passes.forward_models import adapted, detach_below, double, make, random_pairs
@@ -110,7 +110,7 @@ def test_both_forms_and_every_block(monkeypatch):
     monkeypatch.setattr("curate.passes.gradients.rows.APART", 0)
     linears = [
         name
-        for name in influence._Passes(Model(module), *understood(Model(module), "all"), 9).shapes
+        for name in influence._Passes(Model(module), *checked_rules(Model(module), "all"), 9).shapes
         if name[0] == "weight"
     ]
     for by_tokens in ([], linears, linears[::2]):

@@ -30,7 +30,7 @@ NO_DECAY = re.compile(
 )  # transformers' Trainer.get_decay_parameter_names
 
 
-def _said(problem: Exception) -> str:
+def _reason(problem: Exception) -> str:
     """torch's advice on a file that is no pickle of tensors is to load it unsafely: not what is wrong, and not to be followed."""
     if isinstance(problem, UnpicklingError):
         return "It is not a file of tensors that torch.save wrote."
@@ -67,7 +67,7 @@ def _states(file: str | Path, module: nn.Module) -> list[tuple[str, dict[str, An
     except Exception as problem:  # OSError, pickle's and zipfile's own, KeyError, TypeError, AttributeError
         raise ModelError(
             f"{file}: wanted a trainer's saved optimizer ({FILE}), found {describe_folder(file)}.\n"
-            f"  {_said(problem)}\n  {NEXT}"
+            f"  {_reason(problem)}\n  {NEXT}"
         ) from problem
     if not {"exp_avg_sq", "step"} <= set(kept):
         what = (
@@ -85,7 +85,7 @@ def _states(file: str | Path, module: nn.Module) -> list[tuple[str, dict[str, An
             f"{file}: it holds {len(order)} parameters in {len(groups)} groups, not those of this model ({len(list(module.parameters()))}).\n  {NEXT}"
         )
     parameters = dict(module.named_parameters())
-    found = []
+    states = []
     for (index, group), name in zip(order, names):
         own = state.get(index)
         if own is None:  # never had a gradient
@@ -96,27 +96,27 @@ def _states(file: str | Path, module: nn.Module) -> list[tuple[str, dict[str, An
             if v is not None and tuple(v.shape) != shape:
                 wrong = f"it has shape {tuple(v.shape)}, not {shape}: the optimizer of another model"
             raise ModelError(f"{file}: wanted Adam's exp_avg_sq of {name}; {wrong}.\n  {NEXT}")
-        found.append((name, own, group.get("betas", (0.9, 0.999))[1]))
-    return found
+        states.append((name, own, group.get("betas", (0.9, 0.999))[1]))
+    return states
 
 
 def _names(groups: list[dict[str, Any]], module: nn.Module, n: int) -> list[str] | None:
     """The parameters' names in the optimizer's order; None where they are not this model's."""
     if all("param_names" in group for group in groups):
-        said = [str(name).removeprefix("module.") for group in groups for name in group["param_names"]]
-        return said if set(said) <= dict(module.named_parameters()).keys() else None
+        stored = [str(name).removeprefix("module.") for group in groups for name in group["param_names"]]
+        return stored if set(stored) <= dict(module.named_parameters()).keys() else None
     every = [name for name, _ in module.named_parameters()]
     trained = every if len(every) == n else [name for name in every if "lora_" in name]
     if len(trained) != n:
         return None
     if len(groups) == 1:
         return trained
-    plain = {
+    in_norms = {
         f"{prefix}.{name}"
         for prefix, part in module.named_modules()
         if isinstance(part, nn.LayerNorm)
         for name in ("weight", "bias")
     }
-    without = {name for name in trained if name in plain or NO_DECAY.search(name.lower())}
+    without = {name for name in trained if name in in_norms or NO_DECAY.search(name.lower())}
     ordered = [name for name in trained if name not in without] + [name for name in trained if name in without]
     return ordered if len(groups) == 2 and len(groups[1]["params"]) == len(without) else None

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from curate.passes.gradients.layer_rules import Parameters
-from curate.passes.gradients.rows import HeadTokens, Lines, Name, Of, WeightPart, parts_of, prepared, rows_of, take
+from curate.passes.gradients.rows import HeadTokens, Lines, Name, Scalar, WeightPart, parts_of, prepared, rows_of, take
 from curate.passes.kernels.cpu_products import product
 from curate.passes.loading.model import Model
 from curate.passes.tokens import Encoded, EncodedPair
@@ -33,21 +33,21 @@ def vector_products(
     v: parameters' names -> tensors of their shapes; a parameter that it lacks adds nothing. parameters: among which v's are, as in backward.measure.
     ModelError where one of these has no rule, or v or a row does not fit into memory.
     """
-    sides: tuple[Of, ...] = (
+    sides: tuple[Scalar, ...] = (
         ("chosen", "rejected") if any(isinstance(row, EncodedPair) for row in encoded) else ("chosen",)
     )
-    items = {i * len(sides) + k: own for k, of in enumerate(sides) for i, own in rows_of(encoded, of).items()}
-    found = np.full(len(encoded) * len(sides), np.nan)
+    items = {i * len(sides) + k: own for k, side in enumerate(sides) for i, own in rows_of(encoded, side).items()}
+    values = np.full(len(encoded) * len(sides), np.nan)
     if items:
         rules, memory, limit = prepared(model, items, parameters, token_budget)
-        sink = _Meeting(parts_of(model, rules, v), len(found), model.device)
+        sink = _VectorProducts(parts_of(model, rules, v), len(values), model.device)
         with torch.no_grad():
             take(model, rules, memory, items, limit, sink)
-        found[list(items)] = sink.products[list(items)].cpu().numpy()
-    return found.reshape(-1, len(sides))
+        values[list(items)] = sink.products[list(items)].cpu().numpy()
+    return values.reshape(-1, len(sides))
 
 
-class _Meeting:
+class _VectorProducts:
     """A sink (passes/gradients/rows.py) in which every part of a gradient meets its part of v. products (count,) float64."""
 
     def __init__(self, parts: dict[Name, torch.Tensor], count: int, device: torch.device) -> None:
@@ -56,24 +56,24 @@ class _Meeting:
 
     def begin(self, numbers: Sequence[int]) -> None:
         self._numbers = list(numbers)
-        self._found = self.products.new_zeros(len(numbers))
+        self._batch_products = self.products.new_zeros(len(numbers))
 
     def matrix(self, part: WeightPart) -> None:
         if part.name in self.parts:
             v = self.parts[part.name][part.columns].to(part.a.dtype)
             per_token = product(part.a, v.T).mul_(part.b).sum(1).double()  # (n,)
-            self._found[part.rows] += torch.stack([per_token[start:stop].sum() for start, stop in part.spans])
+            self._batch_products[part.rows] += torch.stack([per_token[start:stop].sum() for start, stop in part.spans])
 
     def vector(self, name: Name, x: torch.Tensor, columns: slice, size: int, rows: slice) -> None:
         if name in self.parts:
-            self._found[rows] += x @ self.parts[name][columns].double()
+            self._batch_products[rows] += x @ self.parts[name][columns].double()
 
     def lines(self, name: Name, x: Lines) -> None:
         if name in self.parts:
-            self._found.index_add_(0, x.row, (x.x * self.parts[name][x.id]).sum(1).double())
+            self._batch_products.index_add_(0, x.row, (x.x * self.parts[name][x.id]).sum(1).double())
 
     def head_done(self, tokens: HeadTokens) -> None:
         pass
 
     def end(self) -> None:
-        self.products[self._numbers] = self._found
+        self.products[self._numbers] = self._batch_products

@@ -51,7 +51,7 @@ class GradientBatch(Batch):
 
     def _sweep(self) -> dict[str, torch.Tensor]:
         """Log-probabilities are there already; anything else of the head takes the forward pass's own sweep."""
-        if not self._wanted <= {"logp", "lse"}:
+        if not self._requested <= {"logp", "lse"}:
             return super()._sweep()
         at, sides = 0, list(self.sides.values())
         entries: list[list[torch.Tensor]] = [[] for _ in sides]
@@ -86,10 +86,10 @@ def measure(
     if apart:  # other sequences than the rows' own: nothing to share
         out |= forward.measure(model, encoded, apart, token_budget=token_budget)
     for kind, name in ((EncodedPair, "preference"), (Encoded, "sft")):
-        wanted = [m for m in measurements if m.kind in (name, "any") and m not in apart]
+        requested = [m for m in measurements if m.kind in (name, "any") and m not in apart]
         rows = [i for i, row in enumerate(encoded) if isinstance(row, kind) and row.problem is None]
-        if wanted and rows:
-            _measure_rows(model, encoded, rows, wanted, token_budget, parameters, out)
+        if requested and rows:
+            _measure_rows(model, encoded, rows, requested, token_budget, parameters, out)
     return out
 
 
@@ -97,7 +97,7 @@ def _measure_rows(
     model: Model,
     encoded: Sequence[Encoded | EncodedPair],
     indices: list[int],
-    wanted: list[Measurement],
+    measurements: list[Measurement],
     token_budget: int,
     parameters: Parameters,
     out: dict[str, np.ndarray],
@@ -105,7 +105,7 @@ def _measure_rows(
     items = {i: items_of(i, encoded[i], False, None) for i in indices}
     check_lengths(model, items)
     check_angles(model, items)
-    rules, memory = understood(model, parameters)
+    rules, memory = checked_rules(model, parameters)
     limit = memory.check(model, items, token_budget)
     if model.device.type == "cpu":
         limit = min(limit, TOKENS_ON_CPU)
@@ -115,9 +115,9 @@ def _measure_rows(
         sequences = list(part.values())
         again = memory.checkpointed(sequences, model)
         apart = not again and model.device.type == "cpu" and memory.graph(sequences) > APART
-        batch = run(model, rules, part, encoded, wanted, checkpointed=again, apart=apart)
+        batch = run(model, rules, part, encoded, measurements, checkpointed=again, apart=apart)
         with torch.no_grad():
-            for m in wanted:
+            for m in measurements:
                 write_columns(m, batch, out)
 
     too_long = lambda rows: memory.too_long(model, items[rows[0]])  # noqa: E731
@@ -153,7 +153,7 @@ def run(
     rules: Rules,
     items: dict[int, list[Item]],
     encoded: Sequence[Encoded | EncodedPair],
-    wanted: Sequence[Measurement] = (),
+    measurements: Sequence[Measurement] = (),
     *,
     checkpointed: bool = False,
     apart: bool = False,
@@ -172,9 +172,9 @@ def run(
     responses = [(counts[i], counts[i + 1], counts[i + per_row]) for i in range(0, len(graph.sequences), per_row)]
     first = line = None
     if not graph.padded and len(shared.ids) < graph.n_tokens:
-        found = np.concatenate(shared.where)
-        line = torch.from_numpy(found).to(model.device)
-        first = torch.from_numpy(np.unique(found, return_index=True)[1]).to(model.device)
+        shared_index = np.concatenate(shared.where)
+        line = torch.from_numpy(shared_index).to(model.device)
+        first = torch.from_numpy(np.unique(shared_index, return_index=True)[1]).to(model.device)
     products = PairProducts(spans, model.device)
     heads: list[HeadGradient] = []
 
@@ -191,9 +191,9 @@ def run(
     where = graph.where
     if first is not None:
         states, where = states[first], shared.where
-    of, statistics = [encoded[row] for row in bundle.rows], {s for m in wanted for s in m.head}
-    batch = GradientBatch(model.head, bundle.rows, of, graph.sequences, where, states, statistics)
-    batch.of_head, batch.products = heads[0], products.found + heads[0].products
+    batch_rows, statistics = [encoded[row] for row in bundle.rows], {s for m in measurements for s in m.head}
+    batch = GradientBatch(model.head, bundle.rows, batch_rows, graph.sequences, where, states, statistics)
+    batch.of_head, batch.products = heads[0], products.values + heads[0].products
     return batch
 
 
@@ -209,22 +209,22 @@ def _tied(
 
     def add(ids: torch.Tensor, g: torch.Tensor) -> None:
         for k, ((start, middle, stop), (a, b, c)) in enumerate(zip(products.spans, responses)):
-            found, *sums = embedding_sums(ids[start:stop], g[start:stop], middle - start)
+            distinct_ids, *sums = embedding_sums(ids[start:stop], g[start:stop], middle - start)
             one = (states[a:c], tokens[a:c], of_head.logp[a:c], of_head.lse[a:c])
-            products.found[k] += tied_products(model.head, *one, b - a, found, (sums[0], sums[1]))
+            products.values[k] += tied_products(model.head, *one, b - a, distinct_ids, (sums[0], sums[1]))
 
     return add
 
 
-def understood(model: Model, parameters: Parameters) -> tuple[Rules, Footprint]:
+def checked_rules(model: Model, parameters: Parameters) -> tuple[Rules, Footprint]:
     """The model's rules, checked once against autograd on a few tokens, and what a token costs in memory."""
     key = "gradients", parameters
     if key not in model.known:
         rules = find_rules(model, parameters)
         _check_against_autograd(model, rules, parameters)
         model.known[key] = rules, footprint(model, rules)
-    found: tuple[Rules, Footprint] = model.known[key]
-    return found
+    rules_and_memory: tuple[Rules, Footprint] = model.known[key]
+    return rules_and_memory
 
 
 def _probe(model: Model) -> dict[int, list[Item]]:
@@ -239,14 +239,14 @@ def _check_against_autograd(model: Model, rules: Rules, parameters: Parameters) 
     pair = EncodedPair(Encoded(items[0][0].ids, 5), Encoded(items[0][1].ids, 5), 5)
     cc, cr, rr = run(model, rules, items, [pair]).products[0].tolist()
     total = torch.zeros((), dtype=torch.float64, device=model.device)
-    wanted = [p for name, p in model.module.named_parameters() if name in set(rules.names)]
+    selected = [p for name, p in model.module.named_parameters() if name in set(rules.names)]
 
     def take(p: torch.Tensor) -> None:
         assert p.grad is not None
         total.add_(p.grad.double().square().sum())
         p.grad = None
 
-    handles = [p.requires_grad_().register_post_accumulate_grad_hook(take) for p in wanted]
+    handles = [p.requires_grad_().register_post_accumulate_grad_hook(take) for p in selected]
     try:
         with torch.enable_grad(), begun_at(rules.layers[rules.first]) if rules.first is not None else nullcontext():
             loss = torch.zeros((), dtype=torch.float64, device=model.device)
@@ -260,7 +260,7 @@ def _check_against_autograd(model: Model, rules: Rules, parameters: Parameters) 
     finally:
         for handle in handles:
             handle.remove()
-        for p in wanted:
+        for p in selected:
             p.requires_grad_(False)
             p.grad = None
     ours, theirs = cc + cr + rr / 4, float(total)

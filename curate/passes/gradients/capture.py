@@ -74,38 +74,40 @@ class Capture:
             for rule in self.rules.linears:
                 _patch(stack, rule.module, lambda x, rule=rule: self._linear(rule, x))
             for norm in self.rules.norms:
-                plain = norm.module.forward
+                original = norm.module.forward
                 _patch(
                     stack,
                     norm.module,
-                    lambda x, *a, norm=norm, plain=plain, **k: self._norm(norm, x, plain(x, *a, **k)),
+                    lambda x, *a, norm=norm, original=original, **k: self._norm(norm, x, original(x, *a, **k)),
                 )
             for table in self.rules.embeddings:
-                plain = table.module.forward
+                original = table.module.forward
                 _patch(
                     stack,
                     table.module,
-                    lambda ids, *a, table=table, plain=plain, **k: self._embedding(table, ids, plain(ids, *a, **k)),
+                    lambda ids, *a, table=table, original=original, **k: self._embedding(
+                        table, ids, original(ids, *a, **k)
+                    ),
                 )
             if not self.rules.embeddings and self.rules.layers:
                 stack.enter_context(begun_at(self.rules.layers[self.rules.first or 0]))
             for layer in self.rules.layers[self.rules.first or 0 :] if self.checkpointed else ():
-                plain = layer.forward
+                original = layer.forward
                 _patch(
                     stack,
                     layer,
-                    lambda *a, plain=plain, **k: checkpoint(
-                        self._again(plain), *a, use_reentrant=False, preserve_rng_state=False, **k
+                    lambda *a, original=original, **k: checkpoint(
+                        self._again(original), *a, use_reentrant=False, preserve_rng_state=False, **k
                     ),
                 )
             yield
 
-    def _again(self, plain: Callable[..., Any]) -> Callable[..., Any]:
+    def _again(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
             if self.around is None:
-                return plain(*args, **kwargs)
+                return original(*args, **kwargs)
             with self.around():
-                return plain(*args, **kwargs)
+                return original(*args, **kwargs)
 
         return run
 
@@ -121,7 +123,7 @@ class Capture:
         if not (x.requires_grad and torch.is_grad_enabled()):
             y = linear(rows, rule.weight, rule.bias)
             return (y if self.line is None else y[self.line]).view(*x.shape[:-1], -1)
-        if rule.wanted:
+        if rule.needs_weight:
             shared.outputs += rule.weight.shape[0]
             shared.left += 1
         return _Linear.apply(x, rows, rule, shared, self)
@@ -169,7 +171,7 @@ class Capture:
 
     def linear_done(self, rule: Linear, shared: Shared, rows: torch.Tensor, g: torch.Tensor) -> None:
         self.taker.linear(rule, shared, rows, self.line, g)
-        if rule.wanted:
+        if rule.needs_weight:
             shared.left -= 1
             if not shared.left:
                 shared.kept.clear()
@@ -219,7 +221,7 @@ class _Linear(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, rows: torch.Tensor, rule: Linear, shared: Shared, capture: Capture
     ) -> torch.Tensor:
         ctx.rule, ctx.shared, ctx.capture, ctx.shape = rule, shared, capture, x.shape
-        if rule.wanted:
+        if rule.needs_weight:
             ctx.save_for_backward(rows)
         y = linear(rows, rule.weight, rule.bias)  # (U, o)
         if capture.line is not None:
@@ -229,8 +231,8 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: torch.Tensor) -> Any:
         g = g.reshape(-1, g.shape[-1])
-        if ctx.rule.wanted or ctx.rule.bias_wanted:
-            rows = ctx.saved_tensors[0] if ctx.rule.wanted else g[:0]
+        if ctx.rule.needs_weight or ctx.rule.needs_bias:
+            rows = ctx.saved_tensors[0] if ctx.rule.needs_weight else g[:0]
             ctx.capture.linear_done(ctx.rule, ctx.shared, rows, g)
         below = product(g, ctx.rule.weight).view(ctx.shape) if ctx.needs_input_grad[0] else None
         return below, None, None, None, None

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from curate.errors import ModelError
-from curate.passes.gradients.backward import understood
+from curate.passes.gradients.backward import checked_rules
 from curate.passes.gradients.layer_rules import Parameters
 from curate.passes.gradients.memory import SHARE, free_for
 from curate.passes.gradients.rows import parts_of, prepared, rows_of, take
@@ -47,7 +47,7 @@ class Cosines:
         tied = module.get_input_embeddings().weight is module.get_output_embeddings().weight
         self.model, self.vectors = model, vectors
         self.parameters: Parameters = "all" if tied and isinstance(parameters, int) else parameters
-        self.rules, _ = understood(model, self.parameters)
+        self.rules, _ = checked_rules(model, self.parameters)
         self.scale = None if scale is None else parts_of(model, self.rules, scale)
         size = sum(x.numel() for x in vectors[0]().values()) * max(4, torch.finfo(model.dtype).bits // 8)
         free = SHARE / 2 * free_for(model)
@@ -61,10 +61,10 @@ class Cosines:
 
     def of(self, encoded: Sequence[Encoded | EncodedPair], *, token_budget: int = 16384) -> np.ndarray:
         """(rows, M) float64 in [−1, 1]; NaN where a row has a problem, and where a gradient is 0."""
-        found = np.full((len(encoded), len(self.vectors)), np.nan)
+        values = np.full((len(encoded), len(self.vectors)), np.nan)
         items = rows_of(encoded, "margin")
         if not items:
-            return found
+            return values
         numbered = dict(enumerate(items.values()))
         for start in range(0, len(self.vectors), self.together):
             targets, norms = self._block(start)
@@ -74,8 +74,8 @@ class Cosines:
                 take(self.model, rules, memory, numbered, limit, crossing)
                 scale = crossing.squares.sqrt()[:, None] * norms  # (rows, block)
                 cosines = torch.where(scale > 0, crossing.products / scale, torch.nan)
-            found[list(items), start : start + targets.count] = cosines.cpu().numpy()
-        return found
+            values[list(items), start : start + targets.count] = cosines.cpu().numpy()
+        return values
 
     def _block(self, start: int) -> tuple[Targets, torch.Tensor]:
         """The vectors from `start` on, as many as fit, and their norms."""
@@ -84,7 +84,7 @@ class Cosines:
         some = self.vectors[start : start + self.together]
         parts = (parts_of(self.model, self.rules, read()) for read in some)
         targets = Targets.of(parts, len(some), self.model.device)
-        found = targets, targets.squares().sqrt()
+        block = targets, targets.squares().sqrt()
         if len(some) == len(self.vectors):
-            self._kept = found
-        return found
+            self._kept = block
+        return block

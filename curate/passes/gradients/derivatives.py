@@ -90,12 +90,12 @@ def exact_products(model: Model, encoded: Rows, v: Vector) -> np.ndarray:
     architecture. `vector_products` gives it for many rows at once where every parameter has a rule.
     """
     sides = _sides(encoded)
-    found = np.full((len(encoded), sides), np.nan)
+    products = np.full((len(encoded), sides), np.nan)
     for i, row in enumerate(encoded):
         for side in range(sides) if row.problem is None else ():
             g = accumulate(model, [row], fixed_weights(*np.eye(sides)[side]), parameters=v.keys())
-            found[i, side] = float(sum(g[name].mul_(v[name]).sum(dtype=torch.float64) for name in v))
-    return found
+            products[i, side] = float(sum(g[name].mul_(v[name]).sum(dtype=torch.float64) for name in v))
+    return products
 
 
 def head_derivatives(model: Model, encoded: Rows, v: Vector, *, token_budget: int = 16384) -> np.ndarray:
@@ -110,8 +110,8 @@ def head_derivatives(model: Model, encoded: Rows, v: Vector, *, token_budget: in
     kind = "preference" if pairs else "sft"
     units = dict.fromkeys(sides, "nats per unit of step")
     m = Measurement("head_along", "forward", kind, units, 1, along, head=("logp", "lse"))  # type: ignore[arg-type]
-    found = forward.measure(model, encoded, [m], token_budget=token_budget)
-    return np.stack([found[name] for name in sides], 1)
+    columns = forward.measure(model, encoded, [m], token_budget=token_budget)
+    return np.stack([columns[name] for name in sides], 1)
 
 
 def _head_along(batch: Batch, side: Side, v: Vector) -> torch.Tensor:
@@ -173,8 +173,8 @@ def choose_epsilon(line: Line, encoded: Rows, *, sample: int = SAMPLE, token_bud
     best: Epsilon | None = None
     for factor in LADDER:
         value = factor * MOVED / typical
-        found = derivatives(line, picked, value, token_budget=token_budget).derivative
-        compared = [(_columns(found)[:, i], _columns(exact)[:, i]) for i in range(_columns(exact).shape[1])]
+        differences = derivatives(line, picked, value, token_budget=token_budget).derivative
+        compared = [(_columns(differences)[:, i], _columns(exact)[:, i]) for i in range(_columns(exact).shape[1])]
         error = float(np.max([np.sqrt(np.mean((a - b) ** 2)) / (b.std() or typical) for a, b in compared]))
         rank = float(np.min([spearman(a, b) for a, b in compared]))
         tried = Epsilon(value, error, rank, len(picked))

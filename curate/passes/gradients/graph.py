@@ -104,7 +104,7 @@ def _packed_attention(model: Model) -> Iterator[None]:
     try:
         yield
     finally:
-        model.module.set_attn_implementation(model.plain_attention)
+        model.module.set_attn_implementation(model.own_attention)
 
 
 def check_angles(model: Model, items: dict[int, list[Item]]) -> None:

@@ -55,10 +55,10 @@ def head_gradient(
     parts, group = [], list(spans[:1])
     for span in spans[1:]:  # rows together while their logits can be kept: the weights are read once for all of them
         if span[2] - group[0][0] > limit:
-            parts.append(_of_rows(head, states, tokens, group, products, limit, each))
+            parts.append(_gradient_of_rows(head, states, tokens, group, products, limit, each))
             group = []
         group.append(span)
-    parts.append(_of_rows(head, states, tokens, group, products, limit, each))
+    parts.append(_gradient_of_rows(head, states, tokens, group, products, limit, each))
     return HeadGradient(
         *(torch.cat([getattr(p, name) for p in parts]) for name in ("logp", "lse", "slope", "products"))
     )
@@ -95,7 +95,7 @@ def head_backward(
         )
         logp, lse = _log_probabilities(head, h, y, room)
         w = weigh(row, stop_row, logp)[:, None].to(slopes[0].dtype)  # (n, 1)
-        found = torch.zeros_like(wide(h)) if slope else slopes[0]
+        row_slopes = torch.zeros_like(wide(h)) if slope else slopes[0]
         for block in head.blocks():
             z = _logits(head, h, block) if room is None else _place(room, len(h), block)
             q = _residuals(head, z, y, logp, lse, block).mul_(w)
@@ -104,13 +104,13 @@ def head_backward(
             if bias is not None:
                 bias[block] -= q.sum(0)
             for i in range(0, len(h) if slope else 0, ROWS):
-                found[i : i + ROWS] -= product(q[i : i + ROWS].to(head.weight.dtype), head.weight[block])
-        slopes.append(found)
+                row_slopes[i : i + ROWS] -= product(q[i : i + ROWS].to(head.weight.dtype), head.weight[block])
+        slopes.append(row_slopes)
         row, start = stop_row, stop
     return torch.cat(slopes)
 
 
-def _of_rows(
+def _gradient_of_rows(
     head: Head,
     states: torch.Tensor,
     tokens: torch.Tensor,
@@ -137,10 +137,10 @@ def _of_rows(
         if each is not None:
             each((start, stop), block, q)
     del kept
-    found = (
+    row_products = (
         torch.stack([row.products() for row in sums]) if sums else slope.new_zeros(len(spans), 3, dtype=torch.float64)
     )
-    return HeadGradient(logp, lse, slope, found)
+    return HeadGradient(logp, lse, slope, row_products)
 
 
 def _place(kept: torch.Tensor, n: int, block: slice) -> torch.Tensor:
@@ -236,8 +236,8 @@ def tied_products(
     """
     q = -residuals_at(head, states, tokens, logp, lse, ids)  # (n, k)
     meet = [(wide(states) @ wide(s).T * q).double().sum(1) for s in sums]  # each (n,)
-    found = [[part.sum() for part in (m[:middle], m[middle:])] for m in meet]  # [embedded in][head of]
-    return torch.stack([2 * found[0][0], found[1][0] + found[0][1], 2 * found[1][1]])
+    sums_by_part = [[part.sum() for part in (m[:middle], m[middle:])] for m in meet]  # [embedded in][head of]
+    return torch.stack([2 * sums_by_part[0][0], sums_by_part[1][0] + sums_by_part[0][1], 2 * sums_by_part[1][1]])
 
 
 def residuals_at(

@@ -21,7 +21,7 @@ from curate.errors import ModelError
 from curate.passes.gradients.layer_rules import Parameters, Rules
 from curate.passes.gradients.memory import SHARE, Footprint, free_for
 from curate.passes.gradients.products import PER_PAIR
-from curate.passes.gradients.rows import HEAD, Name, Of, Sink, prepared, rows_of, take
+from curate.passes.gradients.rows import HEAD, Name, Scalar, Sink, prepared, rows_of, take
 from curate.passes.gradients.sketches import Both, Projections, Sketches
 from curate.passes.gradients.targets import Crossing, Targets
 from curate.passes.layout import Item
@@ -80,8 +80,8 @@ def cross_products(
     targets: Sequence[Encoded | EncodedPair],
     *,
     parameters: Parameters = "all",
-    of: Of = "margin",
-    target_of: Of | None = None,
+    of: Scalar = "margin",
+    target_of: Scalar | None = None,
     factored: int | None = None,
     seed: int = 0,
     token_budget: int = 16384,
@@ -106,12 +106,12 @@ def cross_products(
     passes = _Passes(model, *prepared(model, together, parameters, token_budget))
     with torch.no_grad():
         if factored is None:
-            found = _exact(passes, list(rows.values()), list(theirs.values()))
+            result = _exact(passes, list(rows.values()), list(theirs.values()))
         else:
-            found = _factored(passes, list(rows.values()), list(theirs.values()), factored, seed)
-    products[np.ix_(list(rows), list(theirs))] = found.products
-    norms[0][list(rows)], norms[1][list(theirs)] = found.train_norms, found.target_norms
-    return replace(found, products=products, train_norms=norms[0], target_norms=norms[1])
+            result = _factored(passes, list(rows.values()), list(theirs.values()), factored, seed)
+    products[np.ix_(list(rows), list(theirs))] = result.products
+    norms[0][list(rows)], norms[1][list(theirs)] = result.train_norms, result.target_norms
+    return replace(result, products=products, train_norms=norms[0], target_norms=norms[1])
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class _Passes:
         """(o, i) of every weight whose gradient is wanted, (n, d) of every embedding that is not the head too."""
         rules = self.rules
         weights = {HEAD: self.model.head.weight} if rules.head else {}
-        weights |= {("weight", k): rule.weight for k, rule in enumerate(rules.linears) if rule.wanted}
+        weights |= {("weight", k): rule.weight for k, rule in enumerate(rules.linears) if rule.needs_weight}
         weights |= {("embedding", k): rule.table for k, rule in enumerate(rules.embeddings) if not rule.tied}
         return {name: (weight.shape[0], weight.shape[1]) for name, weight in weights.items()}
 
@@ -183,7 +183,7 @@ def _exact(passes: _Passes, rows: list[list[Item]], targets: list[list[Item]]) -
         squares = crossing.squares
         target_squares.append(kept.squares())
         del kept, crossing  # which holds it too
-    return _found(torch.cat(products, 1), squares, torch.cat(target_squares), passes=len(products))
+    return _result(torch.cat(products, 1), squares, torch.cat(target_squares), passes=len(products))
 
 
 def _factored(passes: _Passes, rows: list[list[Item]], targets: list[list[Item]], k: int, seed: int) -> CrossProducts:
@@ -202,7 +202,7 @@ def _factored(passes: _Passes, rows: list[list[Item]], targets: list[list[Item]]
     if crossing is not None:
         error = _error(mine.products[:n_rows, :n_targets], crossing, exact.squares())
     back = [np.argsort(order) for order in orders]
-    return _found(mine.products[np.ix_(*back)], mine.squares[back[0]], theirs.squares[back[1]], error=error)
+    return _result(mine.products[np.ix_(*back)], mine.squares[back[0]], theirs.squares[back[1]], error=error)
 
 
 def _in_two(passes: _Passes, rows: list[list[Item]], checked: int, sketches: Sketches, exact: Sink | None) -> None:
@@ -223,7 +223,7 @@ def _error(estimates: torch.Tensor, crossing: Crossing, target_squares: torch.Te
     return SketchError(len(x), rms, worst, float(y.std()) if len(y) else float("nan"), correlation)
 
 
-def _found(
+def _result(
     products: torch.Tensor,
     train_squares: torch.Tensor,
     target_squares: torch.Tensor,

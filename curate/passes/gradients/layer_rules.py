@@ -35,8 +35,8 @@ class Linear:
     module: nn.Module
     weight: torch.Tensor
     bias: torch.Tensor | None
-    wanted: bool  # its weight's products
-    bias_wanted: bool
+    needs_weight: bool  # its weight's products
+    needs_bias: bool
 
 
 @dataclass(frozen=True)
@@ -94,16 +94,16 @@ def find_rules(model: Model, parameters: Parameters = "all") -> Rules:
     module = model.module
     layers = _decoder_layers(module)
     owners = _owners(module)
-    wanted = _wanted(model, owners, layers, parameters)
+    requested = _requested(model, owners, layers, parameters)
     head = module.get_output_embeddings()
     first = len(layers) - min(parameters, len(layers)) if isinstance(parameters, int) else None
-    rules = Rules([], [], [], layers, first, id(head.weight) in wanted, tuple(wanted.values()))
+    rules = Rules([], [], [], layers, first, id(head.weight) in requested, tuple(requested.values()))
     done = {id(p) for p in (head.weight, getattr(head, "bias", None)) if p is not None}
     for part in module.modules():
         own = dict(part.named_parameters(recurse=False))
         if part is head or not own:
             continue
-        mine = {name for name, p in own.items() if id(p) in wanted}
+        mine = {name for name, p in own.items() if id(p) in requested}
         if isinstance(part, nn.Embedding) and own.keys() == {"weight"}:
             if mine and first is None:
                 rules.embeddings.append(
@@ -117,9 +117,9 @@ def find_rules(model: Model, parameters: Parameters = "all") -> Rules:
         elif mine and (norm := _norm(part, own)) is not None:
             rules.norms.append(norm)
             done |= {id(p) for p in own.values()}
-    if parameters != "all" and first is None and not wanted:
+    if parameters != "all" and first is None and not requested:
         raise ModelError(f"{model.path or type(module).__name__}: no LoRA parameter (lora_…) was found in this model.")
-    for key, name in wanted.items():
+    for key, name in requested.items():
         homes = {id(part): part for _, part in owners[key]}
         shared = [part for part in homes.values() if part is not head and part is not module.get_input_embeddings()]
         if key not in done or (len(homes) > 1 and shared):
@@ -130,7 +130,7 @@ def find_rules(model: Model, parameters: Parameters = "all") -> Rules:
                 else f"belongs to a {kind}, for which there is no rule"
             )
             raise ModelError(
-                f"{type(module).__name__}: gradients over {_said(parameters)} were asked for, but {name} {why}.\n"
+                f"{type(module).__name__}: gradients over {_described(parameters)} were asked for, but {name} {why}.\n"
                 "  Scores that read forward passes alone (ches_ln, head_displacement, …) work for this model."
             )
     return rules
@@ -140,12 +140,12 @@ def parameter_names(model: Model | Skeleton, parameters: Parameters = "all") -> 
     """The parameters that were asked for, with a rule or without, by the names of `named_parameters`. ModelError where there are none, or where
     factors of an adapter are none, being merged.
     """
-    found = _wanted(model, _owners(model.module), _decoder_layers(model.module), parameters)
-    if not found:
+    requested = _requested(model, _owners(model.module), _decoder_layers(model.module), parameters)
+    if not requested:
         raise ModelError(
-            f"{model.path or type(model.module).__name__}: {_said(parameters)} were asked for, it has none."
+            f"{model.path or type(model.module).__name__}: {_described(parameters)} were asked for, it has none."
         )
-    return tuple(name for name, p in model.module.named_parameters() if id(p) in found)
+    return tuple(name for name, p in model.module.named_parameters() if id(p) in requested)
 
 
 def probe_ids(model: Model, count: int, *, seed: int) -> np.ndarray:
@@ -167,20 +167,20 @@ def _owners(module: Any) -> dict[int, list[tuple[str, nn.Module]]]:
     return owners
 
 
-def _said(parameters: Parameters) -> str:
+def _described(parameters: Parameters) -> str:
     if isinstance(parameters, int):
         return f"the last {parameters} layers"
     return "all parameters" if parameters == "all" else "the LoRA parameters"
 
 
-def _wanted(
+def _requested(
     model: Model | Skeleton,
     owners: dict[int, list[tuple[str, nn.Module]]],
     layers: list[nn.Module],
     parameters: Parameters,
 ) -> dict[int, str]:
     """id -> name of the parameters asked for, in the model's order."""
-    module, names = model.module, {key: found[0][0] for key, found in owners.items()}
+    module, names = model.module, {key: homes[0][0] for key, homes in owners.items()}
     if parameters == "lora" and model.adapter is not None and not model.adapter.lora:
         raise ModelError(
             f"{model.path}: gradients over the LoRA parameters were asked for, but this adapter has factors of the embedding or the LM head, "
@@ -204,13 +204,13 @@ def _wanted(
 
 def _before_layers(module: Any, layers: list[nn.Module]) -> set[int]:
     """Parameters registered before the decoder layers (norms and projections of embeddings): they act before them."""
-    found: set[int] = set()
+    early: set[int] = set()
     inside = {id(p) for layer in layers for p in layer.parameters()}
     for p in module.base_model.parameters():
         if id(p) in inside:
             break
-        found.add(id(p))
-    return found - {id(p) for p in module.get_output_embeddings().parameters()}
+        early.add(id(p))
+    return early - {id(p) for p in module.get_output_embeddings().parameters()}
 
 
 def _decoder_layers(module: Any) -> list[nn.Module]:
@@ -267,7 +267,7 @@ def _norm(part: nn.Module, own: dict[str, nn.Parameter]) -> Norm | None:
             p.requires_grad_(True)
         with torch.enable_grad():
             y = twin(x)
-            wanted = torch.autograd.grad(y, list(twin.parameters()), g.to(y.dtype))
+            expected = torch.autograd.grad(y, list(twin.parameters()), g.to(y.dtype))
     except Exception:  # whatever a module that is no norm does with it
         return None
     if eps is None:
@@ -277,7 +277,7 @@ def _norm(part: nn.Module, own: dict[str, nn.Parameter]) -> Norm | None:
         ours = [
             (g * normal(x)).sum(0) if p.shape == shape and name == "weight" else g.sum(0) for name, p in own.items()
         ]
-        if all(a.shape == b.shape and bool((a - b).norm() <= 1e-4 * b.norm()) for a, b in zip(ours, wanted)):
+        if all(a.shape == b.shape and bool((a - b).norm() <= 1e-4 * b.norm()) for a, b in zip(ours, expected)):
             return Norm(part, normal, shape, "bias" in own)
     return None
 

@@ -90,7 +90,7 @@ def accumulate(
             'cannot hold. Load the model with dtype="float32".'
         )
     names = parameters if isinstance(parameters, Set) else set(parameter_names(model, parameters))
-    wanted = {name: p for name, p in model.module.named_parameters() if name in names}
+    trained = {name: p for name, p in model.module.named_parameters() if name in names}
     rows = _rows(model, encoded)
     limit = min(token_budget, TOKENS_ON_CPU) if model.device.type == "cpu" else token_budget
     done = 0
@@ -100,7 +100,7 @@ def accumulate(
         count(-done)
         done = 0
         try:
-            for p in wanted.values():
+            for p in trained.values():
                 p.requires_grad_(True)
                 p.grad = torch.zeros_like(p)
         except torch.OutOfMemoryError:
@@ -123,9 +123,9 @@ def accumulate(
 
     try:
         halving(batch_rows(model, rows, limit), run, bundle_halves, too_long, anew=anew)
-        return {name: p.grad.cpu() for name, p in wanted.items() if p.grad is not None}
+        return {name: p.grad.cpu() for name, p in trained.items() if p.grad is not None}
     finally:
-        for p in wanted.values():
+        for p in trained.values():
             p.requires_grad_(False)
             p.grad = None
 

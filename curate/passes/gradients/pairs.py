@@ -22,7 +22,7 @@ class PairProducts:
 
     def __init__(self, spans: list[tuple[int, int, int]], device: torch.device) -> None:
         self.spans = spans
-        self.found = torch.zeros(len(spans), 3, dtype=torch.float64, device=device)
+        self.values = torch.zeros(len(spans), 3, dtype=torch.float64, device=device)
         # what a head that is the embedding too adds when the embedding's gradient arrives: (ids, gradients)
         self.on_tied: Callable[[torch.Tensor, torch.Tensor], None] | None = None
 
@@ -32,27 +32,27 @@ class PairProducts:
         for k, (start, middle, stop) in enumerate(self.spans):
             b, m = wide(g[start:stop]), middle - start
             n = stop - start
-            if rule.wanted:
+            if rule.needs_weight:
                 if products.prefers_tokens(n, rows.shape[1], shared.outputs):
                     if k not in shared.kept:
                         shared.kept[k] = products.gram(_own(rows, line, start, stop), m)
-                    self.found[k] += products.weigh(shared.kept[k], products.gram(b, m), n, m)
+                    self.values[k] += products.weigh(shared.kept[k], products.gram(b, m), n, m)
                 else:
-                    self.found[k] += products.matrix_products(_own(rows, line, start, stop), b, m)
-            if rule.bias_wanted:
-                self.found[k] += products.vector_products(b[:m].sum(0), b[m:].sum(0))
+                    self.values[k] += products.matrix_products(_own(rows, line, start, stop), b, m)
+            if rule.needs_bias:
+                self.values[k] += products.vector_products(b[:m].sum(0), b[m:].sum(0))
 
     def norm(self, rule: Norm, x: torch.Tensor, g: torch.Tensor) -> None:
         for parts in rule.gradients(x, g):
             for k, (start, middle, stop) in enumerate(self.spans):
-                self.found[k] += products.vector_products(parts[start:middle].sum(0), parts[middle:stop].sum(0))
+                self.values[k] += products.vector_products(parts[start:middle].sum(0), parts[middle:stop].sum(0))
 
     def embedding(self, rule: Embedding, ids: torch.Tensor, g: torch.Tensor) -> None:
         if rule.tied and self.on_tied is not None:
             self.on_tied(ids, g)
         for k, (start, middle, stop) in enumerate(self.spans):
             _, a, b = products.embedding_sums(ids[start:stop], g[start:stop], middle - start)
-            self.found[k] += products.vector_products(a, b)
+            self.values[k] += products.vector_products(a, b)
 
 
 def _own(rows: torch.Tensor, line: torch.Tensor | None, start: int, stop: int) -> torch.Tensor:

@@ -56,28 +56,28 @@ def gram(x: torch.Tensor, middle: int) -> list[torch.Tensor]:
 
 def weigh(a: list[torch.Tensor], b: list[torch.Tensor], n: int, middle: int) -> torch.Tensor:
     """(3,) float64 from the tiles of two grams: Σ a∘b over each of the three blocks."""
-    found = torch.zeros(3, dtype=torch.float64, device=a[0].device)
+    sums = torch.zeros(3, dtype=torch.float64, device=a[0].device)
     for (start, stop), x, y in zip(tiles(n, middle), a, b):
         lines = (x * y).sum(0, dtype=torch.promote_types(x.dtype, torch.float32)).double()  # (n − start,)
         own, end = stop - start, (middle if start < middle else n) - start
-        found[0 if start < middle else 2] += lines[:own].sum() + 2 * lines[own:end].sum()
-        found[1] += lines[end:].sum()
-    return found
+        sums[0 if start < middle else 2] += lines[:own].sum() + 2 * lines[own:end].sum()
+        sums[1] += lines[end:].sum()
+    return sums
 
 
 def matrix_products(a: torch.Tensor, b: torch.Tensor, middle: int) -> torch.Tensor:
     """(n, i) and (n, o) -> (3,) float64, by the layer's matrix, a block of outputs at a time."""
-    found = torch.zeros(3, dtype=torch.float64, device=a.device)
+    sums = torch.zeros(3, dtype=torch.float64, device=a.device)
     step = max(1, BLOCK // a.shape[1])
     for start in range(0, b.shape[1], step):
         part = b[:, start : start + step]
         first = product(part[:middle].T, a[:middle])  # (step, i)
-        found[0] += dot(first, first)
+        sums[0] += dot(first, first)
         if middle < len(a):
             second = product(part[middle:].T, a[middle:])
-            found[1] += dot(first, second)
-            found[2] += dot(second, second)
-    return found
+            sums[1] += dot(first, second)
+            sums[2] += dot(second, second)
+    return sums
 
 
 def vector_products(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
@@ -88,11 +88,11 @@ def vector_products(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
 
 def embedding_sums(ids: torch.Tensor, b: torch.Tensor, middle: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(n,) ids, (n, d) -> the k different ids, and each sequence's sum of gradients per id, (k, d) twice, in b's own dtype."""
-    found, line = torch.unique(ids, return_inverse=True)
-    sums = [b.new_zeros(len(found), b.shape[1]) for _ in range(2)]
+    distinct, line = torch.unique(ids, return_inverse=True)
+    sums = [b.new_zeros(len(distinct), b.shape[1]) for _ in range(2)]
     sums[0].index_add_(0, line[:middle], b[:middle])
     sums[1].index_add_(0, line[middle:], b[middle:])
-    return found, sums[0], sums[1]
+    return distinct, sums[0], sums[1]
 
 
 def dot(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

@@ -81,8 +81,8 @@ def by_gradients(
     for batch in _batches(
         [item for (item,) in items.values()], min(limit, CPU_BATCH) if model.device.type == "cpu" else limit
     ):
-        found = _of_batch(model, rules, directions, batch)
-        out[[item.row for item in batch]] = found.cpu().numpy()
+        projected = _project_batch(model, rules, directions, batch)
+        out[[item.row for item in batch]] = projected.cpu().numpy()
     return out
 
 
@@ -92,12 +92,12 @@ def by_forwards(
     """The same by central differences, for any architecture whose forward pass can be measured. directions of unit length; step: ε/‖θ‖."""
     size = math.sqrt(sum(float(p.double().square().sum()) for p in model.module.parameters()))
     lengths = np.asarray([math.nan if row.problem else row.n_response for row in encoded])
-    found = []
+    columns = []
     for k in range(len(next(iter(directions.values())))):
         with Line(model, {name: d[k] for name, d in directions.items()}) as line:
             along = derivatives(line, encoded, step * size, token_budget=token_budget)
-        found.append(-along.derivative[:, 0] / lengths)
-    return np.stack(found, axis=1)
+        columns.append(-along.derivative[:, 0] / lengths)
+    return np.stack(columns, axis=1)
 
 
 def _batches(items: list[Item], limit: int) -> Iterator[list[Item]]:
@@ -110,10 +110,10 @@ def _batches(items: list[Item], limit: int) -> Iterator[list[Item]]:
         at += size
 
 
-def _of_batch(model: Model, rules: Rules, directions: Directions, items: list[Item]) -> torch.Tensor:
+def _project_batch(model: Model, rules: Rules, directions: Directions, items: list[Item]) -> torch.Tensor:
     """(len(items), r) float64."""
     longest = max(len(item.ids) for item in items)
-    along = _Along(model, directions, len(items), longest)
+    along = _Projector(model, directions, len(items), longest)
     capture = Capture(rules, along, len(items) * longest)
     device = model.device
     at = np.concatenate(
@@ -134,7 +134,7 @@ def _of_batch(model: Model, rules: Rules, directions: Directions, items: list[It
             slope = torch.zeros_like(states)
             slope[where] = of_head.slope.to(states.dtype)
         states.backward(slope)
-    return -along.found / torch.from_numpy(counts).to(device)[:, None]
+    return -along.sums / torch.from_numpy(counts).to(device)[:, None]
 
 
 def _states(model: Model, items: list[Item]) -> torch.Tensor:
@@ -150,41 +150,41 @@ def _states(model: Model, items: list[Item]) -> torch.Tensor:
     return model.states(ids, position_ids=positions).flatten(0, 1)
 
 
-class _Along:
+class _Projector:
     """found (rows, r) float64 gathers ⟨∇logp, b⟩ layer by layer while one backward of padded rows runs."""
 
     def __init__(self, model: Model, directions: Directions, rows: int, longest: int) -> None:
-        self.of = {id(p): directions[name] for name, p in model.module.named_parameters()}
+        self.directions = {id(p): directions[name] for name, p in model.module.named_parameters()}
         self.rows, self.longest, self.model = rows, longest, model
         count = len(next(iter(directions.values())))
-        self.found = torch.zeros(rows, count, dtype=torch.float64, device=model.device)
+        self.sums = torch.zeros(rows, count, dtype=torch.float64, device=model.device)
 
     def linear(
         self, rule: Linear, shared: Shared, rows: torch.Tensor, line: torch.Tensor | None, g: torch.Tensor
     ) -> None:
         b = wide(g).view(self.rows, self.longest, -1)
-        if rule.wanted:
+        if rule.needs_weight:
             a = wide(rows if line is None else rows[line]).view(self.rows, self.longest, -1)
-            weight = self.of[id(rule.module.weight)]
-            plain = isinstance(rule.module, torch.nn.Linear)  # Conv1D keeps its weight the other way round
-            self.found += _contract(b, a, weight) if plain else _contract(a, b, weight)
-        if rule.bias_wanted:
-            self._vector(b.sum(1), self.of[id(rule.module.bias)])
+            weight = self.directions[id(rule.module.weight)]
+            is_linear = isinstance(rule.module, torch.nn.Linear)  # Conv1D keeps its weight the other way round
+            self.sums += _contract(b, a, weight) if is_linear else _contract(a, b, weight)
+        if rule.needs_bias:
+            self._vector(b.sum(1), self.directions[id(rule.module.bias)])
 
     def norm(self, rule: Norm, x: torch.Tensor, g: torch.Tensor) -> None:
         for name, part in zip(("weight", "bias"), rule.gradients(x, g)):
             own = part.reshape(self.rows, self.longest, -1).sum(1)
-            self._vector(own, self.of[id(getattr(rule.module, name))])
+            self._vector(own, self.directions[id(getattr(rule.module, name))])
 
     def embedding(self, rule: Embedding, ids: torch.Tensor, g: torch.Tensor) -> None:
-        for k, table in enumerate(self.of[id(rule.module.weight)]):
-            found = (wide(table[ids]) * g).sum(1).view(self.rows, self.longest)
-            self.found[:, k] += found.sum(1, dtype=torch.float64)
+        for k, table in enumerate(self.directions[id(rule.module.weight)]):
+            per_token = (wide(table[ids]) * g).sum(1).view(self.rows, self.longest)
+            self.sums[:, k] += per_token.sum(1, dtype=torch.float64)
 
     def head(self, states: torch.Tensor, counts: np.ndarray) -> Each:
         """What is to be done with every block of the head's residuals: ∂logp/∂W = −qᵀh, ∂logp/∂b = −Σ q."""
         module = self.model.module.get_output_embeddings()
-        weight, bias = self.of[id(module.weight)], getattr(module, "bias", None)
+        weight, bias = self.directions[id(module.weight)], getattr(module, "bias", None)
         ends = np.cumsum([0, *counts])
 
         def each(where: tuple[int, int], block: slice, q: torch.Tensor) -> None:
@@ -192,15 +192,15 @@ class _Along:
             own = slice(int(first), int(last))
             lines = _lines(counts[first:last], len(q)).to(q.device)  # (rows, most tokens)
             q, h = _padded(-q, lines), _padded(wide(states[slice(*where)]), lines)
-            self.found[own] += _contract(q, h, weight[:, block])
+            self.sums[own] += _contract(q, h, weight[:, block])
             if bias is not None:
-                self._vector(q.sum(1), self.of[id(bias)][:, block], own)
+                self._vector(q.sum(1), self.directions[id(bias)][:, block], own)
 
         return each
 
     def _vector(self, gradients: torch.Tensor, direction: torch.Tensor, own: slice = slice(None)) -> None:
         """(rows, n), (r, *shape of n numbers)."""
-        self.found[own] += (gradients @ wide(direction.flatten(1)).T).double()
+        self.sums[own] += (gradients @ wide(direction.flatten(1)).T).double()
 
 
 def _lines(counts: np.ndarray, n: int) -> torch.Tensor:
@@ -221,14 +221,14 @@ def _contract(b: torch.Tensor, a: torch.Tensor, direction: torch.Tensor) -> torc
     limit = MATRIX_ON_GPU if b.is_cuda else MATRIX
     step = min(outputs, max(1, limit // (inputs * min(rows, TOGETHER))))
     together = max(1, limit // (step * inputs))
-    found = torch.zeros(rows, len(direction), dtype=torch.float64, device=b.device)
+    products = torch.zeros(rows, len(direction), dtype=torch.float64, device=b.device)
     for start in range(0, outputs, step):
         d = wide(direction[:, start : start + step].reshape(len(direction), -1))  # (r, step · i)
         for i in range(0, rows, together):
             own = slice(i, i + together)
             matrices = torch.bmm(b[own, :, start : start + step].transpose(1, 2), a[own])  # (R', step, i)
-            found[own] += (matrices.flatten(1) @ d.T).double()
-    return found
+            products[own] += (matrices.flatten(1) @ d.T).double()
+    return products
 
 
 def _rules(model: Model, directions: Directions) -> tuple[Rules, Footprint]:
@@ -243,8 +243,8 @@ def _rules(model: Model, directions: Directions) -> tuple[Rules, Footprint]:
         rules = find_rules(model)
         _check_against_autograd(model, rules, directions)
         model.known["projections"] = rules, footprint(model, rules)
-    found: tuple[Rules, Footprint] = model.known["projections"]
-    return found
+    rules_and_memory: tuple[Rules, Footprint] = model.known["projections"]
+    return rules_and_memory
 
 
 def _check_against_autograd(model: Model, rules: Rules, directions: Directions) -> None:
@@ -253,7 +253,7 @@ def _check_against_autograd(model: Model, rules: Rules, directions: Directions) 
     items = [Item(0, "completion", ids[:12], 5), Item(1, "completion", ids[12:], 3)]
     named = dict(model.module.named_parameters())
     count = len(next(iter(directions.values())))
-    ours = _of_batch(model, rules, directions, items).sum(0)
+    ours = _project_batch(model, rules, directions, items).sum(0)
     theirs, norm = torch.zeros_like(ours), torch.zeros(len(items), dtype=torch.float64, device=ours.device)
 
     def take(name: str, p: torch.Tensor, row: int) -> None:

@@ -28,8 +28,8 @@ def residual_products(head: Head, chosen: Side, rejected: Side) -> tuple[torch.T
         logp, lse = (torch.cat([c[c0:c1], r[r0:r1]]) for c, r in zip(c_stats, r_stats))
         rows.append(_one_pair(head, states, tokens, logp, lse, c1 - c0))
         c0, r0 = c1, r1
-    found = torch.stack(rows) if rows else torch.zeros(0, 2, dtype=torch.float64)
-    return found[:, 0], found[:, 1]
+    products = torch.stack(rows) if rows else torch.zeros(0, 2, dtype=torch.float64)
+    return products[:, 0], products[:, 1]
 
 
 def _wide(states: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,7 @@ import torch
 
 from curate.errors import ModelError
 from curate.passes.bundles import check_lengths, items_of
-from curate.passes.gradients.backward import understood
+from curate.passes.gradients.backward import checked_rules
 from curate.passes.gradients.capture import Shared
 from curate.passes.gradients.graph import APART, Graph, check_angles
 from curate.passes.gradients.head import head_gradient
@@ -31,7 +31,7 @@ from curate.passes.layout import Group, Item
 from curate.passes.loading.model import Model
 from curate.passes.tokens import Encoded, EncodedPair, common_prefix
 
-Of = Literal["margin", "chosen", "rejected"]  # of a pair; an SFT row has its completion
+Scalar = Literal["margin", "chosen", "rejected"]  # of a pair; an SFT row has its completion
 Span = tuple[int, int]
 TOKENS_ON_CPU = 1024  # in one graph; more cost memory there and gain nothing
 
@@ -107,8 +107,8 @@ class Lines:
         lengths = torch.tensor([stop - start for start, stop in spans], device=ids.device)
         row = torch.repeat_interleave(torch.arange(len(spans), device=ids.device), lengths)
         size = int(ids.max()) + 1
-        found, line = torch.unique(row * size + ids, return_inverse=True)
-        return Lines(found // size, found % size, g.new_zeros(len(found), g.shape[1]).index_add_(0, line, g))
+        distinct, line = torch.unique(row * size + ids, return_inverse=True)
+        return Lines(distinct // size, distinct % size, g.new_zeros(len(distinct), g.shape[1]).index_add_(0, line, g))
 
 
 HEAD: Name = ("head", 0)
@@ -128,10 +128,10 @@ class _Sorter:
         self, rule: Linear, shared: Shared, rows: torch.Tensor, line: torch.Tensor | None, g: torch.Tensor
     ) -> None:
         b, k = wide(g), self.number[id(rule)]
-        if rule.wanted:
+        if rule.needs_weight:
             a = wide(rows if line is None else rows[line])
             self.sink.matrix(WeightPart(("weight", k), a, b, slice(0, b.shape[1]), self.all, self.spans, shared.kept))
-        if rule.bias_wanted:
+        if rule.needs_bias:
             self._vector(("bias", k), b)
 
     def norm(self, rule: Norm, x: torch.Tensor, g: torch.Tensor) -> None:
@@ -147,14 +147,16 @@ class _Sorter:
         self.sink.lines(name, Lines.of(ids, g, self.spans))
 
 
-def rows_of(rows: Sequence[Encoded | EncodedPair], of: Of) -> dict[int, list[Item]]:
+def rows_of(rows: Sequence[Encoded | EncodedPair], scalar: Scalar) -> dict[int, list[Item]]:
     """The sequences of every row without a problem; of a margin two."""
-    found = {}
+    sequences = {}
     for i, row in enumerate(rows):
         if row.problem is None:
             items = items_of(i, row, False, None)
-            found[i] = items if len(items) == 1 or of == "margin" else [item for item in items if item.side == of]
-    return found
+            sequences[i] = (
+                items if len(items) == 1 or scalar == "margin" else [item for item in items if item.side == scalar]
+            )
+    return sequences
 
 
 def parts_of(model: Model, rules: Rules, v: dict[str, torch.Tensor]) -> dict[Name, torch.Tensor]:
@@ -162,7 +164,7 @@ def parts_of(model: Model, rules: Rules, v: dict[str, torch.Tensor]) -> dict[Nam
     flat. Of a head that is the embedding too the head's name alone. ModelError where they do not fit into its memory.
     """
     names = {id(p): name for name, p in model.module.named_parameters()}
-    found: dict[Name, torch.Tensor] = {}
+    parts: dict[Name, torch.Tensor] = {}
 
     def own(name: Name, p: Any, *, turned: bool = False) -> None:
         part = v.get(names.get(id(p), ""))
@@ -175,7 +177,7 @@ def parts_of(model: Model, rules: Rules, v: dict[str, torch.Tensor]) -> dict[Nam
                     "  Take directions over the last layers alone: `--set gradients.parameters=2`."
                 ) from None
             part = part.T if turned else part
-            found[name] = part if name[0] in ("weight", "head", "embedding") else part.flatten()
+            parts[name] = part if name[0] in ("weight", "head", "embedding") else part.flatten()
 
     head = model.module.get_output_embeddings()
     own(HEAD, head.weight)
@@ -190,7 +192,7 @@ def parts_of(model: Model, rules: Rules, v: dict[str, torch.Tensor]) -> dict[Nam
     for k, table in enumerate(rules.embeddings):
         if not table.tied:
             own(("embedding", k), table.module.weight)
-    return found
+    return parts
 
 
 def prepared(
@@ -201,7 +203,7 @@ def prepared(
     """
     check_lengths(model, items)
     check_angles(model, items)
-    rules, memory = understood(model, parameters)
+    rules, memory = checked_rules(model, parameters)
     limit = memory.check(model, items, token_budget)
     return rules, memory, min(limit, TOKENS_ON_CPU) if model.device.type == "cpu" else limit
 
@@ -288,7 +290,7 @@ def _head(
             x = torch.stack([parts[start:stop].sum(0).double() for start, stop in own])
             sink.vector(("head bias", 0), x, block, len(model.head.weight), some)
 
-    found = head_gradient(
+    gradient = head_gradient(
         model.head,
         predicting,
         tokens,
@@ -296,6 +298,6 @@ def _head(
         products=False,
         each=each if rules.head else None,
     )
-    sink.head_done(HeadTokens(h, tokens, signs, found.logp, found.lse, spans))
+    sink.head_done(HeadTokens(h, tokens, signs, gradient.logp, gradient.lse, spans))
     slope = torch.zeros_like(states)
-    return slope.index_add_(0, at, (found.slope * signs[:, None]).to(states.dtype))
+    return slope.index_add_(0, at, (gradient.slope * signs[:, None]).to(states.dtype))

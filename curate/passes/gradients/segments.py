@@ -120,8 +120,8 @@ def _gram(deltas: Directions) -> np.ndarray:
         flat = tensor.reshape(len(tensor), -1)
         for i in range(0, flat.shape[1], COLUMNS):
             part = flat[:, i : i + COLUMNS].double()
-            found = (part @ part.T).cpu().numpy()
-            total = found if total is None else total + found
+            products = (part @ part.T).cpu().numpy()
+            total = products if total is None else total + products
     assert total is not None
     if not np.isfinite(total).all():
         raise ModelError("the checkpoints' weights are not finite: there is no path between them.")

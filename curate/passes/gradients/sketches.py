@@ -51,8 +51,8 @@ class Projections:
             signs = self._signs("Q", kept["by"], a.shape[1], a)
             kept["AQ"] = a if signs is None else a @ signs
         self.inputs.setdefault(name, kept["by"])
-        found: torch.Tensor = kept["AQ"]
-        return found
+        projected: torch.Tensor = kept["AQ"]
+        return projected
 
     def _signs(self, side: str, name: Name, size: int, like: torch.Tensor) -> torch.Tensor | None:
         if (side, name) not in self._made:

@@ -106,12 +106,12 @@ class Targets:
 
     def tables(self) -> dict[Name, Lines]:
         """Per embedding, the lines of all targets by id; row: the target."""
-        found = {}
+        tables = {}
         for name, parts in self._lines.items():
             row, ids, x = (torch.cat([getattr(part, key) for part in parts]) for key in ("row", "id", "x"))
             order = ids.argsort(stable=True)
-            found[name] = Lines(row[order], ids[order], x[order])
-        return found
+            tables[name] = Lines(row[order], ids[order], x[order])
+        return tables
 
     def squares(self) -> torch.Tensor:
         """(M,) float64 ‖g_m‖²."""
@@ -145,22 +145,22 @@ class Crossing:
 
     def begin(self, numbers: Sequence[int]) -> None:
         self._numbers = list(numbers)
-        self._found = self.products.new_zeros(len(numbers), self.targets.count)
+        self._products = self.products.new_zeros(len(numbers), self.targets.count)
         self._squares = self.squares.new_zeros(len(numbers))
 
     def end(self) -> None:
-        self.products[self._numbers], self.squares[self._numbers] = self._found, self._squares
+        self.products[self._numbers], self.squares[self._numbers] = self._products, self._squares
 
     def matrix(self, part: WeightPart) -> None:
         name, a, b, spans = part.name, part.a, part.b, part.spans
-        found, squares = self._found[part.rows], self._squares[part.rows]
+        sums, squares = self._products[part.rows], self._squares[part.rows]
         if name in self.targets.tokens:
             for k, other in enumerate(self.targets.tokens[name]):
                 if k not in part.kept:
                     part.kept[k] = product(a, other.a.T)
                 both = product(b, other.b.T).mul_(part.kept[k])  # (n, K)
                 lines = torch.stack([both[start:stop].sum(0) for start, stop in spans]).double()
-                found[:, other.numbers] += torch.stack([lines[:, start:stop].sum(1) for start, stop in other.spans], 1)
+                sums[:, other.numbers] += torch.stack([lines[:, start:stop].sum(1) for start, stop in other.spans], 1)
             for r, (start, stop) in enumerate(spans):
                 squares[r] += _own(a[start:stop], b[start:stop])
             return
@@ -177,7 +177,7 @@ class Crossing:
                 torch.mm(some[start:stop].T, a[start:stop], out=own[r])
             if scale is not None:
                 own *= scale[at : at + width]
-            found += (own.flatten(1) @ theirs[:, at : at + width].flatten(1).T).double()
+            sums += (own.flatten(1) @ theirs[:, at : at + width].flatten(1).T).double()
             squares += torch.linalg.vector_norm(own, dim=2).double().square().sum(1)
 
     def vector(self, name: Name, x: torch.Tensor, columns: slice, size: int, rows: slice) -> None:
@@ -185,7 +185,7 @@ class Crossing:
             return
         if self.scale is not None:
             x = x * self.scale[name][columns]
-        self._found[rows] += x @ self.targets.vectors[name][:, columns].T
+        self._products[rows] += x @ self.targets.vectors[name][:, columns].T
         self._squares[rows] += x.square().sum(1)
 
     def head_done(self, tokens: HeadTokens) -> None:
@@ -211,14 +211,16 @@ class Crossing:
         step = max(1, MEETINGS // x.x.shape[1])
         for k in range(0, len(mine), step):
             i, m = mine[k : k + step], other[k : k + step]
-            self._found.index_put_((x.row[i], theirs.row[m]), (x.x[i] * theirs.x[m]).sum(1).double(), accumulate=True)
+            self._products.index_put_(
+                (x.row[i], theirs.row[m]), (x.x[i] * theirs.x[m]).sum(1).double(), accumulate=True
+            )
 
     def _meet(self, theirs: torch.Tensor, x: Lines) -> None:
         """The targets' (M, n, d) whole tables met by the rows' lines."""
         step = max(1, MEETINGS // (x.x.shape[1] * self.targets.count))
         for k in range(0, len(x.id), step):
             some = slice(k, k + step)
-            self._found.index_add_(0, x.row[some], (theirs[:, x.id[some]] * x.x[some]).sum(2).T.double())
+            self._products.index_add_(0, x.row[some], (theirs[:, x.id[some]] * x.x[some]).sum(2).T.double())
 
     def _tied(self, x: Lines) -> None:
         """The rows' own head parts met by their embedding parts, of the one matrix that is both."""

@@ -53,9 +53,9 @@ def warm_up(
     if pairs:
         used = sorted({i for batch in batches for i in batch})
         reference[used] = forward.response_logps(model, [known[i] for i in used], token_budget=token_budget)
-    wanted = dict(model.module.named_parameters())
+    parameters = dict(model.module.named_parameters())
     try:
-        m, v = ({name: torch.zeros_like(p, dtype=torch.float32) for name, p in wanted.items()} for _ in range(2))
+        m, v = ({name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()} for _ in range(2))
     except torch.OutOfMemoryError:
         raise ModelError(
             f"{model.path}: a warm-up takes four times the weights in float32, which do not fit into the memory of {model.device}.\n"
@@ -68,14 +68,14 @@ def warm_up(
         )
         g = accumulate(model, rows, weigh, token_budget=token_budget)
         with torch.no_grad():
-            for name, p in wanted.items():
+            for name, p in parameters.items():
                 new = g[name].to(p.device, torch.float32)
                 m[name].lerp_(new, 1 - BETAS[0])
                 v[name].mul_(BETAS[1]).addcmul_(new, new, value=1 - BETAS[1])
                 size = (v[name] / (1 - BETAS[1] ** t)).sqrt_().add_(ADAM_EPSILON)
                 p.addcdiv_((m[name] / (1 - BETAS[0] ** t)).to(p.dtype), size.to(p.dtype), value=settings.learning_rate)
         count(len(rows))
-    if not all(bool(x.isfinite().all()) for x in (*wanted.values(), *v.values())):
+    if not all(bool(x.isfinite().all()) for x in (*parameters.values(), *v.values())):
         raise ModelError(
             f"{model.path}: {settings.steps} steps of warm-up left the finite numbers. Lower `forecast.learning_rate` ({settings.learning_rate:g})."
         )

@@ -147,10 +147,10 @@ def _by_block_mask(
     if entry not in layout.masks:
         layout.masks[entry] = block_mask.build(layout, low, query.device), low  # low is kept: its address is the name
     mask = layout.masks[entry][0]
-    found = block_mask.attend(
+    output = block_mask.attend(
         query, key, value, mask, scaling=extras.scaling, softcap=extras.softcap, sinks=extras.sinks
     )
-    return found.transpose(1, 2)
+    return output.transpose(1, 2)
 
 
 def _by_cpu_kernel(

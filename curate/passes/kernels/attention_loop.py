@@ -74,10 +74,10 @@ def _tail(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extras: Extras) -> 
             mask = _additive(extras.pattern[before + start : end, :end], q)
         block = q[:, :, start:stop], k[:, :, :end], v[:, :, :end]
         if manual:
-            found = _plain_attention(*block, mask, extras)
+            output = _eager_attention(*block, mask, extras)
         else:
-            found = scaled_dot_product_attention(*block, attn_mask=mask, scale=extras.scaling, enable_gqa=gqa)
-        yield found.transpose(1, 2)
+            output = scaled_dot_product_attention(*block, attn_mask=mask, scale=extras.scaling, enable_gqa=gqa)
+        yield output.transpose(1, 2)
 
 
 def _causal_band(start: int, n: int, end: int, like: torch.Tensor, masks: dict[Any, Any]) -> torch.Tensor:
@@ -108,7 +108,7 @@ def _tail_on_cuda(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: fl
     return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling, enable_gqa=gqa)
 
 
-def _plain_attention(
+def _eager_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, extras: Extras
 ) -> torch.Tensor:
     """What transformers' eager attention computes, with soft-cap and sinks; softmax in float32 or wider."""

@@ -163,7 +163,7 @@ def _kernel(scaling: float, softcap: float | None, with_lse: bool, compiled: boo
         mask = BlockMask.from_kv_blocks(
             n_partial, partial, n_full, full, BLOCK, seen, seq_lengths=(size, size), compute_q_blocks=False
         )
-        found: Any = flex_attention(
+        result: Any = flex_attention(
             query,
             key,
             value,
@@ -173,7 +173,7 @@ def _kernel(scaling: float, softcap: float | None, with_lse: bool, compiled: boo
             enable_gqa=query.shape[1] != key.shape[1],
             return_aux=AuxRequest(lse=True) if with_lse else None,
         )
-        return (found[0], found[1].lse) if with_lse else (found, None)
+        return (result[0], result[1].lse) if with_lse else (result, None)
 
     if not compiled:
         return attention

@@ -136,14 +136,14 @@ def stretches_of(layout: Layout) -> torch.Tensor:
     """(n, 4) int64, a packed row's branches: first own token, how many, first token of the prefix before them, how many. A group's prefix and
     first branch are one.
     """
-    found = []
+    stretches = []
     for offset, p, branches in layout.segments:
         at = offset + p + branches[0]
-        found.append((offset, p + branches[0], 0, 0))
+        stretches.append((offset, p + branches[0], 0, 0))
         for n in branches[1:]:
-            found.append((at, n, offset, p))
+            stretches.append((at, n, offset, p))
             at += n
-    return torch.tensor([row for row in found if row[1]], dtype=torch.int64).reshape(-1, 4)
+    return torch.tensor([row for row in stretches if row[1]], dtype=torch.int64).reshape(-1, 4)
 
 
 def serves(device: torch.device | str) -> bool:
@@ -153,30 +153,30 @@ def serves(device: torch.device | str) -> bool:
 
 def refuses(query: torch.Tensor, value: torch.Tensor, softcap: bool, sinks: bool) -> str | None:
     """Why this attention cannot run here whatever the mask; None when it may."""
-    found = kernels()
-    if found is None:
+    compiled = kernels()
+    if compiled is None:
         return refusal()
     if softcap or sinks:
         return "a soft-cap" if softcap else "attention sinks"
     if query.dtype != torch.float32:
         return str(query.dtype).removeprefix("torch.")
-    if value.shape[-1] % found.width:
-        return f"a head's {value.shape[-1]} values are no whole vectors of {found.width}"
+    if value.shape[-1] % compiled.width:
+        return f"a head's {value.shape[-1]} values are no whole vectors of {compiled.width}"
     return None
 
 
 def kernels() -> Kernels | None:
     """None where `refusal` says why."""
-    return None if isinstance(found := _found(), Refused) else found
+    return None if isinstance(loaded := _load(), Refused) else loaded
 
 
 def refusal() -> str | None:
     """Why there are no kernels on this machine; None where there are."""
-    return str(found) if isinstance(found := _found(), Refused) else None
+    return str(loaded) if isinstance(loaded := _load(), Refused) else None
 
 
 @cache
-def _found() -> Kernels | Refused:
+def _load() -> Kernels | Refused:
     try:
         if os.environ.get("CURATE_CPU_KERNELS") == "0":
             raise Refused("CURATE_CPU_KERNELS=0")
@@ -185,10 +185,10 @@ def _found() -> Kernels | Refused:
         kind = torch.backends.cpu.get_cpu_capability()
         if kind not in ("AVX2", "AVX512"):
             raise Refused(f"no AVX2 or AVX-512 (torch says {kind})")
-        found = Kernels(ctypes.CDLL(str(_library(_compiler()))))
-        if not _adds_up(found):
+        loaded = Kernels(ctypes.CDLL(str(_library(_compiler()))))
+        if not _adds_up(loaded):
             raise Refused("the compiled sums differ from torch's")
-        return found
+        return loaded
     except Refused as reason:
         return reason
     except OSError as problem:
@@ -207,8 +207,8 @@ def _adds_up(kernels: Kernels) -> bool:
     best = others.amax(1)
     x = others - best[:, None]
     e = x.exp()
-    wanted = {"best": best, "total": e.sum(1), "square": (e * e).sum(1), "weighted": (x * e).sum(1)}
-    return all(torch.allclose(sums[name], numbers, rtol=1e-5, atol=1e-6) for name, numbers in wanted.items())
+    expected = {"best": best, "total": e.sum(1), "square": (e * e).sum(1), "weighted": (x * e).sum(1)}
+    return all(torch.allclose(sums[name], numbers, rtol=1e-5, atol=1e-6) for name, numbers in expected.items())
 
 
 def _compiler() -> str:
@@ -273,5 +273,5 @@ def _processor() -> str:
     info = Path("/proc/cpuinfo")
     if not info.exists():
         return platform.processor()
-    wanted = ("model name", "flags")
-    return "\n".join(dict.fromkeys(line for line in info.read_text().splitlines() if line.startswith(wanted)))
+    fields = ("model name", "flags")
+    return "\n".join(dict.fromkeys(line for line in info.read_text().splitlines() if line.startswith(fields)))

@@ -113,15 +113,15 @@ def one_dnn_is_faster() -> bool:
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(FEW, n, generator=generator) for n in (32, 32))
     try:
-        found = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+        values = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
     except (AttributeError, RuntimeError):  # an inner operator of torch: absent from some builds
         return False
-    return torch.allclose(found, F.linear(x, weight), rtol=1e-4, atol=1e-4)
+    return torch.allclose(values, F.linear(x, weight), rtol=1e-4, atol=1e-4)
 
 
 def _embedding(func: Callable[..., Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-    found: torch.Tensor = func(*args, **kwargs)
-    return found.float() if found.dtype in NARROW else found
+    values: torch.Tensor = func(*args, **kwargs)
+    return values.float() if values.dtype in NARROW else values
 
 
 def _product(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -29,8 +29,8 @@ class Sweeps:
 
     def __init__(self, module: nn.Module, kernels: Kernels) -> None:
         self.kernels = kernels
-        found = [Norm(part, kernels) for part in module.modules() if _looks_like_a_norm(part)]
-        self.norms = [norm for norm in found if norm.one is not None]
+        candidates = [Norm(part, kernels) for part in module.modules() if _looks_like_a_norm(part)]
+        self.norms = [norm for norm in candidates if norm.one is not None]
         self.gates = _gates(module, kernels)
         homes = {id(home): home for part in module.modules() if hasattr(home := _home(part), ROTARY)}
         self.rotary = [home for home in homes.values() if _turns_halves(getattr(home, ROTARY), kernels)]
@@ -40,17 +40,17 @@ class Sweeps:
         """While inside, they do. Not around a pass with gradients."""
         own: list[Norm | Gate] = [*self.norms, *self.gates]
         parts = [part for part in own if not _altered(part.module)]
-        plain = [(home, f) for home in self.rotary if not isinstance(f := getattr(home, ROTARY), Rotary)]
+        functions = [(home, f) for home in self.rotary if not isinstance(f := getattr(home, ROTARY), Rotary)]
         try:
             for part in parts:
                 part.module.forward = part
-            for home, function in plain:
+            for home, function in functions:
                 setattr(home, ROTARY, Rotary(function, self.kernels))
             yield
         finally:
             for part in parts:
                 part.module.__dict__.pop("forward", None)
-            for home, function in plain:
+            for home, function in functions:
                 setattr(home, ROTARY, function)
 
 
@@ -58,7 +58,7 @@ class Norm:
     """The forward of an RMS norm. one: 1 where it multiplies with 1 + weight (Gemma), else 0; None: it is no RMS norm."""
 
     def __init__(self, module: nn.Module, kernels: Kernels) -> None:
-        self.module, self.plain, self.kernels = module, module.forward, kernels
+        self.module, self.original, self.kernels = module, module.forward, kernels
         names = ("variance_epsilon", "eps", "norm_eps", "epsilon")
         self.eps = float(next((e for name in names if (e := getattr(module, name, None)) is not None), 0.0))
         self.one: float | None = None
@@ -69,9 +69,9 @@ class Norm:
     def __call__(self, x: torch.Tensor, *others: Any, **more: Any) -> torch.Tensor:
         module: Any = self.module
         weight = module.weight.float() + self.one  # its own gradient may be asked for, too
-        fits = _plain(x) and _plain(weight) and x.is_contiguous() and x.shape[-1:] == weight.shape
+        fits = _is_plain_float32(x) and _is_plain_float32(weight) and x.is_contiguous() and x.shape[-1:] == weight.shape
         if others or more or not fits:
-            return self.plain(x, *others, **more)
+            return self.original(x, *others, **more)
         return self.kernels.rms_norm(x, weight, self.eps)
 
     @torch.no_grad()
@@ -94,14 +94,20 @@ class Gate:
     """The forward of an MLP W_down (silu(W_gate x) ∘ W_up x), whatever its three parts do of their own (adapters, hooks)."""
 
     def __init__(self, module: Any, kernels: Kernels) -> None:
-        self.module, self.plain, self.kernels = module, module.forward, kernels
+        self.module, self.original, self.kernels = module, module.forward, kernels
 
     def __call__(self, x: torch.Tensor, *others: Any, **more: Any) -> Any:
         hooks = self.module.gate_proj._forward_hooks  # which may keep what would be written over
         if others or more or hooks or torch.is_grad_enabled():
-            return self.plain(x, *others, **more)
+            return self.original(x, *others, **more)
         gate, up = self.module.gate_proj(x), self.module.up_proj(x)
-        if not (_plain(gate) and _plain(up) and gate.is_contiguous() and up.is_contiguous() and gate.shape == up.shape):
+        if not (
+            _is_plain_float32(gate)
+            and _is_plain_float32(up)
+            and gate.is_contiguous()
+            and up.is_contiguous()
+            and gate.shape == up.shape
+        ):
             return self.module.down_proj(self.module.act_fn(gate) * up)
         return self.module.down_proj(self.kernels.silu_times(gate, up))
 
@@ -109,7 +115,7 @@ class Gate:
         x = torch.randn(6, self.module.gate_proj.weight.shape[1], generator=torch.Generator().manual_seed(0))
         x = (x * torch.logspace(-2, 2, 6)[:, None]).to(self.module.gate_proj.weight.dtype)
         try:
-            return _close(self(x), self.plain(x))
+            return _close(self(x), self.original(x))
         except Exception:  # whatever a module with parts of these names does
             return False
 
@@ -117,20 +123,26 @@ class Gate:
 class Rotary:
     """A model's own function of queries and keys, with theirs turned by the kernel."""
 
-    def __init__(self, plain: Callable[..., Any], kernels: Kernels) -> None:
-        self.plain, self.kernels = plain, kernels
+    def __init__(self, original: Callable[..., Any], kernels: Kernels) -> None:
+        self.original, self.kernels = original, kernels
 
     def __call__(self, q: Any, k: Any, cos: Any, sin: Any, *others: Any, **more: Any) -> Any:
-        angles = _plain(cos) and _plain(sin) and cos.ndim == 3 and cos.shape[0] == 1 and sin.shape == cos.shape
+        angles = (
+            _is_plain_float32(cos)
+            and _is_plain_float32(sin)
+            and cos.ndim == 3
+            and cos.shape[0] == 1
+            and sin.shape == cos.shape
+        )
         q, k = (
             x.float() if angles and x.dtype in NARROW else x for x in (q, k)
         )  # as torch multiplies them with these angles
         if others or more or not (angles and all(_fits(x, cos) for x in (q, k))):
-            return self.plain(q, k, cos, sin, *others, **more)
+            return self.original(q, k, cos, sin, *others, **more)
         return tuple(self.kernels.rotate(x, cos.contiguous(), sin.contiguous()) for x in (q, k))
 
 
-def _plain(x: Any) -> bool:
+def _is_plain_float32(x: Any) -> bool:
     """Whether a kernel takes this: float32 on the CPU, no subclass, and no gradient asked of it."""
     if type(x) is not torch.Tensor or x.dtype != torch.float32 or x.device.type != "cpu":
         return False
@@ -139,7 +151,7 @@ def _plain(x: Any) -> bool:
 
 def _fits(x: torch.Tensor, cos: torch.Tensor) -> bool:
     """Whether x is (1, heads, n, d) for angles (1, n, d), each head's numbers side by side."""
-    fits = _plain(x) and x.ndim == 4 and (x.shape[0], *x.shape[2:]) == tuple(cos.shape)
+    fits = _is_plain_float32(x) and x.ndim == 4 and (x.shape[0], *x.shape[2:]) == tuple(cos.shape)
     return fits and x.stride(3) == 1 and x.shape[3] % 2 == 0
 
 
@@ -152,7 +164,7 @@ def _looks_like_a_norm(part: nn.Module) -> bool:
 @torch.inference_mode()
 def _gates(module: nn.Module, kernels: Kernels) -> list[Gate]:
     """One of each class, activation and settings (some models clamp in some layers) is tried: it takes a pass over its weights."""
-    found: list[Gate] = []
+    gates: list[Gate] = []
     tried: dict[Any, bool] = {}
     for part in module.modules():
         names = {name for name, _ in part.named_children()}
@@ -167,8 +179,8 @@ def _gates(module: nn.Module, kernels: Kernels) -> list[Gate]:
         if kind not in tried:
             tried[kind] = gate.gives_its_numbers()
         if tried[kind]:
-            found.append(gate)
-    return found
+            gates.append(gate)
+    return gates
 
 
 def _altered(module: nn.Module) -> bool:

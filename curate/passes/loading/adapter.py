@@ -65,7 +65,7 @@ class Factors:
         self.linear: dict[str, dict[str, torch.Tensor]] = {}
         self.merged: dict[str, dict[str, torch.Tensor]] = {}
         self.whole: dict[str, torch.Tensor] = {}
-        parts, head = dict(_plain_modules(module)), module.get_output_embeddings()
+        parts, head = dict(_base_modules(module)), module.get_output_embeddings()
         for name, tensor in tensors.items():
             layer, factor = split_name(name)
             if not factor:
@@ -91,21 +91,21 @@ class Factors:
         there = part._parameters.get(attribute) if part is not None else None
         of_words = part is not None and part in (module.get_input_embeddings(), module.get_output_embeddings())
         if there is None or there.shape[1 if of_words else 0 :] != tensor.shape[1 if of_words else 0 :]:
-            found = tuple(there.shape) if there is not None else "no tensor of that name"
+            present = tuple(there.shape) if there is not None else "no tensor of that name"
             raise ModelError(
-                f"{self.path}: its tensor {name} {tuple(tensor.shape)} has no place in the {type(module).__name__} that is loaded (there: {found})."
+                f"{self.path}: its tensor {name} {tuple(tensor.shape)} has no place in the {type(module).__name__} that is loaded (there: {present})."
             )
         self.whole[name] = tensor
 
     def _check(self, layer: str, own: dict[str, torch.Tensor], part: nn.Module) -> None:
         factors = [tensor for name, tensor in sorted(own.items()) if not name.endswith("bias")]
-        found = [tuple(tensor.shape) for tensor in factors]
+        shapes = [tuple(tensor.shape) for tensor in factors]
         weight = part._parameters["weight"]
         assert weight is not None
         out, into = reversed(weight.shape) if not isinstance(part, nn.Linear) else weight.shape  # Conv1D, Embedding
-        if len(factors) != 2 or found != [(found[0][0], into), (out, found[0][0])]:
+        if len(factors) != 2 or shapes != [(shapes[0][0], into), (out, shapes[0][0])]:
             raise ModelError(
-                f"{self.path}: the factors of {layer} have the shapes {found}, its layer takes (r, {into}) and ({out}, r): "
+                f"{self.path}: the factors of {layer} have the shapes {shapes}, its layer takes (r, {into}) and ({out}, r): "
                 "not an adapter of the model that is loaded."
             )
 
@@ -124,8 +124,10 @@ class Adapter:
         self.module, self.factors = module, factors
         self._layers: dict[str, LoraLinear] = {}
         for layer, own in factors.linear.items():
-            plain = module.get_submodule(layer)
-            self._layers[layer] = LoraLinear(plain, own["lora_A.weight"], own["lora_B.weight"], "lora_B.bias" in own)
+            base_layer = module.get_submodule(layer)
+            self._layers[layer] = LoraLinear(
+                base_layer, own["lora_A.weight"], own["lora_B.weight"], "lora_B.bias" in own
+            )
         self._kept: dict[str, nn.Parameter] = {}  # the base's own, of what is replaced
         self.put_on()
 
@@ -182,14 +184,14 @@ class Adapter:
         _set(self.module, name, nn.Parameter(tensor.to(before.device, before.dtype), requires_grad=False))
 
 
-def _plain_modules(module: Any) -> list[tuple[str, nn.Module]]:
+def _base_modules(module: Any) -> list[tuple[str, nn.Module]]:
     """The model's modules by name, as they are without an adapter."""
-    found: list[tuple[str, nn.Module]] = []
+    modules: list[tuple[str, nn.Module]] = []
     inside = [f"{name}." for name, part in module.named_modules() if isinstance(part, LoraLinear)]
     for name, part in module.named_modules():
         if not name.startswith(tuple(inside)):
-            found.append((name, part.base_layer if isinstance(part, LoraLinear) else part))
-    return found
+            modules.append((name, part.base_layer if isinstance(part, LoraLinear) else part))
+    return modules
 
 
 def _is_linear(part: nn.Module | None) -> bool:

@@ -58,14 +58,14 @@ class AdapterConfig:
     def scaling(self, layer: str, rank: int) -> float:
         """s of a layer whose A has `rank` rows; layer: its name in the model."""
         patterns = self.values.get("alpha_pattern") or {}
-        found = (alpha for key, alpha in patterns.items() if re.match(rf"(.*\.)?({key})$", layer))
-        alpha = float(next(found, self.values["lora_alpha"]))
+        matching = (alpha for key, alpha in patterns.items() if re.match(rf"(.*\.)?({key})$", layer))
+        alpha = float(next(matching, self.values["lora_alpha"]))
         return alpha / (math.sqrt(rank) if self.values.get("use_rslora") else rank)
 
     def identity(self) -> str:
         """What the adapter's values depend on besides its tensors, as text that is the same wherever and whenever it was saved."""
-        told = {k: v for k, v in self.values.items() if v and k in VALUES}
-        return json.dumps(told, sort_keys=True)
+        relevant = {k: v for k, v in self.values.items() if v and k in VALUES}
+        return json.dumps(relevant, sort_keys=True)
 
 
 def is_adapter(path: str | Path) -> bool:
@@ -154,9 +154,9 @@ def tensor_names(path: str | Path) -> list[str]:
 
 def split_name(name: str) -> tuple[str, str]:
     """PEFT's name of a tensor -> (the layer's name in the model, which factor); or (the whole tensor's name, "")."""
-    plain = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
-    found = re.fullmatch(r"(.+)\.(lora_[A-Za-z_]+(?:\.weight|\.bias)?)", plain)
-    return (found[1], found[2]) if found else (plain, "")
+    in_model = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+    match = re.fullmatch(r"(.+)\.(lora_[A-Za-z_]+(?:\.weight|\.bias)?)", in_model)
+    return (match[1], match[2]) if match else (in_model, "")
 
 
 def own_base(path: str | Path) -> str | None:

@@ -79,5 +79,5 @@ def rope_limit(config: Any) -> int | None:
     if not any(r.get("rope_type") in ("dynamic", "longrope") for r in kinds):
         return None
     limits = [r.get("original_max_position_embeddings") for r in kinds]
-    found = [limit for limit in (*limits, getattr(config, "original_max_position_embeddings", None)) if limit]
-    return int(min(found)) if found else getattr(config, "max_position_embeddings", None)
+    known = [limit for limit in (*limits, getattr(config, "original_max_position_embeddings", None)) if limit]
+    return int(min(known)) if known else getattr(config, "max_position_embeddings", None)

@@ -99,7 +99,7 @@ class Model:
         self.known: dict[Any, Any] = {}
         self.device: torch.device = self.module.device
         self.dtype: torch.dtype = self.module.dtype
-        self.plain_attention: str = self.module.config._attn_implementation
+        self.own_attention: str = self.module.config._attn_implementation
         config = self.module.config.get_text_config()
         self.context: int | None = getattr(config, "max_position_embeddings", None)
         self.bos: int | None = getattr(config, "bos_token_id", None)
@@ -206,8 +206,8 @@ class Model:
         if "sweeps" not in self.known:
             kernels = cpu_kernels.kernels()
             self.known["sweeps"] = kernels and Sweeps(self.module, kernels)
-        found: Sweeps | None = self.known["sweeps"]
-        return found
+        sweeps: Sweeps | None = self.known["sweeps"]
+        return sweeps
 
     def _keeps_float32(self) -> bool:
         """Whether a narrow model on a CPU runs with float32 between its products, and gives its own states so."""
@@ -216,10 +216,10 @@ class Model:
         ids = torch.from_numpy(probe_ids(self.module.config.get_text_config().vocab_size)[0].astype(np.int64))[None]
         self._wide = False
         with torch.inference_mode():
-            plain = self.states(ids)
+            own_states = self.states(ids)
             self._wide = True
             try:
-                return agree(self.states(ids), plain, self.dtype)
+                return agree(self.states(ids), own_states, self.dtype)
             except (RuntimeError, TypeError, ValueError):  # a model that mixes dtypes in a way of its own
                 return False
 
@@ -233,7 +233,7 @@ class Model:
                 # the all-ones mask keeps transformers from looking for packed sequences by itself
                 return self.states(ids, position_ids=positions, attention_mask=torch.ones_like(ids))[0]
         finally:
-            self.module.set_attn_implementation(self.plain_attention)
+            self.module.set_attn_implementation(self.own_attention)
 
     def padded_states(self, items: Sequence[Item]) -> torch.Tensor:
         """(len(items) · longest, d) final hidden states: one sequence per line, padded on the right."""

@@ -107,17 +107,17 @@ def _same_architecture(module: Any, folder: Path, path: str | Path) -> None:
             )
         return
     try:
-        found = AutoConfig.from_pretrained(str(folder), trust_remote_code=False).to_dict()
+        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False).to_dict()
     except Exception as problem:
         raise ModelError(
             f"{path}: unreadable config.json ({type(problem).__name__}: {first_line(problem)})."
         ) from problem
-    wanted = module.config.to_dict()
-    for key in sorted((wanted.keys() | found.keys()) - FREE):
-        if wanted.get(key) != found.get(key):
+    loaded = module.config.to_dict()
+    for key in sorted((loaded.keys() | config.keys()) - FREE):
+        if loaded.get(key) != config.get(key):
             raise ModelError(
-                f"{path}: wanted a checkpoint of the same {wanted.get('model_type')} model, but {key} is "
-                f"{found.get(key)!r} there and {wanted.get(key)!r} in the model that is loaded.\n"
+                f"{path}: wanted a checkpoint of the same {loaded.get('model_type')} model, but {key} is "
+                f"{config.get(key)!r} there and {loaded.get(key)!r} in the model that is loaded.\n"
                 "  Checkpoints of one run share their config.json."
             )
 
@@ -145,10 +145,10 @@ def _copy_by_name(module: Any, names: dict[str, Path], path: str | Path) -> bool
     return True
 
 
-def _same_shape(name: str, found: tuple[int, ...], wanted: tuple[int, ...], path: str | Path) -> None:
-    if found != wanted:
+def _same_shape(name: str, shape: tuple[int, ...], expected: tuple[int, ...], path: str | Path) -> None:
+    if shape != expected:
         raise ModelError(
-            f"{path}: {name} has shape {found}, the model that is loaded has {wanted}: not a checkpoint of it."
+            f"{path}: {name} has shape {shape}, the model that is loaded has {expected}: not a checkpoint of it."
         )
 
 

@@ -252,8 +252,8 @@ def _distinct(sampling: Sampling) -> int:
 
 def _stop_ids(tokenizer: Any, module: Any) -> frozenset[int]:
     """EOS of the tokenizer and of the model's generation settings."""
-    found = [tokenizer.eos_token_id, getattr(getattr(module, "generation_config", None), "eos_token_id", None)]
-    return frozenset(i for ids in found if ids is not None for i in (ids if isinstance(ids, list | tuple) else [ids]))
+    stops = [tokenizer.eos_token_id, getattr(getattr(module, "generation_config", None), "eos_token_id", None)]
+    return frozenset(i for ids in stops if ids is not None for i in (ids if isinstance(ids, list | tuple) else [ids]))
 
 
 def _short_of_memory(error: BaseException) -> bool:

@@ -83,7 +83,7 @@ class OpenAISampler:
         self.confirm()
         return answers
 
-    def said(self) -> dict[str, Any]:
+    def description(self) -> dict[str, Any]:
         """What the server says of the model, asked now: model, root, max_model_len, version (None where it does not say)."""
         self._served, version = run(self._ask_all())
         about = self._served.get(self.model)
@@ -110,12 +110,12 @@ class OpenAISampler:
         """EngineError where the server does not serve the expected model (any more): other answers to the probe, even when asked again."""
         if self.expected is None:
             return
-        said, noise = self.said(), Noise(*self.expected["noise"])
+        now, noise = self.description(), Noise(*self.expected["noise"])
         known = {key: Spoken.from_json(spoken) for key, spoken in self.expected["probe"].items()}
         changed: str | None = ", ".join(
-            f"{key} was {before}, and is {said.get(key)}"
+            f"{key} was {before}, and is {now.get(key)}"
             for key, before in self.expected["said"].items()
-            if said.get(key) != before
+            if now.get(key) != before
         )
         for _ in range(0 if changed else 2):  # other traffic may have disturbed the first
             changed = difference(known, self.probe([prompt_of(key) for key in known]), noise)
@@ -129,14 +129,14 @@ class OpenAISampler:
 
     def use(self, weights_path: str | Path, *, base: str | Path | None = None) -> None:
         """Another of the models this server serves, by its name or its folder's name."""
-        wanted = (str(weights_path), Path(weights_path).name)
-        found = [name for name in self._served if name in wanted]
-        if not found:
+        names = (str(weights_path), Path(weights_path).name)
+        served = [name for name in self._served if name in names]
+        if not served:
             raise EngineError(
                 f"{self.url} serves {listed(self._served)}, not {weights_path}: a server cannot swap in a checkpoint. "
                 "A series of checkpoints needs a local engine: `--set engine.sampler=auto --set server.url=null`."
             )
-        self.server.model = found[0]
+        self.server.model = served[0]
         self.engine = f"openai {self.url} {self.model}"
 
     def close(self) -> None:
@@ -174,27 +174,29 @@ class OpenAISampler:
 
         async with self.server.client(questions=True) as client, asyncio.TaskGroup() as group:
             tasks = [group.create_task(one(client, prompt)) for prompt in prompts]
-        answers = [found for task in tasks for found in task.result()]
+        answers = [pair for task in tasks for pair in task.result()]
         own = [prompt for prompt in prompts if prompt not in FIXED] or prompts
         if failures and all(key_of(prompt) in failures for prompt in own):  # then rows cannot be sampled either
             raise failures[key_of(own[0])]
         return answers
 
-    def _pick(self, wanted: str | None) -> str:
-        if wanted and (not self._served or wanted in self._served):
-            return wanted
-        if wanted:
+    def _pick(self, requested: str | None) -> str:
+        if requested and (not self._served or requested in self._served):
+            return requested
+        if requested:
             raise EngineError(
-                f"server.model: wanted one that {self.url} serves ({listed(self._served)}), found {wanted!r}."
+                f"server.model: wanted one that {self.url} serves ({listed(self._served)}), found {requested!r}."
             )
         if len(self._served) == 1:
             return next(iter(self._served))
-        found = (
+        what_is_served = (
             f"{len(self._served)}: {listed(self._served)}"
             if self._served
             else "no list of models (does the url end in /v1?)"
         )
-        raise EngineError(f"{self.url}: wanted a server of one model, found {found}. Name one: `--set server.model=…`.")
+        raise EngineError(
+            f"{self.url}: wanted a server of one model, found {what_is_served}. Name one: `--set server.model=…`."
+        )
 
     async def _all(self, prompts: list[Prompt], sampling: Sampling) -> list[list[Sample]]:
         gate = asyncio.Semaphore(self.server.concurrency)
@@ -206,10 +208,10 @@ class OpenAISampler:
         most = room(len(prompt.ids), sampling.max_new_tokens, self.context) if prompt.ids else sampling.max_new_tokens
         if most <= 0:
             return []
-        wanted = 1 if sampling.temperature == 0 else sampling.n
+        count = 1 if sampling.temperature == 0 else sampling.n
         samples: list[Sample] = []
-        while len(samples) < wanted:
-            n = 1 if "n" in self.requests.lacking else wanted - len(samples)
+        while len(samples) < count:
+            n = 1 if "n" in self.requests.lacking else count - len(samples)
             seed = (
                 engine_seed(prompt.seed) + prompt.first + len(samples)
             )  # vLLM gives sample k of a request seed + k: the same either way
@@ -220,4 +222,4 @@ class OpenAISampler:
             if len(drawn) < n:
                 self.requests.lack("n")
             samples += drawn
-        return samples[:wanted] * (sampling.n if sampling.temperature == 0 else 1)
+        return samples[:count] * (sampling.n if sampling.temperature == 0 else 1)

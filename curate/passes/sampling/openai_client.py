@@ -39,9 +39,9 @@ class Server:
         if not settings.get("url"):
             raise UsageError(NO_URL)
         url = str(settings["url"]).rstrip("/")
-        found = LOGIN.search(url)
+        login = LOGIN.search(url)
         self.url = LOGIN.sub("", url, count=1)  # what is said and kept
-        self._login = getattr(settings["url"], "login", "") or (found[0] if found else "")
+        self._login = getattr(settings["url"], "login", "") or (login[0] if login else "")
         self.key_env = str(settings.get("key_env") or "OPENAI_API_KEY")
         self.concurrency = int(settings.get("concurrency") or 16)
         self.timeout = float(settings.get("timeout") or 600)
@@ -96,10 +96,10 @@ class Server:
         async with self.client(questions=True) as client:
             try:
                 answer = await client.get(address, cast_to=httpx.Response)
-                found = answer.json()["version"]
+                version = answer.json()["version"]
             except (openai.OpenAIError, ValueError, KeyError, TypeError):
                 return None
-        return str(found)
+        return str(version)
 
     def _sent_to(self, url: str) -> str:
         return url.replace("//", f"//{self._login}", 1)

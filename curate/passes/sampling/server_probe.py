@@ -52,8 +52,8 @@ class Spoken:
         return {"tokens": list(self.tokens), "logps": None if self.logps is None else list(self.logps)}
 
     @classmethod
-    def from_json(cls, found: Mapping[str, Any]) -> Spoken:
-        return cls(tuple(found["tokens"]), None if found["logps"] is None else tuple(found["logps"]))
+    def from_json(cls, stored: Mapping[str, Any]) -> Spoken:
+        return cls(tuple(stored["tokens"]), None if stored["logps"] is None else tuple(stored["logps"]))
 
 
 Asked = str | tuple[Any, ...]  # a prompt: text, or messages
@@ -90,10 +90,10 @@ def measured_noise(one_by_one: Probe, at_once: Probe) -> tuple[Probe, Noise]:
     kept: Probe = {}
     changes: list[float] = []
     for prompt, answer in one_by_one.items():
-        found = _changes(answer, at_once[prompt], tie=NEAR_TIE) if prompt in at_once else None
-        if found is not None:
+        differences = _changes(answer, at_once[prompt], tie=NEAR_TIE) if prompt in at_once else None
+        if differences is not None:
             kept[prompt] = answer
-            changes += found
+            changes += differences
     if 2 * len(kept) < len(one_by_one):
         return {}, Noise()
     return kept, Noise(sum(changes) / len(changes), max(changes)) if changes else Noise()
@@ -104,12 +104,12 @@ def difference(before: Probe, now: Probe, noise: Noise) -> str | None:
     limit = noise.tolerated
     changes: list[float] = []
     for prompt in before.keys() & now.keys():
-        found = _changes(before[prompt], now[prompt], tie=limit.most)
-        if found is None:
+        differences = _changes(before[prompt], now[prompt], tie=limit.most)
+        if differences is None:
             return (
                 f"{prompt[:40]!r} was answered {before[prompt].text[:40]!r}, and is answered {now[prompt].text[:40]!r}"
             )
-        changes += found
+        changes += differences
     if not changes:
         return None
     mean, most = sum(changes) / len(changes), max(changes)

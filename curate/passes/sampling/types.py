@@ -52,10 +52,10 @@ class Sampling:
             ("max_new_tokens", self.max_new_tokens, self.max_new_tokens >= 1, "at least 1"),
             ("stop", self.stop, not isinstance(self.stop, str) and all(self.stop), "a list of non-empty texts"),
         ]
-        for name, found, fine, wanted in bounds:
+        for name, value, fine, requirement in bounds:
             if not fine:
                 raise UsageError(
-                    f"sampling.{name}: wanted {wanted}, found {found!r}. Change it in the recipe, or with `--set sampling.{name}=…`."
+                    f"sampling.{name}: wanted {requirement}, found {value!r}. Change it in the recipe, or with `--set sampling.{name}=…`."
                 )
 
 

@@ -59,12 +59,12 @@ NOT_ARCHITECTURE = {
 def cpu_environment() -> dict[str, str]:
     """For the child only, on the CPU: start-up 5–9 s instead of 22–29 s, first generate 3 s instead of 14 s. The user's own settings win."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    wanted = {
+    settings = {
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "TORCHDYNAMO_DISABLE": "1",
         "OMP_NUM_THREADS": str(max(cores // 2, 1)),  # two threads on two busy cores were ten times slower than one
     }
-    return {name: os.environ.get(name, value) for name, value in wanted.items()}
+    return {name: os.environ.get(name, value) for name, value in settings.items()}
 
 
 class VllmSampler:
