@@ -67,8 +67,8 @@ def perturbed(graded: Sequence[Sequence[Sequence[Graded]]]) -> dict[str, np.ndar
     """
     out = {column: np.full(len(graded), np.nan) for column in ("n_perturbed", "perturbed_accuracy")}
     for i, of_row in enumerate(graded):
-        found = accuracy(of_row)["accuracy"]
-        known = found[~np.isnan(found)]
+        accuracies = accuracy(of_row)["accuracy"]
+        known = accuracies[~np.isnan(accuracies)]
         out["n_perturbed"][i] = len(known)
         if len(known):
             out["perturbed_accuracy"][i] = known.mean()

@@ -36,29 +36,29 @@ VERSION = (
 def along_direction(column: str, kind: str) -> Measurement | None:
     """The measurement that gives such a column; None where the name is no such column, or not for rows of this kind."""
     pairs = kind == "preference"
-    if (found := re.fullmatch(rf"forecast_({STEPS})_(?:chosen|rejected)", column)) and pairs:
-        name = f"forecast_{found[1]}"
-        return _made(name, kind, "step", found[1], responses, f"{name}_chosen", f"{name}_rejected")
-    if (found := re.fullmatch(r"head_forecast_(sgd|sign)", column)) and pairs:
-        return _made(column, kind, "head", found[1], chosen_alone, column)
-    if (found := re.fullmatch(rf"contribution_({STEPS})", column)) and pairs:
-        return _made(column, kind, "chosen", found[1], own_step, column)
-    if found := re.fullmatch(rf"influence_(\w+)_({STEPS})", column):
-        return _made(column, kind, f"target.{found[1]}", found[2], own_step, column)
-    if found := re.fullmatch(r"(cosine_(\w+?)_(sgd|adam))(?:__\w+)?", column):
-        units = {found[1]: "cosine"}  # of the target as a whole: `Targets.in_groups` adds groups
-        about = Direction(f"target.{found[2]}", found[3], cosine=True)  # type: ignore[arg-type]
-        return Measurement(found[1], "direction", kind, units, VERSION, each_group, direction=about)  # type: ignore[arg-type]
+    if (match := re.fullmatch(rf"forecast_({STEPS})_(?:chosen|rejected)", column)) and pairs:
+        name = f"forecast_{match[1]}"
+        return _made(name, kind, "step", match[1], responses, f"{name}_chosen", f"{name}_rejected")
+    if (match := re.fullmatch(r"head_forecast_(sgd|sign)", column)) and pairs:
+        return _made(column, kind, "head", match[1], chosen_alone, column)
+    if (match := re.fullmatch(rf"contribution_({STEPS})", column)) and pairs:
+        return _made(column, kind, "chosen", match[1], own_step, column)
+    if match := re.fullmatch(rf"influence_(\w+)_({STEPS})", column):
+        return _made(column, kind, f"target.{match[1]}", match[2], own_step, column)
+    if match := re.fullmatch(r"(cosine_(\w+?)_(sgd|adam))(?:__\w+)?", column):
+        units = {match[1]: "cosine"}  # of the target as a whole: `Targets.in_groups` adds groups
+        about = Direction(f"target.{match[2]}", match[3], cosine=True)  # type: ignore[arg-type]
+        return Measurement(match[1], "direction", kind, units, VERSION, each_group, direction=about)  # type: ignore[arg-type]
     return None
 
 
-def _made(name: str, kind: Any, of: str, step: Any, function: Any, *columns: str) -> Measurement:
+def _made(name: str, kind: Any, target: str, step: Any, function: Any, *columns: str) -> Measurement:
     def read(derivative: np.ndarray, weight: np.ndarray) -> dict[str, np.ndarray]:
         return dict(zip(columns, function(derivative, weight), strict=True))
 
     read.__doc__ = function.__doc__
     return Measurement(
-        name, "direction", kind, dict.fromkeys(columns, UNIT), VERSION, read, direction=Direction(of, step)
+        name, "direction", kind, dict.fromkeys(columns, UNIT), VERSION, read, direction=Direction(target, step)
     )
 
 

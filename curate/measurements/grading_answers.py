@@ -12,7 +12,7 @@ import unicodedata
 from decimal import Decimal
 
 from curate.measurements.grading_hedged import hedged, is_revised
-from curate.measurements.grading_values import MARKUP, plain, values, whole_value
+from curate.measurements.grading_values import MARKUP, normalised, values, whole_value
 
 # What `last_number` and `as_number` read. A minus is a sign unless it follows a digit, a letter, a point or a closing bracket.
 NUMBER = re.compile(r"(?:(?<![\w.)\]])[-−]\$?)?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)")
@@ -35,11 +35,11 @@ ANSWER_MARK = re.compile(r"(?:the |final )?answer(?: is)?\s*[:=]|(?:the |final )
 
 def as_number(text: str) -> Decimal | None:
     """The number that the whole of `text` is: "$1,234.50" and "−5" are numbers, "5 apples" is none."""
-    plain = text.strip().replace("−", "-").replace("{,}", ",").replace("\\$", "").replace("$", "").rstrip(".")
-    plain = re.sub(r"^([-+])\s+", r"\1", plain.strip())
-    if not re.fullmatch(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?", plain) or not re.search(r"\d", plain):
+    digits = text.strip().replace("−", "-").replace("{,}", ",").replace("\\$", "").replace("$", "").rstrip(".")
+    digits = re.sub(r"^([-+])\s+", r"\1", digits.strip())
+    if not re.fullmatch(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?", digits) or not re.search(r"\d", digits):
         return None
-    return Decimal(plain.replace(",", ""))
+    return Decimal(digits.replace(",", ""))
 
 
 def last_number(text: str) -> str | None:
@@ -47,14 +47,14 @@ def last_number(text: str) -> str | None:
 
     A minus counts as a sign unless it follows a digit, a letter or a closing bracket ("10-5" ends in 5).
     """
-    found = list(NUMBER.finditer(text.replace("{,}", ",").replace("\\$", "$")))
-    return bare_number(found[-1].group()) if found else None
+    numbers = list(NUMBER.finditer(text.replace("{,}", ",").replace("\\$", "$")))
+    return bare_number(numbers[-1].group()) if numbers else None
 
 
-def same_answer(found: str, answer: str) -> bool:
+def same_answer(given: str, answer: str) -> bool:
     """Equal as values where both are (grading_values.py), else as texts (see `squeeze`)."""
-    a, b = whole_value(found), whole_value(answer)
-    return a.equals(b) if a is not None and b is not None else squeeze(found) == squeeze(answer)
+    a, b = whole_value(given), whole_value(answer)
+    return a.equals(b) if a is not None and b is not None else squeeze(given) == squeeze(answer)
 
 
 def squeeze(text: str) -> str:
@@ -68,14 +68,14 @@ def boxed_answer(text: str) -> str | None:
     last = boxed(text)
     if last is None or not boxes or boxes[-1][2] != last:
         return last
-    found = [last]
+    answers = [last]
     for (_, end, inside), (start, _, _) in reversed(list(itertools.pairwise(boxes))):
         between = text[end:start]
         if "\n" in between or is_revised(between):
             break
-        if inside and not any(same_answer(inside, other) for other in found):
-            found.insert(0, inside)
-    return ", ".join(found)
+        if inside and not any(same_answer(inside, other) for other in answers):
+            answers.insert(0, inside)
+    return ", ".join(answers)
 
 
 def boxed(text: str) -> str | None:
@@ -103,25 +103,25 @@ def marked_answer(text: str) -> str | None:
     A next question that the text goes on to, and what is said of that, do not count.
     """
     for mark in (THE_ANSWER_IS, HASHES):
-        found = list(mark.finditer(text))
-        if found:
-            after = next((m.start() for m in NEXT_QUESTION.finditer(text) if m.start() > found[0].end()), len(text))
-            last = [m for m in found if m.end() <= after][-1]
-            said = re.sub(r"^[ :\t]*\n?", "", text[last.end() : max(after, last.end())]).partition("\n")[0].strip()
-            said, _, other = said.partition("####")
-            if other.strip() and not is_revised(said) and not _same_said(said, other):
-                return f"{said.strip()} or {other.strip()}"
+        marks = list(mark.finditer(text))
+        if marks:
+            after = next((m.start() for m in NEXT_QUESTION.finditer(text) if m.start() > marks[0].end()), len(text))
+            last = [m for m in marks if m.end() <= after][-1]
+            statement = re.sub(r"^[ :\t]*\n?", "", text[last.end() : max(after, last.end())]).partition("\n")[0].strip()
+            statement, _, other = statement.partition("####")
+            if other.strip() and not is_revised(statement) and not _state_the_same(statement, other):
+                return f"{statement.strip()} or {other.strip()}"
             before = list(MARKS.finditer(text[text.rfind("\n", 0, last.start()) + 1 : last.start()]))
             if before:  # two answers on one line: both, unless the second takes the first one's place
                 line = text[text.rfind("\n", 0, last.start()) + 1 : last.start()]
                 first = line[before[-1].end() :]
-                if not is_revised(first) and not _same_said(first, said):
-                    return f"{first.strip()} or {said}"
-            return said
+                if not is_revised(first) and not _state_the_same(first, statement):
+                    return f"{first.strip()} or {statement}"
+            return statement
     return text.strip() if whole_value(text) is not None else None
 
 
-def _same_said(first: str, second: str) -> bool:
+def _state_the_same(first: str, second: str) -> bool:
     one, other = declared(first), declared(second)
     if one is None or other is None:
         return same_text(re.split(r"[.!?;,](?=\s|$)", first)[0], re.split(r"[.!?;,](?=\s|$)", second)[0])
@@ -133,34 +133,34 @@ def final_answer(text: str) -> str | None:
 
     "$1,234." is 1234; of "5 * 3 = 15 apples" the number after the last "=" is the answer.
     """
-    said = marked_answer(text)
-    if said is None:
+    statement = marked_answer(text)
+    if statement is None:
         return None
-    value = declared(said)
-    return bare_number(value) if value is not None else said.rstrip(".").strip() or None
+    value = declared(statement)
+    return bare_number(value) if value is not None else statement.rstrip(".").strip() or None
 
 
-def declared(said: str) -> str | None:
+def declared(statement: str) -> str | None:
     """The value that a sentence's first clause says, as it stands there; None where it says none, or several, or is hedged."""
-    text = plain(said)
+    text = normalised(statement)
     end = next((m.start() for m in CLAUSE_END.finditer(text) if text[: m.start()].strip(MARKUP)), len(text))
     clause = text[:end]
     start = clause.rindex("=") + 1 if clause.rpartition("=")[2].strip() and "=" in clause else 0
     clause = clause[start:]
-    found = values(clause)
-    if not found or found[0][2].kind == "?":
+    listed = values(clause)
+    if not listed or listed[0][2].kind == "?":
         return None
-    again = len(found) == 2 and found[1][2].equals(found[0][2])  # 1/2 or 0.5
-    if GOES_ON.match(clause[found[0][1] :]) and not again:
+    again = len(listed) == 2 and listed[1][2].equals(listed[0][2])  # 1/2 or 0.5
+    if GOES_ON.match(clause[listed[0][1] :]) and not again:
         return None
     if hedged(clause) or hedged(text[start:], lists=False):  # a doubt may stand in the next clause
         return None
-    return clause[found[0][0] : found[0][1]].strip(MARKUP)
+    return clause[listed[0][0] : listed[0][1]].strip(MARKUP)
 
 
 def same_text(a: str, b: str) -> bool:
     """Equal as texts but for case, markup around them and a full stop."""
-    left, right = (squeeze(plain(text)).strip(MARKUP).rstrip(".").strip(MARKUP).casefold() for text in (a, b))
+    left, right = (squeeze(normalised(text)).strip(MARKUP).rstrip(".").strip(MARKUP).casefold() for text in (a, b))
     return left == right
 
 
@@ -172,10 +172,10 @@ def math_answer(text: str) -> str | None:
     inside = boxed_answer(text)
     if inside is not None:
         return inside or None
-    found = sorted((m for mark in (ANSWER_MARK, HASHES) for m in mark.finditer(text)), key=lambda m: m.start())
-    for last in found[-1:]:
-        said = text[last.end() :].strip().partition("\n")[0].strip().rstrip(".")
-        end = None if hedged(said, lists=False) or ONE_OF.fullmatch(said) else SENTENCE_END.search(said)
-        return (said[: end.start()] if end else said).strip() or None
+    marks = sorted((m for mark in (ANSWER_MARK, HASHES) for m in mark.finditer(text)), key=lambda m: m.start())
+    for last in marks[-1:]:
+        statement = text[last.end() :].strip().partition("\n")[0].strip().rstrip(".")
+        end = None if hedged(statement, lists=False) or ONE_OF.fullmatch(statement) else SENTENCE_END.search(statement)
+        return (statement[: end.start()] if end else statement).strip() or None
     lines = [line for line in text.splitlines() if line.strip()]
     return lines[-1].strip().rstrip(".") if lines else None

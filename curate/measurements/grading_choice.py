@@ -94,11 +94,11 @@ class Choice:
         if len(text) == 1:
             return text.upper() if text.upper() in self.letters else None
         for tier in ((BEFORE, AFTER), (CONCLUDED,)):
-            found = [match for pattern in tier for match in self._affirmed(pattern, text)]
-            if found:
-                found.sort(key=lambda match: match.start("letter"))
-                last = found[-1]["letter"].upper()
-                if self._hedged(found[-1], text) or self._twice(found, text):
+            declared = [match for pattern in tier for match in self._affirmed(pattern, text)]
+            if declared:
+                declared.sort(key=lambda match: match.start("letter"))
+                last = declared[-1]["letter"].upper()
+                if self._hedged(declared[-1], text) or self._twice(declared, text):
                     return None
                 return last if last in self.letters else None
         if ONLY_LETTERS.fullmatch(text) and len(set(re.findall(r"(?<![A-Za-z])[A-Z](?![a-z])", text.upper()))) > 1:
@@ -152,8 +152,8 @@ class Choice:
         head = text[max(0, start - 60) : start]
         for before in (BESIDE_BEFORE.search(head), COMMA_BEFORE.search(head) if lists else None):
             if before and self._is_other(before["other"], letter, "", 0):
-                said = CLAUSE.split(head[: before.start()])[-1]
-                return not DENIED_BEFORE.search(said)
+                clause = CLAUSE.split(head[: before.start()])[-1]
+                return not DENIED_BEFORE.search(clause)
         return False
 
     def _dismissed(self, text: str, end: int) -> bool:
@@ -167,10 +167,12 @@ class Choice:
             return False
         return not ((other.islower() or other in "AI") and WORD_FOLLOWS.match(text, end))
 
-    def _twice(self, found: list[re.Match[str]], text: str) -> bool:
+    def _twice(self, declared: list[re.Match[str]], text: str) -> bool:
         """Whether the line of the last answer declares another one too, and no word says that the last takes its place."""
-        last = found[-1]
-        alike = [m for m in found if (m.re is AFTER) == (last.re is AFTER) and (m.re is AFTER or IS_MARK.match(m[0]))]
+        last = declared[-1]
+        alike = [
+            m for m in declared if (m.re is AFTER) == (last.re is AFTER) and (m.re is AFTER or IS_MARK.match(m[0]))
+        ]
         if len(alike) < 2 or alike[-1] is not last or alike[-2]["letter"].upper() == last["letter"].upper():
             return False
         between = text[alike[-2].end("letter") : last.start("letter")]
@@ -181,11 +183,11 @@ class Choice:
         options = self._options(row)
         if not options:
             return None
-        said = re.split(r"(?i:answer\s*(?:is)?\s*[:=]?)", text)[-1]
-        for wanted in (_bare(text), _bare(said)):
-            found = [letter for letter, option in options.items() if wanted and option == wanted]
-            if len(found) == 1:
-                return found[0]
+        after_mark = re.split(r"(?i:answer\s*(?:is)?\s*[:=]?)", text)[-1]
+        for candidate in (_bare(text), _bare(after_mark)):
+            matching = [letter for letter, option in options.items() if candidate and option == candidate]
+            if len(matching) == 1:
+                return matching[0]
         return None
 
     def _options(self, row: Row | None) -> dict[str, str]:
@@ -194,9 +196,13 @@ class Choice:
             return {}
         prompt = row.prompt if isinstance(row.prompt, str) else row.prompt[-1]["content"] if row.prompt else ""
         by_line = re.findall(r"(?m)^\s*[(\[*]*([A-Z])[)\].:*]+\s*(.+?)\s*$", prompt)
-        for found in (by_line, [(m[1], m[2]) for m in INLINE.finditer(prompt)]):
-            options = {letter: _bare(option) for letter, option in found if letter in self.letters}
-            if len(options) >= 2 and list(options) == list(self.letters[: len(options)]) and len(found) == len(options):
+        for listed in (by_line, [(m[1], m[2]) for m in INLINE.finditer(prompt)]):
+            options = {letter: _bare(option) for letter, option in listed if letter in self.letters}
+            if (
+                len(options) >= 2
+                and list(options) == list(self.letters[: len(options)])
+                and len(listed) == len(options)
+            ):
                 return options
         return {}
 

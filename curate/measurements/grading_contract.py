@@ -59,8 +59,8 @@ class Grader:
         try:
             if self.right is not None:
                 return self.right(text, str(answer), row)
-            found = self.extract(text)
-            return found is not None and self.same(found, answer if answer is None else str(answer), row)  # type: ignore[arg-type]
+            given = self.extract(text)
+            return given is not None and self.same(given, answer if answer is None else str(answer), row)  # type: ignore[arg-type]
         except NoVerdict as error:
             where = f" on {self.named(row)}" if row is not None else ""
             raise UsageError(f"grader {self.name!r} {error.what}{where}{error.why}") from error.__cause__

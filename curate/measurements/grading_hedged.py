@@ -9,9 +9,9 @@ from __future__ import annotations
 import itertools
 import re
 
-from curate.measurements.grading_values import MARKUP, Value, plain, values
+from curate.measurements.grading_values import MARKUP, Value, normalised, values
 
-Found = tuple[int, int, Value]  # start, end, value
+Placed = tuple[int, int, Value]  # start, end, value
 REVISED = re.compile(
     r"(?i:\b(?:wait|no|not|wrong|actually|sorry|correction|corrected|mistake|instead|rather|scratch|oops|hmm|but|however|so|thus|hence|therefore|"
     r"then|total|half|twice|after|finally|now)\b)|=\s*$|n['’]t\b"
@@ -48,30 +48,30 @@ def is_revised(between: str) -> bool:
     return bool(REVISED.search(between))
 
 
-def hedged(said: str, *, lists: bool = True) -> bool:
+def hedged(answer: str, *, lists: bool = True) -> bool:
     """Whether the first value of an answer has another beside it that could be meant instead. lists: or one that is given with it ("5 and 6")."""
-    text = plain(said)
-    found = values(text)
-    return any(_beside(text, one, other, lists=lists) for one, other in itertools.pairwise(found) if one is found[0])
+    text = normalised(answer)
+    placed = values(text)
+    return any(_beside(text, one, other, lists=lists) for one, other in itertools.pairwise(placed) if one is placed[0])
 
 
-def last_is_hedged(said: str) -> bool:
+def last_is_hedged(answer: str) -> bool:
     """Whether the last value of a text is one of two that could be meant, or of a list that is all that its line says."""
-    text = plain(said).strip()
-    found = values(text)
-    if len(found) > 1 and _beside(text, found[-2], found[-1], lists=False):
+    text = normalised(answer).strip()
+    placed = values(text)
+    if len(placed) > 1 and _beside(text, placed[-2], placed[-1], lists=False):
         return True
     line = MARKED.sub("", text.rpartition("\n")[2]).strip(MARKUP + ".")
-    found = values(line)
-    if len(found) < 2 or line[: found[0][0]].strip(MARKUP) or line[found[-1][1] :].strip(MARKUP):
+    placed = values(line)
+    if len(placed) < 2 or line[: placed[0][0]].strip(MARKUP) or line[placed[-1][1] :].strip(MARKUP):
         return False
     return all(
         AND.fullmatch(line[one[1] : other[0]]) and not one[2].equals(other[2])
-        for one, other in itertools.pairwise(found)
+        for one, other in itertools.pairwise(placed)
     )
 
 
-def _beside(text: str, one: Found, other: Found, *, lists: bool) -> bool:
+def _beside(text: str, one: Placed, other: Placed, *, lists: bool) -> bool:
     if one[2].equals(other[2]):
         return False
     between = text[one[1] : other[0]].replace("$", " ").replace("*", " ")

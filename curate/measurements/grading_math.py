@@ -2,7 +2,7 @@
 
 math-verify ends a long comparison with SIGALRM: that fails outside the main thread, and cannot interrupt one huge integer power
 (9^9^9^9, which models do write). A child has a main thread of its own, a memory limit, and can be ended.
-Run as a program, this file is that child: a JSON line [wanted, found] in, `true` or `false` out.
+Run as a program, this file is that child: a JSON line [reference, given] in, `true` or `false` out.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class MathEquality:
         self._known: dict[tuple[str, str], bool] = {}
         _OPEN.add(self)
 
-    def __call__(self, wanted: str, found: str) -> bool:
-        key = (wanted, found)
+    def __call__(self, reference: str, given: str) -> bool:
+        key = (reference, given)
         with self._lock:
             if key not in self._known:
                 if len(self._known) > 100_000:
@@ -122,13 +122,13 @@ def _close_all() -> None:
         equality.close()
 
 
-def equal(wanted: str, found: str, *, timeout: float) -> bool:
+def equal(reference: str, given: str, *, timeout: float) -> bool:
     """math-verify's verdict, in this process; its alarm needs the main thread."""
     from math_verify import parse, verify
 
     seconds = max(1, round(timeout))
-    gold = parse(_as_latex(wanted), parsing_timeout=seconds)
-    target = parse(_as_latex(found), parsing_timeout=seconds)
+    gold = parse(_as_latex(reference), parsing_timeout=seconds)
+    target = parse(_as_latex(given), parsing_timeout=seconds)
     if not gold or not target:
         return False
     return bool(verify(gold, target, timeout_seconds=seconds))
@@ -154,8 +154,8 @@ def _serve() -> None:
     answers.write(b"true\n")
     for line in sys.stdin.buffer:
         try:
-            wanted, found = json.loads(line)
-            verdict = equal(wanted, found, timeout=timeout)
+            reference, given = json.loads(line)
+            verdict = equal(reference, given, timeout=timeout)
         except (Exception, MemoryError):
             verdict = False
         answers.write(b"true\n" if verdict else b"false\n")

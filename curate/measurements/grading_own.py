@@ -40,17 +40,17 @@ def grader_of_your_own(spec: str, settings: Any, folder: str | Path | None) -> G
     return Grader(spec, source_version(function), dict(settings), lambda text: text, same, needs_answer=False)
 
 
-def _verdict(said: Any, spec: str, threshold: float | None) -> bool:
+def _verdict(verdict: Any, spec: str, threshold: float | None) -> bool:
     """What a grader of the user's own says, as right or wrong."""
-    kind = type(said).__name__
+    kind = type(verdict).__name__
     is_bool = kind in ("bool", "bool_")  # numpy's too
-    is_number = not is_bool and isinstance(said, numbers.Real) and math.isfinite(said)
+    is_number = not is_bool and isinstance(verdict, numbers.Real) and math.isfinite(verdict)
     if is_bool and threshold is None:
-        return bool(said)
+        return bool(verdict)
     if is_number and threshold is not None:
-        return bool(said >= threshold)
-    found = f"returned {said!r} ({kind})"
+        return bool(verdict >= threshold)
+    complaint = f"returned {verdict!r} ({kind})"
     if threshold is not None:
-        raise NoVerdict(found, f", expected a number to compare with its threshold {threshold:g}.")
+        raise NoVerdict(complaint, f", expected a number to compare with its threshold {threshold:g}.")
     hint = f" For a number say what is right: `grader: {{{spec}: {{threshold: 0.5}}}}`." if is_number else ""
-    raise NoVerdict(found, f", expected True or False.{hint}")
+    raise NoVerdict(complaint, f", expected True or False.{hint}")

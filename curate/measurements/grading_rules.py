@@ -28,40 +28,40 @@ from curate.rows import Row
 
 
 def _gsm8k() -> Grader:
-    def wanted(answer: str) -> str:
+    def final_part(answer: str) -> str:
         marked = marked_answer(answer)
         return answer.strip() if marked is None else marked
 
-    def same(found: str, answer: str, row: Row | None) -> bool:
-        if same_text(found, wanted(answer)):
+    def same(given: str, answer: str, row: Row | None) -> bool:
+        if same_text(given, final_part(answer)):
             return True
-        mine, its = only_value(found), only_value(wanted(answer))
+        mine, its = only_value(given), only_value(final_part(answer))
         return mine is not None and its is not None and mine.equals(its)
 
     def right(text: str, answer: str, row: Row | None) -> bool:
-        said = marked_answer(text)
-        if not said:
+        given = marked_answer(text)
+        if not given:
             return False
-        if same_text(said, wanted(answer)):
+        if same_text(given, final_part(answer)):
             return True
-        if hedged(said, lists=False):
+        if hedged(given, lists=False):
             return False
-        if same_text(re.split(r"[.!?;](?=\s)", said)[0], wanted(answer)):
+        if same_text(re.split(r"[.!?;](?=\s)", given)[0], final_part(answer)):
             return True
-        found = declared(said)
-        return found is not None and same(found, answer, row)
+        value = declared(given)
+        return value is not None and same(value, answer, row)
 
     return Grader("gsm8k", "3", {}, final_answer, same, right=right, shown="#### {}")
 
 
 def _number() -> Grader:
     def extract(text: str) -> str | None:
-        found = last_value(text)
-        return bare_number(found[0]) if found and not last_is_hedged(text) else None
+        last = last_value(text)
+        return bare_number(last[0]) if last and not last_is_hedged(text) else None
 
-    def same(found: str, answer: str, row: Row | None) -> bool:
-        said, wanted = last_value(found), last_value(answer)
-        return said is not None and wanted is not None and said[1].equals(wanted[1]) and not last_is_hedged(found)
+    def same(given: str, answer: str, row: Row | None) -> bool:
+        ours, theirs = last_value(given), last_value(answer)
+        return ours is not None and theirs is not None and ours[1].equals(theirs[1]) and not last_is_hedged(given)
 
     return Grader("number", "3", {}, extract, same, right=same, reads=lambda answer, row: extract(answer) is not None)
 
@@ -76,23 +76,23 @@ def _math(timeout: float = 5.0) -> Grader:
         raise UsageError(f"grader math: timeout is {timeout!r}, expected seconds above 0.")
     equality = MathEquality(timeout=float(timeout))
 
-    def same(found: str, answer: str, row: Row | None) -> bool:
+    def same(given: str, answer: str, row: Row | None) -> bool:
         inside = boxed_answer(answer)
-        wanted = answer.strip() if inside is None else inside
+        reference = answer.strip() if inside is None else inside
         if inside is None and (HASHES.search(answer) or ANSWER_MARK.search(answer)):
-            wanted = math_answer(answer) or wanted
-        if (hedged(found, lists=False) or ONE_OF.fullmatch(found)) and _is_one(wanted):
+            reference = math_answer(answer) or reference
+        if (hedged(given, lists=False) or ONE_OF.fullmatch(given)) and _is_one(reference):
             return False
-        return same_answer(found.strip("$ "), wanted.strip("$ ")) or equality(wanted, found)
+        return same_answer(given.strip("$ "), reference.strip("$ ")) or equality(reference, given)
 
     made = f"3+math-verify-{version()}"
     settings = {"timeout": float(timeout)}
     return Grader("math", made, settings, math_answer, same, close=equality.close, shown="\\boxed{{}}")
 
 
-def _is_one(wanted: str) -> bool:
+def _is_one(reference: str) -> bool:
     """Whether a reference is one value, 5 or x = 5: of a set, a tuple or an interval the values are no hedge."""
-    value = whole_value(wanted.rpartition("=")[2]) if wanted.count("=") <= 1 else None
+    value = whole_value(reference.rpartition("=")[2]) if reference.count("=") <= 1 else None
     return value is not None and not value.kind
 
 
@@ -101,18 +101,18 @@ def _choice(letters: str = "ABCD") -> Grader:
         raise UsageError(f"grader choice: letters is {letters!r}, expected capitals such as ABCD.")
     choice = Choice(letters)
 
-    def same(found: str, answer: str, row: Row | None) -> bool:
-        wanted = choice.of_reference(answer, row)
-        if wanted is None:
+    def same(letter: str, answer: str, row: Row | None) -> bool:
+        reference = choice.of_reference(answer, row)
+        if reference is None:
             raise NoVerdict(
                 "cannot grade",
                 f": the answer {answer!r} names none of the letters {letters}. For more letters: {{choice: ABCDEFGHIJ}}.",
             )
-        return found == wanted
+        return letter == reference
 
     def right(text: str, answer: str, row: Row | None) -> bool:
-        found = choice.of_text(text, row)
-        return same(found or "", answer, row)
+        letter = choice.of_text(text, row)
+        return same(letter or "", answer, row)
 
     def reads(answer: str, row: Row | None) -> bool:
         return choice.of_reference(answer, row) is not None
@@ -124,8 +124,8 @@ def _exact(ignore_case: bool = False) -> Grader:
     if not isinstance(ignore_case, bool):
         raise UsageError(f"grader exact: ignore_case is {ignore_case!r}, expected true or false.")
 
-    def same(found: str, answer: str, row: Row | None) -> bool:
-        a, b = squeeze(found), squeeze(answer)
+    def same(given: str, answer: str, row: Row | None) -> bool:
+        a, b = squeeze(given), squeeze(answer)
         return a.casefold() == b.casefold() if ignore_case else a == b
 
     return Grader("exact", "1", {"ignore_case": ignore_case}, lambda text: text, same)
@@ -145,35 +145,35 @@ def _regex(pattern: str) -> Grader:
     group: str | int = "answer" if "answer" in compiled.groupindex else 1
 
     def extract(text: str) -> str | None:
-        found = list(compiled.finditer(text))
-        if not found or _is_hedged_match(text, found, group):
+        matches = list(compiled.finditer(text))
+        if not matches or _is_hedged_match(text, matches, group):
             return None
-        return found[-1].group(group)
+        return matches[-1].group(group)
 
-    def same(found: str, answer: str, row: Row | None) -> bool:
+    def same(given: str, answer: str, row: Row | None) -> bool:
         matches = list(compiled.finditer(answer))
         if matches and len(matches[-1].group()) > len(
             matches[-1].group(group) or ""
         ):  # a whole solution, read as the text is
-            return same_answer(found, matches[-1].group(group) or "")
-        return same_answer(found, answer)
+            return same_answer(given, matches[-1].group(group) or "")
+        return same_answer(given, answer)
 
     return Grader("regex", "3", {"pattern": pattern}, extract, same)
 
 
-def _is_hedged_match(text: str, found: Sequence[re.Match[str]], group: str | int) -> bool:
+def _is_hedged_match(text: str, matches: Sequence[re.Match[str]], group: str | int) -> bool:
     """Whether the last match is one of two that could be meant: "x = 5 or x = 6", "x = 5 or 6", "Answer: A or B"."""
-    last = found[-1]
+    last = matches[-1]
     if last.group(group) is None:
         return False
-    said = last.group(group)
-    if len(found) > 1 and found[-2].group(group) is not None and not same_answer(found[-2].group(group), said):
-        if in_doubt(text[found[-2].end() : last.start()]):
+    given = last.group(group)
+    if len(matches) > 1 and matches[-2].group(group) is not None and not same_answer(matches[-2].group(group), given):
+        if in_doubt(text[matches[-2].end() : last.start()]):
             return True
     line = text[last.start(group) :].partition("\n")[0]
-    if whole_value(said) is not None:
+    if whole_value(given) is not None:
         return hedged(line, lists=False)
-    return len(said) == 1 and said.isalpha() and bool(OTHER_LETTER.match(line))
+    return len(given) == 1 and given.isalpha() and bool(OTHER_LETTER.match(line))
 
 
 # name -> (how it is made, the setting that may stand alone: {regex: "…"} is {regex: {pattern: "…"}})

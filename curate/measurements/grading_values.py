@@ -116,7 +116,7 @@ class Value:
         return share.numbers[0] / 100 == number.numbers[0]
 
 
-def plain(text: str) -> str:
+def normalised(text: str) -> str:
     """The text in the characters that values are read in: one minus, one space, `1/2` for ½ and \\frac{1}{2}, no LaTeX around digits."""
     text = unicodedata.normalize("NFC", text)
     text = re.sub(r"(?<=\d)[\u00a0\u2009\u202f](?=\d{3}(?!\d))|(?<=\d)(?:\\[,!]|\{,\})(?=\d{3})", ",", text)
@@ -135,19 +135,19 @@ def _vulgar(character: str) -> str:
     return f" {parts.replace(chr(0x2044), '/')}" if "\u2044" in parts else character
 
 
-def _fraction(found: re.Match[str]) -> str:
-    top, bottom = found[1] or found[3], found[2] or found[4]
+def _fraction(match: re.Match[str]) -> str:
+    top, bottom = match[1] or match[3], match[2] or match[4]
     return f" {top}/{bottom}"
 
 
 def values(text: str) -> list[tuple[int, int, Value]]:
-    """(start, end, value) of everything in a text that has gone through `plain`; a tuple counts once, its members do not."""
-    found: list[tuple[int, int, Value]] = []
+    """(start, end, value) of everything in a text that has gone through `normalised`; a tuple counts once, its members do not."""
+    entries: list[tuple[int, int, Value]] = []
     for bracket in BRACKETS.finditer(text):
         members = _members(bracket[1])
         if members is not None:
-            found.append((bracket.start(), bracket.end(), Value(",", members, brackets=text[bracket.start()])))
-    inside = [(start, end) for start, end, _ in found]
+            entries.append((bracket.start(), bracket.end(), Value(",", members, brackets=text[bracket.start()])))
+    inside = [(start, end) for start, end, _ in entries]
     for match in VALUE.finditer(text):
         if not any(start <= match.start() < end for start, end in inside):
             value = _value(match)
@@ -156,40 +156,40 @@ def values(text: str) -> list[tuple[int, int, Value]]:
             if value is not None and not value.kind and _in_term(text, match.start(), match.end()):
                 value = Value("?", ())
             if value is not None:
-                found.append((match.start(), match.end(), value))
-    return sorted(found, key=lambda one: one[0])
+                entries.append((match.start(), match.end(), value))
+    return sorted(entries, key=lambda one: one[0])
 
 
 def whole_value(text: str) -> Value | None:
     """The value that a text is, nothing but markup around it; None where there is more, or none."""
     if len(text) > LONGEST:
         return None
-    text = plain(text).strip(MARKUP).rstrip(".").strip(MARKUP)
-    found = values(text)
-    if len(found) == 1 and not text[: found[0][0]].strip("( [") and not text[found[0][1] :].strip(") ]."):
-        return found[0][2] if found[0][2].kind != "?" else None
+    text = normalised(text).strip(MARKUP).rstrip(".").strip(MARKUP)
+    entries = values(text)
+    if len(entries) == 1 and not text[: entries[0][0]].strip("( [") and not text[entries[0][1] :].strip(") ]."):
+        return entries[0][2] if entries[0][2].kind != "?" else None
     members = _members(text)
     return Value(",", members) if members is not None else None
 
 
 def only_value(text: str) -> Value | None:
     """The value that a text says: its only one, what follows its last "=" where that has one; None where there are several, or none."""
-    text = plain(text)
+    text = normalised(text)
     for part in (text, text.rpartition("=")[2] if "=" in text else ""):
-        found = values(part)
-        if len(found) == 1:
-            return found[0][2] if found[0][2].kind != "?" else None
+        entries = values(part)
+        if len(entries) == 1:
+            return entries[0][2] if entries[0][2].kind != "?" else None
     return whole_value(text)
 
 
 def last_value(text: str) -> tuple[str, Value] | None:
     """The last value that a text says, and how it stands there."""
-    text = plain(text)
+    text = normalised(text)
     tail = text[-LONGEST:]
-    found = values(tail)
-    if tail != text and (not found or found[-1][0] == 0):  # it may begin before the tail
-        tail, found = text, values(text)
-    return (tail[found[-1][0] : found[-1][1]], found[-1][2]) if found else None
+    entries = values(tail)
+    if tail != text and (not entries or entries[-1][0] == 0):  # it may begin before the tail
+        tail, entries = text, values(text)
+    return (tail[entries[-1][0] : entries[-1][1]], entries[-1][2]) if entries else None
 
 
 def _in_term(text: str, start: int, end: int) -> bool:
@@ -209,8 +209,8 @@ def _members(text: str) -> tuple[Fraction, ...] | None:
     parts = [part.strip(MARKUP) for part in re.split(separator, text.strip())]
     if len(parts) < 2 or (separator == r"\s+" and VALUE.fullmatch(text.strip())):
         return None
-    found = [VALUE.fullmatch(part) for part in parts]
-    read = [_value(match) if match else None for match in found]
+    matches = [VALUE.fullmatch(part) for part in parts]
+    read = [_value(match) if match else None for match in matches]
     if any(value is None or value.kind for value in read):
         return None
     return tuple(value.numbers[0] for value in read if value is not None)

@@ -37,21 +37,21 @@ class Perturbation:
         problem, with_problem = _problem(row.prompt)
         given = (problem, row.answer, row) if self.takes_row else (problem, row.answer)
         try:
-            said = self.function(*given)
+            returned = self.function(*given)
         except Exception as error:
             raise UsageError(
                 f"perturb {self.name!r} failed on row {row.row_id}: {type(error).__name__}: {error}"
             ) from error
-        found = []
-        for one in said if isinstance(said, list) else [said]:
+        changed = []
+        for one in returned if isinstance(returned, list) else [returned]:
             text, answer = one if isinstance(one, tuple) and len(one) == 2 else (one, row.answer)
             if not isinstance(text, str) or not isinstance(answer, str | None):
                 raise UsageError(
                     f"perturb {self.name!r} returned {one!r} for row {row.row_id}, expected a text, (text, answer), or a list of these."
                 )
             if (text, answer) != (problem, row.answer):
-                found.append(Example(with_problem(text), None, answer))
-        return found
+                changed.append(Example(with_problem(text), None, answer))
+        return changed
 
 
 def perturbation(spec: str, *, folder: str | Path | None = None) -> Perturbation:
