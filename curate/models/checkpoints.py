@@ -71,13 +71,13 @@ def find_model(name: str, folder: Path) -> Path:
     of_hub = HUB_ID.fullmatch(name)
     if of_hub and not name.startswith("."):
         try:
-            found = fetch_snapshot(of_hub["repo"], of_hub["revision"])
+            snapshot = fetch_snapshot(of_hub["repo"], of_hub["revision"])
         except ModelError:
             if not os.path.isdir(path.parent):
                 raise
         else:
-            check_folder(found)
-            return found
+            check_folder(snapshot)
+            return snapshot
     above = next(
         (why for p in (path.parent, *path.parents[1:2]) if (why := no_folder(p)) and "no such" not in why), None
     )
@@ -133,8 +133,8 @@ def find_checkpoints(
     base: what LoRA adapters sit on, where their configs do not say it rightly. skip: is told of a broken or half-written checkpoint, which is then
     left out (None: it is an error). Raises ModelError where a folder holds none, or where one of them is broken (named).
     """
-    places: Sequence[str | Path] = checkpoint_folders(spec, folder) if isinstance(spec, str) else spec
-    checkpoints = _read(places, folder, cache, base, skip)
+    paths: Sequence[str | Path] = checkpoint_folders(spec, folder) if isinstance(spec, str) else spec
+    checkpoints = _read(paths, folder, cache, base, skip)
     if isinstance(spec, str):
         run = (folder / Path(spec).expanduser()).resolve().name
         checkpoints = [replace(s, run=run) for s in checkpoints]
@@ -148,7 +148,7 @@ def find_checkpoints(
 
 
 def _read(
-    places: Sequence[str | Path],
+    paths: Sequence[str | Path],
     folder: Path,
     cache: FingerprintCache | None,
     base: str | None,
@@ -157,7 +157,7 @@ def _read(
     """The checkpoints at some places, broken ones left out where `skip` is told of them."""
     checkpoints: list[Checkpoint] = []
     broken: list[BrokenCheckpoint] = []
-    for place in places:
+    for place in paths:
         try:
             path = place if isinstance(place, Path) else find_model(place, folder)
             check_folder(path)
@@ -177,7 +177,7 @@ def _read(
     if broken and skip is None:
         raise type(broken[0])(
             f"{broken[0]}\n  `--set models.on_broken_checkpoint=skip` leaves such checkpoints out "
-            f"({len(broken)} of {len(places)} here)."
+            f"({len(broken)} of {len(paths)} here)."
         )
     for message in broken:
         assert skip is not None

@@ -68,8 +68,8 @@ class FingerprintCache:
         return self.kept(f"tokenizer|{folder.resolve()}|{self._tokenizer_state(folder)}", loaded)
 
     def _tokenizer_state(self, folder: Path) -> str:
-        found = (*folder.iterdir(), *folder.glob("*/*.jinja"))
-        files = sorted(p for p in found if p.is_file() and not any(p.match(w) for w in WEIGHTS))
+        entries = (*folder.iterdir(), *folder.glob("*/*.jinja"))
+        files = sorted(p for p in entries if p.is_file() and not any(p.match(w) for w in WEIGHTS))
         return content_id(self._transformers(), [(p.relative_to(folder).as_posix(), file_state(p)) for p in files])
 
     def _transformers(self) -> str:
@@ -96,8 +96,8 @@ class FingerprintCache:
         def looked() -> str:
             from curate.passes.tokenizer import load_tokenizer
 
-            found = {token: i for token, i in load_tokenizer(folder).get_vocab().items() if i >= n}
-            return json.dumps(dict(sorted(found.items(), key=lambda entry: entry[1])))
+            tokens = {token: i for token, i in load_tokenizer(folder).get_vocab().items() if i >= n}
+            return json.dumps(dict(sorted(tokens.items(), key=lambda entry: entry[1])))
 
         def read(text: str) -> dict[str, int]:
             return {str(token): int(i) for token, i in json_value(text).items()}
@@ -149,8 +149,8 @@ def stop_ids(folder: Path) -> list[int]:
 
 def file_state(path: Path) -> str:
     """Size and time of change."""
-    found = path.stat()
-    return f"{found.st_size}|{found.st_mtime_ns}"
+    state = path.stat()
+    return f"{state.st_size}|{state.st_mtime_ns}"
 
 
 def weights_fingerprint(path: Path, cache: FingerprintCache | None = None, *, base: Path | None = None) -> str:
@@ -164,8 +164,8 @@ def weights_fingerprint(path: Path, cache: FingerprintCache | None = None, *, ba
     digest = hashlib.sha256()
     try:
         if base is not None:
-            told = read_adapter_config(path).identity()
-            digest.update(f"adapter:{weights_fingerprint(base, cache)}\n{told}\n".encode())
+            adapter = read_adapter_config(path).identity()
+            digest.update(f"adapter:{weights_fingerprint(base, cache)}\n{adapter}\n".encode())
         for file in [path / "config.json"] * (base is None) + weight_files(path):
             digest.update(f"{file.name}:{cache.of(file)}\n".encode())
     except OSError as error:

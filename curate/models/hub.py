@@ -18,10 +18,12 @@ def fetch_snapshot(repo: str, revision: str | None) -> Path:
     name = f"{repo}@{revision}" if revision else repo
     patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
     try:
-        found = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
-        if not any(found.glob("*.safetensors")):
-            found = Path(snapshot_download(repo, revision=revision, allow_patterns=[*patterns, "pytorch_model*.bin"]))
-        return found
+        snapshot = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
+        if not any(snapshot.glob("*.safetensors")):
+            snapshot = Path(
+                snapshot_download(repo, revision=revision, allow_patterns=[*patterns, "pytorch_model*.bin"])
+            )
+        return snapshot
     except LocalEntryNotFoundError:
         raise ModelError(
             f"{name}: not a folder here, and the hub cannot be reached (or HF_HUB_OFFLINE is set) and has no cached copy."

@@ -106,15 +106,15 @@ def _check_adapter(path: Path) -> None:
     check_file(weights)
 
 
-def _check_index(index: Path, found: set[str]) -> None:
+def _check_index(index: Path, present: set[str]) -> None:
     read_start(index)
     try:
-        wanted = {str(name) for name in read_object(index)["weight_map"].values()}
+        named = {str(name) for name in read_object(index)["weight_map"].values()}
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise BrokenCheckpoint(f"{_named(index)} cannot be read: {listed([repr(error)], longest=200)}.") from None
-    if missing := sorted(wanted - found):
+    if missing := sorted(named - present):
         raise BrokenCheckpoint(
-            f"{index.parent.name}: {missing[0]} is missing ({len(missing)} of {len(wanted)} weight files); the checkpoint is incomplete."
+            f"{index.parent.name}: {missing[0]} is missing ({len(missing)} of {len(named)} weight files); the checkpoint is incomplete."
         )
 
 
@@ -201,12 +201,12 @@ def check_file(file: Path, *, pickled: bool = False) -> None:
         length, entries = header.read_header(file)
     except ValueError:
         raise _not_safetensors(file) from None
-    wanted = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-    if size < wanted:
-        raise _half_written(file, f"cut short ({size:,} of {wanted:,} bytes)")
-    if size > wanted:
+    expected = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+    if size < expected:
+        raise _half_written(file, f"cut short ({size:,} of {expected:,} bytes)")
+    if size > expected:
         raise BrokenCheckpoint(
-            f"{_named(file)} is {size - wanted:,} bytes longer than its own header says: not what was saved. Copy it again from where it came."
+            f"{_named(file)} is {size - expected:,} bytes longer than its own header says: not what was saved. Copy it again from where it came."
         )
 
 

@@ -16,6 +16,6 @@ def natural(name: str) -> Key:
 
 def step_in_name(name: str) -> int | None:
     """The step in a checkpoint's name (checkpoint-400, step1000, stage1-step1000-tokens4B, 400), None where it tells none."""
-    found = re.search(r"(?:^|[-_/])(?:checkpoint|(?:global[-_]?)?step)[-_]?(\d{1,18})(?=$|[-_/])", name)
-    found = found or re.fullmatch(r"(\d{1,9})", name)
-    return int(found[1]) if found else None
+    match = re.search(r"(?:^|[-_/])(?:checkpoint|(?:global[-_]?)?step)[-_]?(\d{1,18})(?=$|[-_/])", name)
+    match = match or re.fullmatch(r"(\d{1,9})", name)
+    return int(match[1]) if match else None

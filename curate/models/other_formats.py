@@ -83,7 +83,11 @@ def training_state(path: Path) -> str | None:
 def other_weights(path: Path) -> str | None:
     """Weights of another format in a model folder, and what to do; None where there are none that are known."""
     for pattern, (what, advice) in OTHER_FILES.items():
-        found = [file for file in sorted(path.glob(pattern)) if not any(file.match(of) for of in OF_TRAINERS)]
-        if found:
-            return f"{path.name} holds {found[0].name}, {what}, and no model.safetensors.\n  {advice}"
+        files = [
+            file
+            for file in sorted(path.glob(pattern))
+            if not any(file.match(pattern_of_trainers) for pattern_of_trainers in OF_TRAINERS)
+        ]
+        if files:
+            return f"{path.name} holds {files[0].name}, {what}, and no model.safetensors.\n  {advice}"
     return None

@@ -27,7 +27,7 @@ def checkpoint_folders(spec: str, folder: Path) -> list[Path]:
         )
         raise ModelError(f"models.checkpoints: {spec} is not a folder that can be read: {why}{advice}")
     try:
-        return _found_in(place.resolve(), spec)
+        return _checkpoints_in(place.resolve(), spec)
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         raise ModelError(
@@ -36,31 +36,35 @@ def checkpoint_folders(spec: str, folder: Path) -> list[Path]:
         ) from None
 
 
-def _found_in(root: Path, spec: str) -> list[Path]:
+def _checkpoints_in(root: Path, spec: str) -> list[Path]:
     """The checkpoints in a folder; those that cannot be looked into too, so that none is left out unsaid."""
     there = sorted(root.iterdir(), key=lambda p: natural(p.name))
     inside = [p for p in there if no_folder(p) is None]
-    found = [
+    checkpoints = [
         p
         for p in there
         if re.fullmatch(r"checkpoint-\d+", p.name) or (_has_config(p) if p in inside else os.path.isdir(p))
     ]
-    if not found:  # verl's layout: the actor's model in transformers' format, where it was saved so
+    if not checkpoints:  # verl's layout: the actor's model in transformers' format, where it was saved so
         of_verl = [p for p in inside if (p / "actor" / "huggingface" / "config.json").is_file()]
-        found = [
+        checkpoints = [
             p / "actor" / "huggingface" for p in of_verl if any((p / "actor" / "huggingface").glob("*.safetensors"))
         ]
-        if of_verl and not found:
+        if of_verl and not checkpoints:
             raise OtherLayout(f"models.checkpoints: {training_state(of_verl[0]) or of_verl[0].name + VERL}")
-    state = next((told for p in (*inside, root) if (told := training_state(p))), None) if not found else None
+    state = (
+        next((format_note for p in (*inside, root) if (format_note := training_state(p))), None)
+        if not checkpoints
+        else None
+    )
     if state is not None:
         raise OtherLayout(f"models.checkpoints: {state}")
-    if not found:
+    if not checkpoints:
         raise ModelError(
             f"models.checkpoints: {spec} holds no checkpoint (a folder checkpoint-<step> with config.json and weights, or with a LoRA adapter). "
             "For the trainer, set save_strategy and save_steps; for a single model, use models.reference."
         )
-    return found
+    return checkpoints
 
 
 def _has_config(path: Path) -> bool:

@@ -28,8 +28,8 @@ def answers_text(answers: Sequence[dict[str, Any]], *, every: bool) -> list[str]
     first = answers[0]["checkpoint"]
     shown = list(answers) if every else [a for a in answers if a["checkpoint"] == first][:FEW]
     right = sum(bool(a["correct"]) for a in answers if a["checkpoint"] == first)
-    of = sum(a["checkpoint"] == first for a in answers)
-    graded = f"{right} of {of} right" if answers[0]["correct"] is not None else f"{of}, not graded"
+    graded_count = sum(a["checkpoint"] == first for a in answers)
+    graded = f"{right} of {graded_count} right" if answers[0]["correct"] is not None else f"{graded_count}, not graded"
     lines = ["", f"answers of {first or 'the model'}: {graded}"]
     checkpoint = first
     for answer in shown:

@@ -62,8 +62,8 @@ def data_maps(store: Store, *, recipe: str | None = None) -> list[DataMap]:
             nll = np.where(run.values["trained"] != 0, nll, np.nan)
         nll = of_training(nll, np.array([step != 0 for step in run.steps]))
         if nll.shape[1] > 1:
-            of = variability(nll), confidence(nll), regions(nll, share)
-            maps.append(DataMap(run.run, nll.shape[1], run.row_ids, *of))
+            coordinates = variability(nll), confidence(nll), regions(nll, share)
+            maps.append(DataMap(run.run, nll.shape[1], run.row_ids, *coordinates))
     if not maps:
         raise UsageError(
             f"{store.folder}: there is no data map to draw: it needs the column target_nll at two checkpoints of a run or more, "

@@ -119,7 +119,7 @@ LISTED = 60  # measurements that the text of a status shows
 class Status:
     """What a store holds, what ran on it last, and who is measuring into it now."""
 
-    found: dict[str, Any]
+    contents: dict[str, Any]
 
     def text(self) -> str:
         tables = [self._sources(), self._measured(), self._imports(), self._selections(), self._runs(), self._refused()]
@@ -129,7 +129,7 @@ class Status:
         return wrapped("\n".join(lines))
 
     def _counts(self) -> list[str]:
-        f = self.found
+        f = self.contents
         without_text = f", {f['rows_without_text']:,} of the rows known only by somebody else's id"
         lines = [
             f"{f['folder']}: {f['rows']:,} rows, {f['samples']:,} samples{without_text if f['rows_without_text'] else ''}"
@@ -149,12 +149,12 @@ class Status:
     def _sources(self) -> list[str]:
         rows = [
             (s["source"], s["role"], s["n_records"], s["n_bad"], s["n_rows"], _time(s["read_at"]))
-            for s in self.found["sources"]
+            for s in self.contents["sources"]
         ]
         return [table(rows, head=("source", "role", "rows", "bad", "distinct", "read"))] if rows else []
 
     def _measured(self) -> list[str]:
-        measured = self.found["measured"]
+        measured = self.contents["measured"]
         rows = [
             (
                 m["measurement"] + difference,
@@ -171,28 +171,28 @@ class Status:
         return [shown, *([f"… and {len(rows) - LISTED} more (--json prints all)"] if len(rows) > LISTED else [])]
 
     def _imports(self) -> list[str]:
-        return [imports_text(self.found["imports"])] if self.found["imports"] else []
+        return [imports_text(self.contents["imports"])] if self.contents["imports"] else []
 
     def _selections(self) -> list[str]:
-        kept = [f"{s['name']} ({json.loads(s['counts'])['kept']:,} kept)" for s in self.found["selections"]]
+        kept = [f"{s['name']} ({json.loads(s['counts'])['kept']:,} kept)" for s in self.contents["selections"]]
         return [f"selections: {', '.join(kept)}"] if kept else []
 
     def _runs(self) -> list[str]:
         rows = [
             (r["id"], r["recipe"], r["command"], r["version"], _time(r["started"]), _outcome(r))
-            for r in self.found["runs"]
+            for r in self.contents["runs"]
         ]
         return [table(rows, head=("run", "recipe", "command", "version", "started", "outcome"))] if rows else []
 
     def _refused(self) -> list[str]:
-        r = self.found["refused"]
+        r = self.contents["refused"]
         if not r:
             return []
         command = f"`curate {r['command']}` ({r['recipe']}, {_time(r['started'])})"
         return [f"The last command, {command}, was {_outcome(r)}"]
 
     def to_json(self) -> dict[str, Any]:
-        return self.found
+        return self.contents
 
 
 def imports_text(imports: Sequence[Import]) -> str:
@@ -223,13 +223,13 @@ def differences(measured: Sequence[dict[str, Any]]) -> list[str]:
     alike: dict[tuple[Any, ...], list[int]] = {}
     for i, m in enumerate(measured):
         alike.setdefault((m["measurement"], m["run"], m["checkpoint"] or m["model"]), []).append(i)
-    told = [""] * len(measured)
-    for places in alike.values():
-        keys = dict.fromkeys(key for i in places for key in flat[i])
-        differing = [key for key in keys if len({str(flat[i].get(key)) for i in places}) > 1]
-        for i in places if differing else ():
-            told[i] = f" ({', '.join(f'{key} {_setting(flat[i].get(key))}' for key in differing)})"
-    return told
+    notes = [""] * len(measured)
+    for entries in alike.values():
+        keys = dict.fromkeys(key for i in entries for key in flat[i])
+        differing = [key for key in keys if len({str(flat[i].get(key)) for i in entries}) > 1]
+        for i in entries if differing else ():
+            notes[i] = f" ({', '.join(f'{key} {_setting(flat[i].get(key))}' for key in differing)})"
+    return notes
 
 
 def _setting(value: Any) -> str:

@@ -53,8 +53,8 @@ class Difference:
                     f"{c[other]:,} rows are none that {name!r} decided on: it is counted as not keeping them.",
                 ]
         if self.by_rule:
-            found = [(r["kept_by"], r["rule"] or "-", r["reason"] or "-", r["rows"]) for r in self.by_rule]
-            lines += ["", table(found, head=("kept by", "dropped by", "because", "rows"), longest=60)]
+            rows = [(r["kept_by"], r["rule"] or "-", r["reason"] or "-", r["rows"]) for r in self.by_rule]
+            lines += ["", table(rows, head=("kept by", "dropped by", "because", "rows"), longest=60)]
         if self.rows:
             some = [(r["row_id"], r["kept_by"], r["reason"] or "-", r["prompt"]) for r in self.rows]
             lines += ["", table(some, head=("row", "kept by", "the other says", "prompt"), longest=40)]
@@ -75,8 +75,8 @@ def compare(store: Store, a: str, b: str, *, rows: int = 5) -> Difference:
     names = {"a": a, "b": b}
 
     def asked(text: str) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = store.sql(DECIDED + text, names).to_dicts()
-        return found
+        rows: list[dict[str, Any]] = store.sql(DECIDED + text, names).to_dicts()
+        return rows
 
     one_only = (
         "SELECT row_id, $a AS kept_by, rule_b AS rule, reason_b AS reason, rank_a AS rank FROM decided WHERE a AND NOT b UNION ALL "

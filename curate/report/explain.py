@@ -189,15 +189,15 @@ def _flags(
     store: Store, row_id: str, recipe: str | None, line: dict[str, Any], requests: dict[str, ScoreRequest]
 ) -> list[str]:
     """Why a pair is squeezing-prone, in words; the ranks are among the rows that were scored. Empty where nothing says so."""
-    wanted = [name for name in dict.fromkeys(name for reason in REASONS for name in reason.columns) if name in line]
-    if line["kind"] != "preference" or not wanted:
+    names = [name for name in dict.fromkeys(name for reason in REASONS for name in reason.columns) if name in line]
+    if line["kind"] != "preference" or not names:
         return []
-    picked = ", ".join(map(quote, wanted))
+    picked = ", ".join(map(quote, names))
     frame = store.sql(
         f"SELECT row_id, {picked} FROM scored WHERE role = 'train' OR row_id = ?", [row_id], recipe=recipe
     )
     at = frame["row_id"].to_list().index(row_id)
-    columns = {name: frame[name].cast(float).fill_null(float("nan")).to_numpy() for name in wanted}
+    columns = {name: frame[name].cast(float).fill_null(float("nan")).to_numpy() for name in names}
     params: dict[str, Any] = next(
         (r.params for r in requests.values() if r.score in ("squeezing_prone", "squeezing_weight")), {}
     )

@@ -148,11 +148,11 @@ def _value_lines(values: list[dict[str, Any]], everything: bool) -> list[str]:
     lines = []
     if idealised and not everything:
         for name in dict.fromkeys(v["name"].rpartition("_")[0] for v in idealised):
-            of = [v for v in idealised if v["name"].rpartition("_")[0] == name and v["value"] is not None]
-            ends = {v["name"].rpartition("_")[2]: v["value"] for v in of}
+            of_name = [v for v in idealised if v["name"].rpartition("_")[0] == name and v["value"] is not None]
+            ends = {v["name"].rpartition("_")[2]: v["value"] for v in of_name}
             if {"min", "max"} <= ends.keys():
                 lines.append(
-                    f"{name}: {ends['min']:.4g} to {ends['max']:.4g} over β from 0.01 to 10 ({of[0]['n']:,} rows)"
+                    f"{name}: {ends['min']:.4g} to {ends['max']:.4g} over β from 0.01 to 10 ({of_name[0]['n']:,} rows)"
                 )
         lines.append(f"(`--all` lists the {len(idealised)} of them)")
         values = [v for v in values if v not in idealised]
@@ -167,9 +167,9 @@ def _value_lines(values: list[dict[str, Any]], everything: bool) -> list[str]:
 def _imported_lines(columns: list[dict[str, Any]]) -> list[str]:
     """A line an imported column: numbers by their spread, others by how many different values they have."""
     lines = []
-    for view, said in (("scored", "Imported columns"), ("trajectories", "Imported, at each checkpoint")):
-        of = [c for c in columns if c["over"] == view]
-        numbers, others = [c for c in of if c["min"] is not None], [c for c in of if c["min"] is None]
+    for view, title in (("scored", "Imported columns"), ("trajectories", "Imported, at each checkpoint")):
+        in_view = [c for c in columns if c["over"] == view]
+        numbers, others = [c for c in in_view if c["min"] is not None], [c for c in in_view if c["min"] is None]
         parts = []
         if numbers:
             rows = [(c["name"], c["rows"], c["min"], c["median"], c["max"], c["import"]) for c in numbers]
@@ -177,7 +177,7 @@ def _imported_lines(columns: list[dict[str, Any]]) -> list[str]:
         if others:
             other = [(c["name"], c["rows"], c["distinct"], c["import"]) for c in others]
             parts.append(table(other, head=("column", "rows with a value", "different values", "import")))
-        lines += [said + ":", *parts] if parts else []
+        lines += [title + ":", *parts] if parts else []
     return lines
 
 

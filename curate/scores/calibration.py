@@ -130,7 +130,7 @@ def calibrate(
     several = len(runs) > 1
     chosen = [_best(x, y, candidates, owner != i) for i in range(len(runs))] if several else []
     predicted = np.array([x[chosen[run], p] for p, run in enumerate(owner)]) if several else np.full(len(y), np.nan)
-    places = [(run.name, k) for run in runs for k in np.flatnonzero(np.isfinite(run.heldout))]
+    points = [(run.name, k) for run in runs for k in np.flatnonzero(np.isfinite(run.heldout))]
     notes = []
     if not several:
         notes.append("one run: no run can be left out, so the threshold is judged on the run that it was fitted on")
@@ -147,7 +147,7 @@ def calibrate(
         baselines=_baselines(runs, y, owner, fit),
         points=[
             Point(name, int(k), float(y[p]), float(x[best, p]), float(predicted[p]))
-            for p, (name, k) in enumerate(places)
+            for p, (name, k) in enumerate(points)
         ],
         notes=notes,
     )

@@ -99,12 +99,12 @@ def resolve(name: str, *, folder: str | Path | None = None) -> Score:
     Raises UsageError: an unknown name (the nearest is offered), a module or object that is not there or is no score.
     """
     if ":" in name:
-        found = load_object(name, what="score", folder=folder)
-        if not isinstance(found, Score):
+        loaded = load_object(name, what="score", folder=folder)
+        if not isinstance(loaded, Score):
             raise UsageError(
-                f"score {name!r}: found a {type(found).__name__}, expected a function decorated with @curate.score(needs=…)."
+                f"score {name!r}: found a {type(loaded).__name__}, expected a function decorated with @curate.score(needs=…)."
             )
-        return found
+        return loaded
     if name in SCORES:
         return SCORES[name]
     hint = did_you_mean(name, SCORES, cutoff=0.5, after=" ")

@@ -167,8 +167,8 @@ class Columns:
         if self.takes_rates:
             extra["rates"] = None if rates is None else np.asarray(list(rates), dtype=np.float64)
         if self.takes_trained:
-            told = trained if trained is not None or steps is None else [s != 0 for s in steps]
-            extra["trained"] = None if told is None else np.asarray(list(told), dtype=bool)
+            flags = trained if trained is not None or steps is None else [s != 0 for s in steps]
+            extra["trained"] = None if flags is None else np.asarray(list(flags), dtype=bool)
         try:
             return (function or self.function)(*arrays, **self.check(params or {}), **extra)
         except ValueError as error:
@@ -186,7 +186,7 @@ class Columns:
         return self.function(*arrays, **params)
 
 
-def _as_column(values: Any, name: str, of: Columns) -> Any:
+def _as_column(values: Any, name: str, owner: Columns) -> Any:
     """One column as the function gets it: float64, or as it is for the user's own columns that are no numbers."""
     if values is None:
         return None
@@ -200,10 +200,10 @@ def _as_column(values: Any, name: str, of: Columns) -> Any:
     if Need.read(name).role == "row":
         return array if array.dtype.kind in "OUSTM" else array.astype(np.float64)
     array = array.astype(np.float64, copy=False)
-    wanted = 2 if of.over == "checkpoints" else 1
-    if array.ndim != wanted:
-        shape = "(rows, checkpoints)" if wanted == 2 else "(rows,)"
-        raise UsageError(f"{of.what} {of.name}: {name} has shape {array.shape}, expected {shape}.")
+    dimensions = 2 if owner.over == "checkpoints" else 1
+    if array.ndim != dimensions:
+        shape = "(rows, checkpoints)" if dimensions == 2 else "(rows,)"
+        raise UsageError(f"{owner.what} {owner.name}: {name} has shape {array.shape}, expected {shape}.")
     return array
 
 
@@ -263,8 +263,8 @@ class Score(Columns):
         params: Mapping[str, Any] | None = None,
     ) -> Array:
         """(rows, K) float64, NaN where unknown: the score at every checkpoint, for a score that has `per_checkpoint`. Else as `compute`."""
-        found = self.call(columns, steps=steps, params=params, function=self.per_checkpoint)
-        return np.asarray(found, dtype=np.float64)
+        values = self.call(columns, steps=steps, params=params, function=self.per_checkpoint)
+        return np.asarray(values, dtype=np.float64)
 
 
 class Value(NamedTuple):

@@ -46,13 +46,13 @@ OPTIONAL = (*KERNEL, f"reference.{FORECAST}")
 
 @dataclass(frozen=True)
 class Reason:
-    """One sign of squeezing. columns: what `of` takes. below: it holds only where the value is below this. end: and among the `share` of the rows
-    at this end; None: whatever its rank. words: with {value}, and {percentile} where it is a rank.
+    """One sign of squeezing. columns: the arguments of `value_of`. below: the sign holds only where the value is below this. end: it holds only
+    among the `share` of the rows at this end; None: whatever the rank. words: a text with {value}, and {percentile} where it is a rank.
     """
 
     name: str
     columns: tuple[str, ...]
-    of: Callable[..., Array]
+    value_of: Callable[..., Array]
     words: str
     below: float = np.inf
     end: Literal["high", "low"] | None = None
@@ -112,20 +112,20 @@ REASONS = (
 
 def reasons(columns: Mapping[str, Array | None], share: float) -> dict[str, tuple[Reason, Array, Array]]:
     """name -> (reason, its values, where it holds), each (rows,), of the reasons whose columns are there. `share` of the rows is the worst end."""
-    found = {}
+    signs = {}
     for reason in REASONS:
         given = [columns.get(name) for name in reason.columns]
         if all(column is not None for column in given):
-            values = np.asarray(reason.of(*(np.asarray(column, float) for column in given)))
-            found[reason.name] = (reason, values, reason.holds(values, share))
-    return found
+            values = np.asarray(reason.value_of(*(np.asarray(column, float) for column in given)))
+            signs[reason.name] = (reason, values, reason.holds(values, share))
+    return signs
 
 
 def count(columns: Mapping[str, Array | None], share: float) -> Array:
     """(rows,) how many reasons hold; NaN where one that needs no backward pass is unknown."""
-    found = reasons(columns, share)
-    total = np.sum([np.nan_to_num(holds) for _, _, holds in found.values()], axis=0)
-    unknown = np.any([np.isnan(found[name][2]) for name in ("states alike", "valley deep")], axis=0)
+    signs = reasons(columns, share)
+    total = np.sum([np.nan_to_num(holds) for _, _, holds in signs.values()], axis=0)
+    unknown = np.any([np.isnan(signs[name][2]) for name in ("states alike", "valley deep")], axis=0)
     return np.where(unknown, np.nan, total)
 
 
@@ -160,9 +160,9 @@ def squeezing_weight(*columns: Array | None, share: Share = 0.1) -> Array:
 @dataset_value(needs=NEEDS, optional=OPTIONAL, kind="preference", source=REN)
 def squeezing_flags(*columns: Array | None, share: Share = 0.1) -> list[Value]:
     """The share of pairs with at least one reason, and with at least two; Wilson intervals."""
-    found = count(_named(*columns), share)
+    counts = count(_named(*columns), share)
     return [
-        proportion_value(name, np.where(np.isnan(found), np.nan, found >= least))
+        proportion_value(name, np.where(np.isnan(counts), np.nan, counts >= least))
         for name, least in (("squeezing_prone_any", 1), ("squeezing_prone_two", 2))
     ]
 

@@ -27,8 +27,8 @@ KERNEL = ("entk_cc", "entk_cr", "entk_rr")
 
 def distance(cc: Array, cr: Array, rr: Array) -> Array:
     """‖g+ − g−‖², (rows,), at least 0; exactly 0 below what float32 gradients resolve, where g+ = g−."""
-    found = cc - 2 * cr + rr
-    return np.where(found <= 1e-6 * (cc + rr), np.where(np.isnan(found), np.nan, 0.0), found)
+    squared = cc - 2 * cr + rr
+    return np.where(squared <= 1e-6 * (cc + rr), np.where(np.isnan(squared), np.nan, 0.0), squared)
 
 
 def step(beta: float, learning_rate: float) -> float:
@@ -156,9 +156,9 @@ def steps_to_flip(
     NULL where one is unknown, or where it is ranked wrong and the two gradients are the same.
     """
     missing = np.maximum(gap(chosen_logp, rejected_logp), 0.0)
-    found = ratio(missing, step(beta, learning_rate) * distance(entk_cc, entk_cr, entk_rr))
+    steps = ratio(missing, step(beta, learning_rate) * distance(entk_cc, entk_cr, entk_rr))
     known = ~np.isnan(entk_cc + entk_cr + entk_rr)
-    return np.where((missing == 0) & known, 0.0, found)
+    return np.where((missing == 0) & known, 0.0, steps)
 
 
 @score(
@@ -172,9 +172,9 @@ def steps_to_flip(
 def flip_cost(entk_cc: Array, entk_cr: Array, entk_rr: Array, chosen_logp: Array, rejected_logp: Array) -> Array:
     """−ρ·max(gap, 0): what the chosen response loses on the way to a tie, below 0 where it gains, (rows,). NULL as steps_to_flip."""
     missing = np.maximum(gap(chosen_logp, rejected_logp), 0.0)
-    found = -ratio(entk_cc - entk_cr, distance(entk_cc, entk_cr, entk_rr)) * missing
+    cost = -ratio(entk_cc - entk_cr, distance(entk_cc, entk_cr, entk_rr)) * missing
     known = ~np.isnan(entk_cc + entk_cr + entk_rr)
-    return np.where((missing == 0) & known, 0.0, found)
+    return np.where((missing == 0) & known, 0.0, cost)
 
 
 @score(

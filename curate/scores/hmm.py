@@ -83,20 +83,20 @@ def viterbi(model: Model, emission: Array) -> Path:
     return path
 
 
-def improved(model: Model, x: Array, found: Posterior, *, floor: float) -> Model:
+def improved(model: Model, x: Array, expected: Posterior, *, floor: float) -> Model:
     """One M-step. A state that nothing visits keeps its numbers; no variance falls below `floor`."""
-    start = found.state[:, 0].sum(axis=0)
-    leaves = found.moves.sum(axis=1, keepdims=True)
-    transition = np.where(leaves > 0, found.moves / np.where(leaves > 0, leaves, 1.0), model.transition)
+    start = expected.state[:, 0].sum(axis=0)
+    leaves = expected.moves.sum(axis=1, keepdims=True)
+    transition = np.where(leaves > 0, expected.moves / np.where(leaves > 0, leaves, 1.0), model.transition)
     known = ~np.isnan(x)  # (N, K, D)
     value = np.where(known, x, 0.0)
-    weight = np.einsum("nks,nkd->sd", found.state, known.astype(float))
+    weight = np.einsum("nks,nkd->sd", expected.state, known.astype(float))
     some = weight > 1e-9
     weight = np.where(some, weight, 1.0)
-    mean = np.where(some, np.einsum("nks,nkd->sd", found.state, value) / weight, model.mean)
+    mean = np.where(some, np.einsum("nks,nkd->sd", expected.state, value) / weight, model.mean)
     # two passes: a difference of squares would lose what a narrow state has
     away = np.where(known[:, :, None, :], (value[:, :, None, :] - mean) ** 2, 0.0)  # (N, K, S, D)
-    variance = np.where(some, np.einsum("nks,nksd->sd", found.state, away) / weight, model.variance)
+    variance = np.where(some, np.einsum("nks,nksd->sd", expected.state, away) / weight, model.variance)
     return Model(start / start.sum(), transition, mean, np.maximum(variance, floor))
 
 
@@ -110,11 +110,11 @@ def fit(
     model = Model(model.start, model.transition, model.mean, np.maximum(model.variance, floor))
     history: list[float] = []
     for _ in range(rounds):
-        found = posterior(model, log_emission(model, x))
-        history.append(float(found.log_likelihood.sum()))
+        expected = posterior(model, log_emission(model, x))
+        history.append(float(expected.log_likelihood.sum()))
         if len(history) > 1 and history[-1] - history[-2] < tolerance * len(x):
             break
-        model = improved(model, x, found, floor=floor)
+        model = improved(model, x, expected, floor=floor)
     return model, history
 
 

@@ -55,7 +55,7 @@ def limem(
     total = np.bincount(group[counted], accuracy[counted], minlength=len(n))
     if not len(n):
         return np.full(len(accuracy), np.nan)
-    of = n[group] > 0
-    rate = np.where(of, total[group] / np.maximum(n[group], 1), np.nan)
+    has_flagged = n[group] > 0
+    rate = np.where(has_flagged, total[group] / np.maximum(n[group], 1), np.nan)
     known = (flag == 0) & ~unknown & (accuracy > 0)
     return np.where(known, accuracy * (1 - rate), np.nan)

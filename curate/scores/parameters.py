@@ -46,46 +46,46 @@ class Parameter:
         return self.default is inspect.Parameter.empty
 
 
-def checked(value: Any, wanted: Any, where: str) -> Any:
+def checked(value: Any, annotation: Any, where: str) -> Any:
     """value as the type wants it (a whole number as a float where a float is wanted), or UsageError."""
-    if wanted is None or wanted is Any:
+    if annotation is None or annotation is Any:
         return value
-    if get_origin(wanted) is Annotated:
-        wanted, *limits = get_args(wanted)
-        value = checked(value, wanted, where)
+    if get_origin(annotation) is Annotated:
+        annotation, *limits = get_args(annotation)
+        value = checked(value, annotation, where)
         for limit in limits:
             if isinstance(limit, Range) and not limit.holds(value):
                 raise UsageError(f"{where} is {value!r}, expected a number {limit}.")
         return value
-    if get_origin(wanted) in (Union, types.UnionType):
-        for option in get_args(wanted):
+    if get_origin(annotation) in (Union, types.UnionType):
+        for option in get_args(annotation):
             try:
                 return checked(value, option, where)
             except UsageError as error:
                 if get_origin(option) is Annotated and isinstance(value, int | float) and not isinstance(value, bool):
                     raise error from None  # the right type, out of range: say that
-        raise UsageError(f"{where} is {value!r} ({type(value).__name__}), expected {_shown(wanted)}.")
-    if wanted is float and isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value):
+        raise UsageError(f"{where} is {value!r} ({type(value).__name__}), expected {_shown(annotation)}.")
+    if annotation is float and isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value):
         return float(value)
-    plain = get_origin(wanted) or wanted
-    if plain in (dict, Mapping) and isinstance(value, Mapping) and len(get_args(wanted)) == 2:
-        _, of_values = get_args(wanted)
+    bare_type = get_origin(annotation) or annotation
+    if bare_type in (dict, Mapping) and isinstance(value, Mapping) and len(get_args(annotation)) == 2:
+        _, of_values = get_args(annotation)
         return {str(key): checked(item, of_values, f"{where}.{key}") for key, item in value.items()}
     if (
-        plain is not float
-        and isinstance(plain, type)
-        and isinstance(value, plain)
-        and (plain is bool or not isinstance(value, bool))
+        bare_type is not float
+        and isinstance(bare_type, type)
+        and isinstance(value, bare_type)
+        and (bare_type is bool or not isinstance(value, bool))
     ):
         return value
-    if plain is Literal and value in get_args(wanted):
+    if bare_type is Literal and value in get_args(annotation):
         return value
-    if not isinstance(plain, type) and plain is not Literal:
+    if not isinstance(bare_type, type) and bare_type is not Literal:
         return value  # a type that only its author understands
-    raise UsageError(f"{where} is {value!r} ({type(value).__name__}), expected {_shown(wanted)}.")
+    raise UsageError(f"{where} is {value!r} ({type(value).__name__}), expected {_shown(annotation)}.")
 
 
-def _shown(wanted: Any) -> str:
+def _shown(annotation: Any) -> str:
     names = {
         float: "a number",
         int: "a whole number",
@@ -95,10 +95,10 @@ def _shown(wanted: Any) -> str:
         list: "a list",
         type(None): "nothing",
     }
-    if get_origin(wanted) is Annotated:
-        return _shown(get_args(wanted)[0])
-    if get_origin(wanted) in (Union, types.UnionType):
-        return " or ".join(_shown(option) for option in get_args(wanted))
-    if get_origin(wanted) is Literal:
-        return " or ".join(map(repr, get_args(wanted)))
-    return names.get(get_origin(wanted) or wanted, getattr(wanted, "__name__", str(wanted)))
+    if get_origin(annotation) is Annotated:
+        return _shown(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, types.UnionType):
+        return " or ".join(_shown(option) for option in get_args(annotation))
+    if get_origin(annotation) is Literal:
+        return " or ".join(map(repr, get_args(annotation)))
+    return names.get(get_origin(annotation) or annotation, getattr(annotation, "__name__", str(annotation)))

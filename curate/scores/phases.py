@@ -196,8 +196,8 @@ def phase_values(
     tau = tau[trained] if isinstance(tau, np.ndarray) else tau
     accuracy, target_nll = accuracy[trained], target_nll[trained]
     codes = _phases(accuracy, target_nll, tau, level, smooth, steps)
-    plain = by_rules(accuracy, target_nll, tau, level=level, steps=steps)
-    changed = np.where(np.isnan(codes), np.nan, codes != plain).ravel()
+    unsmoothed = by_rules(accuracy, target_nll, tau, level=level, steps=steps)
+    changed = np.where(np.isnan(codes), np.nan, codes != unsmoothed).ravel()
     result = [proportion_value("phase_smoothed", changed)] if smooth else []
     for at in range(codes.shape[1]):
         for code, name in enumerate(NAMES):

@@ -25,9 +25,9 @@ def ranking_accuracy(
     chosen_logp: Array, rejected_logp: Array, chosen_tokens: Array, rejected_tokens: Array
 ) -> list[Value]:
     """ranking_accuracy and ranking_accuracy_ln of the reference over the pairs measured; Wilson intervals."""
-    plain = right(gap(chosen_logp, rejected_logp))
+    summed = right(gap(chosen_logp, rejected_logp))
     per_token = right(gap_ln(chosen_logp, rejected_logp, chosen_tokens, rejected_tokens))
-    return [proportion_value("ranking_accuracy", plain), proportion_value("ranking_accuracy_ln", per_token)]
+    return [proportion_value("ranking_accuracy", summed), proportion_value("ranking_accuracy_ln", per_token)]
 
 
 def idealised(c: Array, alpha: float | Array, beta: float) -> Array:

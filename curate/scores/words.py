@@ -102,5 +102,5 @@ OTHER = "Other values"
 
 def heading(name: str) -> str:
     """The heading that a dataset value stands under."""
-    plain = name.removeprefix("heldout_")
-    return next((text for text, starts in VALUES if plain.startswith(starts)), OTHER)
+    base_name = name.removeprefix("heldout_")
+    return next((text for text, starts in VALUES if base_name.startswith(starts)), OTHER)
