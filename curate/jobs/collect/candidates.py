@@ -65,8 +65,8 @@ def check_pool(loaded: Loaded, pool: str, like: str) -> None:
     rows = read_rows(loaded, pool_rows(pool, source), "pool", base=Path())
     kind, _, name = like.partition(":")
     if kind == "group" and name:
-        for found, where in ((rows, pool), (read_rows(loaded, source, "source"), "the recipe's source")):
-            for row in found[:1]:
+        for checked, where in ((rows, pool), (read_rows(loaded, source, "source"), "the recipe's source")):
+            for row in checked[:1]:
                 _column(row, name, where)
     elif name:
         load_object(like, what="function", folder=loaded.folder)

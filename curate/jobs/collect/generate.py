@@ -38,14 +38,14 @@ class Template:
     @classmethod
     def of(cls, text: str, *, file: str) -> Template:
         """UsageError where the places are not {1}, {2}, … without a gap."""
-        found = {int(number) for number in PLACE.findall(text)}
-        if not found or found != set(range(1, len(found) + 1)):
-            shown = ", ".join(f"{{{n}}}" for n in sorted(found)) or "none"
+        numbers = {int(number) for number in PLACE.findall(text)}
+        if not numbers or numbers != set(range(1, len(numbers) + 1)):
+            shown = ", ".join(f"{{{n}}}" for n in sorted(numbers)) or "none"
             raise UsageError(
                 f"{file}: wanted a text with the places {{1}}, {{2}}, … for problems of hard rows, found {shown}. For a plain model: "
                 "'Problem: {1}\\n\\nProblem: {2}\\n\\nProblem:'"
             )
-        return cls(text, len(found))
+        return cls(text, len(numbers))
 
     def fill(self, problems: Sequence[str]) -> str:
         return PLACE.sub(lambda place: problems[int(place[1]) - 1], self.text)
@@ -121,8 +121,8 @@ def _problems(
     for _ in range(n):
         shown = rng.sample(hard, template.shots) if template.shots <= len(hard) else rng.choices(hard, k=template.shots)
         text = template.fill([problem_of(row.row.prompt) for row in shown])
-        plain = isinstance(shown[0].row.prompt, str)
-        prompt = encode(text if plain else (Message(role="user", content=text),), rng.getrandbits(62))
+        is_text = isinstance(shown[0].row.prompt, str)
+        prompt = encode(text if is_text else (Message(role="user", content=text),), rng.getrandbits(62))
         if prompt is None:
             why["template too long"] += 1
         else:
@@ -160,11 +160,11 @@ def _answer(
     why["too long to answer"] += sum(ready is None for _, ready in encoded)
     fitting = [(prompt, ready) for prompt, ready in encoded if ready is not None]
     for (prompt, _), samples in zip(fitting, sampler.sample([ready for _, ready in fitting], answering), strict=True):
-        answer, said = majority(samples, grader)
-        if answer is None or len(said) < 2 or len(said) / answering.n < agree:
+        answer, agreeing = majority(samples, grader)
+        if answer is None or len(agreeing) < 2 or len(agreeing) / answering.n < agree:
             why["answers disagree"] += 1
             continue
-        text = said[0].text
+        text = agreeing[0].text
         completion: Text = text if isinstance(prompt, str) else (Message(role="assistant", content=text.strip()),)
         row = Example(prompt, completion, answer)
         if known.refusal(row):
@@ -183,19 +183,19 @@ def majority(samples: Sequence[Sample], grader: Grader) -> tuple[str | None, lis
     """
     groups: list[tuple[str, list[Sample]]] = []
     for sample in samples:
-        found = grader.extract(sample.text) if sample.finished else None
-        if found is None:
+        answer_given = grader.extract(sample.text) if sample.finished else None
+        if answer_given is None:
             continue
-        home = next((members for answer, members in groups if grader.same(found, answer, None)), None)
+        home = next((members for answer, members in groups if grader.same(answer_given, answer, None)), None)
         if home is None:
-            groups.append((found, [sample]))
+            groups.append((answer_given, [sample]))
         else:
             home.append(sample)
     groups.sort(key=lambda group: -len(group[1]))
     if not groups or (len(groups) > 1 and len(groups[0][1]) == len(groups[1][1])):
         return None, []
-    answer, said = groups[0]
-    return answer, sorted(said, key=_unlikeliness)
+    answer, agreeing = groups[0]
+    return answer, sorted(agreeing, key=_unlikeliness)
 
 
 def _unlikeliness(sample: Sample) -> float:

@@ -36,18 +36,18 @@ class Candidate:
     def to_dict(self) -> dict[str, Any]:
         """One object: prompt, completion, answer (left out where None), and the other columns."""
         texts = {"prompt": self.row.prompt, "completion": self.row.completion, "answer": self.row.answer}
-        plain = {k: list(v) if isinstance(v, tuple) else v for k, v in texts.items() if v is not None}
-        return {**self.columns, **plain}
+        as_lists = {k: list(v) if isinstance(v, tuple) else v for k, v in texts.items() if v is not None}
+        return {**self.columns, **as_lists}
 
 
 def normalised(text: Text | None) -> str:
     """A text as near-duplicates share it: letters and digits only, without case, accents' forms, punctuation and runs of spaces."""
     if text is None:
         return ""
-    plain = text if isinstance(text, str) else "\n".join(message["content"] for message in text)
-    plain = unicodedata.normalize("NFKC", plain).casefold()
+    joined = text if isinstance(text, str) else "\n".join(message["content"] for message in text)
+    joined = unicodedata.normalize("NFKC", joined).casefold()
     # signs that carry the meaning of a problem are words too: 3 - 2 is not 3 + 2
-    return " ".join(re.findall(r"[^\W_]+|[-−+*/=<>^%]", plain))
+    return " ".join(re.findall(r"[^\W_]+|[-−+*/=<>^%]", joined))
 
 
 class Known:
@@ -128,15 +128,15 @@ def by_group(hard: Sequence[Any], pool: Sequence[Any], take: int, *, seed: int) 
     free: dict[Any, list[int]] = {}
     for at in rng.permutation(len(pool)):
         free.setdefault(pool[at], []).append(int(at))
-    wanted = Counter(group for group in hard if group in free)
+    hard_counts = Counter(group for group in hard if group in free)
     given: Counter[Any] = Counter()
     taken: list[int] = []
     while len(taken) < take:
-        open_groups = [group for group in wanted if free[group]]
+        open_groups = [group for group in hard_counts if free[group]]
         if not open_groups:
             break
         # the group that is furthest behind its share (Sainte-Laguë's rule), the first one among equals
-        group = max(open_groups, key=lambda g: wanted[g] / (2 * given[g] + 1))
+        group = max(open_groups, key=lambda g: hard_counts[g] / (2 * given[g] + 1))
         taken.append(free[group].pop())
         given[group] += 1
     return taken
@@ -146,11 +146,11 @@ def by_function(
     function: PoolFunction, hard: Sequence[Candidate], pool: Sequence[Candidate], take: int, *, seed: int, name: str
 ) -> list[int]:
     """What a function of the user's own picks. UsageError where it returns anything but at most `take` different indices of the pool."""
-    found = function([row.to_dict() for row in hard], [row.to_dict() for row in pool], take, seed)
+    returned = function([row.to_dict() for row in hard], [row.to_dict() for row in pool], take, seed)
     try:
-        picked = [int(at) for at in found]
+        picked = [int(at) for at in returned]
     except (TypeError, ValueError) as error:
-        raise UsageError(f"{name}: wanted indices of pool rows, found {found!r}.") from error
+        raise UsageError(f"{name}: wanted indices of pool rows, found {returned!r}.") from error
     wrong = [at for at in picked if not 0 <= at < len(pool)]
     if wrong or len(set(picked)) < len(picked) or len(picked) > take:
         what = f"{wrong[0]}" if wrong else f"{len(picked)} indices, {len(set(picked))} of them different"

@@ -93,7 +93,7 @@ def grow(
     _check(loaded, recipe, rounds, take)
     with _alone(out):
         _claim(out, {"recipe": loaded.text, "take": take, "seed": seed, **asked})
-        found = []
+        lines = []
         for number in range(1, rounds + 2):
             folder = out / f"round-{number}"
             if number == 1 and not (folder / "data.jsonl").is_file():
@@ -108,7 +108,7 @@ def grow(
                 progress.say(f"round {number}: measuring {run}")
                 _measure(recipe, overrides, folder, run, out / "store", progress)
             line = {"round": number, **own_object(folder / "measured.json")}
-            found.append(line)
+            lines.append(line)
             if number == rounds + 1 or not line["hard"]:
                 break
             if not (folder / "collected.json").is_file():
@@ -117,21 +117,21 @@ def grow(
             progress.say(f"round {number}: {line['hard']:,} hard rows, {line['collected']:,} like them collected")
             if not line["collected"]:
                 break
-        _write(out / "summary.json", json.dumps(found, indent=2) + "\n")
-        return found
+        _write(out / "summary.json", json.dumps(lines, indent=2) + "\n")
+        return lines
 
 
 def _check(loaded: Loaded, recipe: str | Path, rounds: int, take: int) -> None:
     if rounds < 1 or take < 1:
         raise UsageError(f"rounds and take: wanted at least 1 of each, found {rounds} and {take}.")
-    missing = [n for n in ("premem_accuracy", "fluent") if n not in {wanted.name for wanted in loaded.recipe.scores}]
+    missing = [n for n in ("premem_accuracy", "fluent") if n not in {needs.name for needs in loaded.recipe.scores}]
     if missing or loaded.recipe.select is None or loaded.recipe.source is None:
-        wanted = (
+        needs = (
             f"`{missing[0]}` among the scores"
             if missing
             else f"a `{'source' if loaded.recipe.source is None else 'select'}:` section"
         )
-        raise UsageError(f"{recipe}: rounds need {wanted}. `curate init sft` writes a recipe that has it.")
+        raise UsageError(f"{recipe}: rounds need {needs}. `curate init sft` writes a recipe that has it.")
 
 
 @contextmanager

@@ -89,10 +89,10 @@ def prepare(out: Path, *, seed: int) -> dict[str, list[task.Problem]]:
     """The rows of the seed, written with the recipes to `out`. Recipes that are there already are left as they are."""
     mark = out / "demo.json"
     if mark.is_file():
-        found = own_object(mark)
-        if found != _mark(seed):
+        stored_mark = own_object(mark)
+        if stored_mark != _mark(seed):
             raise UsageError(
-                f"{out}: holds the demo of seed {found.get('seed')} (version {found.get('version')}). Name another folder with --out."
+                f"{out}: holds the demo of seed {stored_mark.get('seed')} (version {stored_mark.get('version')}). Name another folder with --out."
             )
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out}: is not empty, and not the demo's. Name another folder with --out.")

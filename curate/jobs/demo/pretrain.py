@@ -41,7 +41,7 @@ def _facts(rng: random.Random) -> str:
 
 def _story_with_equations(rng: random.Random) -> str:
     name, thing, value = rng.choice(NAMES), rng.choice(OBJECTS), rng.randint(1, LARGEST)
-    text, told = f"{name} has {value} {thing}.", ""
+    text, equations = f"{name} has {value} {thing}.", ""
     for _ in range(rng.randint(1, 3)):
         sign = rng.choice("+-")
         operands = [b for b in range(1, 10) if 0 <= (value + b if sign == "+" else value - b) <= LARGEST]
@@ -50,9 +50,9 @@ def _story_with_equations(rng: random.Random) -> str:
         b = rng.choice(operands)
         after = value + b if sign == "+" else value - b
         text += f" {name} {rng.choice(GAINS if sign == '+' else LOSSES)} {b}."
-        told += f" So: {value} {sign} {b} = {after}."
+        equations += f" So: {value} {sign} {b} = {after}."
         value = after
-    return text + told + f" {name} has {value} {thing}."
+    return text + equations + f" {name} has {value} {thing}."
 
 
 def _copied(rng: random.Random) -> str:

@@ -13,24 +13,24 @@ from curate.console import span, table
 ARMS = {"all": "all pairs", "selected": "selected: ches_ln's worst 10% dropped", "random": "as many, dropped at random"}
 
 
-def report(found: dict[str, Any]) -> str:
+def report(result: dict[str, Any]) -> str:
     """The text of a demo's result (`DemoResult.to_json`)."""
-    return "\n\n".join([_checkpoints(found), _cells(found), _pairs(found), _next(found)])
+    return "\n\n".join([_checkpoints(result), _cells(result), _pairs(result), _next(result)])
 
 
 def _share(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
-def _checkpoints(found: dict[str, Any]) -> str:
+def _checkpoints(result: dict[str, Any]) -> str:
     rows = [
         (line["checkpoint"], _share(line["train"]), _share(line["premem"]), _share(line["test"]), _share(line["nll"]))
-        for line in found["checkpoints"]
+        for line in result["checkpoints"]
     ]
-    r2 = found["r2"]
+    r2 = result["r2"]
     return "\n".join(
         [
-            f"Fine-tuning, checkpoint by checkpoint (answers sampled by {found['engine']})",
+            f"Fine-tuning, checkpoint by checkpoint (answers sampled by {result['engine']})",
             "",
             table(
                 rows, head=("checkpoint", "train accuracy", "pre-memorization accuracy", "test accuracy", "target NLL")
@@ -43,9 +43,9 @@ def _checkpoints(found: dict[str, Any]) -> str:
     )
 
 
-def _cells(found: dict[str, Any]) -> str:
+def _cells(result: dict[str, Any]) -> str:
     rows = [
-        (line["cell"], _share(line["train"]), _share(line["premem"]), _share(line["test"])) for line in found["cells"]
+        (line["cell"], _share(line["train"]), _share(line["premem"]), _share(line["test"])) for line in result["cells"]
     ]
     return "\n".join(
         [
@@ -53,14 +53,14 @@ def _cells(found: dict[str, Any]) -> str:
             "",
             table(rows, head=("cell", "train accuracy", "pre-memorization accuracy", "test accuracy")),
             "",
-            f"{found['hard_rows']} training rows were answered right only once memorised, or not at all.",
-            f"They are in {found['folder']}/hard: rows like these are what to collect more of.",
+            f"{result['hard_rows']} training rows were answered right only once memorised, or not at all.",
+            f"They are in {result['folder']}/hard: rows like these are what to collect more of.",
         ]
     )
 
 
-def _pairs(found: dict[str, Any]) -> str:
-    before = found["checkpoints"][-1]["test"]
+def _pairs(result: dict[str, Any]) -> str:
+    before = result["checkpoints"][-1]["test"]
     rows: list[tuple[Any, ...]] = [("before DPO", "-", "-", "-", "-", _share(before))]
     rows += [
         (
@@ -71,11 +71,11 @@ def _pairs(found: dict[str, Any]) -> str:
             f"{line['displaced']:.0%}",
             _share(line["test"]),
         )
-        for line in found["pairs"]
+        for line in result["pairs"]
     ]
     return "\n".join(
         [
-            f"DPO on pairs of a right and a wrong answer ({found['n_pairs']} pairs, {found['kept_pairs']} of them selected)",
+            f"DPO on pairs of a right and a wrong answer ({result['n_pairs']} pairs, {result['kept_pairs']} of them selected)",
             "",
             table(rows, head=("trained on", "pairs", "chosen", "rejected", "chosen fell", "test accuracy")),
             "",
@@ -86,8 +86,8 @@ def _pairs(found: dict[str, Any]) -> str:
     )
 
 
-def _next(found: dict[str, Any]) -> str:
-    folder = found["folder"]
+def _next(result: dict[str, Any]) -> str:
+    folder = result["folder"]
     at, curate = shlex.quote(str(folder)), _command()
     commands = [
         (f"{curate} summary {at}/store --recipe sft", "every dataset-level value with its interval"),
@@ -101,7 +101,7 @@ def _next(found: dict[str, Any]) -> str:
         (f"{curate} init sft my.yaml", "a recipe for your own data"),
     ]
     lines = [line for command, what in commands for line in (f"  {command}", f"      {what}")]
-    exports = f"Curated datasets: {folder}/hard, {folder}/pairs. All of it took {span(found['seconds'])}."
+    exports = f"Curated datasets: {folder}/hard, {folder}/pairs. All of it took {span(result['seconds'])}."
     return "\n".join([exports, "", "What to try next", *lines])
 
 

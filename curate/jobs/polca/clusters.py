@@ -53,18 +53,18 @@ def labels_of(trajectories: np.ndarray, *, smallest: int) -> np.ndarray:
 
 
 def find_clusters(
-    trajectories: np.ndarray, plain: np.ndarray | None = None, *, smallest: int, medoids: int = 3
+    trajectories: np.ndarray, plain_loss: np.ndarray | None = None, *, smallest: int, medoids: int = 3
 ) -> tuple[list[Cluster], np.ndarray]:
     """(n, K) trajectories -> the clusters, the largest first, and the outliers' numbers. plain: the plain loss of the same rows."""
     labels = labels_of(trajectories, smallest=smallest)
-    found = []
+    clusters = []
     for label in range(labels.max() + 1):
         rows = np.flatnonzero(labels == label)
         mean = trajectories[rows].mean(0)
         at, turn = breakthrough(mean)
-        hidden = None if plain is None or at is None else not turns(plain[rows].mean(0), at)
-        found.append(Cluster(rows, rows[central(trajectories[rows], medoids)], mean, at, turn, hidden))
-    return sorted(found, key=lambda c: -len(c.rows)), np.flatnonzero(labels < 0)
+        hidden = None if plain_loss is None or at is None else not turns(plain_loss[rows].mean(0), at)
+        clusters.append(Cluster(rows, rows[central(trajectories[rows], medoids)], mean, at, turn, hidden))
+    return sorted(clusters, key=lambda c: -len(c.rows)), np.flatnonzero(labels < 0)
 
 
 def central(points: np.ndarray, count: int = 1) -> np.ndarray:

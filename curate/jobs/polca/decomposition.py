@@ -134,11 +134,11 @@ def checkpoint_losses(segments: Segments, encoded: Sequence[Encoded], *, token_b
     """(rows, K) float64 mean loss per completion token at every checkpoint, nats; NaN where a row has a problem."""
     from curate.passes.gradients.projections import row_losses
 
-    found = []
+    losses = []
     for k in range(len(segments) + 1):
         segments.checkpoint(k)
-        found.append(row_losses(segments.model, encoded, token_budget=token_budget))
-    return np.stack(found, axis=1)
+        losses.append(row_losses(segments.model, encoded, token_budget=token_budget))
+    return np.stack(losses, axis=1)
 
 
 def decompose(

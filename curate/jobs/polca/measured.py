@@ -133,8 +133,8 @@ class Measuring:
 def _unmeasured(encoded: list[Any]) -> list[str]:
     """A note where rows cannot be measured."""
     n = sum(one.problem is not None for one in encoded)
-    of = f"{n:,} of {len(encoded):,} rows"
-    return [f"{of} cannot be measured (no completion, or too long) and are left out."] if n else []
+    share = f"{n:,} of {len(encoded):,} rows"
+    return [f"{share} cannot be measured (no completion, or too long) and are left out."] if n else []
 
 
 def _save(file: Path, **arrays: np.ndarray) -> None:

@@ -76,11 +76,11 @@ def audit(
 def find_all(decomposition: Decomposition, smallest: int) -> list[DirectionClusters]:
     """The plain loss' clusters, and each direction's; row numbers are the decomposition's."""
     rows = decomposition.rows
-    plain = decomposition.trajectories(None)[rows]
+    plain_loss = decomposition.trajectories(None)[rows]
     result = []
     for direction in (None, *range(decomposition.n_directions)):
         own = decomposition.trajectories(direction)[rows]
-        clusters, outliers = find_clusters(own, None if direction is None else plain, smallest=smallest)
+        clusters, outliers = find_clusters(own, None if direction is None else plain_loss, smallest=smallest)
         moved = [Cluster(rows[c.rows], rows[c.medoids], c.mean, c.breakthrough, c.turn, c.hidden) for c in clusters]
         result.append(DirectionClusters(direction, moved, rows[outliers]))
     return result

@@ -31,13 +31,13 @@ class DirectionClusters:
 
 @dataclass(frozen=True)
 class Audit:
-    """row_ids and texts in the decomposition's order; checkpoints by label; found: the plain loss first, then the directions."""
+    """row_ids and texts in the decomposition's order; checkpoints by label; by_direction: the plain loss' clusters, then each direction's."""
 
     decomposition: Decomposition
     row_ids: list[str]
     texts: list[str]
     checkpoints: list[str]
-    found: list[DirectionClusters]
+    by_direction: list[DirectionClusters]
     smallest: int
     way: str
     notes: list[str]
@@ -53,13 +53,13 @@ class Audit:
             "completeness": d.completeness(),
             "way": self.way,
             "smallest_cluster": self.smallest,
-            "directions": [self._found(found) for found in self.found],
+            "directions": [self._part_json(part) for part in self.by_direction],
             "notes": self.notes,
             "kept_in": str(self.kept_in),
         }
 
-    def _found(self, found: DirectionClusters) -> dict[str, Any]:
-        k = found.direction
+    def _part_json(self, part: DirectionClusters) -> dict[str, Any]:
+        k = part.direction
         shares: dict[str, Any] = {"direction": "plain loss"}
         if k is not None:
             shares = {
@@ -69,7 +69,7 @@ class Audit:
             }
         return {
             **shares,
-            "outliers": len(found.outliers),
+            "outliers": len(part.outliers),
             "clusters": [
                 {
                     "rows": [self.row_ids[i] for i in c.rows],
@@ -79,7 +79,7 @@ class Audit:
                     "turn": None if c.breakthrough is None else c.turn,
                     "hidden": c.hidden,
                 }
-                for c in found.clusters
+                for c in part.clusters
             ],
         }
 
@@ -96,22 +96,22 @@ class Audit:
             "",
         ]
         rows = []
-        for found in self.found:
-            k = found.direction
+        for part in self.by_direction:
+            k = part.direction
             first = ["plain loss", None, None] if k is None else [k + 1, f"{d.share[k]:.1%}", f"{shares[k]:+.1%}"]
-            hidden = None if k is None else len(found.hidden)
-            rows.append([*first, len(found.clusters), len(found.outliers), hidden])
+            hidden = None if k is None else len(part.hidden)
+            rows.append([*first, len(part.clusters), len(part.outliers), hidden])
         head = ("direction", "of the path", "of the loss change", "clusters", "outliers", "hidden breakthroughs")
         lines.append(table(rows, head=head))
-        for found in self.found:
-            lines += ["", *self._clusters(found)]
+        for part in self.by_direction:
+            lines += ["", *self._clusters(part)]
         lines += ["", f"Kept in {self.kept_in} (losses.npz, segment-*.npz: parts per row and direction)."]
         return counted("\n".join(lines))
 
-    def _clusters(self, found: DirectionClusters) -> Iterator[str]:
-        name = "Plain loss, the control" if found.direction is None else f"Direction {found.direction + 1}"
-        yield f"{name}: {len(found.clusters)} clusters of {self.smallest} rows or more, {len(found.outliers):,} outliers"
-        for number, c in enumerate(found.clusters, 1):
+    def _clusters(self, part: DirectionClusters) -> Iterator[str]:
+        name = "Plain loss, the control" if part.direction is None else f"Direction {part.direction + 1}"
+        yield f"{name}: {len(part.clusters)} clusters of {self.smallest} rows or more, {len(part.outliers):,} outliers"
+        for number, c in enumerate(part.clusters, 1):
             at = "-" if c.breakthrough is None else self.checkpoints[c.breakthrough]
             mark = "  HIDDEN: the plain loss of these rows does not turn there" if c.hidden else ""
             yield f"  {number}. {len(c.rows):,} rows, {cell(float(c.mean[-1]))} nats/token in all, turns at {at} ({cell(c.turn)}){mark}"

@@ -86,15 +86,15 @@ def read_run(folder: Path, *, converged: float = math.nan, allow_pickle: bool = 
     from curate.models.checkpoints import find_checkpoints
     from curate.models.layouts import check_pickles
 
-    found = find_checkpoints(str(folder.resolve()), Path())
-    check_pickles([s.path for s in found], allowed=allow_pickle, key="--allow-pickle, or allow_pickle")
-    if any(s.base for s in found):
+    checkpoints = find_checkpoints(str(folder.resolve()), Path())
+    check_pickles([s.path for s in checkpoints], allowed=allow_pickle, key="--allow-pickle, or allow_pickle")
+    if any(s.base for s in checkpoints):
         raise ModelError(
             f"{folder.name}: its checkpoints are LoRA adapters, and these statistics are of whole weights. Merge each into its base "
             "(peft: merge_and_unload, then save_pretrained)."
         )
-    steps = tuple(i if s.step is None else s.step for i, s in enumerate(found))
-    statistics = np.stack([weight_statistics(checkpoint_tensors(Path(s.path))) for s in found])
+    steps = tuple(i if s.step is None else s.step for i, s in enumerate(checkpoints))
+    statistics = np.stack([weight_statistics(checkpoint_tensors(Path(s.path))) for s in checkpoints])
     return Run(folder.resolve().name, steps, statistics, converged)
 
 
@@ -187,9 +187,9 @@ def visit_test(visited: Sequence[bool], times: Sequence[float], *, seed: int = 0
     if m in (0, n) or ranks.std() == 0:
         return math.nan, math.nan
     centred = ranks - ranks.mean()
-    found = float(centred[flags].sum())  # r is this over a number that no permutation changes
-    r = found / math.sqrt((centred**2).sum() * m * (n - m) / n)
-    least = abs(found) - 1e-9 * np.abs(centred).sum()
+    visited_sum = float(centred[flags].sum())  # r is this over a number that no permutation changes
+    r = visited_sum / math.sqrt((centred**2).sum() * m * (n - m) / n)
+    least = abs(visited_sum) - 1e-9 * np.abs(centred).sum()
     if math.comb(n, m) <= EXACT:
         sums = np.array([centred[list(subset)].sum() for subset in itertools.combinations(range(n), m)])
         return r, float((np.abs(sums) >= least).mean())

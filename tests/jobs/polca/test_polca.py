@@ -39,8 +39,8 @@ def test_a_run_is_taken_apart_and_kept(recipe, monkeypatch):
     assert d.losses.shape == (21, 3) and d.parts.shape == (21, 2, 2)
     assert len(d.rows) == 20 and found.notes and "1 of 21 rows" in found.notes[0]
     assert d.completeness()["worst_segment"] <= 0.02
-    assert [f.direction for f in found.found] == [None, 0, 1]
-    for part in found.found:
+    assert [f.direction for f in found.by_direction] == [None, 0, 1]
+    for part in found.by_direction:
         inside = [i for c in part.clusters for i in c.rows]
         assert sorted([*inside, *part.outliers]) == d.rows.tolist()
     text, shown = found.text(), json.loads(json.dumps(found.to_json()))
