@@ -60,26 +60,26 @@ class KeptAnswers:
 
     def __init__(self, store: Store):
         self.store = store
-        self._of: dict[str, dict[str, int]] = {}  # identity -> fingerprint -> samples asked for
+        self._samples_of: dict[str, dict[str, int]] = {}  # identity -> fingerprint -> samples asked for
         for record in store.measured(reads="sample"):
-            found = self._of.setdefault(answers_id(record), {})
-            found[record.fingerprint] = int(record.params.get("samples") or 0)
+            samples_of = self._samples_of.setdefault(answers_id(record), {})
+            samples_of[record.fingerprint] = int(record.params.get("samples") or 0)
 
     def of(self, task: Task, row_ids: Sequence[str]) -> dict[str, Donor]:
         """row id -> where most of its answers are; rows without any are left out."""
-        known = self._of.get(answers_id(task.measured), {})
+        known = self._samples_of.get(answers_id(task.measured), {})
         others = {fingerprint: n for fingerprint, n in known.items() if fingerprint != task.fingerprint}
         if not others or not row_ids:
             return {}
-        found: dict[str, Donor] = {}
+        donors: dict[str, Donor] = {}
         perturbed = task.measurement.perturbed
         for fingerprint, samples in sorted(others.items(), key=lambda item: item[1]):  # the most asked for wins
             for row_id, n in self.store.n_answers(fingerprint, row_ids).items():
                 if not n and perturbed:
                     continue  # of a version that did not keep them
-                if row_id not in found or n >= found[row_id].n:
-                    found[row_id] = Donor(fingerprint, n, samples if perturbed else n)
-        return found
+                if row_id not in donors or n >= donors[row_id].n:
+                    donors[row_id] = Donor(fingerprint, n, samples if perturbed else n)
+        return donors
 
     def take(self, task: Task, row_ids: Sequence[str]) -> list[list[Sample | None] | None]:
         """Every row's kept answers, in their order; None where there are none, [] where it is known that none can be drawn."""
@@ -91,10 +91,10 @@ class KeptAnswers:
             by_donor.setdefault(donor.fingerprint, []).append(row_id)
         texts: dict[str, list[Sample | None]] = {}
         for fingerprint, ids in by_donor.items():
-            for row_id, found in zip(ids, self.store.samples(fingerprint, ids), strict=True):
+            for row_id, kept in zip(ids, self.store.samples(fingerprint, ids), strict=True):
                 texts[row_id] = [
                     None if s["text"] is None else Sample(s["text"], s["n_tokens"], s["logp"], bool(s["finished"]))
-                    for s in found
+                    for s in kept
                 ]
         return [texts.get(row_id) for row_id in row_ids]
 
@@ -136,4 +136,4 @@ def by_prompt(kept: Sequence[Sample | None] | None, prompts: int) -> list[list[S
 
 def padded(answers: Sequence[Sequence[Any]], each: int) -> list[Any]:
     """The answers to a row's prompts in one list, as `by_prompt` reads it: `each` of every prompt, lines without a text where there are fewer."""
-    return [one for found in answers for one in (*found, *[{}] * (each - len(found)))]
+    return [one for own in answers for one in (*own, *[{}] * (each - len(own)))]

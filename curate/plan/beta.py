@@ -55,21 +55,21 @@ def asks_for_beta(recipe: Recipe) -> bool:
     )
 
 
-def deviations(wanted: Iterable[RequestedScore], beta: float) -> dict[str, float]:
+def deviations(requested: Iterable[RequestedScore], beta: float) -> dict[str, float]:
     """Scores with another β -> theirs."""
-    mine = {want.name: want.params["beta"] for want in wanted if has_beta(want.score.name)}
+    mine = {want.name: want.params["beta"] for want in requested if has_beta(want.score.name)}
     return {name: other for name, other in mine.items() if other != beta}
 
 
-def deviation_text(wanted: Iterable[RequestedScore], beta: float) -> list[str]:
+def deviation_text(requested: Iterable[RequestedScore], beta: float) -> list[str]:
     """A sentence where scores take another β than the recipe's."""
-    found = deviations(wanted, beta)
-    if not found:
+    others = deviations(requested, beta)
+    if not others:
         return []
-    named = ", ".join(f"{name} ({other:g})" for name, other in found.items())
+    named = ", ".join(f"{name} ({other:g})" for name, other in others.items())
     return [
         f"DPO's β is {beta:g} in this recipe (forecast.beta), and another one in {named}: a training with β {beta:g} is not what "
-        f"{'this score is' if len(found) == 1 else 'these scores are'} about."
+        f"{'this score is' if len(others) == 1 else 'these scores are'} about."
     ]
 
 

@@ -107,8 +107,8 @@ class AnswerTokens:
             )
         ]
         own = [m for m in alike if m.model_fingerprint == step.tasks[0].measured.model_fingerprint]
-        for found in (own, alike):
-            counted = [self.lengths[m.fingerprint] for m in found if m.fingerprint in self.lengths]
+        for records in (own, alike):
+            counted = [self.lengths[m.fingerprint] for m in records if m.fingerprint in self.lengths]
             if counted:
                 return sum(tokens for _, tokens in counted) / sum(n for n, _ in counted)
         return None

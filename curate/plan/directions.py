@@ -55,9 +55,9 @@ class Directions:
     @property
     def start(self) -> Checkpoint:
         """The model that training begins from: the reference, else the model whose plain columns are shown."""
-        found = self.roles.reference or self.roles.primary
-        assert found is not None
-        return found
+        model = self.roles.reference or self.roles.primary
+        assert model is not None
+        return model
 
     def has_margins(self, checkpoint: Checkpoint) -> bool:
         """Whether a pair's DPO margin is not 0 by definition: the model is not the reference. UsageError where no reference is named."""
@@ -71,19 +71,19 @@ class Directions:
 
     def identity(self, direction: Direction, checkpoint: Checkpoint) -> dict[str, Any]:
         """What a value along a direction depends on, beyond the measured model and how rows become tokens."""
-        found: dict[str, Any] = {"gradient": self.gradient_id(direction.of, checkpoint), "step": direction.step}
+        identity: dict[str, Any] = {"gradient": self.gradient_id(direction.of, checkpoint), "step": direction.step}
         if direction.cosine:
             per = self.targets.named(split(direction.of)[0]).per
-            found |= {"per": per} if per else {}
+            identity |= {"per": per} if per else {}
         elif self.pairs:
-            found["beta"] = str(self.recipe.forecast.beta)
+            identity["beta"] = str(self.recipe.forecast.beta)
         if not direction.cosine and (margins := self._margins(checkpoint)) is not None:
-            found["reference"] = margins
+            identity["reference"] = margins
         if direction.step == "sign" and direction.of != "head":
-            found["taken_at"] = self.gradient_id("step", checkpoint)
+            identity["taken_at"] = self.gradient_id("step", checkpoint)
         if direction.step == "adam":
-            found["optimizer"] = self.optimizer_id(checkpoint)
-        return found
+            identity["optimizer"] = self.optimizer_id(checkpoint)
+        return identity
 
     def _margins(self, checkpoint: Checkpoint) -> str | None:
         """What DPO's margins are against: the fingerprint of the reference's log-probabilities; None where margins are 0."""
@@ -93,28 +93,28 @@ class Directions:
             return None
         return self.ids.task(MEASUREMENTS["likelihood"], self.start).fingerprint
 
-    def gradient_id(self, of: str, checkpoint: Checkpoint) -> str:
-        """The identity of a gradient before P. of: as of a Direction, or "target.NAME:GROUP"."""
+    def gradient_id(self, source: str, checkpoint: Checkpoint) -> str:
+        """The identity of a gradient before P. source: a Direction's `of`, or "target.NAME:GROUP"."""
         from curate.measurements.directions import VERSION
 
-        if of.startswith("target."):
-            name, group = split(of)
+        if source.startswith("target."):
+            name, group = split(source)
             if group:  # kept as long as its target's
                 own = content_id(self.targets.named(name).per, group)
                 return f"{self.gradient_id(f'target.{name}', checkpoint)}.{own}"
             about: tuple[Any, ...] = (self.targets.identity(name),)
-        elif of == "chosen":
+        elif source == "chosen":
             about = (self.rows_id,)
         else:
             beta = self.recipe.forecast.beta if self.pairs else None
             about = (self.rows_id, beta, self._margins(checkpoint))
-        return content_id("gradient", VERSION, of, checkpoint.fingerprint, self._encoding(checkpoint), *about)
+        return content_id("gradient", VERSION, source, checkpoint.fingerprint, self._encoding(checkpoint), *about)
 
     def _encoding(self, checkpoint: Checkpoint) -> list[Any]:
         tokens = self.recipe.tokens
         engine = self.ids.engine("direction", checkpoint)
-        found = [engine, self.ids.tokenizer(checkpoint), tokens.max_length, tokens.truncation]
-        return [*found, self.recipe.gradients.parameters]
+        encoding = [engine, self.ids.tokenizer(checkpoint), tokens.max_length, tokens.truncation]
+        return [*encoding, self.recipe.gradients.parameters]
 
     # ---- Adam's state -------------------------------------------------------------------------------------------------------------------
 
@@ -163,24 +163,24 @@ class Directions:
         return self.ids.kept.of_model(f"optimizer {given or ''}", checkpoint, lambda: self._optimizer_id(checkpoint))
 
     def _optimizer_id(self, checkpoint: Checkpoint) -> str:
-        found = self.optimizer(checkpoint)
-        if isinstance(found, Checkpoint):
-            return found.fingerprint
+        source = self.optimizer(checkpoint)
+        if isinstance(source, Checkpoint):
+            return source.fingerprint
         try:
-            return self.ids.cache.of(found)
+            return self.ids.cache.of(source)
         except OSError as problem:
-            raise ModelError(f"{found}: the saved optimizer cannot be read ({problem.strerror}).") from None
+            raise ModelError(f"{source}: the saved optimizer cannot be read ({problem.strerror}).") from None
 
     def check_optimizers(self, step: Step) -> None:
         """A saved optimizer that is not Adam's of the step's model is an error before anything is loaded. ModelError."""
         missing = {task.fingerprint: task for _, _, tasks in step.blocks for task in tasks}.values()
         if any(task.measurement.direction.step == "adam" for task in missing if task.measurement.direction):
-            found = self.optimizer(step.checkpoint)
-            if isinstance(found, Path):
+            source = self.optimizer(step.checkpoint)
+            if isinstance(source, Path):
                 from curate.passes.gradients.adam import check_moments
 
                 parameters = self.recipe.gradients.parameters
-                check_moments(found, step.checkpoint.home, base=step.checkpoint.base, parameters=parameters)
+                check_moments(source, step.checkpoint.home, base=step.checkpoint.base, parameters=parameters)
 
     # ---- what is kept -------------------------------------------------------------------------------------------------------------------
 
@@ -202,22 +202,22 @@ class Directions:
 
     def ahead(self, step: Step) -> int:
         """What comes before a step's rows, in rows run forward: a gradient counts each of its rows three times."""
-        rows, checkpoint, wanted = 0, step.checkpoint, set()
+        rows, checkpoint, needed = 0, step.checkpoint, set()
         for task in {task.fingerprint: task for _, _, tasks in step.blocks for task in tasks}.values():
             direction = task.measurement.direction
             if direction is None:
                 continue
-            wanted.add(direction.of)
+            needed.add(direction.of)
             if direction.step == "sign" and direction.of != "head":
-                wanted.add("step")
+                needed.add("step")
             if direction.step == "adam" or checkpoint.start:
-                found = checkpoint if checkpoint.start else self.optimizer(checkpoint)
-                if isinstance(found, Checkpoint) and not Path(found.path).is_dir():
-                    wanted.add("warmup")
+                source = checkpoint if checkpoint.start else self.optimizer(checkpoint)
+                if isinstance(source, Checkpoint) and not Path(source.path).is_dir():
+                    needed.add("warmup")
         forecast = self.recipe.forecast
-        for of in wanted:
-            if of == "warmup":
+        for name in needed:
+            if name == "warmup":
                 rows += 3 * forecast.warmup_steps * forecast.warmup_rows
-            elif not of.startswith("target.") and not self.file(self.gradient_id(of, checkpoint)).is_file():
-                rows += (1 if of == "head" else 3) * len(self.rows)
+            elif not name.startswith("target.") and not self.file(self.gradient_id(name, checkpoint)).is_file():
+                rows += (1 if name == "head" else 3) * len(self.rows)
         return rows

@@ -58,8 +58,8 @@ def _of_config(folder: Path) -> int | None:
     except (OSError, BrokenCheckpoint):
         return None
     text = config.get("text_config")
-    found = (text if isinstance(text, dict) and text else config).get("vocab_size")
-    return found if type(found) is int else None
+    size = (text if isinstance(text, dict) and text else config).get("vocab_size")
+    return size if type(size) is int else None
 
 
 def check_tokenizer(checkpoint: Checkpoint, cache: FingerprintCache, store: Store, sources: Sequence[str]) -> list[str]:
@@ -81,27 +81,27 @@ def check_tokenizer(checkpoint: Checkpoint, cache: FingerprintCache, store: Stor
         return []
     token, id = next(iter(beyond.items()))
     many = f" and {len(beyond) - 1:,} more" if len(beyond) > 1 else ""
-    said = f"{checkpoint.label}: the token {token!r} has id {id:,}{many}, but the model has {n:,} embeddings (ids 0 to {n - 1:,})"
+    problem = f"{checkpoint.label}: the token {token!r} has id {id:,}{many}, but the model has {n:,} embeddings (ids 0 to {n - 1:,})"
     added, special, template = _added(folder)
     if not beyond.keys() <= added:
         raise ModelError(
-            f"{said}, and it is no added token: the tokenizer in {folder.name} is another model's. Put the model's own beside its weights."
+            f"{problem}, and it is no added token: the tokenizer in {folder.name} is another model's. Put the model's own beside its weights."
         )
     if used := next((t for t in beyond if t in special or t in template), None):
         raise ModelError(
-            f"{said}. {used!r} is its end or another special token, or stands in its chat template.\n  {RESIZE}"
+            f"{problem}. {used!r} is its end or another special token, or stands in its chat template.\n  {RESIZE}"
         )
     if row := _row_with(list(beyond), store, sources):
-        raise ModelError(f"{said}. {row}\n  {RESIZE}")
-    return [f"{said}. No row uses it, so nothing is wrong with what is measured. {RESIZE}"]
+        raise ModelError(f"{problem}. {row}\n  {RESIZE}")
+    return [f"{problem}. No row uses it, so nothing is wrong with what is measured. {RESIZE}"]
 
 
 def _padding(folder: Path) -> int | None:
     try:
-        found = read_config(folder / "config.json").get("pad_token_id")
+        pad_id = read_config(folder / "config.json").get("pad_token_id")
     except (OSError, BrokenCheckpoint):
         return None
-    return found if isinstance(found, int) else None
+    return pad_id if isinstance(pad_id, int) else None
 
 
 def _added(folder: Path) -> tuple[set[str], set[str], str]:
@@ -116,13 +116,13 @@ def _added(folder: Path) -> tuple[set[str], set[str], str]:
 def _row_with(tokens: Collection[str], store: Store, sources: Sequence[str]) -> str | None:
     """Which row has one of these tokens in its text, and how many have."""
     for token in tokens:
-        found = store.sql(
+        row_ids = store.sql(
             "SELECT row_id FROM rows WHERE contains(concat_ws(' ', prompt, chosen, rejected, completion), ?) ORDER BY position",
             [token],
             source=list(sources) or None,
         )["row_id"].to_list()
-        if found:
-            return f"{len(found):,} of the rows use {token!r}, row {found[0]} for one."
+        if row_ids:
+            return f"{len(row_ids):,} of the rows use {token!r}, row {row_ids[0]} for one."
     return None
 
 

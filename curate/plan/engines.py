@@ -66,14 +66,14 @@ def may_have_gpu() -> bool:
 
 def _installed() -> list[object]:
     """What decides an engine's name beside the recipe: the machine, the installed versions, the code that names it."""
-    found: list[object] = [platform.machine()]
+    parts: list[object] = [platform.machine()]
     for name in DISTRIBUTIONS:
         try:
-            found.append(importlib.metadata.version(name))
+            parts.append(importlib.metadata.version(name))
         except importlib.metadata.PackageNotFoundError:
-            found.append(None)
+            parts.append(None)
     code = sorted(file for folder in passes.__path__ for file in Path(folder).rglob("*.py"))
-    return [*found, [(file.name, file_state(file)) for file in code]]
+    return [*parts, [(file.name, file_state(file)) for file in code]]
 
 
 def _configs(folder: str) -> list[str]:

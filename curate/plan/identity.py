@@ -182,14 +182,14 @@ def task_of(measurement: Measurement, checkpoint: Checkpoint, engine: str, param
 
 def end_tokens(folder: Path) -> list[int]:
     """The ids that end an answer by generation_config.json and not by config.json, which is fingerprinted with the weights; sorted."""
-    found = []
+    stops = []
     for name in ("generation_config.json", "config.json"):
         try:
             ids = read_object(folder / name).get("eos_token_id")
         except (OSError, ValueError):  # none, or of a server's model
             ids = None
-        found.append({i for i in (ids if isinstance(ids, list) else [ids]) if type(i) is int})
-    own, of_config = found
+        stops.append({i for i in (ids if isinstance(ids, list) else [ids]) if type(i) is int})
+    own, of_config = stops
     return sorted(own) if own != of_config else []
 
 

@@ -13,19 +13,19 @@ if TYPE_CHECKING:
     from curate.store import Store
 
 
-def check_imported_names(store: Store, wanted: Iterable[RequestedScore]) -> None:
+def check_imported_names(store: Store, requested: Iterable[RequestedScore]) -> None:
     """UsageError for a score that would take the name of an imported column: `where` would mean another thing than before."""
-    of = {column: one for one in store.imports() for column in one.columns if one.fingerprints}
-    for want in wanted:
-        if want.name in of and want.name not in {*want.score.needs, want.score.name}:
+    import_of = {column: one for one in store.imports() for column in one.columns if one.fingerprints}
+    for want in requested:
+        if want.name in import_of and want.name not in {*want.score.needs, want.score.name}:
             raise UsageError(
-                f"scores: {want.name!r} is an imported column of this store (import {of[want.name].number}, {of[want.name].file}). "
+                f"scores: {want.name!r} is an imported column of this store (import {import_of[want.name].number}, {import_of[want.name].file}). "
                 "Give the score another name with `as:`."
             )
 
 
-def imported_uses(
-    store: Store, wanted: Iterable[RequestedScore], kind: str, sources: list[str]
+def imported_bindings(
+    store: Store, requested: Iterable[RequestedScore], kind: str, sources: list[str]
 ) -> dict[tuple[str, str, str | None], list[str]]:
     """Without models in the recipe, scores are computed from what was imported: every fingerprint that has the column.
 
@@ -49,24 +49,24 @@ def imported_uses(
                 "leave `source` out of the recipe."
             )
     columns = store.known_columns()
-    uses: dict[tuple[str, str, str | None], list[str]] = {}
-    for want in wanted:
+    bindings: dict[tuple[str, str, str | None], list[str]] = {}
+    for want in requested:
         for text in (*want.score.needs, *want.score.optional):
             role, column = want.need(text)
             if role == "row":
                 continue
-            found = [m.fingerprint for m in known if column in columns.get(m.fingerprint, ()) and not role]
+            fingerprints = [m.fingerprint for m in known if column in columns.get(m.fingerprint, ()) and not role]
             if kind == "preference" and want.score.over is None:
                 first = {
-                    m.run: m.fingerprint for m in reversed(known) if m.fingerprint in found
+                    m.run: m.fingerprint for m in reversed(known) if m.fingerprint in fingerprints
                 }  # known is in step order
-                found = list(first.values())
-            if found:
-                uses[(role, column, want.score.over)] = found
+                fingerprints = list(first.values())
+            if fingerprints:
+                bindings[(role, column, want.score.over)] = fingerprints
             elif text in want.score.needs:
                 have = sorted({name for names in columns.values() for name in names})
                 raise UsageError(f"{want.name} needs {column}, which was not imported; there are: {', '.join(have)}.")
-    return uses
+    return bindings
 
 
 def imported_values(store: Store, recipe: str | None = None) -> list[dict[str, Any]]:
@@ -78,7 +78,7 @@ def imported_values(store: Store, recipe: str | None = None) -> list[dict[str, A
     shown = {column.name: column.shown for column in store.frame(recipe=recipe).own["scored"] if column.imported}
     of_rows = store.sql("SELECT * FROM scored LIMIT 0", recipe=recipe).columns
     of_series = store.sql("SELECT * FROM trajectories LIMIT 0", recipe=recipe).columns
-    found: dict[tuple[str, str], dict[str, Any]] = {}
+    values: dict[tuple[str, str], dict[str, Any]] = {}
     for one in store.imports():
         for column in one.columns if one.fingerprints else ():
             name = shown.get(column, column)
@@ -89,8 +89,8 @@ def imported_values(store: Store, recipe: str | None = None) -> list[dict[str, A
             else:
                 continue
             about = {"name": name, "import": one.number, "file": one.file, "over": view}
-            found[view, name] = about | _spread(store, recipe, view, name)
-    return list(found.values())
+            values[view, name] = about | _spread(store, recipe, view, name)
+    return list(values.values())
 
 
 def _spread(store: Store, recipe: str | None, view: str, name: str) -> dict[str, Any]:

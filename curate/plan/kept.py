@@ -64,13 +64,13 @@ class Kept:
         if not self.anew and question in self.known and is_gone(name, folder):
             return self._as_it_was([self.known[question]], question, folder)[0]
         try:
-            found = find()
+            model = find()
         except ModelError as error:
             if self.anew or not _base_gone(self.known.get(question), error):
                 raise
             return self._as_it_was([self.known[question]], question, folder)[0]
-        self.now[question] = _record(found, name)
-        return found
+        self.now[question] = _record(model, name)
+        return model
 
     def series(
         self, asked: str | Sequence[str], base: str | None, folder: Path, find: Callable[[Any], Sequence[Checkpoint]]
@@ -81,13 +81,13 @@ class Kept:
         gone = [one for one in known if is_gone(one["place"], folder)]
         if not gone:
             try:
-                found = list(find(asked))
+                checkpoints = list(find(asked))
             except ModelError as error:
                 if not known or not _base_gone(known[0], error):
                     raise
                 return self._as_it_was(known, question, folder)
-            self.now[question] = [_record(s, _place(s, asked, folder)) for s in found]
-            return found
+            self.now[question] = [_record(s, _place(s, asked, folder)) for s in checkpoints]
+            return checkpoints
         here = [one for one in known if one not in gone]
         as_known = {(one["checkpoint"], one["fingerprint"]) for one in here}
         there = find([one["place"] for one in here]) if here else []
@@ -105,7 +105,7 @@ class Kept:
         return self._as_it_was(known, question, folder)
 
     def _as_it_was(self, records: list[dict[str, Any]], question: str, folder: Path) -> list[Checkpoint]:
-        found = []
+        checkpoints = []
         for record in records:
             path, base = folder / Path(record["place"]).expanduser(), record["base"]
             fields = {name: value for name, value in record.items() if name != "place"}
@@ -114,9 +114,9 @@ class Kept:
             if is_gone(record["place"], folder) or base:
                 self._gone.add(where)
                 self._said[record["place"]] = None
-            found.append(checkpoint)
+            checkpoints.append(checkpoint)
         self.now[question] = records if question.startswith("checkpoints") else records[0]
-        return found
+        return checkpoints
 
     def say_gone(self, name: str) -> None:
         """A file of the recipe that is not there."""

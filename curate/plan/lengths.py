@@ -43,7 +43,7 @@ class Lengths:
     def _at(self) -> dict[str, int]:
         return {row_id: i for i, row_id in enumerate(self.row_ids)}
 
-    def places(self, row_ids: Iterable[str]) -> np.ndarray:
+    def indices(self, row_ids: Iterable[str]) -> np.ndarray:
         """(rows,) int: where these rows stand here."""
         return np.array([self._at[row_id] for row_id in row_ids], int)
 
@@ -81,11 +81,11 @@ class RowLengths:
         row_ids = texts["row_id"].to_list()
         sides = ("chosen", "rejected") if self.kind == "preference" else ("completion",)
         counted = np.zeros(len(row_ids), bool)
-        found: dict[str, np.ndarray] = {}
+        columns: dict[str, np.ndarray] = {}
         problems = np.zeros(len(row_ids), bool)
         if counts is not None:
-            found = self.store.columns(counts, ["prompt_tokens", *(f"{side}_tokens" for side in sides)], row_ids)
-            counted = ~np.isnan(found["prompt_tokens"])
+            columns = self.store.columns(counts, ["prompt_tokens", *(f"{side}_tokens" for side in sides)], row_ids)
+            counted = ~np.isnan(columns["prompt_tokens"])
             problems = np.array([p is not None for p in self.store.texts(counts, "token_problem", row_ids)], bool)
         prompt = texts["prompt"].to_numpy().astype(float)
         responses = np.stack([texts[side].cast(float).to_numpy() for side in sides], 1)  # (rows, sides), NaN: none
@@ -94,8 +94,8 @@ class RowLengths:
             prompt, responses = prompt / per_token, responses / per_token
         prompt, responses, measurable = truncated(prompt, responses, self.limits.max_length, self.limits.truncation)
         if counted.any():
-            own = np.stack([found[f"{side}_tokens"] for side in sides], 1)
-            prompt = np.where(counted, found["prompt_tokens"], prompt)
+            own = np.stack([columns[f"{side}_tokens"] for side in sides], 1)
+            prompt = np.where(counted, columns["prompt_tokens"], prompt)
             responses = np.where(counted[:, None], own, responses)
             measurable = np.where(counted, ~problems, measurable)
         return Lengths(
@@ -103,13 +103,13 @@ class RowLengths:
         )
 
     def _sample(self) -> list[str]:
-        found = self.store.sql(
+        texts = self.store.sql(
             f"SELECT concat(prompt, chosen, rejected, completion)[:{EXCERPT}] AS text FROM rows WHERE prompt IS NOT NULL AND kind = ? "
             f"ORDER BY row_id LIMIT {SAMPLE}",
             [self.kind],
             source=self.sources or None,
         )
-        return found["text"].to_list()
+        return texts["text"].to_list()
 
 
 def truncated(

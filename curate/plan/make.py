@@ -20,13 +20,13 @@ from curate.plan.bind import Binder, Place
 from curate.plan.cost import AnswerTokens, weights_size, with_cost
 from curate.plan.directions import Directions
 from curate.plan.identity import Identity
-from curate.plan.imported import imported_uses
+from curate.plan.imported import imported_bindings
 from curate.plan.kept import Kept
 from curate.plan.lengths import RowLengths
 from curate.plan.missing import Rows
 from curate.plan.model_checks import check_models
 from curate.plan.plan import Plan
-from curate.plan.recorded import recorded_uses, run_meant
+from curate.plan.recorded import recorded_bindings, run_meant
 from curate.plan.rendering import styles_of
 from curate.plan.requests import check_checkpoints, requested_scores
 from curate.plan.roles import find_roles
@@ -83,9 +83,9 @@ def _bind_stored(loaded: Loaded, store: Store, plan: Plan, train: list[str]) -> 
     kind = loaded.recipe.kind
     plan.recorded = run_meant(loaded, store)
     if plan.recorded:
-        plan.bindings = recorded_uses(store, plan.recorded, plan.wanted, kind)
+        plan.bindings = recorded_bindings(store, plan.recorded, plan.wanted, kind)
     else:
-        plan.bindings = imported_uses(store, plan.wanted, kind, train)
+        plan.bindings = imported_bindings(store, plan.wanted, kind, train)
 
 
 class _Planner:
@@ -206,7 +206,7 @@ class _Planner:
         sampled = step.reads == "sample"
         answer_tokens = self.answer_tokens.mean(step) if sampled else None
         alike = step.key if sampled else step.key.rpartition("/")[0]  # the same model, other measurements
-        places = self.rows.places(step.tasks, lengths)
+        places = self.rows.indices(step.tasks, lengths)
         speed = self.speeds.of(step.key, alike=alike)
         return with_cost(step, self.loaded, speed, lengths, places, answer_tokens)
 

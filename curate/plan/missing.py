@@ -22,11 +22,11 @@ class Rows:
     """
 
     def __init__(self, store: Store, sources: list[str], kind: str, tasks: Sequence[Task]):
-        found = store.coverage([task.fingerprint for task in tasks], sources, kind=kind)
-        self.n, self.positions, self._lacking = found.n, found.positions, found.lacking
-        self.row_ids = found.row_ids
+        coverage = store.coverage([task.fingerprint for task in tasks], sources, kind=kind)
+        self.n, self.positions, self._lacking = coverage.n, coverage.positions, coverage.lacking
+        self.row_ids = coverage.row_ids
         self._blocks: dict[tuple[int, ...], list[tuple[int, list[str], tuple[int, ...]]]] = {}
-        self._places: dict[tuple[int, ...], np.ndarray] = {}
+        self._indices: dict[tuple[int, ...], np.ndarray] = {}
 
     def blocks(self, tasks: Sequence[Task], reads: str) -> tuple[Block, ...]:
         """What a pass has to run for these tasks, of one checkpoint. Rows of one shard that miss different things are measured apart."""
@@ -36,13 +36,13 @@ class Rows:
             self._blocks[key] = self._split(lacking, SHARD_ROWS[reads])
         return tuple((number, rows, tuple(tasks[i] for i in which)) for number, rows, which in self._blocks[key])
 
-    def places(self, tasks: Sequence[Task], lengths: Lengths) -> np.ndarray:
+    def indices(self, tasks: Sequence[Task], lengths: Lengths) -> np.ndarray:
         """(rows,) int: where the rows that miss one of these tasks stand in `lengths`."""
         lacking = [self._lacking[task.fingerprint] for task in tasks]
         key = (id(lengths), *sorted({id(one) for one in lacking}))
-        if key not in self._places:
-            self._places[key] = lengths.places(self.row_ids[np.logical_or.reduce(lacking)])
-        return self._places[key]
+        if key not in self._indices:
+            self._indices[key] = lengths.indices(self.row_ids[np.logical_or.reduce(lacking)])
+        return self._indices[key]
 
     def _split(self, lacking: Sequence[np.ndarray], size: int) -> list[tuple[int, list[str], tuple[int, ...]]]:
         """(shard's number, row ids, which of the tasks they miss), in the order of their first rows. lacking: of each task."""
@@ -56,8 +56,8 @@ class Rows:
         _, first = np.unique(group, return_index=True)
         order = np.argsort(group, kind="stable")
         parts = np.split(order, np.flatnonzero(np.diff(group[order])) + 1)
-        found = []
+        blocks = []
         for start, part in sorted(zip(first.tolist(), parts, strict=True), key=lambda entry: entry[0]):
             which = tuple(i for i, one in enumerate(lacking) if one[at[start]])
-            found.append((int(shard[start]), self.row_ids[at[part]].tolist(), which))
-        return found
+            blocks.append((int(shard[start]), self.row_ids[at[part]].tolist(), which))
+        return blocks

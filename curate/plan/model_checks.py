@@ -37,9 +37,9 @@ def check_models(plan: Plan, renderings: Renderings, store: Store, sources: Sequ
         if not step.missing or step.reads == "tokens" or not Path(step.checkpoint.home).is_dir():
             continue  # counting tokens runs no model
         _check_quantised(step)
-        of = (step.checkpoint.tokenizer, step.checkpoint.base or step.checkpoint.home)
-        if of not in seen:
-            seen.add(of)
+        files = (step.checkpoint.tokenizer, step.checkpoint.base or step.checkpoint.home)
+        if files not in seen:
+            seen.add(files)
             notes += check_tokenizer(step.checkpoint, renderings.cache, store, sources)
     missing: dict[
         str, Checkpoint
@@ -67,11 +67,11 @@ def _left_out(checkpoint: Checkpoint, renderings: Renderings, store: Store, sour
     ids = [r for r, style in rows.iter_rows() if rendering.chat or style == "conversational"]
     shown = ids[:: max(1, -(-len(ids) // LOOKED_AT))]
     known = [(row_id, row) for row_id, row in zip(shown, store.iter_rows(shown), strict=True) if row is not None]
-    found = [row for _, row in known]
+    examples = [row for _, row in known]
     first: dict[str, int] = {}
-    counts = look(found, load_tokenizer(checkpoint.tokenizer), chat=rendering.chat, first=first)
+    counts = look(examples, load_tokenizer(checkpoint.tokenizer), chat=rendering.chat, first=first)
     names = {what: _row_name(store, known[i][0], sources) for what, i in first.items()}
-    return lost_text(counts, len(found), len(ids), Path(checkpoint.tokenizer).name, names)
+    return lost_text(counts, len(examples), len(ids), Path(checkpoint.tokenizer).name, names)
 
 
 def _row_name(store: Store, row_id: str, sources: Sequence[str]) -> str:

@@ -24,23 +24,23 @@ def beyond_positions(loaded: Loaded, store: Store, plan: Plan) -> list[str]:
     """
     cache = FingerprintCache(store.folder / "weights.json")
     limit = loaded.recipe.tokens.max_length
-    found: dict[tuple[int, str], list[Checkpoint]] = {}  # (positions, fingerprint of the tokenizer) -> models
+    by_length: dict[tuple[int, str], list[Checkpoint]] = {}  # (positions, fingerprint of the tokenizer) -> models
     for step in plan.steps:
         tokenizer = step.tasks[0].measured.params.get("tokenizer", "")
         if step.reads in FORWARD and Path(step.checkpoint.home).is_dir():
             positions = cache.positions(Path(step.checkpoint.base or step.checkpoint.home))
             if positions is not None and (limit is None or positions < limit):
-                found.setdefault((positions, tokenizer), []).append(step.checkpoint)
+                by_length.setdefault((positions, tokenizer), []).append(step.checkpoint)
     notes = []
-    for (positions, tokenizer), models in found.items():
+    for (positions, tokenizer), models in by_length.items():
         assert plan.lengths is not None
         lengths = plan.lengths.of(tokenizer, models[0])
         if longer := int((lengths.longest[lengths.measurable] > positions).sum()):
             labels = {model.label for model in models}
-            of = models[0].label if len(labels) == 1 else f"{models[0].label} and {len(labels) - 1:,} more"
+            whose = models[0].label if len(labels) == 1 else f"{models[0].label} and {len(labels) - 1:,} more"
             notes.append(
-                f"{lengths.about}{longer:,} of {len(lengths.row_ids):,} rows are longer than the {positions:,} positions of {of}: their values are "
-                f"beyond what it was trained on. Set `tokens.max_length: {positions}`."
+                f"{lengths.about}{longer:,} of {len(lengths.row_ids):,} rows are longer than the {positions:,} positions of {whose}: their values "
+                f"are beyond what it was trained on. Set `tokens.max_length: {positions}`."
             )
     return notes
 

@@ -86,22 +86,22 @@ class Plan:
 
     def notes(self) -> list[str]:
         """What a user may not expect: which checkpoints were left out, which no score asks for, which rows a model has no positions for."""
-        found = self.left_out()
+        notes = self.left_out()
         run = [s for s in self.roles.series if s.step != 0]
         measured = {task.measured.model_fingerprint for step in self.steps for task in step.tasks}
         idle = [s for s in run if s.fingerprint not in measured]
         if idle and self.steps:
             names = ", ".join(s.checkpoint for s in idle[:3]) + (", …" if len(idle) > 3 else "")
-            plain = self.roles.primary
-            of = f"what it measures is of {plain.label} alone" if plain else "what it measures is of one model"
-            found.append(
+            primary = self.roles.primary
+            whose = f"what it measures is of {primary.label} alone" if primary else "what it measures is of one model"
+            notes.append(
                 f"{len(idle)} of {len(run)} checkpoints are not measured ({names}): no score of this recipe is over checkpoints; "
-                f"{of}. `curate scores` says which are (needs … over checkpoints)."
+                f"{whose}. `curate scores` says which are (needs … over checkpoints)."
             )
         return [
             *self.doubts,
             *self.of_server,
-            *found,
+            *notes,
             *self.of_models,
             *self.of_answers(),
             *self.of_references,

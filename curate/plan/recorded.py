@@ -20,16 +20,16 @@ if TYPE_CHECKING:
 
 PREFIX = "recordings:"
 VERSION = 1  # raised when the same training would give other numbers
-Uses = dict[tuple[str, str, str | None], list[str]]
+Bindings = dict[tuple[str, str, str | None], list[str]]
 
 
 def recorded_runs(store: Store) -> dict[str, list[Measured]]:
     """run -> what was recorded of it, in step order."""
-    found: dict[str, list[Measured]] = {}
+    by_run: dict[str, list[Measured]] = {}
     for m in store.measured():
         if "recorder" in m.params:
-            found.setdefault(m.run, []).append(m)
-    return found
+            by_run.setdefault(m.run, []).append(m)
+    return by_run
 
 
 def weights_of(run: str, step: int) -> str:
@@ -61,7 +61,7 @@ def run_meant(loaded: Loaded, store: Store) -> str | None:
     return next(iter(runs))
 
 
-def recorded_uses(store: Store, run: str, wanted: Iterable[RequestedScore], kind: str) -> Uses:
+def recorded_bindings(store: Store, run: str, requested: Iterable[RequestedScore], kind: str) -> Bindings:
     """(role, column, over) -> fingerprints, of everything recorded that scores and dataset values can read.
 
     A plain column is that of the first step for pairs (the reference), of the last one for SFT rows. UsageError for a score that
@@ -82,17 +82,17 @@ def recorded_uses(store: Store, run: str, wanted: Iterable[RequestedScore], kind
             return [m.fingerprint for m in among] if over else [among[0 if kind == "preference" else -1].fingerprint]
         return [m.fingerprint for m in tokens if not role and column in having.get(m.measurement, ())][:1]
 
-    uses: Uses = {}
-    declared: list[tuple[Any, dict[str, Any], bool]] = [(want.score, want.params, True) for want in wanted]
+    bindings: Bindings = {}
+    declared: list[tuple[Any, dict[str, Any], bool]] = [(want.score, want.params, True) for want in requested]
     declared += [(value, {}, False) for value in DATASET_VALUES.values() if value.kind in ("any", kind)]
     for columns, params, asked in declared:
         for text in (*columns.needs, *columns.optional):
             role, column = columns.need(text, params)
             if role == "row":
                 continue
-            found = find(column, role, columns.over)
-            if found:
-                uses[(role, column, columns.over)] = found
+            fingerprints = find(column, role, columns.over)
+            if fingerprints:
+                bindings[(role, column, columns.over)] = fingerprints
             elif asked and text in columns.needs:
                 have = sorted({c for m in (*series, *tokens) for c in having.get(m.measurement, ())})
                 raise UsageError(
@@ -100,6 +100,6 @@ def recorded_uses(store: Store, run: str, wanted: Iterable[RequestedScore], kind
                     "Name the score in the recipe that the Recorder gets."
                 )
     for name in ("prompt_tokens", "completion_tokens", "chosen_tokens", "rejected_tokens"):
-        if found := find(name, "", None):
-            uses.setdefault(("", name, None), found)
-    return uses
+        if fingerprints := find(name, "", None):
+            bindings.setdefault(("", name, None), fingerprints)
+    return bindings

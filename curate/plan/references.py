@@ -48,7 +48,7 @@ class Findings:
         if len(shown) < 3:
             shown.append(f"{self.named(row)} with {_short(row.answer or '')}")
 
-    def said(self, kind: str) -> str:
+    def examples_of(self, kind: str) -> str:
         return ", ".join(self.examples[kind])
 
 
@@ -64,16 +64,16 @@ def check_references(loaded: Loaded, store: Store, plan: Plan) -> list[str]:
     sampled = (rows for step in plan.steps if step.reads == "sample" for _, rows, _ in step.blocks)
     blocks = {id(rows): rows for rows in sampled}.values()  # checkpoints that miss the same rows share the lists
     row_ids = list(dict.fromkeys(row_id for rows in blocks for row_id in rows))
-    wanted = {want.need(text)[1] for want in plan.wanted for text in want.score.needs}
+    needed = {want.need(text)[1] for want in plan.wanted for text in want.score.needs}
     chosen = grader(loaded.recipe.sampling.grader, folder=loaded.folder, named=named_rows(store, loaded))
     try:
         with kept_open(False):  # graders may be slow
             if not chosen.needs_answer:
                 _try(chosen, store, row_ids)
-            found = _graded_by_themselves(chosen, store.iter_rows(row_ids))
+            findings = _graded_by_themselves(chosen, store.iter_rows(row_ids))
     finally:
         chosen.close()
-    return _say(found, chosen, needed=bool(wanted & set(GRADED)))
+    return _say(findings, chosen, needed=bool(needed & set(GRADED)))
 
 
 def _try(chosen: Grader, store: Store, row_ids: Sequence[str]) -> None:
@@ -91,34 +91,34 @@ def _try(chosen: Grader, store: Store, row_ids: Sequence[str]) -> None:
 
 def _answers(store: Store, row_id: str) -> list[str]:
     """A few answers to a row that are kept, whatever they were sampled for."""
-    found = store.sql("SELECT text FROM data.samples WHERE row_id = ? AND text IS NOT NULL LIMIT 3", [row_id])
-    return list(found["text"])
+    texts = store.sql("SELECT text FROM data.samples WHERE row_id = ? AND text IS NOT NULL LIMIT 3", [row_id])
+    return list(texts["text"])
 
 
 def _graded_by_themselves(chosen: Grader, rows: Iterable[Row | None]) -> Findings:
-    found = Findings(named=chosen.named)
+    findings = Findings(named=chosen.named)
     started = time.monotonic()
     for row in rows:
         if time.monotonic() - started > PATIENCE:
-            found.stopped = True
+            findings.stopped = True
             break
         if not isinstance(row, Example):
             continue
-        found.rows += 1
+        findings.rows += 1
         solution = solution_of(row)
         if row.answer is None or not row.answer.strip():
-            found.add("none", row)
+            findings.add("none", row)
         elif not chosen.readable(row.answer, row):
-            found.add("unreadable", row)
+            findings.add("unreadable", row)
         elif (
             chosen.needs_answer
             and not chosen.knows_itself(row.answer, row)
             and not (solution is not None and chosen.grade(solution, row.answer, row))
         ):
-            found.add("wrong", row)
+            findings.add("wrong", row)
         elif solution is not None and not chosen.grade(solution, row.answer, row):
-            found.add("solution", row)
-    return found
+            findings.add("solution", row)
+    return findings
 
 
 def solution_of(row: Example) -> str | None:
@@ -128,9 +128,9 @@ def solution_of(row: Example) -> str | None:
     return row.completion if isinstance(row.completion, str) else row.completion[-1]["content"]
 
 
-def _say(found: Findings, chosen: Grader, *, needed: bool) -> list[str]:
-    n, counts = found.rows, found.counts
-    of = f"of the first {n:,} rows" if found.stopped else f"of {n:,} rows"
+def _say(findings: Findings, chosen: Grader, *, needed: bool) -> list[str]:
+    n, counts = findings.rows, findings.counts
+    of_rows = f"of the first {n:,} rows" if findings.stopped else f"of {n:,} rows"
     lost = {kind: counts.get(kind, 0) for kind in ("none", "unreadable", "wrong")}
     texts = {
         "none": "have no answer to compare with: they are sampled and not graded, their accuracy is NULL",
@@ -139,19 +139,23 @@ def _say(found: Findings, chosen: Grader, *, needed: bool) -> list[str]:
     }
     if needed and n and sum(lost.values()) == n:
         parts = "; ".join(f"{k:,} {texts[kind].split(':')[0]}" for kind, k in lost.items() if k)
-        shown = next(found.said(kind) for kind, k in lost.items() if k and kind != "none") if n > lost["none"] else ""
+        shown = (
+            next(findings.examples_of(kind) for kind, k in lost.items() if k and kind != "none")
+            if n > lost["none"]
+            else ""
+        )
         raise UsageError(
-            f"No row can be graded, so nothing is sampled: {of} {parts}{f' ({shown})' if shown else ''}. {CHANGE}"
+            f"No row can be graded, so nothing is sampled: {of_rows} {parts}{f' ({shown})' if shown else ''}. {CHANGE}"
         )
     notes = []
     for kind, k in lost.items():
         if k:
-            examples = f" ({found.said(kind)})" if kind != "none" else ""
-            notes.append(f"{k:,} {of} {texts[kind]}{examples}. {CHANGE if kind != 'none' else ''}".strip())
+            examples = f" ({findings.examples_of(kind)})" if kind != "none" else ""
+            notes.append(f"{k:,} {of_rows} {texts[kind]}{examples}. {CHANGE if kind != 'none' else ''}".strip())
     if k := counts.get("solution", 0):
         notes.append(
-            f"{k:,} {of} have a reference solution that is graded wrong by grader {chosen.name}: a model that answers as it does would be wrong "
-            f"({found.said('solution')}). {CHANGE}"
+            f"{k:,} {of_rows} have a reference solution that is graded wrong by grader {chosen.name}: a model that answers as it does would be wrong "
+            f"({findings.examples_of('solution')}). {CHANGE}"
         )
     return notes
 

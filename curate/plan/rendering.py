@@ -48,56 +48,56 @@ class Rendering:
 
     def params(self, measurement: Measurement) -> dict[str, Any]:
         """What a measurement's values depend on here, beyond the tokenizer. Empty where rows are rendered as they were before 2026-11."""
-        found: dict[str, Any] = {"chat": True} if self.chat else {}
+        params: dict[str, Any] = {"chat": True} if self.chat else {}
         if self.template is None or not (self.chat or self.messages):
-            return found
+            return params
         if self.template.dated:
-            found["template_date"] = f"{DATE:%Y-%m-%d}"
+            params["template_date"] = f"{DATE:%Y-%m-%d}"
         of_prompts = measurement.reads == "sample" or measurement.prompt_only
         if self.template.end is None and self.template.eos and not of_prompts:
-            found["template_end"] = "none" if self.template.refuses is None else "unknown"
+            params["template_end"] = "none" if self.template.refuses is None else "unknown"
         if self.pairs and not self.template.keeps_reasoning:
-            found["same_tokens"] = "unknown"
-        return found
+            params["same_tokens"] = "unknown"
+        return params
 
     def notes(self, model: str, rule: str) -> list[str]:
         """What a user should know before anything is measured. rule: tokens.chat."""
-        found = []
+        notes = []
         template = self.template
         if self.chat:
-            found.append(
+            notes.append(
                 f"Rows are asked and measured as messages, through the chat template of {model} (tokens.chat: {rule}), and exported as messages. "
                 "`--set tokens.chat=never` keeps them plain text."
             )
         elif self.plain and template is not None and rule == "auto":
-            found.append(
+            notes.append(
                 f"{model} has a chat template, and these rows are plain text (no question/answer rows): they are measured as plain text, as TRL "
                 "trains them. If the model is to answer as a chat, `--set tokens.chat=always` (they are exported as messages then); if plain is "
                 "meant, `--set tokens.chat=never` says so."
             )
         if template is None or not (self.chat or self.messages):
-            return found
+            return notes
         if template.refuses:
-            found.append(
+            notes.append(
                 f"{model}: {template.refuses.replace('these messages', 'a question with its reply')}, so how it ends a reply is not known. Rows that "
                 "it refuses cannot be measured; give them the turns that it asks for, or take another template (chat_template.jinja)."
             )
         elif template.end is None:
-            found.append(
+            notes.append(
                 f"The chat template of {model} ends a reply with no special token: TRL trains none, so none is measured, and a model trained on such "
                 "rows does not learn to stop: its answers run to max_new_tokens. A template that writes the end token after the reply mends that."
             )
         elif template.eos and template.end not in template.stops:
-            found.append(
+            notes.append(
                 f"The chat template of {model} ends a reply with {template.end}, which does not end an answer when it is sampled (that is "
                 f"{', '.join(template.stops)}): set eos_token_id in generation_config.json, or `sampling.stop: ['{template.end}']`."
             )
         if template.dated:
-            found.append(
+            notes.append(
                 f"The chat template of {model} writes today's date into the prompt; {DATE:%d %B %Y} stands there in every measurement, so that "
                 "values do not depend on the day. TRL and servers write the day's own."
             )
-        return found
+        return notes
 
 
 class Renderings:
@@ -116,8 +116,8 @@ class Renderings:
             return self._rendering(self.loaded.recipe.tokens.chat == "always", None)
         folder = checkpoint.tokenizer
         if folder not in self._known:
-            found = self.cache.template(Path(folder), Path(checkpoint.base or checkpoint.home))
-            self._known[folder] = self.with_template(found, checkpoint.label)
+            template = self.cache.template(Path(folder), Path(checkpoint.base or checkpoint.home))
+            self._known[folder] = self.with_template(template, checkpoint.label)
         return self._known[folder]
 
     def with_template(self, template: Template | None, model: str) -> Rendering:
@@ -157,16 +157,16 @@ class Renderings:
     def notes(self, checkpoints: Iterable[Checkpoint]) -> list[str]:
         """A line for each thing to know of the models' templates, each once."""
         rule = self.loaded.recipe.tokens.chat
-        found: list[str] = []
+        notes: list[str] = []
         for checkpoint in checkpoints:
             if Path(checkpoint.home).is_dir():
-                found += self.of(checkpoint).notes(Path(checkpoint.tokenizer).name, rule)
+                notes += self.of(checkpoint).notes(Path(checkpoint.tokenizer).name, rule)
             elif rule == "auto" and "standard" in self.styles and self._some_questions():
-                found.append(
+                notes.append(
                     "Question/answer rows are asked as plain text: whether the server's model has a chat template is not known here. "
                     "`--set tokens.chat=always` asks it as a chat."
                 )
-        return list(dict.fromkeys(found))
+        return list(dict.fromkeys(notes))
 
 
 def limits_for(loaded: Loaded, rows: Iterable[Row], checkpoint: Checkpoint) -> Limits:
@@ -174,42 +174,42 @@ def limits_for(loaded: Loaded, rows: Iterable[Row], checkpoint: Checkpoint) -> L
     from curate.models.fingerprints import FingerprintCache
     from curate.passes.tokens import Limits
 
-    found = Renderings(loaded, FingerprintCache(None), {row.style for row in rows})
+    renderings = Renderings(loaded, FingerprintCache(None), {row.style for row in rows})
     tokens = loaded.recipe.tokens
-    return Limits(tokens.max_length, tokens.truncation, found.of(checkpoint).chat)
+    return Limits(tokens.max_length, tokens.truncation, renderings.of(checkpoint).chat)
 
 
 def measured_as(store: Store, recipe: str) -> dict[str, Any]:
     """How the rows of a recipe were rendered when its values were measured: `Rendering.params` of any of them."""
-    uses = {use for kept in store.recipes() if kept["name"] == recipe for use in kept["uses"] or ()}
-    found: dict[str, Any] = {}
+    fingerprints = {use for kept in store.recipes() if kept["name"] == recipe for use in kept["uses"] or ()}
+    params: dict[str, Any] = {}
     for measured in store.measured():
-        if measured.fingerprint in uses:
-            found |= {
+        if measured.fingerprint in fingerprints:
+            params |= {
                 key: value for key, value in measured.params.items() if key in ("chat", "template_end", "template_date")
             }
-    return found
+    return params
 
 
 def card_notes(measured: dict[str, Any], rule: str, styles: Collection[str]) -> list[str]:
     """What a card says of the rendering. measured: of `measured_as`. rule: tokens.chat."""
-    found = []
+    notes = []
     if measured.get("chat"):
-        found.append(
+        notes.append(
             f"Rows were asked and measured as messages, through the model's chat template (tokens.chat: {rule}), and are exported as messages."
         )
     elif "standard" in styles:
-        found.append(f"Rows of plain text were measured as plain text, without a chat template (tokens.chat: {rule}).")
+        notes.append(f"Rows of plain text were measured as plain text, without a chat template (tokens.chat: {rule}).")
     if measured.get("template_end") == "none":
-        found.append(
+        notes.append(
             "The model's chat template ends a reply with no special token: none was measured, and a training on these rows teaches none, so answers "
             "run to their longest length."
         )
     if day := measured.get("template_date"):
-        found.append(
+        notes.append(
             f"The model's chat template writes a date into prompts: {day} in every measurement, the day's own in a training."
         )
-    return found
+    return notes
 
 
 def styles_of(store: Store, sources: list[str], kind: str) -> set[str]:
@@ -234,9 +234,9 @@ def look(
         lost: set[str] = set()
         try:
             for reply in replies:
-                said = () if reply is None else turns(reply)
-                text = render(tokenizer, (*row.prompt, *said), generation_prompt=reply is None)
-                lost |= {*left_out(row.prompt, text), *("reply",) * bool(left_out(said, text))}
+                messages = () if reply is None else turns(reply)
+                text = render(tokenizer, (*row.prompt, *messages), generation_prompt=reply is None)
+                lost |= {*left_out(row.prompt, text), *("reply",) * bool(left_out(messages, text))}
         except Refused as refused:
             lost = {str(refused)}
         counts.update(lost)
@@ -247,23 +247,23 @@ def look(
 
 def lost_text(counts: Counter[str], n: int, rows: int, model: str, first: Mapping[str, str] | None = None) -> list[str]:
     """What `look` found, in sentences. n: rows looked at, of so many rows. first: the name of the first row of each, where it is known."""
-    of = f"of {n:,} rows" if n == rows else f"of {n:,} rows looked at (of {rows:,})"
-    found = []
+    part = f"of {n:,} rows" if n == rows else f"of {n:,} rows looked at (of {rows:,})"
+    notes = []
     for what, count in sorted(counts.items()):
         if what == "reply":
-            found.append(
-                f"The chat template of {model} leaves out text of the reply in {count:,} {of}: the rest alone is measured, and a training on these "
+            notes.append(
+                f"The chat template of {model} leaves out text of the reply in {count:,} {part}: the rest alone is measured, and a training on these "
                 "rows would see no more. Take a template that keeps it (chat_template.jinja beside the tokenizer); pairs that differ in nothing "
                 "else get NULL and a token_problem."
             )
         elif what.startswith("the chat template refuses"):
-            found.append(
-                f"{count:,} {of} cannot be measured: {what}."
+            notes.append(
+                f"{count:,} {part} cannot be measured: {what}."
                 + (f" The first is {first[what]}." if first and what in first else "")
             )
         else:
-            found.append(
-                f"The chat template of {model} leaves out text of {'an' if what[0] in 'aeiou' else 'a'} {what} turn in {count:,} {of}: neither the "
+            notes.append(
+                f"The chat template of {model} leaves out text of {'an' if what[0] in 'aeiou' else 'a'} {what} turn in {count:,} {part}: neither the "
                 "model that is measured nor one trained on them sees it."
             )
-    return found
+    return notes

@@ -17,7 +17,7 @@ def requested_scores(loaded: Loaded) -> list[RequestedScore]:
     from curate.plan.beta import beta_of, has_beta
     from curate.scores import resolve
 
-    found, beta = [], beta_of(loaded.recipe)
+    requested, beta = [], beta_of(loaded.recipe)
     for i, request in enumerate(loaded.recipe.scores):
         try:
             score = resolve(request.score, folder=loaded.folder)
@@ -29,18 +29,18 @@ def requested_scores(loaded: Loaded) -> list[RequestedScore]:
             raise UsageError(
                 f"{loaded.place('scores', i)}: scores: {request.score} is for {score.kind} rows, this recipe's kind is {loaded.recipe.kind}."
             )
-        found.append(RequestedScore(request.name, score, params))
-    _check_names(found, loaded)
-    for want in list(found):  # where a NULL is the right value, the score that says so comes along
+        requested.append(RequestedScore(request.name, score, params))
+    _check_names(requested, loaded)
+    for want in list(requested):  # where a NULL is the right value, the score that says so comes along
         excuse = want.score.null_where
-        if excuse and not any(w.score.name == excuse for w in found):
+        if excuse and not any(w.score.name == excuse for w in requested):
             score = resolve(excuse)
-            found.append(
+            requested.append(
                 RequestedScore(
                     excuse, score, score.check({k: v for k, v in want.params.items() if k in score.parameters})
                 )
             )
-    return found
+    return requested
 
 
 # What views and `select` have under these names beside what is measured; a row's own columns (row_id, source, …) are refused as the recipe is read.
@@ -54,12 +54,12 @@ NAMES = {
 }
 
 
-def _check_names(found: Sequence[RequestedScore], loaded: Loaded) -> None:
+def _check_names(requested: Sequence[RequestedScore], loaded: Loaded) -> None:
     """UsageError for a score whose column would hide another one: `keep: {tokens: …}` would count the score."""
     from curate.measurements import providers
 
-    codes = {f"{want.name}_name".lower(): want.name for want in found if want.score.names}
-    for want in found:
+    codes = {f"{want.name}_name".lower(): want.name for want in requested if want.score.names}
+    for want in requested:
         name = want.name.lower()
         if name == want.score.name and name in want.score.needs:
             continue  # the measured column itself
@@ -85,12 +85,12 @@ def _check_names(found: Sequence[RequestedScore], loaded: Loaded) -> None:
         )
 
 
-def check_checkpoints(wanted: Sequence[RequestedScore], n: int) -> None:
+def check_checkpoints(requested: Sequence[RequestedScore], n: int) -> None:
     """UsageError where a score is about a training and the recipe names fewer than it needs of its checkpoints. n: without the untrained model."""
-    for want in wanted:
+    for want in requested:
         if want.score.least > n:
-            found = f"{n} checkpoint{'s' * (n != 1)}" if n else "no checkpoint"
+            count = f"{n} checkpoint{'s' * (n != 1)}" if n else "no checkpoint"
             raise UsageError(
                 f"scores: {want.name} is about a training run and needs {want.score.least} of its checkpoints or more; the recipe names "
-                f"{found} (the untrained model, step 0, is none). Set models.checkpoints to the run's folder, or to a list of models."
+                f"{count} (the untrained model, step 0, is none). Set models.checkpoints to the run's folder, or to a list of models."
             )

@@ -109,5 +109,5 @@ def find_roles(
     met = [one for one in (reference, policy, *series) if one is not None]
     check_pickles([folder for one in met for folder in (one.path, one.base)], allowed=models.allow_pickle)
     last = series[-1] if series else None
-    plain = reference or last if loaded.recipe.kind == "preference" else last
-    return Roles(reference, policy, series, plain, tuple(skipped))
+    primary = reference or last if loaded.recipe.kind == "preference" else last
+    return Roles(reference, policy, series, primary, tuple(skipped))

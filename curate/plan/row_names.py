@@ -25,13 +25,13 @@ def row_name(store: Store, row_id: str, loaded: Loaded) -> str:
     """`rows.jsonl, row 3, line 4 (row 1f…)`."""
     from curate.data.records import row_in_file
 
-    found = store.sql(
+    occurrences = store.sql(
         "SELECT split_part(source, chr(30), -1) AS source, index FROM data.occurrences WHERE row_id = ? AND index >= 0 ORDER BY seq LIMIT 1",
         [row_id],
     )
-    if not len(found):
+    if not len(occurrences):
         return f"row {row_id}"
-    source, index = found["source"][0], int(found["index"][0])
+    source, index = occurrences["source"][0], int(occurrences["index"][0])
     return f"{source}, {row_in_file(index, _line(loaded.resolve(source), index))} (row {row_id})"
 
 

@@ -39,15 +39,17 @@ FILE = "servers.json"
 
 @dataclass(frozen=True)
 class Served:
-    """A server's model. id: what stands for its weights in fingerprints. said: by the server. notes: for the user, what the id was told from."""
+    """A server's model. id: what stands for its weights in fingerprints. description: what the server says of the model. notes: for the user, how the
+    model was recognised.
+    """
 
     id: str
-    said: dict[str, Any]
+    description: dict[str, Any]
     notes: tuple[str, ...] = ()
 
     @property
     def model(self) -> str:
-        return str(self.said["model"])
+        return str(self.description["model"])
 
     @property
     def engine(self) -> str:
@@ -93,33 +95,38 @@ class Servers:
         names = _names(checkpoint, self.loaded) if checkpoint else ()
         let_go()  # a server takes its time
         with OpenAISampler(self.server.model_dump(), prefer=names) as sampler:
-            said = sampler.said()
+            description = sampler.description()
             now = sampler.probe(self.prompts)
-            proof = self._check_name(said, checkpoint, names, now) if checkpoint else ()
+            proof = self._check_name(description, checkpoint, names, now) if checkpoint else ()
             self.chat_only = sampler.chat_only
             kept = _read(self.folder)
-            found, why = _known(kept["models"], said, now)
-            known = _probe(kept["models"][found]["probe"]) if found else {}
+            key_before, why = _known(kept["models"], description, now)
+            known = _probe(kept["models"][key_before]["probe"]) if key_before else {}
             new = {key: spoken for key, spoken in now.items() if key not in known}
             again = sampler.probe([p for p in self.prompts if key_of(p) in new], at_once=True) if new else {}
         sure, noise = measured_noise(new, again)
-        key = found or content_id("served", said, {prompt: spoken.to_json() for prompt, spoken in sure.items()})[:16]
-        met = _met(kept, found, self._place, said, why)
+        key = (
+            key_before
+            or content_id("served", description, {prompt: spoken.to_json() for prompt, spoken in sure.items()})[:16]
+        )
+        met = _met(kept, key_before, self._place, description, why)
         if self.ask == "keep":
-            model = kept["models"].get(key) or {"said": said, "noise": [noise.mean, noise.most], "probe": {}}
+            model = kept["models"].get(key) or {"said": description, "noise": [noise.mean, noise.most], "probe": {}}
             model["probe"] |= {prompt: spoken.to_json() for prompt, spoken in sure.items()}
             kept["models"][key], kept["last"][self._place] = model, key
             self._write(kept)
-        return Served(key, said, (self._note(said, met), *proof, *(() if known or sure else (UNREPEATABLE,))))
+        return Served(
+            key, description, (self._note(description, met), *proof, *(() if known or sure else (UNREPEATABLE,)))
+        )
 
     def _check_name(
-        self, said: dict[str, Any], checkpoint: Checkpoint, names: Sequence[str], now: Probe
+        self, description: dict[str, Any], checkpoint: Checkpoint, names: Sequence[str], now: Probe
     ) -> tuple[str, ...]:
         """That the server's model can be the checkpoint: () or a line on what that rests on. UsageError showing both where it cannot.
 
         A server that gives neither a root nor log-probabilities has a label for its model and no more: another label is a doubt, no proof.
         """
-        model, root = str(said["model"]), said.get("root")
+        model, root = str(description["model"]), description.get("root")
         shown = model if not root or root == model else f"{model} (from {root})"
         if root and Path(str(root)).is_dir():  # the server is on this machine: its weights can be read
             try:
@@ -153,11 +160,11 @@ class Servers:
             f"models.reference the one that is served; where both are the same under two names, say so: `--set server.model={model}`."
         )
 
-    def _note(self, said: dict[str, Any], met: str) -> str:
-        about = [f"from {said['root']}"] if said["root"] not in (None, said["model"]) else []
-        about += [f"version {said['version']}"] if said["version"] else []
-        told = f" ({', '.join(about)})" if about else ""
-        return f"{self.server.url} serves {said['model']}{told}: {met}."
+    def _note(self, description: dict[str, Any], met: str) -> str:
+        about = [f"from {description['root']}"] if description["root"] not in (None, description["model"]) else []
+        about += [f"version {description['version']}"] if description["version"] else []
+        details = f" ({', '.join(about)})" if about else ""
+        return f"{self.server.url} serves {description['model']}{details}: {met}."
 
     # ---- memory ---------------------------------------------------------------------------------------------------------------------------
 
@@ -218,8 +225,8 @@ def first_rows(store: Store, loaded: Loaded, sources: Sequence[str]) -> list[Row
 
 def _read(folder: Path) -> dict[str, Any]:
     try:
-        found = read_object(folder / FILE)
-        return {"models": dict(found["models"]), "last": dict(found["last"])}
+        stored = read_object(folder / FILE)
+        return {"models": dict(stored["models"]), "last": dict(stored["last"])}
     except FileNotFoundError:
         return {"models": {}, "last": {}}
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -229,12 +236,12 @@ def _read(folder: Path) -> dict[str, Any]:
         ) from None
 
 
-def _known(models: dict[str, Any], said: dict[str, Any], now: Probe) -> tuple[str | None, str]:
+def _known(models: dict[str, Any], description: dict[str, Any], now: Probe) -> tuple[str | None, str]:
     """The model that says the same and answers alike, and, where there is none, how the answers of the last one that says the same differ."""
     why = ""
     for key, model in reversed(models.items()):
         known = _probe(model["probe"])
-        if model["said"] != said or (known and not known.keys() & now.keys()):
+        if model["said"] != description or (known and not known.keys() & now.keys()):
             continue
         differs = difference(known, now, Noise(*model["noise"]))
         if differs is None:
@@ -243,14 +250,16 @@ def _known(models: dict[str, Any], said: dict[str, Any], now: Probe) -> tuple[st
     return None, why
 
 
-def _met(kept: dict[str, Any], found: str | None, place: str, said: dict[str, Any], why: str) -> str:
+def _met(kept: dict[str, Any], known_key: str | None, place: str, description: dict[str, Any], why: str) -> str:
     """In words, whether this store has met the model."""
-    if found:
+    if known_key:
         return "the model that was measured here before"
     before = kept["models"].get(kept["last"].get(place))
-    if before and before["said"] != said:
+    if before and before["said"] != description:
         why = "; ".join(
-            f"{name} was {before['said'].get(name)}" for name in said if before["said"].get(name) != said[name]
+            f"{name} was {before['said'].get(name)}"
+            for name in description
+            if before["said"].get(name) != description[name]
         )
     return (
         f"another model than was measured here before, so its values are measured anew ({why})"

@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 MOST_GROUPS = 100  # each is a column of the store, and a gradient on the disk
 
 
-def split(of: str) -> tuple[str, str]:
+def split(target: str) -> tuple[str, str]:
     """("NAME", "GROUP") of target.NAME:GROUP, ("NAME", "") of target.NAME."""
-    name, _, group = of.removeprefix("target.").partition(":")
+    name, _, group = target.removeprefix("target.").partition(":")
     return name, group
 
 
@@ -102,9 +102,9 @@ class Targets:
         question = f"groups of target {self.identity(name)} by {self.named(name).per}"
         return self.kept.ask(question, lambda: sorted(self.rows(name)))
 
-    def gradients(self, of: str) -> list[str]:
+    def gradients(self, target: str) -> list[str]:
         """The names of the mean gradients that a cosine with target.NAME needs: one for each of its groups, or its own where it has none."""
-        return [f"{of}:{group}" for group in self.groups(split(of)[0])] or [of]
+        return [f"{target}:{group}" for group in self.groups(split(target)[0])] or [target]
 
     def in_groups(self, measurement: Measurement) -> Measurement:
         """The measurement with a column for each group, where it is a cosine with a target that has groups; else as it is."""
@@ -145,10 +145,10 @@ def _value(record: Record, per: str, where: str) -> str:
 
     value = record.columns.get(per)
     if value is None or not re.search(r"\w", str(value)):
-        found = f"found {cell(value)}"
+        what = f"found {cell(value)}"
         if per not in record.columns:
-            found = "found none" + did_you_mean(per, record.columns, before="; ")
+            what = "found none" + did_you_mean(per, record.columns, before="; ")
         raise UsageError(
-            f"{record.source}, {row_in_file(record.index, record.line)}: {where}.per: wanted a group's name in the column {per!r}, {found}"
+            f"{record.source}, {row_in_file(record.index, record.line)}: {where}.per: wanted a group's name in the column {per!r}, {what}"
         )
     return str(value)

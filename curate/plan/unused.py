@@ -19,27 +19,27 @@ def unused_settings(loaded: Loaded, plan: Plan) -> list[str]:
     passes = {step.reads for step in plan.steps}
     gradients = passes & {"backward", "direction"}
     named = {str(value) for want in plan.wanted for value in want.params.values()}
-    found = []
+    unused = []
     if "sample" not in passes:
-        found += _changed("sampling", recipe.sampling)
+        unused += _changed("sampling", recipe.sampling)
         if recipe.server.url:
-            found.append("server.url")
+            unused.append("server.url")
     elif recipe.server.url and recipe.engine.sampler != "openai":
-        found.append(f"server.url (engine.sampler is {recipe.engine.sampler})")
+        unused.append(f"server.url (engine.sampler is {recipe.engine.sampler})")
     if not gradients:
-        found += _changed("gradients", recipe.gradients)
+        unused += _changed("gradients", recipe.gradients)
     if "direction" not in passes:
         of_scores = recipe.export is not None or any(has_beta(want.score.name) for want in plan.wanted)
         used = ("forecast.beta",) if recipe.kind == "preference" and of_scores else ()  # an export's trainer takes it
-        found += [name for name in _changed("forecast", recipe.forecast) if name not in used]
-    found += [f"targets.{name}" for name in recipe.targets if name not in named]
+        unused += [name for name in _changed("forecast", recipe.forecast) if name not in used]
+    unused += [f"targets.{name}" for name in recipe.targets if name not in named]
     policy = plan.roles.policy
     if policy is not None and all(step.checkpoint.path != policy.path for step in plan.steps):
-        found.append("models.policy")
-    if not found:
+        unused.append("models.policy")
+    if not unused:
         return []
     return [
-        f"Not used by any score of this recipe: {', '.join(found)}. `curate scores NAME` says what a score needs; leave out what is not meant."
+        f"Not used by any score of this recipe: {', '.join(unused)}. `curate scores NAME` says what a score needs; leave out what is not meant."
     ]
 
 

@@ -193,7 +193,7 @@ def _trial_rows(ahead: Ahead, step: Step) -> list[Row]:
     chosen = row_ids[:8]
     if ahead.plan.lengths is not None and Path(step.checkpoint.home).is_dir():
         lengths = ahead.plan.lengths.of(step.tasks[0].measured.params["tokenizer"], step.checkpoint)
-        at = lengths.places(row_ids)
+        at = lengths.indices(row_ids)
         chosen.append(row_ids[int(lengths.whole[at].argmax())])
     styles: set[type] = set()
     found = []
