@@ -31,14 +31,16 @@ NO_DECAY = re.compile(
 
 
 def _reason(problem: Exception) -> str:
-    """torch's advice on a file that is no pickle of tensors is to load it unsafely: not what is wrong, and not to be followed."""
+    """What is wrong with a file, for an error message. torch's own advice (load the file unsafely) is left out: it should not be followed."""
     if isinstance(problem, UnpicklingError):
         return "It is not a file of tensors that torch.save wrote."
     return f"{type(problem).__name__}: {first_line(problem)}"
 
 
 def second_moments(file: str | Path, module: nn.Module) -> Vector:
-    """v̂ of every parameter that the optimizer holds, float32 on the CPU. ModelError where the file is no Adam of this model."""
+    """{parameter: v̂, of its shape}, float32 on the CPU, for every parameter that the optimizer holds. ModelError where the file is not
+    the state of an Adam optimizer of this model.
+    """
     return {
         name: state["exp_avg_sq"].float() / (1 - beta ** float(state["step"]))
         for name, state, beta in _states(file, module)
@@ -48,8 +50,8 @@ def second_moments(file: str | Path, module: nn.Module) -> Vector:
 def check_moments(
     file: str | Path, path: str | Path, *, base: str | Path | None = None, parameters: Parameters = "all"
 ) -> None:
-    """Raises, before the model at a path is loaded, what `second_moments` would and what gradients over `parameters` would meet; of the file no
-    tensor is read.
+    """ModelError where `second_moments` would fail on this file, or where it shares no parameter with gradients over `parameters`. Checked before
+    the model at `path` is loaded; no tensor of the file is read.
     """
     model = skeleton(path, base=base)
     held = [name for name, _, _ in _states(file, model.module)]

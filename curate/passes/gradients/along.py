@@ -48,7 +48,10 @@ def vector_products(
 
 
 class _VectorProducts:
-    """A sink (passes/gradients/rows.py) in which every part of a gradient meets its part of v. products (count,) float64."""
+    """A sink (passes/gradients/rows.py) that multiplies every part of a row's gradient with the same part of v.
+
+    products: (count,) float64, ⟨g_i, v⟩ of row number i, filled in as batches end.
+    """
 
     def __init__(self, parts: dict[Name, torch.Tensor], count: int, device: torch.device) -> None:
         self.parts = parts

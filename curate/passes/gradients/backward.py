@@ -4,8 +4,8 @@
 
 One forward and one backward per batch; the forward's own measurements are read off the same states. A linear layer sees a shared prompt once
 on the way forward and once per response on the way back (passes/gradients/capture.py); the head goes by blocks of the vocabulary
-(passes/gradients/head.py); which parameters are understood is passes/gradients/layer_rules.py. A model is believed only after ‖g+ + g−/2‖² on a few
-tokens agreed with the gradients of autograd itself. Memory: passes/gradients/memory.py.
+(passes/gradients/head.py); which parameters are understood is passes/gradients/layer_rules.py. A model is measured only after ‖g+ + g−/2‖² of a few
+tokens has agreed with the gradients of autograd itself. Memory: passes/gradients/memory.py.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class GradientBatch(Batch):
     of_head: HeadGradient
 
     def _sweep(self) -> dict[str, torch.Tensor]:
-        """Log-probabilities are there already; anything else of the head takes the forward pass's own sweep."""
+        """{statistic of the head: (tokens,) float64}. Log-probabilities were computed with the gradients; others take the forward pass's sweep."""
         if not self._requested <= {"logp", "lse"}:
             return super()._sweep()
         at, sides = 0, list(self.sides.values())
@@ -102,6 +102,7 @@ def _measure_rows(
     parameters: Parameters,
     out: dict[str, np.ndarray],
 ) -> None:
+    """Measures rows of one kind (pairs or SFT rows), given by their indices, and writes their columns into `out`, (rows,) float64 each."""
     items = {i: items_of(i, encoded[i], False, None) for i in indices}
     check_lengths(model, items)
     check_angles(model, items)
@@ -125,7 +126,7 @@ def _measure_rows(
 
 
 def _batches(model: Model, items: dict[int, list[Item]], limit: int) -> Iterator[list[int]]:
-    """Rows with the same prompt side by side, at most `limit` tokens of the graph at a time; a longer row alone."""
+    """Batches of row indices: rows with the same prompt stand side by side; a batch has at most `limit` tokens in the graph, or is one longer row."""
     together: dict[object, list[int]] = {}
     for row, own in items.items():
         together.setdefault(own[0].ids[: own[0].start].tobytes(), []).append(row)
@@ -143,7 +144,7 @@ def _batches(model: Model, items: dict[int, list[Item]], limit: int) -> Iterator
 
 
 def tokens_of(rows: Sequence[list[Item]], layout: str) -> int:
-    """Tokens that a batch has in the graph: every sequence whole, with padding in the padded layout."""
+    """How many tokens a batch has in the graph: every sequence counts whole (shared prompts too), in the padded layout with its padding."""
     lengths = [len(item.ids) for row in rows for item in row]
     return len(lengths) * max(lengths) if layout == "padded" else sum(lengths)
 
@@ -158,8 +159,10 @@ def run(
     checkpointed: bool = False,
     apart: bool = False,
 ) -> GradientBatch:
-    """Forward and backward of one batch of whole rows, `items` their sequences, with its inner products. checkpointed: layers are run again on
-    the way back. apart: activations are kept as in passes/gradients/graph_memory.py.
+    """One batch of rows, forward and backward: the forward pass's batch with the inner products of each row's gradients.
+
+    items: row -> its sequences. checkpointed: each decoder layer is run again on the way back, to save memory. apart: activations are kept as in
+    passes/gradients/graph_memory.py.
     """
     bundle = join(bundle_rows(items, NO_LIMIT))
     shared = Layout.of(bundle.groups)
@@ -205,7 +208,9 @@ def _tied(
     tokens: torch.Tensor,
     responses: list[tuple[int, int, int]],
 ) -> Callable[[torch.Tensor, torch.Tensor], None]:
-    """What a matrix that is embedding and head at once adds when the embedding's gradient arrives."""
+    """A function of the embedding's ids (N,) and gradients (N, d). Where embedding and LM head are one matrix, it adds the inner products between
+    the two uses of that matrix.
+    """
 
     def add(ids: torch.Tensor, g: torch.Tensor) -> None:
         for k, ((start, middle, stop), (a, b, c)) in enumerate(zip(products.spans, responses)):
@@ -217,7 +222,7 @@ def _tied(
 
 
 def checked_rules(model: Model, parameters: Parameters) -> tuple[Rules, Footprint]:
-    """The model's rules, checked once against autograd on a few tokens, and what a token costs in memory."""
+    """The model's rules and its memory footprint. The rules are compared with autograd on a few tokens, once per model (`model.known`)."""
     key = "gradients", parameters
     if key not in model.known:
         rules = find_rules(model, parameters)
@@ -228,6 +233,7 @@ def checked_rules(model: Model, parameters: Parameters) -> tuple[Rules, Footprin
 
 
 def _probe(model: Model) -> dict[int, list[Item]]:
+    """One pair of random tokens, with a common prompt of 5, on which the rules are checked."""
     ids = probe_ids(model, 17, seed=1)
     chosen, rejected = ids[:11], np.concatenate([ids[:5], ids[11:]])
     return {0: [Item(0, "chosen", chosen, 5), Item(0, "rejected", rejected, 5)]}

@@ -26,7 +26,11 @@ from curate.passes.kernels.cpu_products import linear, product
 
 @dataclass
 class Shared:
-    """Linear layers that read one input: their outputs together, how many are left to come, and what their taker keeps of it meanwhile."""
+    """A record for the linear layers that read the same input (q, k and v, for example).
+
+    outputs: the sum of their output widths. left: how many of them the backward has still to reach. kept: what the taker made of the common input,
+    emptied after the last of them.
+    """
 
     outputs: int = 0
     left: int = 0
@@ -34,24 +38,26 @@ class Shared:
 
 
 class Taker(Protocol):
-    """What is made of the parts of a gradient as they come by, layer after layer; the tensors belong to the backward and are not to be kept."""
+    """Receives the parts of a gradient during the backward, layer after layer. The tensors belong to the backward: a taker must not keep them."""
 
     def linear(
         self, rule: Linear, shared: Shared, rows: torch.Tensor, line: torch.Tensor | None, g: torch.Tensor
     ) -> None:
-        """rows[line] (N, i): the layer's inputs, rows themselves where line is None; g (N, o): gradients at its outputs."""
+        """One linear layer. Its inputs are rows[line] (N, i), or rows themselves where line is None; g (N, o): the gradients at its outputs."""
 
     def norm(self, rule: Norm, x: torch.Tensor, g: torch.Tensor) -> None:
-        """x, g: the norm's input and its output's gradient, tokens first, then any, then the weight's shape."""
+        """One norm. x: its input, g: the gradient at its output, both (N, …, *shape of the weight), a token a line."""
 
     def embedding(self, rule: Embedding, ids: torch.Tensor, g: torch.Tensor) -> None:
-        """ids (N,), g (N, d): gradients of the lines themselves, scale included."""
+        """One embedding. ids (N,): the tokens; g (N, d): the gradients of the table's lines that they read, the embedding's scale included."""
 
 
 @dataclass
 class Capture:
-    """One batch of n_tokens tokens in the graph. first (U,), line (N,): the first of the tokens that share everything, and each token's number
-    among those; None where none do. taker: gets every wanted layer's part.
+    """Hands the parts of one batch's gradients to a taker. n_tokens: N, the tokens in the graph.
+
+    Tokens of a shared prompt have the same states: first (U,) is the position of the first of each such group, line (N,) the number of each
+    token's group; None where no tokens are shared. checkpointed: layers are run again on the way back.
     """
 
     rules: Rules
@@ -68,7 +74,7 @@ class Capture:
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """While inside, the model's modules hand over what they see."""
+        """While inside, the forward methods of the layers with a rule are replaced by ones that hand their inputs and gradients over."""
         with ExitStack() as stack:
             stack.callback(self.forward_done)  # a layer that was run again and this would hold each other for ever
             for rule in self.rules.linears:
@@ -103,6 +109,8 @@ class Capture:
             yield
 
     def _again(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """A layer's forward as its checkpoint runs it again: inside the context `around`, where there is one."""
+
         def run(*args: Any, **kwargs: Any) -> Any:
             if self.around is None:
                 return original(*args, **kwargs)
@@ -112,12 +120,13 @@ class Capture:
         return run
 
     def forward_done(self) -> None:
-        """Let go of everything but what the graph itself keeps."""
+        """Frees what was needed during the forward alone; what the graph keeps for the backward stays."""
         self._last = None
         if self.arena is not None:
             self.arena.close()
 
     def _linear(self, rule: Linear, x: torch.Tensor) -> torch.Tensor:
+        """y (…, o) of a linear layer for x (…, i); where a gradient is taken, the backward hands this layer's part to the taker."""
         self._check(rule.module, x, x.numel() // x.shape[-1])
         rows, shared = self._shared(x)
         if not (x.requires_grad and torch.is_grad_enabled()):
@@ -129,7 +138,7 @@ class Capture:
         return _Linear.apply(x, rows, rule, shared, self)
 
     def _shared(self, x: torch.Tensor) -> tuple[torch.Tensor, Shared]:
-        """The (U, i) different rows of x, and one record for all layers that get this very tensor. Only the graph keeps the rows."""
+        """The (U, i) different rows of x (…, i), and one record for all layers that read this very tensor. Only the graph keeps the rows alive."""
         if self._last is not None and self._last[0] is x and self._last[1] == x._version:
             return self._last[2:]
         with torch.no_grad():
@@ -142,6 +151,7 @@ class Capture:
         return self._last[2:]
 
     def _norm(self, rule: Norm, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """y, a norm's output as the model computed it, with a hook that hands the norm's part to the taker on the way back."""
         if not torch.is_grad_enabled():
             return y
         turned = x.ndim == 4 and self._by_heads(rule.module, x)
@@ -150,19 +160,23 @@ class Capture:
         return _Norm.apply(y, x, rule, turned, self)
 
     def _by_heads(self, module: torch.nn.Module, x: torch.Tensor) -> bool:
-        """Whether a norm of queries or keys gets (batch, heads, n, ·) rather than (batch, n, heads, ·). Where both lengths fit, as it was before."""
+        """Whether a norm of queries or keys gets (batch, heads, n, ·) rather than (batch, n, heads, ·). Where both lengths are n, the layout that
+        this kind of norm had before is assumed.
+        """
         n = self.n_tokens // x.shape[0]
         if x.shape[1] == n and x.shape[2] == n:
             return self.rules.by_heads.get(type(module), False)
         return self.rules.by_heads.setdefault(type(module), x.shape[1] != n and x.shape[2] == n)
 
     def _embedding(self, rule: Embedding, ids: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """y, the embedded tokens, as a new leaf of the graph: its gradient goes to the taker."""
         self._check(rule.module, y, ids.numel())
         y = y.detach().requires_grad_()
         y.register_hook(lambda g: self._embedded(rule, ids.reshape(-1), g.reshape(-1, g.shape[-1])))
         return y * 1  # a model may write into its embeddings; a leaf must not be written into
 
     def _check(self, module: torch.nn.Module, x: torch.Tensor, tokens: int) -> None:
+        """ModelError where a layer does not see each of the batch's tokens exactly once (as in a mixture of experts)."""
         if tokens != self.n_tokens:
             raise ModelError(
                 f"{type(module).__name__}: wanted a layer that sees each of the batch's {self.n_tokens} tokens once, found one that sees {tokens} "
@@ -170,6 +184,7 @@ class Capture:
             )
 
     def linear_done(self, rule: Linear, shared: Shared, rows: torch.Tensor, g: torch.Tensor) -> None:
+        """Hands a linear layer's inputs and output gradients to the taker; after the last layer of this input, what was kept of it is dropped."""
         self.taker.linear(rule, shared, rows, self.line, g)
         if rule.needs_weight:
             shared.left -= 1
@@ -183,7 +198,7 @@ class Capture:
 
 @contextmanager
 def begun_at(layer: torch.nn.Module) -> Iterator[None]:
-    """While inside, the graph begins at this layer's input: nothing before it gets a gradient."""
+    """While inside, the graph begins at this layer's input: the layers before it get no gradient, and keep no activations."""
 
     def begin(
         module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -214,7 +229,7 @@ def _patch(stack: ExitStack, module: torch.nn.Module, forward: Callable[..., Any
 
 
 class _Linear(torch.autograd.Function):
-    """y = xWᵀ + b on the different rows alone; backward hands (A, B) over and passes the gradient on."""
+    """y = xWᵀ + b, multiplied once per different row of x. Its backward hands inputs and output gradients to the capture, and gives x's gradient."""
 
     @staticmethod
     def forward(

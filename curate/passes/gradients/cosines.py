@@ -2,8 +2,8 @@
 
     cosine_im = ⟨P g_i, v_m⟩ / (‖P g_i‖ ‖v_m‖)        g = ∇_θ f        f of an SFT row: logp(completion); of a pair: its margin
 
-P is a diagonal. Each weight's gradient of a row is made block by block, weighed with P, multiplied with those of all vectors, and let go
-(passes/gradients/targets.py). Long rows have small gradients of a mean and large ones of a sum; a cosine takes neither for more.
+P is a diagonal. Each weight's gradient of a row is computed block by block, multiplied by P and with the same block of all vectors, and freed
+(passes/gradients/targets.py). A gradient's length depends on how many tokens a row has; a cosine does not.
 Source: Xia et al. 2024, arXiv:2402.04333 (LESS).
 """
 
@@ -78,7 +78,7 @@ class Cosines:
         return values
 
     def _block(self, start: int) -> tuple[Targets, torch.Tensor]:
-        """The vectors from `start` on, as many as fit, and their norms."""
+        """The vectors from number `start` on, as many as fit into memory, and their norms, float64. Where all of them fit they are read only once."""
         if self._kept is not None:
             return self._kept
         some = self.vectors[start : start + self.together]

@@ -4,7 +4,7 @@
     the LM head's part alone   Σ_t ⟨r_t, V h_t⟩, V the head's direction   exact, one run
 
 With ε such that rows move by some tenths of a nat, float32's rounding and the curvature are both small. ε is chosen on a sample of rows, against the
-exact product of their gradients with v, and the error there is said. The weights are put back bit by bit.
+exact product of their gradients with v, and its error on that sample is reported. The weights are restored bit by bit.
 
 Source: Pruthi et al. 2020, arXiv:2002.08484 (TracIn).
 """
@@ -59,6 +59,7 @@ class Line:
 
     @torch.no_grad()
     def to(self, t: float) -> None:
+        """Sets the model's weights to θ + t·v; t = 0 restores them exactly."""
         for name, p in self.parameters.items():
             p.copy_(self.kept[name])
             if t:
@@ -115,7 +116,7 @@ def head_derivatives(model: Model, encoded: Rows, v: Vector, *, token_budget: in
 
 
 def _head_along(batch: Batch, side: Side, v: Vector) -> torch.Tensor:
-    """(rows,) float64, by blocks of the vocabulary and of states."""
+    """(rows,) float64: Σ_t ⟨r_t, V h_t⟩ over the tokens of each row's response, by blocks of the vocabulary and of states."""
     per_token = torch.zeros(len(side.tokens), dtype=torch.float64, device=side.tokens.device)
     logp, lse = side.logp, side.lse
     for i in range(0, len(side.tokens), STATES):
@@ -132,6 +133,7 @@ def _head_along(batch: Batch, side: Side, v: Vector) -> torch.Tensor:
 
 
 def _sides(encoded: Rows) -> int:
+    """How many responses a row has: 2 of pairs, 1 of SFT rows."""
     return 2 if any(isinstance(row, EncodedPair) for row in encoded) else 1
 
 

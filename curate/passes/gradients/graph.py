@@ -25,8 +25,10 @@ APART = 192 << 20  # bytes of a graph from which on it is kept apart: a few perc
 
 @dataclass(frozen=True)
 class Graph:
-    """Where a batch's tokens lie among the N of the graph. starts: each sequence's first; at, tokens (n,): the positions that predict a response
-    token, and those tokens.
+    """Where a batch's tokens lie among the N tokens of the graph.
+
+    starts: the position of each sequence's first token. where: for each sequence the positions (its length,) of its tokens. at, tokens (n,): the
+    positions that predict a response token, and those tokens.
     """
 
     model: Model
@@ -40,7 +42,7 @@ class Graph:
 
     @classmethod
     def of(cls, model: Model, groups: Sequence[Group]) -> Graph:
-        """Of sequences, those of a group with their common beginning once (in the padded layout each whole)."""
+        """The graph of groups of sequences. A group's common beginning is there once; in the padded layout each sequence is whole."""
         sequences = [item for group in groups for item in group.items]
         layout = Layout.of(groups)
         longest = max(len(item.ids) for item in sequences)
@@ -88,18 +90,19 @@ class Graph:
         return states.detach()
 
     def _states(self) -> torch.Tensor:
+        """(N, d) final states of all tokens of the graph."""
         return self.model.padded_states(self.sequences) if self.padded else self.model.packed_states(self.layout)
 
 
 def _heads(model: Model) -> set[int]:
-    """How many heads attention has: of as many tokens, its own tensors (1, heads, …) would be taken for tokens'."""
+    """The numbers of attention heads. In a batch of exactly that many tokens, attention's own (1, heads, …) tensors look like (1, N, …) ones."""
     config = model.module.config.get_text_config()
     return {getattr(config, name, 0) for name in ("num_attention_heads", "num_key_value_heads")}
 
 
 @contextmanager
 def _packed_attention(model: Model) -> Iterator[None]:
-    """The attention of packed rows for layers that are run again on the way back."""
+    """While inside, the model uses the attention of packed rows: for layers that are run again on the way back."""
     model.module.set_attn_implementation(attention.NAME)
     try:
         yield
@@ -108,7 +111,7 @@ def _packed_attention(model: Model) -> Iterator[None]:
 
 
 def check_angles(model: Model, items: dict[int, list[Item]]) -> None:
-    """ModelError where a row is so long that its rotary angles depend on its company."""
+    """ModelError where a row is so long that its rotary angles would depend on the other rows of its batch."""
     longest = max(len(item.ids) for row in items.values() for item in row)
     if model.rope_limit is not None and longest >= model.rope_limit:
         raise ModelError(

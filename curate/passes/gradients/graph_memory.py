@@ -23,7 +23,7 @@ REMEMBERED = 3  # tensors of which one step after another keeps a copy
 
 @cache
 def _malloc_trim() -> Callable[[int], int] | None:
-    """glibc's, None with another allocator."""
+    """glibc's malloc_trim, which returns freed memory to the system; None where the process uses another allocator."""
     try:
         return ctypes.CDLL(None).malloc_trim
     except (OSError, AttributeError, TypeError):  # TypeError: Windows has no CDLL(None)
@@ -31,13 +31,13 @@ def _malloc_trim() -> Callable[[int], int] | None:
 
 
 def give_back() -> None:
-    """Let the system have the heap's holes: freed pages that the allocator would keep."""
+    """Return freed memory to the system, which the allocator would otherwise keep for later."""
     if trim := _malloc_trim():
         trim(0)
 
 
 class Arena:
-    """Chunks of one graph. first (U,), line (N,) as in Capture; None where every token is its own."""
+    """The memory in which one graph keeps its activations, in large chunks. first (U,), line (N,): as in Capture; None where no tokens are shared."""
 
     def __init__(self, n_tokens: int, first: torch.Tensor | None, line: torch.Tensor | None) -> None:
         self.n_tokens, self.first, self.line = n_tokens, first, line
@@ -45,16 +45,17 @@ class Arena:
         self._recent: list[tuple[torch.Tensor, int, torch.Tensor]] = []
 
     def keeping(self) -> AbstractContextManager[Any]:
-        """While inside, what autograd saves of (1, N, …) tensors is kept here."""
+        """While inside, the large (1, N, …) tensors that autograd saves for the backward are copied into the arena, a line per different token."""
         return torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
 
     def distinct(self, x: torch.Tensor) -> torch.Tensor:
-        """(N, k) -> its (U, k) different rows, in a chunk."""
+        """The (U, k) different rows of x (N, k), copied into a chunk."""
         rows = len(x) if self.first is None else len(self.first)
         kept = self._take((rows, *x.shape[1:]), x.dtype, x.device)
         return kept.copy_(x) if self.first is None else torch.index_select(x, 0, self.first, out=kept)
 
     def _pack(self, x: torch.Tensor) -> Any:
+        """What autograd saves of a tensor: its copy in the arena, or the tensor itself where it is small or of another shape."""
         if x.ndim < 3 or x.shape[:2] != (1, self.n_tokens) or not x.is_contiguous() or x.nbytes < SMALL:
             return x
         for source, version, kept in self._recent:
@@ -66,18 +67,20 @@ class Arena:
         return self, kept
 
     def _unpack(self, packed: Any) -> torch.Tensor:
+        """The tensor that `_pack` was given, shared lines repeated again."""
         if isinstance(packed, torch.Tensor):
             return packed
         kept: torch.Tensor = packed[1]
         return (kept if self.line is None else kept[self.line])[None]
 
     def close(self) -> None:
-        """Let go of everything but what the graph itself still needs."""
+        """Drop the arena's own references, so that each chunk is freed with the last saved tensor in it."""
         self._chunks.clear()
         self._recent.clear()
         give_back()
 
     def _take(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """An empty tensor of this shape from the current chunk, or from a new one where it does not fit."""
         size = 1
         for n in shape:
             size *= n

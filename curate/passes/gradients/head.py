@@ -3,8 +3,8 @@
     q = π − onehot(y), times the head's scale and the soft-cap's slope          per token, over the vocabulary
     ∂ log π(y)/∂h = −q W          ∂ log π(y)/∂W = −q hᵀ          ∂ log π(y)/∂b = −q
 
-Logits are computed once and kept where tokens × vocabulary is small, otherwise twice; beyond that only a block is in memory. 1 − π comes from log π,
-so a memorised token's residual keeps its digits.
+Where tokens × vocabulary is small, the logits are computed once and kept; otherwise twice, a block of the vocabulary in memory at a time. 1 − π
+is computed from log π, so that the residual of a memorised token (π near 1) keeps its digits.
 Source: the chain rule.
 """
 
@@ -27,7 +27,9 @@ KEEP_ON_GPU = 1 << 30
 
 @dataclass(frozen=True)
 class HeadGradient:
-    """Per token: logp, lse (N,) float64, and slope (N, d), ∂logp/∂h. Per row: products (rows, 3) float64 of the head's own gradients."""
+    """logp, lse: (N,) float64, log π(y) and log Σ exp z of each token. slope: (N, d), ∂ log π(y)/∂h. products: (rows, 3) float64, ⟨g1, g1⟩, ⟨g1, g2⟩,
+    ⟨g2, g2⟩ of the head's own gradients of a row's two responses.
+    """
 
     logp: torch.Tensor
     lse: torch.Tensor
@@ -119,6 +121,7 @@ def _gradient_of_rows(
     limit: int,
     each: Each | None,
 ) -> HeadGradient:
+    """`head_gradient` of rows that are processed together: their logits are kept where their tokens are at most `limit`."""
     start, stop = spans[0][0], spans[-1][2]
     h, y = states[start:stop], tokens[start:stop]
     size = len(head.weight)
@@ -144,12 +147,12 @@ def _gradient_of_rows(
 
 
 def _place(kept: torch.Tensor, n: int, block: slice) -> torch.Tensor:
-    """(n, width): where a block's logits lie in the flat buffer of all."""
+    """(n, width) view of a block's logits in `kept`, the flat buffer of all logits of n tokens."""
     return kept[n * block.start : n * block.stop].view(n, -1)
 
 
 def _logits(head: Head, h: torch.Tensor, block: slice) -> torch.Tensor:
-    """(N, width) logits of a block; products of ROWS rows stay in the processor's cache."""
+    """(N, width) logits of a block of the vocabulary, computed ROWS states at a time so that they stay in the processor's cache."""
     pieces = [head.logits(h[i : i + ROWS], block) for i in range(0, len(h), ROWS)]
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
@@ -157,7 +160,9 @@ def _logits(head: Head, h: torch.Tensor, block: slice) -> torch.Tensor:
 def _log_probabilities(
     head: Head, h: torch.Tensor, y: torch.Tensor, kept: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(N,) float64 log π(y) and log Σ exp z; the target's logit apart from the others', as in passes/head.py. Fills `kept` with logits."""
+    """log π(y) and log Σ exp z, (N,) float64 each. As in passes/head.py the target's logit is kept apart from the others. kept: a flat buffer that is
+    filled with all logits, or None.
+    """
     own = head.target(h, y)
     best = torch.full_like(own, float("-inf"))
     total = torch.zeros_like(own)  # Σ_{v≠y} exp(z_v − best)
@@ -181,7 +186,7 @@ def _log_probabilities(
 def _residuals(
     head: Head, z: torch.Tensor, y: torch.Tensor, logp: torch.Tensor, lse: torch.Tensor, block: slice
 ) -> torch.Tensor:
-    """(N, width) q of a block, from its logits, which are overwritten."""
+    """(N, width) q = π − onehot(y) of a block of the vocabulary, times scale and soft-cap's slope. z: the block's logits, which are overwritten."""
     slope = None if head.cap is None else 1 - (z / head.cap) ** 2
     q = z.sub_(lse[:, None].to(z.dtype)).exp_()
     inside = ((y >= block.start) & (y < block.stop)).nonzero()[:, 0]
@@ -192,7 +197,7 @@ def _residuals(
 
 
 class _Row:
-    """The head's inner products of one row, gathered block by block in the cheaper of the two forms."""
+    """The head's inner products of one row's two responses, summed block by block of the vocabulary in the cheaper of the two forms (products.py)."""
 
     def __init__(self, head: Head, h: torch.Tensor, start: int, middle: int, stop: int) -> None:
         self.span, self.middle = slice(start, stop), middle - start
@@ -203,6 +208,7 @@ class _Row:
         self.sums = torch.zeros(3, dtype=torch.float64, device=h.device)
 
     def add(self, q: torch.Tensor) -> None:
+        """Add a block of the vocabulary. q: (N, width), of all rows."""
         q = q[self.span]
         if not self.by_tokens:
             self.sums += inner_products.matrix_products(self.states, q, self.middle)
@@ -213,7 +219,7 @@ class _Row:
         self.tiles = [a.add_(b) for a, b in zip(self.tiles, gram)] if self.tiles else gram
 
     def products(self) -> torch.Tensor:
-        """(3,) float64."""
+        """(3,) float64 ⟨g1, g1⟩, ⟨g1, g2⟩, ⟨g2, g2⟩, after the last block."""
         if not self.by_tokens:
             return self.sums
         overlap = [tile.double() + self.bias for tile in inner_products.gram(self.states, self.middle)]
@@ -230,7 +236,7 @@ def tied_products(
     ids: torch.Tensor,
     sums: tuple[torch.Tensor, torch.Tensor],
 ) -> torch.Tensor:
-    """(3,) float64: what a matrix that is head and embedding at once adds beyond the two, both cross terms, for one row.
+    """(3,) float64: for a matrix that is head and embedding at once, the cross terms between its two uses, of one row.
 
     states (n, d) predict tokens (n,), the first `middle` of the first sequence; sums: each sequence's gradients per embedded id, (k, d).
     """

@@ -124,11 +124,12 @@ class _Passes:
     limit: int
 
     def run(self, rows: list[list[Item]], sink: Sink) -> None:
+        """Runs forward and backward over the rows, and gives their gradients to the sink."""
         take(self.model, self.rules, self.memory, dict(enumerate(rows)), self.limit, sink)
 
     @property
     def shapes(self) -> dict[Name, tuple[int, int]]:
-        """(o, i) of every weight whose gradient is wanted, (n, d) of every embedding that is not the head too."""
+        """Shapes of the gradients that are taken: (o, i) of every weight, (n, d) of every embedding that is not the LM head too."""
         rules = self.rules
         weights = {HEAD: self.model.head.weight} if rules.head else {}
         weights |= {("weight", k): rule.weight for k, rule in enumerate(rules.linears) if rule.needs_weight}
@@ -136,13 +137,15 @@ class _Passes:
         return {name: (weight.shape[0], weight.shape[1]) for name, weight in weights.items()}
 
     def by_tokens(self, targets: list[list[Item]]) -> frozenset[Name]:
-        """The linear layers for which the targets' tokens are cheaper than their matrices: few and short targets, wide layers."""
+        """The linear layers for which it is cheaper to keep the targets' inputs and output gradients, token by token, than their gradient
+        matrices: with few and short targets and wide layers.
+        """
         n = sum(len(item.ids) for items in targets for item in items)
         linears = {name: shape for name, shape in self.shapes.items() if name[0] == "weight"}
         return frozenset(name for name, (o, i) in linears.items() if n * (i + o + PER_PAIR) < o * i)
 
     def keeping(self, targets: list[list[Item]]) -> int:
-        """Bytes that these targets' gradients take."""
+        """Bytes that it takes to keep these targets' gradients."""
         n = sum(len(item.ids) for items in targets for item in items)
         by_tokens, numbers = self.by_tokens(targets), n * self.model.head.weight.shape[1]
         for name, (o, i) in self.shapes.items():
@@ -160,12 +163,14 @@ class _Passes:
         return low
 
     def crossed(self, rows: list[list[Item]], targets: Targets) -> Crossing:
+        """The products of the rows' gradients with those of the targets."""
         crossing = Crossing(self.model.head, targets, len(rows))
         self.run(rows, crossing)
         return crossing
 
 
 def _exact(passes: _Passes, rows: list[list[Item]], targets: list[list[Item]]) -> CrossProducts:
+    """Exact products: as many targets as fit into memory at a time, all rows once for each such block."""
     products, target_squares, left = [], [], targets
     while left:
         fit = passes.fit(left)
@@ -187,6 +192,7 @@ def _exact(passes: _Passes, rows: list[list[Item]], targets: list[list[Item]]) -
 
 
 def _factored(passes: _Passes, rows: list[list[Item]], targets: list[list[Item]], k: int, seed: int) -> CrossProducts:
+    """Estimates from projected gradients. A random few rows and targets are computed exactly too, for `error`."""
     rng = np.random.default_rng(seed)
     orders = [rng.permutation(len(x)) for x in (rows, targets)]  # the first ones are compared with the exact products
     rows, targets = ([x[i] for i in order] for x, order in zip((rows, targets), orders))
@@ -214,6 +220,7 @@ def _in_two(passes: _Passes, rows: list[list[Item]], checked: int, sketches: Ske
 
 
 def _error(estimates: torch.Tensor, crossing: Crossing, target_squares: torch.Tensor) -> SketchError:
+    """How far the estimates (rows, targets) are from the exact products, as shares of ‖g‖·‖g'‖."""
     scale = (crossing.squares[:, None] * target_squares).sqrt()
     good = scale > 0
     x, y = (estimates / scale)[good].cpu().numpy(), (crossing.products / scale)[good].cpu().numpy()
@@ -231,6 +238,7 @@ def _result(
     passes: int = 1,
     error: SketchError | None = None,
 ) -> CrossProducts:
+    """The result from sums on the model's device: products (N, M), squared norms (N,) and (M,)."""
     return CrossProducts(
         products.cpu().numpy(),
         train_squares.sqrt().cpu().numpy(),

@@ -5,8 +5,8 @@
     norm        LayerNorm and RMSNorm of any model             weight (or 1 + weight), bias: checked on the spot with a probe
     head        the LM head                                    weight, bias; tied to the embedding where both are one matrix
 
-Every parameter that was asked for must be owned by exactly one rule (a tied head and embedding apart): expert banks of MoE models, state-space
-layers, adapters of other kinds are refused, never left out.
+Exactly one rule must own every parameter that was asked for (a matrix that is head and embedding has both). Where none does, as for the experts of
+MoE models, state-space layers and other kinds of adapters, the model is refused: no parameter is left out silently.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Parameters = Literal["all", "lora"] | int
 
 @dataclass(frozen=True)
 class Linear:
-    """y = xWᵀ + b. weight (o, i), whatever way round the module keeps it."""
+    """y = xWᵀ + b. weight: (o, i), whichever way round the module keeps it. needs_weight, needs_bias: whether the gradients of W and b are taken."""
 
     module: nn.Module
     weight: torch.Tensor
@@ -51,7 +51,7 @@ class Embedding:
 
 @dataclass(frozen=True)
 class Norm:
-    """y = x̂ ∘ w (or 1 + w) + b; normal(x) is x̂. shape: of w."""
+    """y = x̂ ∘ w (or 1 + w) + b. normal: the function x -> x̂. shape: that of w. bias: whether there is a b."""
 
     module: nn.Module
     normal: Callable[[torch.Tensor], torch.Tensor]
@@ -59,8 +59,8 @@ class Norm:
     bias: bool
 
     def gradients(self, x: torch.Tensor, g: torch.Tensor) -> list[torch.Tensor]:
-        """x, g: input and gradient at the output, tokens first, then any, then the weight's shape -> what each token adds to the gradient of
-        the weight and, where there is one, of the bias, (N, *shape) each.
+        """What each token adds to the gradient of the weight and, where there is one, of the bias: (N, *shape) each. x: the norm's input, g: the
+        gradient at its output, both (N, …, *shape).
         """
         g, extra = wide(g), tuple(range(1, x.ndim - len(self.shape)))
         parts = [g * self.normal(x), g] if self.bias else [g * self.normal(x)]
@@ -168,6 +168,7 @@ def _owners(module: Any) -> dict[int, list[tuple[str, nn.Module]]]:
 
 
 def _described(parameters: Parameters) -> str:
+    """The parameters in words, for error messages."""
     if isinstance(parameters, int):
         return f"the last {parameters} layers"
     return "all parameters" if parameters == "all" else "the LoRA parameters"
@@ -179,7 +180,7 @@ def _requested(
     layers: list[nn.Module],
     parameters: Parameters,
 ) -> dict[int, str]:
-    """id -> name of the parameters asked for, in the model's order."""
+    """{id of a parameter: its name} of the parameters that were asked for, in the model's order."""
     module, names = model.module, {key: homes[0][0] for key, homes in owners.items()}
     if parameters == "lora" and model.adapter is not None and not model.adapter.lora:
         raise ModelError(
@@ -214,11 +215,13 @@ def _before_layers(module: Any, layers: list[nn.Module]) -> set[int]:
 
 
 def _decoder_layers(module: Any) -> list[nn.Module]:
+    """The decoder layers in order: the longest list of modules in the model."""
     lists: list[nn.ModuleList] = [part for part in module.base_model.modules() if isinstance(part, nn.ModuleList)]
     return max((list(part) for part in lists), key=len, default=[])
 
 
 def _linear_weight(part: nn.Module) -> torch.Tensor | None:
+    """The (o, i) weight of a linear layer (torch's Linear, GPT-2's Conv1D); None for other modules."""
     if type(part) is nn.Linear:
         return part.weight.detach()
     weight = getattr(part, "weight", None)
@@ -247,7 +250,7 @@ def _embedding_scale(part: nn.Embedding) -> float:
 
 
 def _norm(part: nn.Module, own: dict[str, nn.Parameter]) -> Norm | None:
-    """The rule of a norm: which x̂ gives its own gradient, RMS or centred. None where neither does, or it is no norm."""
+    """The rule of a norm: RMS or centred, whichever gives the gradient that autograd gives for random numbers. None where neither does."""
     if not own.keys() <= {"weight", "bias"} or "weight" not in own or own["weight"].ndim > 2 or list(part.children()):
         return None
     eps = next(
@@ -283,8 +286,9 @@ def _norm(part: nn.Module, own: dict[str, nn.Parameter]) -> Norm | None:
 
 
 def _normal(eps: float, centred: bool) -> Callable[[torch.Tensor], torch.Tensor]:
+    """x -> x̂: x divided by its root mean square over the last dimension; centred: after its mean was subtracted."""
+
     def normal(x: torch.Tensor) -> torch.Tensor:
-        """x̂ over the last dimension, in float32 or wider."""
         x = wide(x)
         if centred:
             x = x - x.mean(-1, keepdim=True)

@@ -80,9 +80,9 @@ def accumulate(
     """Σ_j Σ_side w ∇ log π over the rows that can be measured, all of one kind: an ordinary backward, gradients accumulated in the
     model's dtype, float32 or wider.
 
-    parameters: as of backward.measure, a tied matrix whole; or the parameters' own names. count is told of rows as they are done. Where
-    memory is short the batches are halved and it begins anew. ModelError where a single row does not fit, nothing can be measured, or the model is
-    narrower: sums over a set's rows do not fit into bfloat16.
+    parameters: as of backward.measure, a tied matrix whole; or the parameters' own names. count: called with the number of rows of each batch that
+    is done. Where memory is short the batches are halved and the sum begins anew (count then gets a negative number). ModelError where a single row
+    does not fit, nothing can be measured, or the model's dtype is narrower: sums over a set's rows do not fit into bfloat16.
     """
     if model.dtype in NARROW:
         raise ModelError(
@@ -145,7 +145,7 @@ def _rows(model: Model, encoded: Rows) -> dict[int, list[Item]]:
 
 
 def _backward(model: Model, bundle: Bundle, weigh: Weigh) -> None:
-    """Forward and backward of one batch; gradients are added to what the parameters have."""
+    """Forward and backward of one batch; its gradients are added to the parameters' `grad`."""
     with torch.enable_grad(), model.products():
         states, where = states_of(model, bundle)  # (N, d)
     linear = model.module.get_output_embeddings()
@@ -173,7 +173,9 @@ def _head(
     *,
     slope: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The head's backward of one batch: (N,) which states predict, (N, d) their gradients."""
+    """The LM head's backward of one batch: the positions (n,) of the states that predict a response token, and the gradients (n, d) there. The head's
+    own gradient is added to weight (V, d) and bias (V,), where they are given.
+    """
     items, rows = bundle.items, np.asarray(bundle.rows)
     sides = len(items) // len(rows)
     counts = torch.tensor([len(item.ids) - item.start for item in items])
@@ -194,7 +196,9 @@ def _head(
 
 
 def accumulate_head(model: Model, encoded: Rows, weigh: Weigh, *, token_budget: int = 16384) -> Vector:
-    """The LM head's part of the same, {"weight": (V, d), "bias": (V,)}, float32 or wider: forward only. Of a tied matrix its use as a head."""
+    """The LM head's part of `accumulate`'s sum, {"weight": (V, d), "bias": (V,)}, float32 or wider, by forward passes alone. Where the head is the
+    embedding too, only its use as a head counts.
+    """
     wide = torch.promote_types(model.dtype, torch.float32)
     weight = torch.zeros_like(model.head.weight, dtype=wide)
     bias = None if model.head.bias is None else torch.zeros_like(model.head.bias, dtype=wide)
@@ -206,7 +210,7 @@ def accumulate_head(model: Model, encoded: Rows, weigh: Weigh, *, token_budget: 
 
 
 def save_vector(vector: Vector, file: Path) -> None:
-    """As safetensors, whole or not at all. ModelError where it cannot be written."""
+    """Write a vector as a safetensors file, whole or not at all. ModelError where it cannot be written."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -220,7 +224,7 @@ def save_vector(vector: Vector, file: Path) -> None:
 
 
 def load_vector(file: Path) -> Vector:
-    """What `save_vector` wrote; read from the disk as it is used. ModelError where it cannot be read."""
+    """Read a vector that `save_vector` wrote; its tensors are read from the disk as they are used. ModelError where that fails."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -233,8 +237,10 @@ def load_vector(file: Path) -> Vector:
 
 
 def precondition(x: Vector, step: Step, at: Vector, second_moment: Vector | None = None) -> Vector:
-    """P·x. at: G, where sign's diagonal is taken (0 where G is 0). second_moment: Adam's v̂ by parameter, bias-corrected; what it lacks, and where
-    it is 0 since no gradient has ever come there, does not move. ModelError where it lacks all of x.
+    """P·x, for the diagonal P of an optimizer step.
+
+    at: the gradient G that sign's diagonal 1/|G| is taken at (0 where G is 0). second_moment: Adam's v̂ by parameter, bias-corrected. Parameters
+    that it lacks, and weights where it is 0 (they never had a gradient), become 0. ModelError where it lacks all of x.
     """
     if step == "sgd":
         return x
@@ -252,7 +258,7 @@ def precondition(x: Vector, step: Step, at: Vector, second_moment: Vector | None
 
 
 def check_same(held: Iterable[str], moved: Iterable[str]) -> None:
-    """Adam's state and the gradients share a parameter. ModelError where they do not."""
+    """ModelError where Adam's state and the gradients share no parameter. held, moved: the parameters' names of each."""
     held, moved = list(held), list(moved)
     if not set(held) & set(moved):
         raise ModelError(

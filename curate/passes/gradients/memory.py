@@ -28,8 +28,8 @@ SHORT, LONG = 16, 80  # tokens of the two sequences that are measured
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes of the graph: `linear` per token, `square` per token squared of a sequence. passing: bytes per token of what one layer's backward
-    holds at once. layers, state: decoder layers in the graph, and bytes of one token's state between them.
+    """What a model's graph needs in memory. linear: bytes per token; square: bytes per token squared of a sequence (attention). passing: bytes per
+    token that one layer's backward holds at a time. layers: decoder layers in the graph; state: bytes of one token's state between two layers.
     """
 
     linear: float
@@ -67,6 +67,7 @@ class Footprint:
         return self.layers > 1 and sum(self._row(model, row, False) for row in rows) > SHARE * free_for(model)
 
     def too_long(self, model: Model, row: list[Item]) -> ModelError:
+        """The error for a row whose gradients do not fit, with the length that would."""
         need, free = self._row(model, row, True), SHARE * free_for(model)
         n = max(len(item.ids) for item in row)
         shorter = max(1, int(n * min(free / need, 0.9)))
@@ -77,6 +78,7 @@ class Footprint:
         )
 
     def _row(self, model: Model, row: list[Item], checkpointed: bool) -> float:
+        """Bytes at the peak for one row, its sequences together."""
         lengths = [len(item.ids) for item in row]
         size = max(4, torch.finfo(model.dtype).bits // 8)
         vocabulary = len(model.head.weight)
@@ -86,7 +88,7 @@ class Footprint:
 
 
 def footprint(model: Model, rules: Rules) -> Footprint:
-    """Measured by what autograd saves for two short sequences."""
+    """The footprint of a model, from the bytes that autograd saves for two short sequences of different length."""
     limit = min(model.learned_positions or LONG, model.rope_limit or LONG, LONG)
     short, long = min(SHORT, max(1, limit // 4)), max(2, limit - 1)
     one, two = _saved(model, rules, short), _saved(model, rules, long)

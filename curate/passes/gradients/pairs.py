@@ -1,6 +1,6 @@
 """The inner products of two sequences' gradients, gathered layer by layer while one backward runs; nothing of the gradients is kept.
 
-    found (rows, 3) float64:   first·first, first·second, second·second      over all parameters that come by
+    values (rows, 3) float64:   first·first, first·second, second·second      summed over all layers with a rule
 
 Forms of a linear layer's products, and which is cheaper: passes/gradients/products.py.
 """
@@ -18,7 +18,10 @@ from curate.passes.gradients.products import wide
 
 
 class PairProducts:
-    """spans: per row of the batch, where its first sequence starts, its second, and where it ends, among the N tokens of the graph."""
+    """A taker (capture.py) of the inner products of each row's two sequences.
+
+    spans: for each row where its first sequence starts, where its second one does, and where that ends, among the N tokens of the graph.
+    """
 
     def __init__(self, spans: list[tuple[int, int, int]], device: torch.device) -> None:
         self.spans = spans
@@ -56,4 +59,5 @@ class PairProducts:
 
 
 def _own(rows: torch.Tensor, line: torch.Tensor | None, start: int, stop: int) -> torch.Tensor:
+    """(n, i) a row's own inputs: its tokens' lines of `rows`, in float32 or wider."""
     return wide(rows[start:stop] if line is None else rows[line[start:stop]])

@@ -39,7 +39,7 @@ def prefers_tokens(n: int, inputs: int, outputs: int) -> bool:
 
 
 def tiles(n: int, middle: int) -> list[tuple[int, int]]:
-    """Row ranges of about TILE rows, none of them across the middle."""
+    """Ranges (first, end) of about TILE tokens, none of them across the middle, where the second sequence begins."""
     cuts = []
     for start, stop in ((0, middle), (middle, n)):
         if stop > start:

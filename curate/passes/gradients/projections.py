@@ -111,7 +111,7 @@ def _batches(items: list[Item], limit: int) -> Iterator[list[Item]]:
 
 
 def _project_batch(model: Model, rules: Rules, directions: Directions, items: list[Item]) -> torch.Tensor:
-    """(len(items), r) float64."""
+    """(len(items), r) float64 ⟨∇ℓ, b⟩ of one batch of rows with every direction."""
     longest = max(len(item.ids) for item in items)
     along = _Projector(model, directions, len(items), longest)
     capture = Capture(rules, along, len(items) * longest)
@@ -151,7 +151,7 @@ def _states(model: Model, items: list[Item]) -> torch.Tensor:
 
 
 class _Projector:
-    """found (rows, r) float64 gathers ⟨∇logp, b⟩ layer by layer while one backward of padded rows runs."""
+    """A taker (capture.py) that sums ⟨∇logp, b⟩ over the layers during one backward of padded rows: sums (rows, r) float64."""
 
     def __init__(self, model: Model, directions: Directions, rows: int, longest: int) -> None:
         self.directions = {id(p): directions[name] for name, p in model.module.named_parameters()}
@@ -182,7 +182,7 @@ class _Projector:
             self.sums[:, k] += per_token.sum(1, dtype=torch.float64)
 
     def head(self, states: torch.Tensor, counts: np.ndarray) -> Each:
-        """What is to be done with every block of the head's residuals: ∂logp/∂W = −qᵀh, ∂logp/∂b = −Σ q."""
+        """A function of each block of the head's residuals q that adds the head's part: ∂logp/∂W = −qᵀh, ∂logp/∂b = −Σ q."""
         module = self.model.module.get_output_embeddings()
         weight, bias = self.directions[id(module.weight)], getattr(module, "bias", None)
         ends = np.cumsum([0, *counts])
@@ -199,12 +199,12 @@ class _Projector:
         return each
 
     def _vector(self, gradients: torch.Tensor, direction: torch.Tensor, own: slice = slice(None)) -> None:
-        """(rows, n), (r, *shape of n numbers)."""
+        """Adds a vector's part (a bias, a norm's weight). gradients: (rows, n); direction: (r, *shape), n numbers each."""
         self.sums[own] += (gradients @ wide(direction.flatten(1)).T).double()
 
 
 def _lines(counts: np.ndarray, n: int) -> torch.Tensor:
-    """(rows, most) each row's tokens among n that follow each other, n where it has no more."""
+    """(rows, most) positions of each row's tokens among the n of all rows, which follow each other; n where a row has fewer than most."""
     at = np.cumsum([0, *counts])[:-1, None] + np.arange(max(counts))
     return torch.from_numpy(np.where(np.arange(max(counts)) < counts[:, None], at, n))
 

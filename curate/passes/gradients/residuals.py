@@ -39,7 +39,7 @@ def _wide(states: torch.Tensor) -> torch.Tensor:
 def _one_pair(
     head: Head, states: torch.Tensor, tokens: torch.Tensor, logp: torch.Tensor, lse: torch.Tensor, n_chosen: int
 ) -> torch.Tensor:
-    """states (n, d), the chosen response's first. (2,) float64: cc and cr."""
+    """(2,) float64 of one pair: ‖R+ᵀH+‖² and ⟨R+ᵀH+, R−ᵀH−⟩. states: (n, d), the chosen response's n_chosen first, then the rejected one's."""
     n, d = states.shape
     gather = n_chosen < d
     products = states.new_zeros(n_chosen, n, dtype=torch.float64)  # Σ_v r r'

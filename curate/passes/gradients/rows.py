@@ -1,4 +1,4 @@
-"""One backward for many rows, a scalar for each: every layer's part of every row's gradient comes by once, and none is kept by itself.
+"""One backward for many rows, a scalar for each: every layer's part of every row's gradient is handed over once, and then freed.
 
     f = logp(completion)     logp(chosen)     logp(rejected)     logp(chosen) − logp(rejected), the margin         g = ∇_θ f
 
@@ -38,8 +38,8 @@ TOKENS_ON_CPU = 1024  # in one graph; more cost memory there and gain nothing
 
 @dataclass(frozen=True)
 class HeadTokens:
-    """What the head saw: the (n, d) states that predict tokens (n,), in float32 or wider; signs (n,) of their log-probabilities in f; logp, lse
-    (n,) float64; spans: each row's own.
+    """The LM head's tokens of a batch. states: (n, d), float32 or wider, that predict tokens (n,). signs: (n,), +1 or −1, with which their
+    log-probabilities count in f. logp, lse: (n,) float64. spans: where each row's tokens begin and end.
     """
 
     states: torch.Tensor
@@ -55,8 +55,10 @@ Name = tuple[str, int]  # ("weight", 3): of the fourth linear layer
 
 @dataclass(frozen=True)
 class WeightPart:
-    """The lines `columns` of the gradient of a weight (o, i), of the batch's rows `rows`: b[span]ᵀ a[span] each, a (n, i), b (n, width), both in
-    float32 or wider, and not to be kept or changed. kept: the sink's own, shared with the layers that read the same a.
+    """A part of the gradients of a weight (o, i): its output lines `columns`, for the batch's rows `rows`. A row's part is b[span]ᵀ a[span].
+
+    a: (n, i), b: (n, width), float32 or wider; a sink must neither keep nor change them. kept: what the sink made of a, shared with the layers that
+    read the same a.
     """
 
     name: Name
@@ -69,12 +71,15 @@ class WeightPart:
 
 
 class Sink(Protocol):
-    """What is made of a batch of R rows' gradients. A begin without an end before it means that the last batch failed and comes again."""
+    """Receives the gradients of a batch of R rows, part by part. A `begin` without an `end` before it means that the last batch failed for want of
+    memory, and its rows come again.
+    """
 
     def begin(self, numbers: Sequence[int]) -> None:
-        """numbers (R,): of the batch's rows."""
+        """Before a batch. numbers: (R,) of its rows."""
 
-    def matrix(self, part: WeightPart) -> None: ...
+    def matrix(self, part: WeightPart) -> None:
+        """A part of the gradient of a weight."""
 
     def vector(self, name: Name, x: torch.Tensor, columns: slice, size: int, rows: slice) -> None:
         """The entries `columns` of the gradient of a vector of `size`, (rows, width) float64."""
@@ -85,12 +90,13 @@ class Sink(Protocol):
     def head_done(self, tokens: HeadTokens) -> None:
         """After all parts of the head, before any layer's."""
 
-    def end(self) -> None: ...
+    def end(self) -> None:
+        """After all parts of a batch."""
 
 
 @dataclass(frozen=True)
 class Lines:
-    """Gradients of a table, summed per row of the batch and line of the table: row (K,) ascending, id (K,), x (K, d)."""
+    """Gradients of an embedding's table: x (K, d), one line for each row of the batch and token id that occurs in it; row (K,) ascending, id (K,)."""
 
     row: torch.Tensor
     id: torch.Tensor
@@ -103,7 +109,7 @@ class Lines:
 
     @staticmethod
     def of(ids: torch.Tensor, g: torch.Tensor, spans: list[Span]) -> Lines:
-        """ids (N,), g (N, d), the tokens of each row side by side."""
+        """Sums the gradients g (N, d) of the tokens ids (N,) by row and id. spans: where each row's tokens begin and end."""
         lengths = torch.tensor([stop - start for start, stop in spans], device=ids.device)
         row = torch.repeat_interleave(torch.arange(len(spans), device=ids.device), lengths)
         size = int(ids.max()) + 1
@@ -115,7 +121,7 @@ HEAD: Name = ("head", 0)
 
 
 class _Sorter:
-    """A taker (passes/gradients/capture.py) that hands a batch's parts to a sink by kind."""
+    """A taker (passes/gradients/capture.py) that hands each layer's part to a sink: weights, vectors and embeddings by their own methods."""
 
     def __init__(self, rules: Rules, sink: Sink, spans: list[Span]) -> None:
         self.sink, self.spans = sink, spans
@@ -148,7 +154,7 @@ class _Sorter:
 
 
 def rows_of(rows: Sequence[Encoded | EncodedPair], scalar: Scalar) -> dict[int, list[Item]]:
-    """The sequences of every row without a problem; of a margin two."""
+    """{row: its sequences} of the rows without a problem: one, or both responses of a pair whose margin is differentiated."""
     sequences = {}
     for i, row in enumerate(rows):
         if row.problem is None:
@@ -160,8 +166,8 @@ def rows_of(rows: Sequence[Encoded | EncodedPair], scalar: Scalar) -> dict[int, 
 
 
 def parts_of(model: Model, rules: Rules, v: dict[str, torch.Tensor]) -> dict[Name, torch.Tensor]:
-    """v (parameters' names -> tensors of their shapes) by the names that sinks know, on the model's device, float32 or wider: weights (o, i), vectors
-    flat. Of a head that is the embedding too the head's name alone. ModelError where they do not fit into its memory.
+    """v, {parameter: tensor of its shape}, by the names that sinks use, on the model's device, float32 or wider: weights (o, i), vectors flat. A
+    matrix that is head and embedding has the head's name. ModelError where they do not fit into memory.
     """
     names = {id(p): name for name, p in model.module.named_parameters()}
     parts: dict[Name, torch.Tensor] = {}
@@ -233,7 +239,7 @@ def _group(row: list[Item]) -> Group:
 
 
 def take(model: Model, rules: Rules, memory: Footprint, items: dict[int, list[Item]], limit: int, sink: Sink) -> None:
-    """All rows, batch by batch; a batch is halved and run again where memory is short after all."""
+    """Run all rows, batch by batch, and hand their gradients to the sink. Where memory is short a batch is halved and run again."""
     halving(
         batches(model, items, limit),
         lambda numbers: take_batch(model, rules, memory, numbers, [items[row] for row in numbers], sink),
@@ -245,7 +251,7 @@ def take(model: Model, rules: Rules, memory: Footprint, items: dict[int, list[It
 def take_batch(
     model: Model, rules: Rules, memory: Footprint, numbers: list[int], rows: list[list[Item]], sink: Sink
 ) -> None:
-    """One batch."""
+    """Run one batch of rows, and hand their gradients to the sink between its `begin` and `end`. numbers: of the rows, which the sink gets."""
     checkpointed = memory.checkpointed(rows, model)
     graph = Graph.of(model, [_group(row) for row in rows])
     firsts = np.cumsum([0] + [len(row) for row in rows])[:-1]
@@ -270,7 +276,7 @@ def _head(
     tokens: torch.Tensor,
     sink: Sink,
 ) -> torch.Tensor:
-    """(N, d) ∂f/∂states. The head's own parts go to the sink."""
+    """(N, d) gradients of f at the final states. The LM head's own parts go to the sink."""
     lengths = [[len(item.ids) - item.start for item in row] for row in rows]
     ends = np.cumsum([0] + [sum(row) for row in lengths]).tolist()
     spans = list(pairwise(ends))

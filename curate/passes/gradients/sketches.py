@@ -32,17 +32,17 @@ class Projections:
     _made: dict[tuple[str, Name], torch.Tensor | None] = field(default_factory=dict)
 
     def shape(self, name: Name) -> tuple[int, int]:
-        """Of a sketch."""
+        """Shape of a weight's projected gradient."""
         o, i = self.shapes[name]
         return (min(o, self.k), i) if o > i else (o, min(i, self.k))
 
     def outputs(self, name: Name, like: torch.Tensor) -> torch.Tensor | None:
-        """(o, k) P; None where B stays as it is."""
+        """P (o, k), in the dtype and on the device of `like`; None where the outputs' side is not projected."""
         o, i = self.shapes[name]
         return self._signs("P", name, o, like) if o > i else None
 
     def input(self, name: Name, kept: dict[Any, Any], a: torch.Tensor) -> torch.Tensor:
-        """(n, k) A Q, made once for the layers that share `kept`; a itself where it stays as it is."""
+        """A Q (n, k), computed once for the layers that share `kept`; a itself where the inputs' side is not projected."""
         o, i = self.shapes[name]
         if o > i:
             return a
@@ -55,6 +55,7 @@ class Projections:
         return projected
 
     def _signs(self, side: str, name: Name, size: int, like: torch.Tensor) -> torch.Tensor | None:
+        """Random signs / √k, (size, k), the same for the same seed, side and weight; None where size is at most k."""
         if (side, name) not in self._made:
             made = None
             if size > self.k:
@@ -66,9 +67,10 @@ class Projections:
 
 
 class Sketches:
-    """A sink (passes/gradients/rows.py). Of targets (`theirs` None) it keeps the sketches: parts, weight or vector -> (count, …); of other rows it
-    has
-    products (count, M) and squares (count,) float64, estimates of ⟨g_i, g_m⟩ and ‖g_i‖², filled in as batches end.
+    """A sink (passes/gradients/rows.py) of projected gradients.
+
+    For targets (theirs: None) it keeps them: parts, name -> (count, …). For other rows (theirs: the targets' sketches) it has products (count, M)
+    and squares (count,) float64, estimates of ⟨g_i, g_m⟩ and ‖g_i‖², filled in as batches end.
     """
 
     def __init__(self, projections: Projections, count: int, device: torch.device, theirs: Sketches | None) -> None:
@@ -120,14 +122,14 @@ class Sketches:
         pass
 
     def _part(self, name: Name, x: torch.Tensor) -> torch.Tensor:
-        """Of this batch's R rows, (R, k, i) or (R, o, k)."""
+        """The sketches of this batch's R rows, (R, k, i) or (R, o, k), made empty at their first use."""
         if name not in self._parts:
             self._parts[name] = x.new_zeros(len(self._numbers), *self.projections.shape(name))
         return self._parts[name]
 
 
 class Both:
-    """Two sinks at once."""
+    """A sink that hands everything to two sinks."""
 
     def __init__(self, one: Sink, other: Sink) -> None:
         self.one, self.other = one, other

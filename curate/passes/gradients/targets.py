@@ -1,4 +1,4 @@
-"""Exact inner products of many rows' gradients with those of M targets: the targets' are kept, the rows' come by layer by layer and go.
+"""Exact inner products of many rows' gradients with those of M targets: the targets' are kept, the rows' are computed layer by layer and freed.
 
     ⟨g_i, g_m⟩, a sum over layers, each in one of two forms:
         matrices   every target's BᵀA is kept, (M, o, i); a row's own is made block by block and multiplied with all of them
@@ -105,7 +105,7 @@ class Targets:
             self._lines.setdefault(name, []).append(lines)
 
     def tables(self) -> dict[Name, Lines]:
-        """Per embedding, the lines of all targets by id; row: the target."""
+        """For each embedding that is not the head too, the lines of all targets' gradients, sorted by token id; row: the target's number."""
         tables = {}
         for name, parts in self._lines.items():
             row, ids, x = (torch.cat([getattr(part, key) for part in parts]) for key in ("row", "id", "x"))
@@ -216,14 +216,14 @@ class Crossing:
             )
 
     def _meet(self, theirs: torch.Tensor, x: Lines) -> None:
-        """The targets' (M, n, d) whole tables met by the rows' lines."""
+        """Adds the products of the targets' whole tables (M, n, d) with the rows' lines."""
         step = max(1, MEETINGS // (x.x.shape[1] * self.targets.count))
         for k in range(0, len(x.id), step):
             some = slice(k, k + step)
             self._products.index_add_(0, x.row[some], (theirs[:, x.id[some]] * x.x[some]).sum(2).T.double())
 
     def _tied(self, x: Lines) -> None:
-        """The rows' own head parts met by their embedding parts, of the one matrix that is both."""
+        """Adds to the rows' squares the product of their head part with their embedding part, where one matrix is both."""
         t = self._tokens
         if self.scale is not None:
             x = replace(x, x=x.x * self.scale[HEAD][x.id])
@@ -235,7 +235,7 @@ class Crossing:
 
 
 def _own(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """() float64 ‖bᵀa‖², in the cheaper form."""
+    """‖bᵀa‖², a float64 scalar, in the cheaper of the two forms: the square of one row's gradient of a linear layer."""
     n = len(a)
     if products.prefers_tokens(n, a.shape[1], b.shape[1]):
         return products.weigh(products.gram(a, n), products.gram(b, n), n, n)[0]
@@ -243,5 +243,5 @@ def _own(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def _square(x: torch.Tensor) -> torch.Tensor:
-    """() float64 ‖x‖² of a matrix."""
+    """‖x‖² of a matrix, a float64 scalar."""
     return torch.linalg.vector_norm(x, dim=1).double().square().sum()

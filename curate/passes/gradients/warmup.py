@@ -43,8 +43,9 @@ def warm_up(
     token_budget: int = 16384,
     count: Callable[[int], object] = lambda n: None,
 ) -> Vector:
-    """Train the model in place, and give Adam's v̂ at the end, float32 on the CPU. count is told of rows as they are done. ModelError where weights,
-    gradient and Adam's state, four times the weights in float32, do not fit into memory, or where they do not stay finite.
+    """Train the model in place, and give Adam's v̂ at the end, float32 on the CPU. count: called with the number of rows of each step.
+
+    ModelError where weights, gradient and Adam's state, four times the weights in float32, do not fit into memory, or do not stay finite.
     """
     known = [row for row in encoded if row.problem is None]
     pairs = any(isinstance(row, EncodedPair) for row in known)
@@ -83,7 +84,7 @@ def warm_up(
 
 
 def _batches(n: int, settings: WarmUp) -> list[list[int]]:
-    """Rows of each step, all of them once before any comes again."""
+    """The row indices of each step: every row comes once before any comes again."""
     rng = np.random.default_rng(settings.seed)
     size = min(settings.rows, n)
     order: list[int] = []

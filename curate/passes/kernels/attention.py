@@ -141,7 +141,7 @@ def attention(
 def _by_block_mask(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, low: torch.Tensor | None, extras: Extras
 ) -> torch.Tensor:
-    """(1, N, heads, dv). One mask serves every layer with the same `low`."""
+    """Attention (1, N, heads, dv) on CUDA. One block mask serves every layer with the same `low`."""
     layout = current.get()
     entry = "block mask", None if low is None else low.data_ptr()
     if entry not in layout.masks:
@@ -156,7 +156,7 @@ def _by_block_mask(
 def _by_cpu_kernel(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, low: torch.Tensor | None, extras: Extras
 ) -> torch.Tensor:
-    """(1, N, heads, dv)."""
+    """Attention (1, N, heads, dv) on a CPU."""
     layout, kernels = current.get(), cpu_kernels.kernels()
     assert kernels is not None
     if "stretches" not in layout.masks:
@@ -192,6 +192,7 @@ _refusals: dict[Any, str | None] = {}  # kind of attention -> why it runs by the
 
 
 def _kind(kernel: _Kernel, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, extras: Extras) -> Any:
+    """A key for attention that behaves alike: device, dtype, shapes, scaling, soft-cap, sinks."""
     heads = query.shape[1], key.shape[1], query.shape[3], value.shape[3]
     return kernel, query.device, query.dtype, *heads, extras.scaling, extras.softcap, extras.sinks is not None
 
@@ -211,6 +212,7 @@ def _refusal(
 def _difference(
     kernel: _Kernel, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, extras: Extras
 ) -> str | None:
+    """How far the kernel is from the loop on a row of several blocks, branches and a window, in words; None where they agree."""
     shared, alone = (np.zeros(n, np.int32) for n in (210, 330))
     trial = Layout.of([Group((Item(0, "", shared, 1),) * 3, 150), Group((Item(1, "", alone, 1),), 0)])
     generator = torch.Generator(query.device).manual_seed(0)
@@ -234,7 +236,7 @@ def _difference(
 
 
 def _dense(low: torch.Tensor, masks: dict[Any, Any]) -> torch.Tensor:
-    """(longest, longest) bool of `low`, for the loop."""
+    """(longest, longest) bool, which keys each position sees, from `low`, the lowest one: the loop takes a mask."""
     entry = "dense", low.data_ptr()
     if entry not in masks:
         at = torch.arange(len(low), device=low.device)

@@ -20,7 +20,7 @@ current: ContextVar[Layout] = ContextVar("packed_layout")
 
 
 def by_loop(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, extras: Extras) -> torch.Tensor:
-    """(1, N, heads, dv), branch by branch."""
+    """Attention (1, N, heads, dv) of the packed row whose layout is `current`, computed branch by branch."""
     layout = current.get()
     if query.shape[1] != key.shape[1] and (extras.pattern is not None or extras.softcap or extras.sinks is not None):
         key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
@@ -47,6 +47,8 @@ def by_loop(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, extras:
 
 @dataclass(frozen=True, slots=True)
 class Extras:
+    """What attention takes beside queries, keys and values. masks: those that were built already for this row."""
+
     scaling: float | None
     softcap: float | None
     sinks: torch.Tensor | None  # (heads,)
@@ -94,11 +96,12 @@ def _causal_band(start: int, n: int, end: int, like: torch.Tensor, masks: dict[A
 
 
 def _additive(mask: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """What is added to scores: 0 where a key is seen, −∞ elsewhere. A bool mask would be turned into this at every call."""
+    """A mask that is added to scores: 0 where a key is seen, −∞ elsewhere. torch would turn a bool mask into this at every call."""
     return torch.zeros_like(mask, dtype=like.dtype).masked_fill_(~mask, float("-inf"))
 
 
 def _tail_on_cuda(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float | None) -> torch.Tensor:
+    """`_tail` on CUDA, in one call: torch's kernels skip there what a causal mask hides."""
     gqa = q.shape[1] != k.shape[1]
     if q.shape[2] == k.shape[2]:
         return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=gqa)

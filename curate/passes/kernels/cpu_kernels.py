@@ -133,8 +133,8 @@ class Kernels:
 
 
 def stretches_of(layout: Layout) -> torch.Tensor:
-    """(n, 4) int64, a packed row's branches: first own token, how many, first token of the prefix before them, how many. A group's prefix and
-    first branch are one.
+    """(n, 4) int64, a line for each branch of a packed row: its first token, how many it has, the first token of its prefix, how many that has. A
+    group's prefix and first branch count as one branch without a prefix.
     """
     stretches = []
     for offset, p, branches in layout.segments:
@@ -166,7 +166,7 @@ def refuses(query: torch.Tensor, value: torch.Tensor, softcap: bool, sinks: bool
 
 
 def kernels() -> Kernels | None:
-    """None where `refusal` says why."""
+    """The compiled operators; None where there are none, and `refusal` says why."""
     return None if isinstance(loaded := _load(), Refused) else loaded
 
 
@@ -177,6 +177,7 @@ def refusal() -> str | None:
 
 @cache
 def _load() -> Kernels | Refused:
+    """Compile the operators, or take them from the cache, load and try them, once a process."""
     try:
         if os.environ.get("CURATE_CPU_KERNELS") == "0":
             raise Refused("CURATE_CPU_KERNELS=0")
@@ -196,7 +197,7 @@ def _load() -> Kernels | Refused:
 
 
 def _adds_up(kernels: Kernels) -> bool:
-    """Whether `head_sums` gives torch's numbers, over two blocks; what else there is, is tried by those who use it."""
+    """Whether `head_sums` gives torch's numbers, over two blocks. The other operators are tried where they are used."""
     z = torch.randn(3, 90, generator=torch.Generator().manual_seed(0)) * 4
     tokens = torch.tensor([0, 50, 89])
     sums = {name: torch.zeros(3, dtype=torch.float64) for name in ("total", "square", "weighted")}
@@ -212,6 +213,7 @@ def _adds_up(kernels: Kernels) -> bool:
 
 
 def _compiler() -> str:
+    """The path of a C compiler. Refused where there is none."""
     for name in (os.environ.get("CC"), "cc", "gcc", "clang"):
         if name and (path := shutil.which(name)):
             return path
@@ -219,7 +221,7 @@ def _compiler() -> str:
 
 
 def _library(compiler: str) -> Path:
-    """The compiled file, from the user's cache where it is there."""
+    """The compiled library, from the user's cache or compiled into it; its name holds a hash of all that it depends on. Refused without a folder."""
     version = _run([compiler, "--version"])
     about = "\n".join([SOURCE.read_text(), *FLAGS, compiler, version, _processor(), torch.__version__])
     name = f"cpu_kernels-{hashlib.sha256(about.encode()).hexdigest()[:16]}.so"
@@ -238,7 +240,7 @@ def _library(compiler: str) -> Path:
 
 
 def _compile(compiler: str, to: Path, *, openmp: bool = True) -> None:
-    """Into place at once and synced: half a file, after a power cut too, would crash whoever loads it.
+    """Compile the library. It is moved into place whole and synced: half a file, after a power cut too, would crash whoever loads it.
 
     openmp: in several threads (clang's own OpenMP is not torch's).
     """
@@ -250,6 +252,7 @@ def _compile(compiler: str, to: Path, *, openmp: bool = True) -> None:
 
 
 def _run(command: list[str]) -> str:
+    """A command's output. Refused where it fails or takes longer than LIMIT_S seconds."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=False)
     except subprocess.TimeoutExpired:
@@ -269,7 +272,7 @@ def _temporary() -> Path:
 
 
 def _processor() -> str:
-    """What -march=native depends on: a home may be shared by machines of several kinds."""
+    """A text that names the processor: the machine code depends on it, and several kinds of machines may share a home folder."""
     info = Path("/proc/cpuinfo")
     if not info.exists():
         return platform.processor()

@@ -7,8 +7,7 @@ bfloat16    products in bfloat16, everything between them in float32: residual s
 
 Installed around a pass, over whatever calls the model makes (`F.linear`, embeddings, norms); the model itself is left as it is. Whether a
 model takes float32 between its products is tried on the spot (loading/model.py). Passes with a backward of their own (gradients/capture.py)
-call
-`linear` and `product` themselves. Under autograd `linear` has a first derivative, and no second one.
+call `linear` and `product` themselves. Under autograd `linear` has a first derivative, and no second one.
 """
 
 from __future__ import annotations
@@ -86,7 +85,7 @@ def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def _suits(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether x (…, i) with weight (o, i) is oneDNN's."""
+    """Whether oneDNN is the faster one for x (…, i) times weight (o, i)ᵀ: float32 on the CPU, large enough, on such a processor."""
     return (
         x.dtype == weight.dtype == torch.float32
         and x.device.type == "cpu"
@@ -120,12 +119,13 @@ def one_dnn_is_faster() -> bool:
 
 
 def _embedding(func: Callable[..., Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+    """An embedding's output, in float32 where its weights are narrow."""
     values: torch.Tensor = func(*args, **kwargs)
     return values.float() if values.dtype in NARROW else values
 
 
 def _product(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """A product of a float32 activation with narrow weights: narrow."""
+    """A product of float32 activations with bfloat16 or float16 weights, computed in the weights' dtype."""
     kinds = {a.dtype for a in args if isinstance(a, torch.Tensor)}
     if torch.float32 in kinds and (narrow := kinds & set(NARROW)):
         to = narrow.pop()
@@ -134,7 +134,7 @@ def _product(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 def _widest(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Norms and attention: all in float32."""
+    """A norm or attention, with all its bfloat16 or float16 tensors in float32."""
     args = tuple(_wide(a) for a in args)
     return func(*args, **{name: _wide(a) for name, a in kwargs.items()})
 

@@ -25,7 +25,7 @@ CLOSE = 1e-5  # relative to the norm of each row
 
 
 class Sweeps:
-    """What of a model runs in one sweep: `norms` and `gates` by module, `rotary`: Python modules whose function of that name does."""
+    """The parts of a model that run in one sweep. norms, gates: by module. rotary: the Python modules whose `apply_rotary_pos_emb` is replaced."""
 
     def __init__(self, module: nn.Module, kernels: Kernels) -> None:
         self.kernels = kernels
@@ -37,7 +37,7 @@ class Sweeps:
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """While inside, they do. Not around a pass with gradients."""
+        """While inside, these parts run through the kernels. Not for passes with gradients."""
         own: list[Norm | Gate] = [*self.norms, *self.gates]
         parts = [part for part in own if not _altered(part.module)]
         functions = [(home, f) for home in self.rotary if not isinstance(f := getattr(home, ROTARY), Rotary)]
@@ -76,7 +76,7 @@ class Norm:
 
     @torch.no_grad()
     def _gives_its_numbers(self, one: float) -> bool:
-        """Of any weight: a twin has others. Its hooks, which are not ours to call, stay out."""
+        """Whether the kernel gives this module's numbers, tried on a copy with random weights. The module's hooks are not called."""
         generator = torch.Generator().manual_seed(0)
         try:
             twin: Any = copy.copy(self.module)
@@ -112,6 +112,7 @@ class Gate:
         return self.module.down_proj(self.kernels.silu_times(gate, up))
 
     def gives_its_numbers(self) -> bool:
+        """Whether the kernel gives this module's numbers, tried on random inputs."""
         x = torch.randn(6, self.module.gate_proj.weight.shape[1], generator=torch.Generator().manual_seed(0))
         x = (x * torch.logspace(-2, 2, 6)[:, None]).to(self.module.gate_proj.weight.dtype)
         try:
@@ -156,6 +157,7 @@ def _fits(x: torch.Tensor, cos: torch.Tensor) -> bool:
 
 
 def _looks_like_a_norm(part: nn.Module) -> bool:
+    """Whether a module has one vector of weights and no parts, as RMS norms do; whether it is one is tried afterwards."""
     own = dict(part.named_parameters(recurse=False))
     alone = own.keys() == {"weight"} and own["weight"].ndim == 1 and not list(part.children())
     return alone and not isinstance(part, nn.LayerNorm) and not _altered(part)
@@ -163,7 +165,9 @@ def _looks_like_a_norm(part: nn.Module) -> bool:
 
 @torch.inference_mode()
 def _gates(module: nn.Module, kernels: Kernels) -> list[Gate]:
-    """One of each class, activation and settings (some models clamp in some layers) is tried: it takes a pass over its weights."""
+    """The gated MLPs that run through the kernel. One of each class, activation and settings is tried (some models clamp in some layers), not every
+    one: a try takes a pass over the weights.
+    """
     gates: list[Gate] = []
     tried: dict[Any, bool] = {}
     for part in module.modules():
@@ -189,12 +193,13 @@ def _altered(module: nn.Module) -> bool:
 
 
 def _home(part: nn.Module) -> Any:
+    """The Python module that a part's class comes from."""
     return sys.modules.get(type(part).__module__)
 
 
 @torch.inference_mode()
 def _turns_halves(function: Callable[..., Any], kernels: Kernels) -> bool:
-    """Whether a function is the usual one: pairs (c, c + d/2), angles (1, n, d)."""
+    """Whether a function rotates as most models do: channel c together with c + d/2, by angles (1, n, d)."""
     try:
         if list(inspect.signature(function).parameters)[:4] != ["q", "k", "cos", "sin"]:
             return False
@@ -210,5 +215,6 @@ def _turns_halves(function: Callable[..., Any], kernels: Kernels) -> bool:
 
 
 def _close(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    """Whether two results have one shape and dtype, and differ by rounding alone."""
     same = ours.shape == theirs.shape and ours.dtype == theirs.dtype
     return same and bool(((ours - theirs).norm(dim=-1) <= CLOSE * theirs.norm(dim=-1)).all())
