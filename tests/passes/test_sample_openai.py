@@ -133,9 +133,9 @@ def test_probes_of_one_served_model_agree(server):
 
     prompts = [prompt[:60] for prompt in FIXED]
     with opened(server[0]) as sampler:
-        said = sampler.said()
+        said = sampler.description()
         assert said["model"] == "tiny" and said["root"] == str(server[1]) and said["max_model_len"] == CONTEXT
-        assert said == sampler.said()
+        assert said == sampler.description()
         first = sampler.probe(prompts)
         kept, noise = measured_noise(first, sampler.probe(prompts, at_once=True))
         assert kept == first and len(first) == len(prompts) and all(spoken.logps for spoken in first.values())
