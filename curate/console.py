@@ -20,7 +20,7 @@ from typing import Any
 
 from curate.errors import CurateError, without_secrets
 
-STOPPED = 128 + signal.SIGINT
+STOPPED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
 ONE = re.compile(r"(?<![\d.,])1 ((?:bad )?row|pair|example|checkpoint|answer|recording|run|line|sample)s\b")
 
 

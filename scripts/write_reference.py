@@ -10,8 +10,8 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-GLOBAL = """Exit codes: 0 done, 1 failed, 2 wrong use or recipe, 130 stopped. Results go to stdout, progress and notes to stderr; `--json` prints
-for machines, `--quiet` leaves progress and notes out. `--set select.keep.share=0.5` puts a value over the recipe's."""
+GLOBAL = """Exit codes: 0 done, 1 failed, 2 wrong use or recipe, 130 stopped (143 by SIGTERM). Results go to stdout, progress and notes to stderr;
+`--json` prints for machines, `--quiet` leaves progress and notes out. `--set select.keep.share=0.5` puts a value over the recipe's."""
 
 
 def cli() -> str:

@@ -440,8 +440,9 @@ def test_schedule_says_tonights_mistake_now(curate, done):
 # ---- what only a process can show ---------------------------------------------------------------------------------------------------------
 
 
-def test_ctrl_c_keeps_what_is_measured_and_says_so(done, tmp_path):
-    """The interrupt comes after the first forward shard was written, as Ctrl-C does."""
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_ctrl_c_keeps_what_is_measured_and_says_so(done, tmp_path, name):
+    """The interrupt comes after the first forward shard was written, as Ctrl-C does; systemd and Kubernetes send SIGTERM."""
     script = tmp_path / "driver.py"
     script.write_text(
         "import os, signal, sys\n"
@@ -451,7 +452,7 @@ def test_ctrl_c_keeps_what_is_measured_and_says_so(done, tmp_path):
         "def stop(self, measured, *args, **kwargs):\n"
         "    found = write(self, measured, *args, **kwargs)\n"
         "    if measured.reads == 'forward':\n"
-        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        f"        os.kill(os.getpid(), signal.{name})\n"
         "    return found\n"
         "Store.write_shard = stop\n"
         "from curate.cli import main\n"
@@ -467,7 +468,7 @@ def test_ctrl_c_keeps_what_is_measured_and_says_so(done, tmp_path):
         text=True,
         check=False,
     )
-    assert said.returncode == 128 + signal.SIGINT
+    assert said.returncode == 128 + signal.Signals[name]
     assert said.stderr.strip().endswith("Stopped. What was measured is kept; the same command goes on from there.")
     from curate import Store
 

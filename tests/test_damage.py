@@ -355,3 +355,51 @@ def test_nobody_measures_while_it_is_repaired(folder):
             check(folder, repair=True)
     with pytest.raises(StoreError, match="no store there"):
         check(folder.parent)
+
+
+# ---- clocks, zeros, versions, what a killed process leaves --------------------------------------------------------------------------------
+
+
+def test_a_clock_that_is_set_back_leaves_the_last_recipe_and_selection_the_last(folder):
+    store = Store(folder)
+    store.register_recipe("first", "")
+    with store.database.write() as con:  # written while the clock was a year ahead
+        con.execute("UPDATE data.recipes SET updated = updated + INTERVAL 1 YEAR")
+        con.execute("UPDATE data.measured SET created = created + INTERVAL 1 YEAR")
+    store.register_recipe("second", "")
+    assert [recipe["name"] for recipe in store.recipes()] == ["second", "first"]
+    store.register_recipe("first", "")
+    store.write_scores("first", IDS, {"x": np.zeros(60)})
+    assert store.recipes()[0]["name"] == "first" and "x" in store.sql("SELECT * FROM scored LIMIT 0").columns
+
+
+def test_a_block_of_zeros_in_a_table_is_a_bad_row(tmp_path):
+    from curate.data import validate
+
+    file = tmp_path / "rows.csv"
+    file.write_bytes(b"prompt,completion\nq,a\nr,b" + bytes(4096) + b"\ns,c\n")
+    found = validate(str(file), kind="sft")
+    assert (found.n_rows, found.n_bad) == (3, 1)
+    assert "line 3" in str(found.defects[0]) and "4,096 bytes of zero" in str(found.defects[0])
+    file.write_bytes(b"prompt,compl" + bytes(8) + b"\nq,a\n")
+    with pytest.raises(CurateError, match="bytes of zero in the header"):
+        validate(str(file), kind="sft")
+
+
+@pytest.mark.parametrize("version", ["", "one", "1.5", "-1"])
+def test_a_version_that_is_none_is_damage(folder, version):
+    with Store(folder).database.write() as con:
+        con.execute("UPDATE data.meta SET value = ? WHERE key = 'schema_version'", [version])
+    with pytest.raises(DamagedStore, match=r"its version is .*curate check .* --repair"):
+        Store(folder)
+
+
+def test_what_a_kill_left_of_a_database_goes(folder):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    left = [folder / f".new-{gone.pid}-0123abcd.duckdb{end}" for end in ("", ".wal")]
+    for path in left:
+        path.write_bytes(b"half")
+    assert "2 half-written files" in checked_text(check(folder))
+    with Store(folder).measuring():
+        assert not any(path.exists() for path in left)

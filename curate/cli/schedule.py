@@ -184,7 +184,13 @@ def outcome(code: int) -> str:
     """An exit code in words (interface: 0 done, 1 failed, 2 wrong use or recipe; negative: ended by that signal)."""
     if code < 0:
         return f"ended by {signal.Signals(-code).name}"
-    words = {0: "done", 1: "FAILED", 2: "REFUSED: wrong use or recipe", 128 + signal.SIGINT: "stopped"}
+    words = {
+        0: "done",
+        1: "FAILED",
+        2: "REFUSED: wrong use or recipe",
+        128 + signal.SIGINT: "stopped",
+        128 + signal.SIGTERM: "stopped",
+    }
     return f"{words.get(code, 'FAILED')} (exit code {code})"
 
 

@@ -287,6 +287,10 @@ def separated(delimiter: str) -> Callable[[Path, str], Iterator[Line]]:
                     raise ValidationError(
                         f"{name}: the header names '{listed([twice])}' twice. Give every column a name of its own."
                     )
+                if any("\0" in column for column in header):
+                    raise ValidationError(
+                        f"{name}, line 1: bytes of zero in the header. A block of the file was lost, in a crash or a copy: fetch it again."
+                    )
                 before = reader.line_num
                 for cells in reader:
                     line, before = before + 1, reader.line_num
@@ -294,6 +298,10 @@ def separated(delimiter: str) -> Callable[[Path, str], Iterator[Line]]:
                         continue
                     if len(cells) != len(header):
                         yield line, ("", f"{len(cells)} cells (line {before})", f"{len(header)}, as in the header")
+                    elif any("\0" in cell for cell in cells):
+                        column, cell = next((c, v) for c, v in zip(header, cells, strict=True) if "\0" in v)
+                        found = f"{cell.count(chr(0)):,} bytes of zero in a cell: a block of the file was lost, in a crash or a copy?"
+                        yield line, (column, found, "text")
                     else:
                         yield line, dict(zip(header, cells, strict=True))
             except csv.Error as error:

@@ -23,8 +23,8 @@ from uuid import uuid4
 
 import duckdb
 
-from curate.errors import StoreError
-from curate.store.damage import explain, explained, said_of
+from curate.errors import DamagedStore, StoreError
+from curate.store.damage import explain, explained, mend, said_of
 from curate.store.engines import attached
 from curate.store.locks import process_alive
 from curate.store.schema import MIGRATIONS, SCHEMA, SCHEMA_VERSION
@@ -326,11 +326,15 @@ class Database:
     def _version(self, con: Connection) -> int:
         try:
             version = one(con, "SELECT value FROM data.meta WHERE key = 'schema_version'")
-        except duckdb.CatalogException:
+        except (duckdb.CatalogException, duckdb.BinderException):
             version = None
         if version is None:
             raise StoreError(
                 f"{self.path} is a DuckDB database but not a store of curate. Name another folder with --store."
+            )
+        if not str(version[0]).isdecimal():
+            raise DamagedStore(
+                f"{self.path} is damaged (its version is {str(version[0])[:40]!r}). {mend(self.path.parent)}"
             )
         return int(version[0])
 

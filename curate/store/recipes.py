@@ -14,7 +14,7 @@ from curate.errors import StoreError
 from curate.rows import content_id
 from curate.store.entries import Place, Trajectories
 from curate.store.shards import arrow_column
-from curate.store.sql import Connection, one, quote
+from curate.store.sql import Connection, after_all, one, quote
 from curate.store.tables import columns_of
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def register_recipe(
         raise ValueError(f"`scored` can show one fingerprint of a measurement, found several of {twice[0]}")
     slug = f"scores_{re.sub(r'[^a-z0-9]+', '_', name.lower()).strip('_')}_{content_id(name)[:6]}"
     con.execute(
-        "INSERT INTO data.recipes VALUES (?, ?, ?, ?, ?, ?, now()::TIMESTAMP) ON CONFLICT (name) DO UPDATE SET "
+        f"INSERT INTO data.recipes VALUES (?, ?, ?, ?, ?, ?, {after_all('data.recipes', 'updated')}) ON CONFLICT (name) DO UPDATE SET "
         "text = excluded.text, sources = excluded.sources, uses = excluded.uses, plain = excluded.plain, updated = excluded.updated",
         [name, text, slug, list(sources), list(uses), list(plain)],
     )
@@ -84,7 +84,7 @@ def write_scores(
         )
         con.execute(f"CREATE TABLE data.{each} AS SELECT * FROM scores_view")
         con.unregister("scores_view")
-    con.execute("UPDATE data.recipes SET updated = now()::TIMESTAMP WHERE name = ?", [recipe])
+    con.execute(f"UPDATE data.recipes SET updated = {after_all('data.recipes', 'updated')} WHERE name = ?", [recipe])
 
 
 def _lines(one: Trajectories, row_ids: pa.Array) -> pa.Table:
@@ -154,7 +154,7 @@ def write_selection(
     con.execute("DELETE FROM data.selections WHERE name = ?", [name])
     con.execute("DELETE FROM data.decisions WHERE selection = ?", [name])
     con.execute(
-        "INSERT INTO data.selections VALUES (?, ?, ?, ?, now()::TIMESTAMP)",
+        f"INSERT INTO data.selections VALUES (?, ?, ?, ?, {after_all('data.selections', 'created')})",
         [name, recipe, json.dumps(dict(spec or {}), default=str), json.dumps(decisions.counts, default=str)],
     )
     rank = np.asarray(decisions.rank)

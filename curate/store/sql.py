@@ -25,6 +25,11 @@ def literals(texts: Iterable[str] | None) -> str:
     return ", ".join(literal(text) for text in texts or ()) or "NULL"
 
 
+def after_all(table: str, column: str) -> str:
+    """SQL of the time now, or of one just behind all times in a table's column: the last is the last, on a clock that was set back, too."""
+    return f"(SELECT greatest(now()::TIMESTAMP, coalesce(max({column}) + INTERVAL 1 MICROSECOND, now()::TIMESTAMP)) FROM {table})"
+
+
 def json_pointer(name: str) -> str:
     """A key of a JSON object, as DuckDB's JSON functions take it."""
     return literal("/" + name.replace("~", "~0").replace("/", "~1"))

@@ -18,6 +18,7 @@ from typing import Any
 
 from curate.errors import StoreError
 from curate.store import forgetting, imports, readings, recipes, sources, tables, views
+from curate.store.database import half_made
 from curate.store.entries import (
     DatasetValue,
     Ingested,
@@ -144,6 +145,8 @@ class Store(StoreResults):
         with locked(self.folder / "run.lock", taken):
             self.shards.sweep()
             sources.sweep(self.folder)
+            for left in half_made(self.folder):
+                left.unlink(missing_ok=True)
             self.ingest()
             yield
 

@@ -17,7 +17,7 @@ from curate.rows import content_id
 from curate.store.entries import Measured
 from curate.store.readings import NO_RECIPE_WAITS
 from curate.store.shards import arrow_column, read_shard
-from curate.store.sql import Connection, first_column, literal, one, quote
+from curate.store.sql import Connection, after_all, first_column, literal, one, quote
 
 MEASURED = (
     "fingerprint",
@@ -54,7 +54,7 @@ def remember(con: Connection, measured: Measured) -> None:
     values[-1] = json.dumps(dict(measured.params), sort_keys=True, default=str)
     marks = ", ".join("?" * len(values))
     con.execute(
-        f"INSERT INTO data.measured ({', '.join(MEASURED)}, created) VALUES ({marks}, now()::TIMESTAMP) "
+        f"INSERT INTO data.measured ({', '.join(MEASURED)}, created) VALUES ({marks}, {after_all('data.measured', 'created')}) "
         "ON CONFLICT (fingerprint) DO UPDATE SET model = excluded.model, run = excluded.run, checkpoint = excluded.checkpoint, step = excluded.step",
         values,
     )
