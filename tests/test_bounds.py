@@ -261,7 +261,8 @@ def test_architectures_of_other_types_are_said(tmp_path, said):
 
 
 @pytest.mark.parametrize(
-    "head", ["a: " + "[" * 2000, "a: " + "{a: " * 2000, "{a: &a [*a]}", "{" + BILLION.replace("\n", ", ") + "}"]
+    "head",
+    ["a: " + "[" * 2000, "a: " + "{a: " * 2000, "{a: &a [*a]}", "{{}: 1}", "{" + BILLION.replace("\n", ", ") + "}"],
 )
 def test_a_hostile_head_of_a_card_stands_below_as_text(head):
     from curate.data.card import Card, card_text
@@ -281,3 +282,30 @@ def test_texts_of_a_person_are_short_and_utf8(tmp_path, held, said):
         old_card(tmp_path / "shots.txt")
     with pytest.raises(UsageError, match=f"sampling.few_shot: .*{said}"):
         few_shot_text(load_recipe({"kind": "sft", "sampling": {"few_shot": str(tmp_path / "shots.txt")}}))
+
+
+@pytest.mark.parametrize(
+    "held, said",
+    [(b"", "no rows at all.*Write or fetch it again"), (b"\xff\xfe", "cannot be read|can be read. Name another")],
+)
+def test_a_file_that_gives_no_row_says_what_next(tmp_path, held, said):
+    (tmp_path / "rows.jsonl").write_bytes(held)
+    with pytest.raises(ValidationError, match=said):
+        load(tmp_path / "rows.jsonl")
+    with pytest.raises(ValidationError, match="no such file or folder.*Name a file, a folder, a glob"):
+        load(tmp_path / "nothing.parquet.xyz" / "x.csv")
+    (tmp_path / "recipe.yaml").write_bytes(b"")
+    with pytest.raises(UsageError, match="found nothing. Start one with `curate init"):
+        load_recipe(tmp_path / "recipe.yaml")
+
+
+def test_a_lone_model_as_checkpoints_is_told_where_it_belongs(tmp_path):
+    from curate.errors import ModelError
+    from curate.models.training_folder import checkpoint_folders
+
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    with pytest.raises(
+        ModelError, match="models.checkpoints: model is one model, not a run's folder.*models.reference"
+    ):
+        checkpoint_folders("model", tmp_path)

@@ -81,6 +81,8 @@ def _root(text: str) -> yaml.MappingNode | None:
         raise NotYaml(where + str(getattr(error, "problem", None) or error).splitlines()[0]) from None
     if node is not None and not isinstance(node, yaml.MappingNode):
         raise NotYaml("it holds no `key: value`")
+    if node is not None and not all(isinstance(key, yaml.ScalarNode) for key, _ in node.value):
+        raise NotYaml("a key is a list or a mapping")
     return node
 
 

@@ -26,6 +26,8 @@ from curate.data.hub import HUB, find_on_hub
 from curate.data.sources import InMemory, Source, check_settings, no_revision
 from curate.errors import UsageError, ValidationError, nearest
 
+NAME_ONE = " Name a file, a folder, a glob or a hub dataset (owner/name)."
+
 
 def find_sources(
     path: str | Path | Sequence[str | Path | dict[str, Any]],
@@ -103,7 +105,7 @@ def expand(text: str, *, split: str, revision: str | None, base: Path) -> Iterat
     else:
         close = nearest_beside(here)
         meant = f" Did you mean '{(Path(text).parent / close).as_posix()}'?" if close else ""
-        raise ValidationError(f"{text}: there is no such file or folder{looked_in(base)}.{meant}")
+        raise ValidationError(f"{text}: there is no such file or folder{looked_in(base)}.{meant or NAME_ONE}")
 
 
 def natural(name: str) -> list[tuple[int, int, str]]:

@@ -26,6 +26,7 @@ from curate.rows import Row
 Kind = Literal["preference", "sft"]
 Paths = str | Path | Sequence[str | Path | dict[str, Any]]
 HEAD = 200  # rows that a format is told from
+REWRITE = "Name another file, or write it as one JSON object a line, csv or parquet (docs/data.md)."
 VERSION = 2  # of what becomes of a source's rows: sources that an earlier version read are read again
 
 
@@ -48,7 +49,9 @@ class Reading:
         first = next((layout for source in sources if (layout := self._layout(source, kind))), None)
         if first is None:
             names = ", ".join(source.name for source in sources)
-            raise ValidationError(f"{names}: no rows at all. Is it the right file, and was it written to its end?")
+            raise ValidationError(
+                f"{names}: no rows at all. Was it written to its end? Write or fetch it again, or name another file."
+            )
         self.kind: Kind = "preference" if first.kind == "preference" else "sft"
         self.format = first.format
         self.prompt_column = self._columns.named(first.prompt)
@@ -65,7 +68,7 @@ class Reading:
                 index, line, broken = head[0]
                 assert not isinstance(broken, dict)
                 what = problem_defect(broken, source.name, index, line)
-                raise ValidationError(f"{what}\n  None of the first {len(head)} rows can be read.")
+                raise ValidationError(f"{what}\n  None of the first {len(head)} rows can be read. {REWRITE}")
             self._columns.check(dict.fromkeys(name for row in raw_rows for name in row), source.name)
             mapped = [self._mapped(row, source.name) for row in raw_rows]
             layout = choose_layout(source.name, mapped, kind=kind, format=self._asked, columns=self._columns)

@@ -59,6 +59,11 @@ def _checkpoints_in(root: Path, spec: str) -> list[Path]:
     )
     if state is not None:
         raise OtherLayout(f"models.checkpoints: {state}")
+    if not checkpoints and _has_config(root):
+        raise ModelError(
+            f"models.checkpoints: {spec} is one model, not a run's folder with checkpoint-<step>/ in it. Name it as models.reference; or, as one of "
+            f"several checkpoints, in a list: `checkpoints: [{spec}, …]`."
+        )
     if not checkpoints:
         raise ModelError(
             f"models.checkpoints: {spec} holds no checkpoint (a folder checkpoint-<step> with config.json and weights, or with a LoRA adapter). "

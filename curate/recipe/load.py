@@ -111,7 +111,7 @@ def load_recipe(
             raise UsageError(f"{path}{where}: not valid YAML: {getattr(error, 'problem', None) or error}.") from None
         if not isinstance(raw, dict):
             raise UsageError(
-                f"{path}: a recipe is a mapping with `kind: preference` or `kind: sft`; found {found(raw)}."
+                f"{path}: a recipe is a mapping with `kind: preference` or `kind: sft`; found {found(raw)}. {START if raw is None else ''}".rstrip()
             )
     for key, value, words in _overrides(set):
         at = _put(raw, key, value)
