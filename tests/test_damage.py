@@ -7,6 +7,7 @@ import random
 import shutil
 import subprocess
 import sys
+import tarfile
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
@@ -403,3 +404,17 @@ def test_what_a_kill_left_of_a_database_goes(folder):
     assert "2 half-written files" in checked_text(check(folder))
     with Store(folder).measuring():
         assert not any(path.exists() for path in left)
+
+
+def test_a_store_of_commit_9a495b9_is_read_whole_and_made_again(tmp_path):
+    with tarfile.open(Path(__file__).parent / "old_store" / "store.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    folder = tmp_path / "store"
+    found = check(folder)
+    assert (found.shards, found.without_checksum, found.problems) == (11, 11, [])
+    assert check(folder, repair=True).without_checksum == 0 and check(folder).problems == []
+    before = "SELECT * FROM data.samples ORDER BY ALL"
+    samples = Store(folder).sql(before)
+    (folder / "curate.duckdb").unlink()
+    assert check(folder, repair=True).unmended == 0 and len(samples)
+    assert Store(folder).sql(before).equals(samples)

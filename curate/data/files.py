@@ -72,7 +72,9 @@ def explained(name: str) -> Iterator[None]:
     except IsADirectoryError as error:
         raise ValidationError(f"{name}: a folder where a file was expected.") from error
     except OSError as error:
-        raise ValidationError(f"{name}: cannot be read: {error.strerror or error}.") from error
+        raise ValidationError(
+            f"{name}: cannot be read: {error.strerror or error}. Check that you may read it (`ls -l`), and that its disk is whole."
+        ) from error
 
 
 class Unpacked(gzip.GzipFile):
