@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import duckdb
@@ -53,8 +53,10 @@ class Frame:
         return [column for column in self.own["scored"] if column.taken_by]
 
 
-def frame(of: Subject, planned: Sequence[str] = ()) -> Frame:
-    """planned: the columns that measuring and scoring will add. They are NULL here, and take their names from the user's as they will then."""
+def frame(of: Subject, planned: Collection[str] = ()) -> Frame:
+    """planned: the columns that measuring and scoring will add, numbers unless a mapping has their SQL types. They are NULL here, and take their
+    names from the user's as they will then.
+    """
     now = views.own_names(of)
     own = views.own_names(of, planned) if planned else now
     before = {(c.imported, c.name): c.shown for c in now["scored"]}
@@ -68,7 +70,8 @@ def frame(of: Subject, planned: Sequence[str] = ()) -> Frame:
     if not moved and not coming:
         return Frame("scored", have, own)
     renames = f" RENAME ({', '.join(f'{quote(a)} AS {quote(b)}' for a, b in moved)})" if moved else ""
-    nothing = "".join(f", NULL::DOUBLE AS {quote(name)}" for name in coming)
+    kinds = planned if isinstance(planned, Mapping) else {}
+    nothing = "".join(f", NULL::{kinds.get(name, 'DOUBLE')} AS {quote(name)}" for name in coming)
     return Frame(f"(SELECT *{renames}{nothing} FROM scored) AS scored", [*kept, *coming], own)
 
 

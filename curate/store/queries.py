@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,13 +67,13 @@ class StoreQueries:
         with self.database.read() as con:
             return {column.name: column.shown for column in views.own_names(Subject(con))["occurrences"]}
 
-    def frame(self, *, recipe: str | None = None, planned: Sequence[str] = ()) -> misread.Frame:
+    def frame(self, *, recipe: str | None = None, planned: Collection[str] = ()) -> misread.Frame:
         """What a recipe's SQL sees as `scored`, with the columns that are still to come (`planned`) as NULL."""
         with self.database.read() as con:
             return misread.frame(self._narrowed(con, "scored", recipe), planned)
 
     def check_sql(
-        self, text: str, key: str, *, recipe: str | None = None, planned: Sequence[str] = (), is_order: bool = False
+        self, text: str, key: str, *, recipe: str | None = None, planned: Collection[str] = (), is_order: bool = False
     ) -> str:
         """A recipe's SQL expression over `scored`, as it is to be asked. is_order: rows are ordered by its value.
 

@@ -10,7 +10,7 @@ Values of different fingerprints are never mixed: `scored` shows a measurement's
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable
 
 from curate.rows import ROW_COLUMNS, content_id
 from curate.store import imported_columns
@@ -172,7 +172,7 @@ def _imported(of: Subject, taken: dict[str, str]) -> tuple[list[str], list[str],
     return picked, [f"LEFT JOIN ({imported_columns.shown_table(columns)}) i ON i.row_id = r.row_id"], names
 
 
-def own_names(of: Subject, planned: Sequence[str] = ()) -> dict[str, list[OwnColumn]]:
+def own_names(of: Subject, planned: Collection[str] = ()) -> dict[str, list[OwnColumn]]:
     """view -> the user's columns in it, for `scored` and `occurrences`, imported ones first. planned: columns that `scored` will have once all
     is measured.
     """

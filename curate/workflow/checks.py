@@ -78,9 +78,10 @@ def columns_exist(ahead: Ahead, staged: str) -> None:
 
     recipe, plan, store = ahead.loaded.recipe, ahead.plan, ahead.store
     measurements = {task.measurement.name: task.measurement for step in plan.steps for task in step.tasks}
-    planned = [column for measurement in measurements.values() for column in measurement.columns]
-    planned += ["token_problem", *(want.name for want in plan.wanted)]
-    planned += [f"{want.name}_name" for want in plan.wanted if want.score.names]
+    numbers = [column for measurement in measurements.values() for column in measurement.columns]
+    names = [f"{want.name}_name" for want in plan.wanted if want.score.names]
+    planned = dict.fromkeys([*numbers, *(want.name for want in plan.wanted)], "DOUBLE")
+    planned |= dict.fromkeys(["token_problem", *names], "VARCHAR")
     worst = worst_ends(store, plan.wanted)
     frame = check_select(store, spec_of(ahead.loaded), worst=worst, planned=planned, recipe=staged)
     if recipe.export is not None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from curate.console import Progress
+from curate.errors import CurateError
 from curate.plan.plan import Plan
 from curate.plan.step import Step
 from curate.rows import Row
@@ -76,7 +77,7 @@ def _run_step(step: Step, runner: Runner, store: Store, progress: Progress, foll
     title = f"{step.reads} {step.checkpoint.label}" if step.reads != "tokens" else "tokens"
     waiting = time.monotonic()
     throughput: list[tuple[str, int, float]] = []
-    with progress.bar(title, step.rows, done=step.rows - step.missing) as count:
+    with progress.bar(title, step.rows, done=step.rows - step.missing) as count, _noted(store, throughput):
         for number, row_ids, tasks in step.blocks:
             rows = [row for row in store.iter_rows(row_ids) if row is not None]
             started = time.perf_counter()
@@ -97,6 +98,18 @@ def _run_step(step: Step, runner: Runner, store: Store, progress: Progress, foll
     store.ingest(throughput)
     for note in runner.notes():
         progress.say(note)
+
+
+@contextmanager
+def _noted(store: Store, throughput: Sequence[tuple[str, int, float]]) -> Iterator[None]:
+    """Where the pass is stopped, how fast it was up to there is noted all the same."""
+    try:
+        yield
+    except BaseException:
+        with suppress(CurateError):
+            for line in throughput:
+                store.log_throughput(*line)
+        raise
 
 
 def _read_ahead(folder: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from curate.errors import UsageError, did_you_mean
@@ -20,7 +20,7 @@ RANDOM = "random"  # the word in order_by
 
 
 def check_select(
-    store: Store, spec: SelectSpec, *, worst: Mapping[str, str], planned: Sequence[str], recipe: str | None = None
+    store: Store, spec: SelectSpec, *, worst: Mapping[str, str], planned: Collection[str], recipe: str | None = None
 ) -> Frame:
     """Say what is wrong with a selection before anything is measured for it. planned: the columns that measuring and scoring will add.
 
@@ -76,7 +76,7 @@ def _not_there(name: str) -> str:
 
 
 def _check_groups_ahead(
-    store: Store, spec: SelectSpec, frame: Frame, planned: Sequence[str], recipe: str | None
+    store: Store, spec: SelectSpec, frame: Frame, planned: Collection[str], recipe: str | None
 ) -> None:
     """A group of `per` that no row is of is said before anything is measured, where groups do not depend on what will be."""
     if spec.group is None or not spec.budgets or any(name.lower() in spec.group.lower() for name in planned):
