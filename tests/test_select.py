@@ -180,11 +180,11 @@ def test_whole_rounds_halves_up():
 
 def test_order_keys_and_splitting():
     assert order_keys("flip_loss desc, abs(a - b), c ASC nulls first") == [
-        ("flip_loss", "DESC"),
-        ("abs(a - b)", "ASC"),
-        ("c", "ASC"),
+        ("flip_loss", "DESC NULLS LAST"),
+        ("abs(a - b)", "ASC NULLS LAST"),
+        ("c", "ASC NULLS FIRST"),
     ]
-    assert order_keys("coalesce(a, 0) DESC") == [("coalesce(a, 0)", "DESC")]
+    assert order_keys("coalesce(a, 0) DESC") == [("coalesce(a, 0)", "DESC NULLS LAST")]
     assert split_top("f(a, b), 'x,y', [1, 2]") == ["f(a, b)", " 'x,y'", " [1, 2]"]
 
 

@@ -64,6 +64,7 @@ def export(
     push_to_hub: str | None = None,
     trainer: TrainedAs | None = None,
     types: Mapping[str, str] | None = None,
+    mark: Callable[[ExportResult, Path], str] = lambda result, folder: "",
 ) -> ExportResult:
     """Writes an export and puts it in the place of the one before.
 
@@ -97,6 +98,7 @@ def export(
         seed=seed,
         push_to_hub=push_to_hub,
         trainer=trainer,
+        mark=mark,
     )
 
 
@@ -111,10 +113,10 @@ def export_parts(
     seed: int = 0,
     push_to_hub: str | None = None,
     trainer: TrainedAs | None = None,
-    mark: str = "",
+    mark: Callable[[ExportResult, Path], str] = lambda result, folder: "",
 ) -> ExportResult:
     """As `export`, of rows that are tables already. fill: what is written, from a folder for what it needs meanwhile.
-    mark: what the export was made of, in the file that marks it as one.
+    mark: from the result and the folder where it lies until it is whole, what the file that marks it as an export says of it.
     """
     target = check_target(Path(to), sources)
     check_split(split)
@@ -152,7 +154,7 @@ def write_export(
     resample: int | None,
     seed: int,
     trainer: TrainedAs | None,
-    mark: str,
+    mark: Callable[[ExportResult, Path], str],
 ) -> ExportResult:
     """Writes the export into `staging`: rows, dropped rows, trainer's settings, card, and what else was in `target`."""
     kept, left, layout = parts.kept, parts.dropped, parts.layout
@@ -172,14 +174,16 @@ def write_export(
     if trainer is not None:
         notes += write_trainer_args(staging, trainer, layout)
     shutil.rmtree(staging / "work")
-    (staging / MARK).write_text(f"An export of curate: the next export to this folder replaces it.\n{mark}")
     n_dropped, kind = left.n_rows, parts.kind
     write_card(
         staging / "README.md", card, existing=existing, split=split, n_rows=n_rows, n_dropped=n_dropped, kind=kind, layout=layout,
         notes=notes,
     )  # fmt: skip
+    result = ExportResult(target, n_rows, n_dropped, layout, tuple(schema.names), other, tuple(notes), tuple(warnings))
+    said = "An export of curate: the next export to this folder replaces it."
+    (staging / MARK).write_text(f"{said}\n{mark(result, staging)}", encoding="utf-8")
     carry_over(target, staging)
-    return ExportResult(target, n_rows, n_dropped, layout, tuple(schema.names), other, tuple(notes), tuple(warnings))
+    return result
 
 
 def column_notes(kept: Part, other: Mapping[str, str]) -> list[str]:

@@ -8,14 +8,17 @@ from curate.errors import UsageError
 
 
 def order_keys(order_by: str) -> list[tuple[str, str]]:
-    """ "flip_loss desc, ches" -> [("flip_loss", "DESC"), ("ches", "ASC")]. Raises UsageError for text that is not a list of expressions."""
+    """ "flip_loss desc, ches" -> [("flip_loss", "DESC NULLS LAST"), ("ches", "ASC NULLS LAST")]; `nulls first` is kept.
+
+    Raises UsageError for text that is not a list of expressions.
+    """
     check_expression(order_by, "select.order_by")
     keys = []
     for part in split_top(order_by):
-        match = re.fullmatch(r"(?is)\s*(.*?)(?:\s+(asc|desc))?(?:\s+nulls\s+(?:first|last))?\s*", part)
+        match = re.fullmatch(r"(?is)\s*(.*?)(?:\s+(asc|desc))?(?:\s+nulls\s+(first|last))?\s*", part)
         if match is None or not match[1]:
             raise UsageError(f"select.order_by: expected columns such as `flip_loss desc, ches`; found {order_by!r}.")
-        keys.append((match[1], (match[2] or "asc").upper()))
+        keys.append((match[1], f"{match[2] or 'asc'} nulls {match[3] or 'last'}".upper()))
     return keys
 
 

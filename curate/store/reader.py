@@ -13,7 +13,7 @@ from curate.errors import StoreError
 from curate.rows import Row
 from curate.store import coverage, imported_columns, imports, query, readings, recipes, tables, values
 from curate.store.coverage import Coverage
-from curate.store.entries import RECENT, Measured, Place, Role, Speeds
+from curate.store.entries import RECENT, DatasetValue, Measured, Place, Role, Speeds
 from curate.store.imports import Import
 from curate.store.locks import holder, process_alive
 from curate.store.queries import StoreQueries
@@ -214,6 +214,21 @@ class StoreReader(StoreQueries):
         with self.database.read() as con:
             noted = one(con, "SELECT value FROM data.meta WHERE key = ?", [f"notes of {role} {source} {fingerprint}"])
         return json.loads(noted[0]) if noted else {}
+
+    def made(self, recipe: str) -> dict[str, Any] | None:
+        """What was noted when a recipe's scores were made last (`note_made`); None where nobody noted it."""
+        with self.database.read() as con:
+            noted = one(con, "SELECT value FROM data.meta WHERE key = ?", [f"made of {recipe}"])
+        return json.loads(noted[0]) if noted else None
+
+    def dataset_values(self, origin: str) -> list[DatasetValue]:
+        """The dataset values of a recipe, or of an import ("import:<file>"), as they were written."""
+        with self.database.read() as con:
+            lines = con.execute(
+                "SELECT name, value, low, high, n, run, checkpoint, step FROM data.dataset_values WHERE origin = ? ORDER BY rowid",
+                [origin],
+            ).fetchall()
+        return [DatasetValue(*line) for line in lines]
 
     def places(self, recipe: str) -> dict[str, list[Place]]:
         """fingerprint -> (run, checkpoint, step) of the models that a recipe means by it; nothing of what it has no names of its own for."""

@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from curate.errors import StoreError
 from curate.rows import content_id
+from curate.store.decisions import Reason, Reasons
 from curate.store.entries import Place, Trajectories
 from curate.store.shards import arrow_column
 from curate.store.sql import Connection, after_all, one, quote
@@ -163,16 +164,23 @@ def write_selection(
             "row_id": pa.array(list(decisions.row_ids), pa.string()),
             "kept": pa.array(np.asarray(decisions.kept, bool)),
             "rank": pa.array(rank, pa.int64(), mask=rank <= 0),
-            "reason": pa.array([reason.text for reason in decisions.reasons], pa.string()),
-            "rule": pa.array([reason.rule for reason in decisions.reasons], pa.string()),
-            "value": pa.array([reason.value for reason in decisions.reasons], pa.float64()),
-            "cut": pa.array([reason.cut for reason in decisions.reasons], pa.float64()),
+            **_reason_columns(decisions.reasons),
         }
     )
     con.register("decisions_view", table)
     con.execute("INSERT INTO data.decisions BY NAME SELECT ? AS selection, * FROM decisions_view", [name])
     con.unregister("decisions_view")
     return widened
+
+
+def _reason_columns(reasons: Sequence[Reason]) -> dict[str, pa.Array]:
+    if isinstance(reasons, Reasons):
+        return reasons.columns()
+    columns: dict[str, list[Any]] = {
+        name: [getattr(reason, name) for reason in reasons] for name in ("text", "rule", "value", "cut")
+    }
+    texts = {name: pa.array(columns[of], pa.string()) for name, of in (("reason", "text"), ("rule", "rule"))}
+    return texts | {name: pa.array(columns[name], pa.float64()) for name in ("value", "cut")}
 
 
 def drop_control(con: Connection, name: str) -> None:

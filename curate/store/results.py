@@ -83,6 +83,11 @@ class StoreResults(StoreReader):
         with self.database.write() as con:
             recipes.note(con, f"kept of {recipe}", json.dumps(record))
 
+    def note_made(self, recipe: str, record: Mapping[str, Any]) -> None:
+        """Note what is to be known of a recipe's scores, as `made` gives it back."""
+        with self.database.write() as con:
+            recipes.note(con, f"made of {recipe}", json.dumps(record))
+
     def note_source(self, source: str, role: Role, fingerprint: str, said: Mapping[str, Any]) -> None:
         """Keep what reading a source in has found, as `noted_of` gives it back; it stands for this content and way of reading alone."""
         with self.database.write() as con:

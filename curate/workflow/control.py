@@ -8,8 +8,8 @@ import hashlib
 
 import numpy as np
 
-from curate.store.decisions import Decisions, Reason
-from curate.workflow.decide import Candidates, after_where, tokens_of
+from curate.store.decisions import Decisions
+from curate.workflow.decide import Candidates, after_where, coded, tokens_of
 from curate.workflow.spec import SelectSpec
 
 STRATA = 10  # classes of length, of equal numbers of candidates
@@ -34,9 +34,8 @@ def control_of(rows: Candidates, spec: SelectSpec, decisions: Decisions) -> Deci
         drawn[index[cost <= most]] = True
     rank[order[drawn[order]]] = np.arange(1, int(drawn.sum()) + 1)
     how = "at random, matched in length" if spec.control == "length_matched" else "at random"
-    for i in np.flatnonzero(deciding.left):
-        said = "control: drawn" if drawn[i] else "control: not among those drawn"
-        deciding.reasons[i] = Reason("control", f"{said} {how} (seed {spec.seed})")
+    for which, said in ((drawn, "control: drawn"), (~drawn, "control: not among those drawn")):
+        deciding.reasons.set(deciding.left & which, "control", f"{said} {how} (seed {spec.seed})")
     deciding.notes.clear()  # the selection's own say it
     names = np.array([deciding.names[g] for g in rows.groups], object)
     by_group = {name: int((drawn & (names == name)).sum()) for name in deciding.names.values()}
@@ -55,8 +54,7 @@ def control_of(rows: Candidates, spec: SelectSpec, decisions: Decisions) -> Deci
 
 def _cells(rows: Candidates, spec: SelectSpec, left: np.ndarray) -> np.ndarray:
     """(rows,) a number for each group of `per` and class of length; rows of unknown length are a class of their own."""
-    codes = {group: i for i, group in enumerate(dict.fromkeys(rows.groups))}
-    groups = np.array([codes[g] for g in rows.groups], int)
+    groups = coded(rows.groups)[0].astype(int)
     if spec.control != "length_matched":
         return groups
     known = rows.tokens[left & ~np.isnan(rows.tokens)]

@@ -7,17 +7,28 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from curate.errors import ValidationError
-from curate.store.decisions import Decisions, Reason
+from curate.store.decisions import Decisions, Reasons
 from curate.workflow.spec import Budget, SelectSpec, budget_of, check_groups, group_names
 
 EXCLUDED = {"row": "the same row is in the held-out set", "prompt": "its prompt is in the held-out set"}
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A part of `where`. text: as the user wrote it. false: (rows,) bool. value, cut: (rows,) the row's number and the bound, masked where none."""
+
+    text: str
+    false: np.ndarray
+    value: np.ma.MaskedArray
+    cut: np.ma.MaskedArray
 
 
 @dataclass(frozen=True)
@@ -27,8 +38,8 @@ class Candidates:
     passed: 1 / 0 / NaN for `where`. scores: the ones drop_worst names. order: position in the order of `order_by`, ties by row id.
     order_unknown: an order_by expression that is NULL although it should not be, or None. groups: text, None for "no group". tokens: of the
     row. weight: how many rows this one counts for. excused: score -> bool, where its NULL is a value (such as first_learned_step of a row
-    never learned). held: "row" or "prompt" where that is in the held-out set, else None. compared: of the part of `where` that is false, its
-    text with the row's value and the bound, or None.
+    never learned). held: "row" or "prompt" where that is in the held-out set, else None. compared: of `where` the
+    parts that AND joins, in their order.
     """
 
     row_ids: list[str]
@@ -41,7 +52,7 @@ class Candidates:
     weight: np.ndarray
     excused: dict[str, np.ndarray] = field(default_factory=dict)
     held: list[str | None] | None = None
-    compared: list[tuple[str, float | None, float | None] | None] | None = None
+    compared: list[Compared] | None = None
 
 
 def whole(x: float) -> int:
@@ -67,12 +78,24 @@ def after_where(rows: Candidates, spec: SelectSpec) -> _Deciding:
     return deciding
 
 
+def coded(groups: Sequence[str | None]) -> tuple[np.ndarray, list[str | None]]:
+    """(rows,) a number for each row's group, and the groups by number, in the order of their first rows."""
+    found = pa.array(groups, pa.string()).dictionary_encode("encode")
+    return found.indices.to_numpy(), found.dictionary.to_pylist()
+
+
 def grouped(rows: Candidates, left: np.ndarray) -> dict[str | None, np.ndarray]:
     """group -> its rows that are left, in the order of `order_by`."""
-    members: dict[str | None, list[int]] = {}
-    for i in np.flatnonzero(left)[np.argsort(rows.order[left], kind="stable")]:
-        members.setdefault(rows.groups[i], []).append(int(i))
-    return {group: np.asarray(index, int) for group, index in members.items()}
+    index = np.flatnonzero(left)
+    index = index[np.argsort(rows.order[index], kind="stable")]
+    codes, names = coded(rows.groups)
+    _, first, of = np.unique(codes[index], return_index=True, return_inverse=True)
+    by_group = (
+        np.split(index[np.argsort(of, kind="stable")], np.cumsum(np.bincount(of, minlength=len(first)))[:-1])
+        if len(index)
+        else []
+    )
+    return {names[codes[index[first[i]]]]: by_group[i] for i in np.argsort(first)}
 
 
 def tokens_of(rows: Candidates, index: np.ndarray) -> np.ndarray:
@@ -87,37 +110,39 @@ class _Deciding:
         self.rows, self.spec = rows, spec
         self.n = len(rows.row_ids)
         self.left = np.ones(self.n, bool)
-        self.reasons: list[Reason | None] = [None] * self.n
+        self.reasons = Reasons(self.n, ("keep", "kept: no rule drops it"))
         self.notes: list[str] = []
         self.names = group_names(spec, rows.groups)
 
-    def drop(self, which: np.ndarray, why: Callable[[int], Reason]) -> int:
-        """Drop these of the rows that are left; returns how many."""
+    def drop(self, which: np.ndarray, rule: str, text: str, value: Any = None, cut: Any = None) -> int:
+        """Drop these of the rows that are left; returns how many. value, cut: (rows,), or one for all, or None."""
         dropped = np.flatnonzero(which & self.left)
-        for i in dropped:
-            self.reasons[i] = why(int(i))
-        self.left[which] = False
+        own = (given[dropped] if isinstance(given, np.ndarray) else given for given in (value, cut))
+        self.reasons.set(dropped, rule, text, *own)
+        self.left[dropped] = False
         return len(dropped)
 
-    def settle(self, gaps: np.ndarray, what: Callable[[int], str], more: str = "") -> None:
-        """Rows with a gap: refused or dropped, as the spec says; kept ones pass."""
+    def settle(self, gaps: np.ndarray, what: str, more: str = "") -> None:
+        """Rows with a gap: refused or dropped, as the spec says; kept ones pass. what: it lacks, in words."""
         gaps = gaps & self.left
         if not gaps.any() or self.spec.unknown == "keep":
             return
         if self.spec.unknown == "error":
-            first = int(np.flatnonzero(gaps)[0])
+            row = int(np.flatnonzero(gaps)[0])
             raise ValidationError(
-                f"select: {what(first)} for {int(gaps.sum()):,} of {self.n:,} rows (the first: row {self.rows.row_ids[first]}).{more} "
+                f"select: {what} for {int(gaps.sum()):,} of {self.n:,} rows (the first: row {self.rows.row_ids[row]}).{more} "
                 "Say what to do with them: `--set select.unknown=drop` or `--set select.unknown=keep`."
             )
-        self.drop(gaps, lambda i: Reason("unknown", what(i)))
+        self.drop(gaps, "unknown", what)
 
     def exclude(self) -> None:
         held = self.rows.held
         if held is None:
             return
-        which = np.array([h is not None for h in held], bool)
-        if not self.drop(which, lambda i: Reason("exclude", f"exclude: {EXCLUDED[held[i] or 'row']}")):
+        dropped = 0
+        for what, said in EXCLUDED.items():
+            dropped += self.drop(np.array([h == what for h in held], bool), "exclude", f"exclude: {said}")
+        if not dropped:
             self.notes.append("exclude: heldout drops no row: no prompt of the held-out set is among these rows.")
 
     def where(self) -> None:
@@ -126,14 +151,13 @@ class _Deciding:
         text = " ".join(self.spec.where.split())
         before = int(self.left.sum())
         null = " A NULL in the list of a NOT IN makes it unknown for every row." if "not in" in text.lower() else ""
-        self.settle(np.isnan(self.rows.passed), lambda i: f"where: {text} is unknown", null)
-        compared = self.rows.compared
-
-        def why(i: int) -> Reason:
-            part = compared[i] if compared else None
-            return Reason("where", f"where: {part[0] if part else text} is false", *(part[1:] if part else ()))
-
-        dropped = self.drop(self.rows.passed == 0, why)
+        self.settle(np.isnan(self.rows.passed), f"where: {text} is unknown", null)
+        false = self.left & (self.rows.passed == 0)
+        dropped = self.drop(false, "where", f"where: {text} is false")
+        for part in reversed(self.rows.compared or ()):  # the first that is false is the reason
+            rows = np.flatnonzero(false & part.false)
+            self.reasons.set(rows, "where", f"where: {part.text} is false")
+            self.reasons.note_numbers(rows, part.value[rows], part.cut[rows])
         if before and not self.left.any():
             self.notes.append(f"where: {text} is true for none of {before:,} rows: nothing is left to select from.")
         elif before and not dropped and not np.isnan(self.rows.passed).any():
@@ -145,30 +169,46 @@ class _Deciding:
         candidates = self.rows.weight[after].sum()
         for name in self.spec.drop_worst:
             gaps = np.isnan(self.rows.scores[name]) & ~self.rows.excused.get(name, np.zeros(self.n, bool))
-            self.settle(gaps, lambda i, name=name: f"{name} is unknown")  # type: ignore[misc]
+            self.settle(gaps, f"{name} is unknown")
         for name, share in self.spec.drop_worst.items():
             values = self.rows.scores[name]
-            sign = -1.0 if worst[name] == "high" else 1.0
-            known = np.flatnonzero(after & ~np.isnan(values)).tolist()
-            by_badness = np.asarray(sorted(known, key=lambda i: (sign * values[i], self.rows.row_ids[i])), int)
-            taken = by_badness[np.cumsum(self.rows.weight[by_badness]) <= whole(share * candidates)]
+            taken = self._worst(
+                after & ~np.isnan(values), -values if worst[name] == "high" else values, whole(share * candidates)
+            )
             bad = np.zeros(self.n, bool)
             bad[taken] = True
             cut = float(values[taken[-1]]) if len(taken) else None
-            text = f"worst {share * 100:.4g}% by {name}"
-            self.drop(bad, lambda i, t=text, v=values, c=cut: Reason("drop_worst", t, float(v[i]), c))  # type: ignore[misc]
+            self.drop(bad, "drop_worst", f"worst {share * 100:.4g}% by {name}", values, cut)
             if share and candidates and not len(taken):
                 self.notes.append(
                     f"drop_worst: {share * 100:.4g}% of {candidates:,.0f} rows by {name} is not one row: it drops none."
                 )
 
+    def _worst(self, known: np.ndarray, values: np.ndarray, most: float) -> np.ndarray:
+        """The known rows of the lowest values that count for `most` rows together, ties by row id; the last one has the highest."""
+        index = np.flatnonzero(known)
+        index = index[np.argsort(values[index], kind="stable")]
+        counted = np.cumsum(self.rows.weight[index])
+        place = int(np.searchsorted(counted, most, side="right"))
+        if place < len(index):  # among the rows of the value at which it ends those with the first ids are taken
+            ordered = values[index]
+            start, end = (int(np.searchsorted(ordered, ordered[place], side=side)) for side in ("left", "right"))
+            index[start:end] = sorted(index[start:end].tolist(), key=lambda i: self.rows.row_ids[i])
+            counted = np.cumsum(self.rows.weight[index])
+            place = int(np.searchsorted(counted, most, side="right"))
+        return index[:place]
+
     def unknown(self) -> None:
         """What ranking and counting need and do not have."""
-        order_unknown = self.rows.order_unknown
-        gaps = np.array([u is not None for u in order_unknown], bool)
-        self.settle(gaps, lambda i: f"{order_unknown[i]} is unknown")
+        lacking = self.rows.order_unknown
+        gaps = np.array([what is not None for what in lacking], bool)
+        first = np.flatnonzero(gaps & self.left)
+        for what in dict.fromkeys(lacking[i] for i in first.tolist()):
+            if self.spec.unknown == "error":
+                self.settle(gaps, f"{what} is unknown")
+            self.settle(np.array([one == what for one in lacking], bool), f"{what} is unknown")
         if self.spec.counts_tokens:
-            self.settle(np.isnan(self.rows.tokens), lambda i: "its number of tokens is unknown")
+            self.settle(np.isnan(self.rows.tokens), "its number of tokens is unknown")
 
     def keep(self) -> Decisions:
         rows, spec = self.rows, self.spec
@@ -187,29 +227,35 @@ class _Deciding:
 
     def decisions(self, kept: np.ndarray, rank: np.ndarray, by_group: Mapping[str, int]) -> Decisions:
         """What was decided, with what is counted of it."""
-        reasons = [reason or Reason("keep", "kept: no rule drops it") for reason in self.reasons]
         counts: dict[str, Any] = {
             "rows": self.n,
             "kept": int(kept.sum()),
             "dropped": int(self.n - kept.sum()),
-            "dropped_by": dict(
-                Counter(r.rule for r, k in zip(reasons, kept.tolist(), strict=True) if not k).most_common()
-            ),
+            "dropped_by": self._dropped_by(kept),
         }
         if self.spec.group:
             counts["kept_per_group"] = dict(by_group)
         if self.spec.counts_tokens:
             counts["tokens_kept"] = int(tokens_of(self.rows, np.flatnonzero(kept)).sum())
             if self.spec.group:
-                names = np.array([self.names[g] for g in self.rows.groups], object)
-                counts["tokens_per_group"] = {
-                    g: int(tokens_of(self.rows, np.flatnonzero(kept & (names == g))).sum()) for g in by_group
-                }
+                codes, groups = coded(self.rows.groups)
+                index = np.flatnonzero(kept)
+                sums = np.bincount(codes[index], tokens_of(self.rows, index), len(groups))
+                tokens = {self.names[group]: int(total) for group, total in zip(groups, sums, strict=True)}
+                counts["tokens_per_group"] = {name: tokens[name] for name in by_group}
         if self.n and not kept.any():
             self.notes.append(f"none of {self.n:,} rows is kept.")
         if self.notes:
             counts["notes"] = list(dict.fromkeys(self.notes))
-        return Decisions(list(self.rows.row_ids), kept, rank, reasons, counts)
+        return Decisions(self.rows.row_ids, kept, rank, self.reasons, counts)
+
+    def _dropped_by(self, kept: np.ndarray) -> dict[str, int]:
+        """rule -> how many rows it dropped, the most first; of as many that of the first row first."""
+        codes, first, counts = np.unique(self.reasons.codes[~kept], return_index=True, return_counts=True)
+        dropped: Counter[str] = Counter()
+        for i in np.argsort(first):
+            dropped[self.reasons.kinds[codes[i]][0]] += int(counts[i])
+        return dict(dropped.most_common())
 
     def _keep_of(self, group: str | None, index: np.ndarray, budget: Budget) -> int:
         """How many of a group's rows, in order, its budget takes. Notes their reasons."""
@@ -221,12 +267,12 @@ class _Deciding:
         limit = f"{kind} {amount:.4g}" if kind == "share" else f"{int(amount):,} {kind}"
         everything = kind == "share" and amount == 1
         by = self._by()
-        for place, i in enumerate(index.tolist()):
-            if place < n_kept:
-                text = "kept: no rule drops it" if everything else f"kept: within keep {limit}{of}{by}"
-            else:
-                text = f"beyond keep {limit}{of}{by}"
-            self.reasons[i] = Reason("keep", text, *(() if everything else (float(cost[place]), float(most))))
+        text = "kept: no rule drops it" if everything else f"kept: within keep {limit}{of}{by}"
+        for rows, said, counted in (
+            (index[:n_kept], text, cost[:n_kept]),
+            (index[n_kept:], f"beyond keep {limit}{of}{by}", cost[n_kept:]),
+        ):
+            self.reasons.set(rows, "keep", said, *(() if everything else (counted, float(most))))
         name = f"{self.spec.group} {self.names[group]}: " if self.spec.group else ""
         if not n_kept and amount:
             why = f"; its first row has {cost[0]:,.0f} tokens" if kind == "tokens" else ""

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from curate.console import Progress
 from curate.errors import UsageError, ValidationError, did_you_mean
 from curate.passes.chat import as_chat
 from curate.plan.beta import asks_for_beta, beta_of, deviation_text
@@ -19,62 +20,85 @@ from curate.recipe.load import Loaded
 from curate.recipe.select import Export
 from curate.scores.flags import ADVICE
 from curate.store.sql import quote
+from curate.workflow.current import export_hash, exported, mark_of
 from curate.workflow.read import noted, source_types
 
 if TYPE_CHECKING:
-    from curate.data import ExportResult, ExportRow
+    from curate.data import Card, ExportResult, ExportRow
     from curate.data.parts import Parts
     from curate.plan.roles import Roles
     from curate.store import Selection, Store
 
 
 def export_selection(
-    loaded: Loaded, store: Store, selection: Selection, sources: list[str], roles: Roles
+    loaded: Loaded,
+    store: Store,
+    selection: Selection,
+    sources: list[str],
+    roles: Roles,
+    *,
+    made_of: str = "",
+    progress: Progress | None = None,
 ) -> ExportResult:
     """Write the kept rows where the recipe says, the dropped ones beside them; the control to <to>_control, where the recipe exports it.
 
-    Raises ValidationError where nothing is kept.
+    made_of: the hash of what the selection is of; an export that is of the same is left as it is. Raises ValidationError where nothing is kept.
     """
     asked = loaded.recipe.export
     assert asked is not None
-    result = _export(loaded, store, selection, sources, asked, roles)
+    progress = progress or Progress(quiet=True)
+    result = _export(loaded, store, selection, sources, asked, roles, made_of, progress)
     if not asked.control:
         return result
     control = selection.control
     assert control is not None
     beside = asked.model_copy(update={"to": f"{asked.to.rstrip('/')}_control", "push_to_hub": None})
-    drawn = _export(loaded, store, control, sources, beside, roles)
+    drawn = _export(loaded, store, control, sources, beside, roles, made_of, progress)
     said = f"The control, {drawn.n_rows:,} rows, is in {drawn.path}."
     return replace(result, notes=(*result.notes, said))
 
 
 def _export(
-    loaded: Loaded, store: Store, selection: Selection, sources: list[str], asked: Export, roles: Roles
+    loaded: Loaded,
+    store: Store,
+    selection: Selection,
+    sources: list[str],
+    asked: Export,
+    roles: Roles,
+    of_selection: str,
+    progress: Progress,
 ) -> ExportResult:
     from curate.data.export import export, export_parts
     from curate.workflow.export_tables import ByRows, parts_of
 
+    to, head = loaded.resolve(asked.to), _card_head(loaded, store, selection, sources, roles)
+    made_of = export_hash(
+        loaded, selection, asked, of_selection, [asdict(head), [one.number for one in store.imports()]]
+    )
+    if of_selection and not asked.push_to_hub and (there := exported(to.absolute(), made_of)) is not None:
+        progress.say(f"The export in {there.path} is up to date.")
+        return there
     columns = _columns(loaded, store)
     if asked.weight:
         _check_weights(asked.weight, loaded, store, selection)
     chat = bool(measured_as(store, loaded.name).get("chat"))  # it trains as it was measured
     own = _own_of(loaded, store)
     beside = [name for name in columns if name not in own and name != "row_id"]
-    common = {
+    common: dict[str, Any] = {
         "split": loaded.recipe.source.split if loaded.recipe.source else "train",
-        "card": _card(loaded, store, selection, sources, roles),
+        "card": _card(head, loaded, store, selection, sources),
         "sources": [loaded.resolve(name) for name in sources],
         "resample": asked.resample,
         "seed": loaded.recipe.engine.seed,
         "push_to_hub": asked.push_to_hub,
         "trainer": _trained_as(loaded),
+        "mark": lambda result, folder: mark_of(made_of, result, folder),
     }
     types = _types(store, sources)
 
     def fill(work: Path) -> AbstractContextManager[Parts]:
         return parts_of(selection, work, format=asked.format, chat=chat, asked=beside, weight=asked.weight, types=types)
 
-    to = loaded.resolve(asked.to)
     try:
         if asked.weight in own:
             raise ByRows
@@ -220,8 +244,7 @@ def _check_weights(name: str, loaded: Loaded, store: Store, selection: Selection
 
 
 def _types(store: Store, sources: Sequence[str]) -> dict[str, str]:
-    prints = {s["source"]: s["fingerprint"] for s in store.sources() if s["role"] == "train" and s["source"] in sources}
-    return source_types(store, prints)
+    return source_types(store, {name: key for name, key in _prints(store).items() if name in sources})
 
 
 def _named_sources(found: Sequence[tuple[str, str]]) -> dict[str, str]:
@@ -233,12 +256,36 @@ def _named_sources(found: Sequence[tuple[str, str]]) -> dict[str, str]:
     return named
 
 
-def _card(loaded: Loaded, store: Store, selection: Selection, sources: list[str], roles: Roles) -> Any:
+def _card(head: Card, loaded: Loaded, store: Store, selection: Selection, sources: Sequence[str]) -> Card:
+    """The card with what is counted over the rows."""
+    from curate.data import distribution
+
+    names = [request.name for request in loaded.recipe.scores]
+    picked = ", ".join(map(quote, names)) or "NULL"
+    frame = store.sql(f"SELECT {picked} FROM scored WHERE role = 'train'", recipe=loaded.name)
+    scores = {
+        name: distribution(frame[name].cast(float).fill_null(math.nan).to_numpy())
+        for name in names
+        if name in frame.columns
+    }
+    known = _prints(store)
+    of_sources = noted(store, "train", {name: known[name] for name in sources if name in known})
+    more = [travelling(note, loaded.folder) for note in (*_advice(loaded, store, selection), *of_sources)]
+    return replace(head, scores=scores, notes=[*head.notes, *more])
+
+
+def _prints(store: Store) -> dict[str, str]:
+    """The training sources and their fingerprints."""
+    return {s["source"]: s["fingerprint"] for s in store.sources() if s["role"] == "train"}
+
+
+def _card_head(loaded: Loaded, store: Store, selection: Selection, sources: list[str], roles: Roles) -> Card:
+    """What the card says of sources, models, recipe and counts."""
     from curate import __version__
-    from curate.data import Card, distribution
+    from curate.data import Card
 
     source = loaded.recipe.source
-    known = {s["source"]: s["fingerprint"] for s in store.sources() if s["role"] == "train"}
+    known = _prints(store)
     about = f"revision {source.revision}" if source and source.revision else None
     models = {
         role: checkpoint
@@ -246,9 +293,6 @@ def _card(loaded: Loaded, store: Store, selection: Selection, sources: list[str]
         if checkpoint
     }
     models |= {f"checkpoint {s.label}": s for s in roles.series}
-    names = [request.name for request in loaded.recipe.scores]
-    picked = ", ".join(map(quote, names)) or "NULL"
-    frame = store.sql(f"SELECT {picked} FROM scored WHERE role = 'train'", recipe=loaded.name)
     counts = {"rows": selection.counts["rows"], "kept": selection.counts["kept"]}
     counts |= {f"dropped: {step}": n for step, n in selection.counts["dropped_by"].items()}
     folder = loaded.folder
@@ -260,11 +304,6 @@ def _card(loaded: Loaded, store: Store, selection: Selection, sources: list[str]
         models={role: f"{checkpoint.label} (weights {checkpoint.fingerprint})" for role, checkpoint in models.items()},
         recipe=travelling(loaded.text, folder),
         counts=counts,
-        scores={
-            name: distribution(frame[name].cast(float).fill_null(math.nan).to_numpy())
-            for name in names
-            if name in frame.columns
-        },
         notes=[
             travelling(note, folder)
             for note in [
@@ -274,8 +313,6 @@ def _card(loaded: Loaded, store: Store, selection: Selection, sources: list[str]
                     loaded.recipe.tokens.chat,
                     styles_of(store, sources, loaded.recipe.kind),
                 ),
-                *_advice(loaded, store, selection),
-                *noted(store, "train", {name: known[name] for name in sources if name in known}),
             ]
         ],
     )

@@ -29,6 +29,7 @@ class Scored:
     trajectories: list[Any]
     values: list[DatasetValue]
     inputs_hash: str
+    warnings: list[str]
 
     def write(self, store: Store, recipe: str, *, staged: bool = False) -> None:
         inputs_hash = None if staged else self.inputs_hash

@@ -15,7 +15,7 @@ import numpy as np
 from curate.errors import UsageError
 from curate.store.expressions import check_expression, order_keys
 from curate.store.sql import literal, quote
-from curate.workflow.decide import Candidates
+from curate.workflow.decide import Candidates, Compared
 from curate.workflow.select_checks import RANDOM, check_numbers, check_random, check_worst, rule_error
 from curate.workflow.spec import SelectSpec
 
@@ -70,7 +70,7 @@ class SelectQuery:
         """The rows that occur in these sources for training (all sources, if None), in the order they were read in."""
         self._table = self._training_rows(sources)
         rows = self._ask_all(self.columns())
-        return self._candidates(rows, self._compared(len(rows)))
+        return self._candidates(rows, self._compared())
 
     # ---- the rules as SQL ----------------------------------------------------------------------------------------------------------------
 
@@ -122,7 +122,7 @@ class SelectQuery:
         """The row's place in the order, and for every key of it whether the row lacks it."""
         if not self.keys:
             return {}
-        order = ", ".join(f"{_known(sql)} {direction} NULLS LAST" for sql, direction in self.keys)
+        order = ", ".join(f"{_known(sql)} {direction}" for sql, direction in self.keys)
         asked = {"order": Asked(f"row_number() OVER (ORDER BY {order}, scored.row_id)", "select.order_by")}
         for number, ((sql, _), written) in enumerate(zip(self.keys, self.order_by, strict=True)):
             excuse = f"AND NOT coalesce(({self.known_as[written]}), false)" if written in self.known_as else ""
@@ -180,7 +180,7 @@ class SelectQuery:
             "select.per": self.spec.group,
         }.get(key)
 
-    def _compared(self, n: int) -> list[Any] | None:
+    def _compared(self) -> list[Compared] | None:
         """For every row the first part of `where` that is false, with the row's number and the bound. None where parts say no more."""
         parts = self.store.conjuncts(self.spec.where) if self.spec.where else []
         if not parts:
@@ -193,17 +193,19 @@ class SelectQuery:
             rows = self._ask(asked)
         except UsageError:  # a window of its own, say: then the whole of `where` is the reason
             return None
-        compared: list[Any] = [None] * n
-        for i, part in enumerate(parts):
-            false, value, cut = (rows[f"{what} {i}"].to_list() for what in ("false", "value", "cut"))
-            for k in range(n):
-                if false[k] and compared[k] is None:
-                    compared[k] = (part.text, value[k], cut[k])
-        return compared
+        return [
+            Compared(
+                part.text,
+                rows[f"false {i}"].fill_null(False).to_numpy(),
+                _masked(rows[f"value {i}"]),
+                _masked(rows[f"cut {i}"]),
+            )
+            for i, part in enumerate(parts)
+        ]
 
     # ---- what came back ------------------------------------------------------------------------------------------------------------------
 
-    def _candidates(self, rows: Any, compared: list[Any] | None) -> Candidates:
+    def _candidates(self, rows: Any, compared: list[Compared] | None) -> Candidates:
         n, spec = len(rows), self.spec
         weight = rows["weight"].to_numpy().astype(np.float64)
         return Candidates(
@@ -248,6 +250,11 @@ def _known(expression: str) -> str:
     """The value, NULL for NaN, which DuckDB would rank first."""
     value = f"(\n{expression}\n)"
     return f"(CASE WHEN typeof({value}) IN ('DOUBLE', 'FLOAT') AND {value}::VARCHAR = 'nan' THEN NULL ELSE {value} END)"
+
+
+def _masked(column: Any) -> np.ma.MaskedArray:
+    """A polars column as float64, masked where it is NULL."""
+    return np.ma.MaskedArray(column.cast(float).fill_null(0.0).to_numpy(), column.is_null().to_numpy())
 
 
 def _number(column: Any) -> np.ndarray:

@@ -19,6 +19,7 @@ from curate.recipe.load import Loaded
 from curate.store import DatasetValue, Store
 from curate.store.database import kept_open
 from curate.workflow.checks import check_all
+from curate.workflow.current import is_selected, note_scores, scores_noted
 from curate.workflow.inputs import Sources, check_current, scores_hash, selection_hash
 from curate.workflow.publish import Decided, Scored, register, stage
 from curate.workflow.read import read_sources
@@ -64,9 +65,34 @@ class Steps:
             self.measure()
         elif "score" in self.steps:
             self.grade_kept()
-        scored = self.score() if "score" in self.steps else None
-        decided = self.select(scored) if "select" in self.steps and self.loaded.recipe.select else None
+        scored = self.score() if "score" in self.steps and not self.is_scored() else None
+        selects = "select" in self.steps and self.loaded.recipe.select is not None
+        decided = self.select(scored) if selects and not (scored is None and self.is_selected()) else None
         self.publish(scored, decided)
+
+    def is_scored(self) -> bool:
+        """Whether the scores are those that would be made now: then what was said of them is said again."""
+        if self.result.measured:
+            return False
+        noted = scores_noted(self.loaded, self.store, self.plan, self._scores_hash())
+        if noted is None:
+            return False
+        self.result.scores = noted["scores"]
+        self.result.values = self.store.dataset_values(self.loaded.name)
+        self.progress.say("Scores: up to date.")
+        for note in noted["warnings"]:
+            self.progress.warn(note)
+        return True
+
+    def is_selected(self) -> bool:
+        """Whether the selection is the one that would be made now."""
+        of_scores = self._scores_hash()
+        name = self.loaded.name
+        if self.store.inputs_hash("scores", name) != of_scores or not is_selected(self.loaded, self.store, of_scores):
+            return False
+        self.result.selection = self.store.selection(name)
+        self.progress.say(f"Selection {name!r}: up to date.")
+        return True
 
     def measure(self) -> None:
         """Say and check what is known before the costly part, then run what is missing."""
@@ -131,13 +157,13 @@ class Steps:
         self._say(calibrated.notes)
         plan = calibrated.plan
         scores, trajectories = compute_scores(columns, plan.wanted)
-        if whole:
-            for note in nothing_known(columns, plan.wanted, scores):
-                self.progress.warn(note)
+        warnings = nothing_known(columns, plan.wanted, scores) if whole else []
+        for note in warnings:
+            self.progress.warn(note)
         trajectories = [replace(one, values=named(plan, one.values)) for one in trajectories]
         self.result.scores = list(scores)
         self.result.values = calibrated.values + _dataset_values(columns, of_heldout, plan.wanted)
-        return Scored(row_ids, named(plan, scores), trajectories, self.result.values, inputs_hash)
+        return Scored(row_ids, named(plan, scores), trajectories, self.result.values, inputs_hash, warnings)
 
     def select(self, scored: Scored | None) -> Decided:
         """The selection. scored: the scores of this run, which the views do not show yet; None: those that they show."""
@@ -174,6 +200,7 @@ class Steps:
             if scored is not None:
                 scored.write(store, loaded.name)
                 store.keep(loaded.name, self.kept.record())
+                note_scores(loaded, store, scored.inputs_hash, self.result.scores, scored.warnings)
             if decided is not None:
                 self.result.selection = decided.write(store, loaded.name)
             store.unstage_recipe(loaded.name)
@@ -190,11 +217,14 @@ class Steps:
         from curate.workflow.export import export_selection
 
         loaded, result = self.loaded, self.result
+        made_of = selection_hash(loaded, self._scores_hash())
         if result.selection is None:
             result.selection = self.store.selection(loaded.name)
-            check_current(loaded, self.store, "selection", selection_hash(loaded, self._scores_hash()), "select")
+            check_current(loaded, self.store, "selection", made_of, "select")
         train = self.sources.get("train", [])
-        result.exported = export_selection(loaded, self.store, result.selection, train, self.plan.roles)
+        result.exported = export_selection(
+            loaded, self.store, result.selection, train, self.plan.roles, made_of=made_of, progress=self.progress
+        )
         for note in result.exported.notes:
             (self.progress.warn if note in result.exported.warnings else self.progress.say)(note)
 
