@@ -216,6 +216,17 @@ def test_mixed_types_and_gaps_are_numbers_as_text_too(tmp_path):
     assert kept(store, order_by="TRY_CAST(rating AS DOUBLE) desc", unknown="drop", keep={"rows": 1})[0] == "1"
 
 
+def test_nulls_stand_where_the_order_says(tmp_path):
+    store = made(tmp_path, [{"rating": r} for r in (9, None, 3)])
+    for order, first in (
+        ("rating desc nulls first", "1"),
+        ("rating nulls first", "1"),
+        ("rating nulls last", "2"),
+        ("rating desc", "0"),
+    ):
+        assert kept(store, order_by=order, keep={"rows": 1}, unknown="keep")[0] == first
+
+
 def test_nan_is_unknown(tmp_path):
     store = made(tmp_path, [{"rating": r} for r in ("9", "NaN", "3", "inf")])
     with pytest.raises(ValidationError, match=r"rating::DOUBLE is unknown for 1 of 4 rows"):
