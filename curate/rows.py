@@ -9,16 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
-from typing import ClassVar, Literal, TypedDict
+from typing import Any, ClassVar, Literal
 
 Style = Literal["standard", "conversational"]
 
 
-class Message(TypedDict):
-    role: str
-    content: str
-
-
+# A turn: role, content (text; None where the turn says nothing in it), and whatever else a chat template may read of it: tool_calls, name,
+# reasoning_content. A key without a value is not there.
+Message = dict[str, Any]
 Text = str | tuple[Message, ...]  # plain text (standard style) or messages (conversational style)
 
 ROW_COLUMNS = (  # of the views `rows` and `scored`, whatever was measured
@@ -54,13 +52,33 @@ def foreign_id(source: str, key: object) -> str:
     return content_id("foreign", source, str(key))
 
 
+def text_of(message: Message) -> str:
+    """What a turn says in its content; "" where it has none."""
+    return message["content"] or ""
+
+
+def is_plain(message: Message) -> bool:
+    """Whether a turn is a role and a text, and nothing else."""
+    return len(message) == 2 and message["content"] is not None
+
+
+def _beside(texts: tuple[Text | None, ...], template_args: str) -> tuple[str, ...]:
+    """What counts for a row's id beside its texts. In what a template writes out as JSON the order of keys is seen."""
+    more = [text for text in texts if text is not None and not isinstance(text, str) and not all(map(is_plain, text))]
+    return (*(json.dumps(text, ensure_ascii=False) for text in more), *([template_args] if template_args else []))
+
+
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A preference pair: to `prompt`, `chosen` is preferred to `rejected`. All three are text, or all three are messages."""
+    """A preference pair: to `prompt`, `chosen` is preferred to `rejected`. All three are text, or all three are messages.
+
+    template_args: what the chat template is given beside the messages, as JSON: {"tools": […], "chat_template_kwargs": {…}}; "" for nothing.
+    """
 
     prompt: Text
     chosen: Text
     rejected: Text
+    template_args: str = ""
 
     kind: ClassVar[str] = "preference"
 
@@ -70,20 +88,22 @@ class Pair:
 
     @property
     def row_id(self) -> str:
-        return content_id(self.kind, self.prompt, self.chosen, self.rejected)
+        texts = (self.prompt, self.chosen, self.rejected)
+        return content_id(self.kind, *texts, *_beside(texts, self.template_args))
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
     """An SFT example: `completion` is the target (None where only an answer is known), `answer` what a grader compares with.
 
-    `label` is set on unpaired preference (KTO) rows: True where the completion is desirable.
+    `label` is set on unpaired preference (KTO) rows: True where the completion is desirable. template_args: as those of a `Pair`.
     """
 
     prompt: Text
     completion: Text | None = None
     answer: str | None = None
     label: bool | None = None
+    template_args: str = ""
 
     kind: ClassVar[str] = "sft"
 
@@ -93,7 +113,8 @@ class Example:
 
     @property
     def row_id(self) -> str:
-        return content_id(self.kind, self.prompt, self.completion, self.answer, self.label)
+        beside = _beside((self.prompt, self.completion), self.template_args)
+        return content_id(self.kind, self.prompt, self.completion, self.answer, self.label, *beside)
 
 
 Row = Pair | Example

@@ -65,6 +65,7 @@ def export(
     trainer: TrainedAs | None = None,
     types: Mapping[str, str] | None = None,
     mark: Callable[[ExportResult, Path], str] = lambda result, folder: "",
+    as_json: bool = False,
 ) -> ExportResult:
     """Writes an export and puts it in the place of the one before.
 
@@ -75,6 +76,8 @@ def export(
     resample: that many rows, each in proportion to its `weight` (systematic resampling, fixed by `seed`; copies stand together).
     push_to_hub: also to this hub dataset, which is made private if it is new.
     trainer: what trainer_args.json is made from. types: the Arrow types of the rows' own columns, as far as they are known (`arrow_types`).
+    as_json: some rows hold more than roles and texts (known by itself where the first one does), so messages are JSON objects in the tables, with
+    the columns `tools` and `chat_template_kwargs` beside them: `datasets` and TRL read them as they were.
     Memory is bounded. Errors: ValidationError (no rows, text beside messages, missing completions, weights that cannot be used),
     UsageError (`to` is a source, or a folder that is no export).
     """
@@ -85,7 +88,13 @@ def export(
 
     def fill(work: Path) -> AbstractContextManager[Parts]:
         return spooled(
-            work, iter(records), iter(dropped), format, read_types(types or {}), needs_weights=resample is not None
+            work,
+            iter(records),
+            iter(dropped),
+            format,
+            read_types(types or {}),
+            needs_weights=resample is not None,
+            as_json=as_json,
         )
 
     return export_parts(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
@@ -10,16 +11,17 @@ from typing import TYPE_CHECKING, Any
 from curate.data.columns import free_name
 from curate.data.texts import jsonable
 from curate.errors import ValidationError
-from curate.rows import Example, Pair, Row, Text
+from curate.rows import Example, Pair, Row, Text, is_plain
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
+TEMPLATE_ARGS = ("tools", "chat_template_kwargs")  # columns of rows in messages that TRL gives the chat template
 TEXTS = ("prompt", "chosen", "rejected", "completion", "messages", "label")
 # Columns that TRL refuses, or takes for its own (TRL 1.16, dpo_trainer and sft_trainer).
 OF_TRAINERS = (
     "text conversations image images input_ids labels attention_mask position_ids completion_mask assistant_masks seq_lengths "
-    "prompt_ids chosen_ids rejected_ids completion_ids ref_chosen_logps ref_rejected_logps chat_template_kwargs"
+    "prompt_ids chosen_ids rejected_ids completion_ids ref_chosen_logps ref_rejected_logps tools chat_template_kwargs"
 )
 SIDE = "side"  # of an export of both responses: which one a row has
 TAKEN = frozenset((*TEXTS, "row_id", *OF_TRAINERS.split()))
@@ -42,17 +44,22 @@ class ExportRow:
 
 @dataclass(frozen=True)
 class Plan:
-    """Which text columns a format has, whether rows have weights, and how a row fills them."""
+    """Which text columns a format has, whether rows have weights, and how a row fills them.
+
+    as_json: rows have more than roles and texts (calls of tools, reasoning, tools), so that each message is a JSON object in the table: as a struct
+    every message would get all keys of the others.
+    """
 
     format: str
     kind: type[Row]
     style: str
     names: tuple[str, ...]
     weighted: bool = False
+    as_json: bool = False
 
     @classmethod
-    def of(cls, first: ExportRow, format: str) -> Plan:
-        """The columns and style of an export, as its first row has them; every other kept row has to be alike."""
+    def of(cls, first: ExportRow, format: str, *, as_json: bool = False) -> Plan:
+        """The columns and style of an export, as its first row has them; every other kept row has to be alike. as_json: see above."""
         row = first.row
         if row is None:
             raise no_text(first)
@@ -68,7 +75,7 @@ class Plan:
         if isinstance(row, Example) and row.label is not None:
             names += ("label",)
         style = "conversational" if format == "messages" else row.style
-        return cls(format, type(row), style, names, first.weight is not None)
+        return cls(format, type(row), style, names, first.weight is not None, as_json and style == "conversational")
 
     @property
     def layout(self) -> str:
@@ -83,18 +90,26 @@ class Plan:
     def schema(self, is_dropped: bool) -> dict[str, pa.DataType]:
         import pyarrow as pa
 
-        text = (
-            pa.string()
-            if self.style == "standard"
-            else pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
-        )
+        if self.style == "standard":
+            text = pa.string()
+        elif self.as_json:
+            text = pa.list_(pa.json_())
+        else:
+            text = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
         types: dict[str, pa.DataType] = {name: pa.bool_() if name == "label" else text for name in self.names}
+        if self.as_json:
+            types |= dict.fromkeys(TEMPLATE_ARGS, pa.json_())
         types |= {"row_id": pa.string()} | ({"weight": pa.float64()} if self.weighted else {})
         return types | ({"reason": pa.string()} if is_dropped else {})
 
     def kept(self, record: ExportRow) -> dict[str, Any]:
         """Text columns, row_id and the weight. ValidationError where the row has not the columns or the style of the first."""
         texts = self.texts(record)
+        if record.row is not None and not self.as_json and not is_plain_row(record.row):
+            raise ValidationError(
+                f"row {record.row_id} holds more than roles and texts (calls of tools, reasoning, tools), which the rows before it do not: say "
+                "`as_json=True`, so that its messages are kept whole."
+            )
         for name in self.names:
             if texts.get(name) is None:
                 raise ValidationError(f"row {record.row_id} has no {name}, which the rows before it have. {ONE_SORT}")
@@ -130,9 +145,23 @@ class Plan:
         for name in self.names:
             value = values.get(name)
             texts[name] = list(value) if isinstance(value, tuple) else value
+            if self.as_json and isinstance(value, tuple):
+                texts[name] = [json.dumps(message, ensure_ascii=False) for message in value]
+        if self.as_json:
+            given = json.loads(row.template_args or "{}")
+            texts["tools"] = json.dumps(given["tools"], ensure_ascii=False) if given.get("tools") else None
+            texts["chat_template_kwargs"] = json.dumps(given.get("chat_template_kwargs", {}), ensure_ascii=False)
         if isinstance(row, Example) and row.answer is not None and row.label is None:
             texts["answer"] = row.answer
         return texts
+
+
+def is_plain_row(row: Row) -> bool:
+    """Whether a row is texts, or messages of roles and texts, and nothing else."""
+    texts = (row.prompt, row.chosen, row.rejected) if isinstance(row, Pair) else (row.prompt, row.completion)
+    return not row.template_args and all(
+        text is None or isinstance(text, str) or all(map(is_plain, text)) for text in texts
+    )
 
 
 def no_text(record: ExportRow) -> ValidationError:

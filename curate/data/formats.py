@@ -22,8 +22,8 @@ from curate.data.dialogues import (
 from curate.data.layout import Layout
 from curate.data.prompts import as_messages, beside_prompt, prompt_of, with_system
 from curate.data.records import Problem
-from curate.data.texts import MISSING, answer_text, describe, messages, plain_text, text_or_messages
-from curate.rows import Example, Pair, Row, Text
+from curate.data.texts import MISSING, answer_text, describe, messages, plain_text, says_besides, text_or_messages
+from curate.rows import Example, Pair, Row, Text, text_of
 
 FORMATS = {
     "preference": "prompt (or question), chosen, rejected: text or messages (TRL)",
@@ -41,7 +41,7 @@ FORMATS = {
 THOUSANDS = re.compile(r"[^\d\s,(\[{]*\d{1,3}(?:,\d{3})+(?!\d)[^,]*")
 KNOWN_COLUMNS = (
     "prompt", "chosen", "rejected", "completion", "answer", "final_answer", "label", "messages", "conversations", "question",
-    "instruction", "input", "context", "output", "response", "system", "history",
+    "instruction", "input", "context", "output", "response", "system", "history", "tools", "chat_template_kwargs",
 )  # fmt: skip
 
 
@@ -114,12 +114,13 @@ def same_style(prompt: Text, *replies: Text) -> tuple[Text, ...]:
 
 def check_prompt(prompt: Text, column: str, problems: list[Problem]) -> None:
     """A prompt may not be blank: without one there is nothing that a reply is a reply to."""
-    if not prompt or not (prompt if isinstance(prompt, str) else "".join(turn["content"] for turn in prompt)).strip():
+    if not prompt or not (prompt if isinstance(prompt, str) else "".join(map(text_of, prompt))).strip():
         problems.append((column, "blank", "text or messages before the reply"))
 
 
 def check_reply(reply: Text, column: str, problems: list[Problem]) -> None:
-    if not (reply if isinstance(reply, str) else reply[-1]["content"]).strip():
+    said = reply if isinstance(reply, str) else text_of(reply[-1])
+    if not said.strip() and (isinstance(reply, str) or not says_besides(reply[-1])):
         problems.append((column, "blank", "a reply"))
     elif not isinstance(reply, str) and check_last_turn(reply, column, problems) and not is_assistant(reply[0]):
         problems.append(
@@ -195,7 +196,7 @@ def example(
 
 def final_answer(raw: dict[str, Any], completion: Text) -> str | None:
     """What a grader compares with: after '####' in answer or completion, else final_answer, else answer. A number is without its commas."""
-    text = completion if isinstance(completion, str) else completion[-1]["content"]
+    text = completion if isinstance(completion, str) else text_of(completion[-1])
     for candidate in (raw.get("answer"), text):
         if isinstance(candidate, str) and "####" in candidate:
             return without_commas(candidate.rsplit("####", 1)[1].strip()) or None

@@ -4,11 +4,12 @@ reads rows), and what a person should have seen once (said by `curate validate`)
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 
 from curate.data.prompts import MEDIA, left_out
 from curate.data.records import Record
-from curate.rows import Example, Pair, Row, Text
+from curate.rows import Example, Pair, Row, Text, text_of
 
 HH_HEADERS = ("\n\nHuman:", "\n\nAssistant:")
 SHORTEST_REPEAT = 3  # characters of a prompt that a reply may begin with by chance
@@ -57,7 +58,7 @@ class Notes:
 
     def _keys(self) -> list[str]:
         names = [f"{name} (in {self.seen['key:' + name]:,} rows)" for name in self._of("key:")]
-        return [f"Messages have keys that are neither measured nor exported: {', '.join(names)}."] if names else []
+        return [f"Text parts have keys that are neither measured nor exported: {', '.join(names)}."] if names else []
 
     def _beside(self, column: str) -> list[str]:
         found = []
@@ -69,7 +70,8 @@ class Notes:
                 )
             elif name in ("tools", "functions"):
                 found.append(
-                    f"{n:,} rows have `{name}`, which are not rendered into the prompt: what is measured is of the prompt without them."
+                    f"{n:,} rows have `{name}`, which the chat template is not given: what is measured is of the prompt without them. If they are "
+                    f"tools of rows in messages: `columns: {{tools: {name}}}`."
                 )
             else:
                 found.append(
@@ -118,7 +120,7 @@ REPEATS = {
 
 def prompt_key(prompt: Text) -> int:
     """64 bits: enough to count prompts with, within one process."""
-    return hash(prompt if isinstance(prompt, str) else tuple((turn["role"], turn["content"]) for turn in prompt))
+    return hash(prompt if isinstance(prompt, str) else json.dumps(prompt))
 
 
 def traits(row: Row) -> list[str]:
@@ -153,9 +155,9 @@ def repeated_prompt(row: Row) -> str:
 
 
 def _last_user(turns: Text) -> str:
-    return next((turn["content"] for turn in reversed(turns) if turn["role"] == "user"), "")  # type: ignore[index]
+    return next((text_of(turn) for turn in reversed(turns) if turn["role"] == "user"), "")  # type: ignore[arg-type, index]
 
 
 def _begins(reply: Text, prompt: str) -> bool:
-    text = reply if isinstance(reply, str) else reply[0]["content"]
+    text = reply if isinstance(reply, str) else text_of(reply[0])
     return text.lstrip().startswith(prompt.strip())

@@ -1,27 +1,45 @@
 """The prompt of a row, out of its column and the columns that belong to it.
 
     instruction                input, context on lines of their own; system, history
-    prompt, question           system, history; a prompt of text becomes messages where the source has any of them
-    messages, conversations    system
-    chosen, rejected as whole conversations (implicit)        system
+    prompt, question           system, history, tools; a prompt of text becomes messages where the source has any of them
+    messages, conversations    system, tools
+    chosen, rejected as whole conversations (implicit)        system, tools
+
+`tools` (a list of schemas, or its JSON text) and `chat_template_kwargs` are no text: the chat template is given them with the row (`template_args`).
 
 Other columns that look as if they belonged to the prompt (BESIDE) are left out; `Notes` counts them and says how to put them in.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from curate.bounds import json_value
 from curate.data.records import Problem
-from curate.data.texts import MISSING, describe, holds, messages, plain_text, text_or_messages
-from curate.rows import Message, Text
+from curate.data.texts import MISSING, describe, holds, jsonable, messages, plain_text, text_or_messages
+from curate.rows import Message, Text, text_of
 
 if TYPE_CHECKING:
     from curate.data.layout import Layout
 
 BESIDE = ("system", "system_prompt", "history", "input", "context", "instruction", "tools", "functions", "documents")
+TEMPLATE_ARGS = ("tools", "chat_template_kwargs")
+OF_TEMPLATES = {  # arguments of transformers' apply_chat_template that are no row's to set
+    *(
+        "conversation",
+        "tools",
+        "documents",
+        "chat_template",
+        "add_generation_prompt",
+        "continue_final_message",
+        "tokenize",
+        "padding",
+    ),
+    *("truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"),
+}
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 
 
@@ -32,10 +50,40 @@ def beside_prompt(format: str, prompt: str, head: list[dict[str, Any]], named: I
     if prompt == "instruction":
         return {"input", "context", "system", "history"}
     if prompt in ("conversations", "messages") or format == "implicit":
-        return {"system"}
+        return {"system", *TEMPLATE_ARGS}
     if prompt not in ("prompt", "question"):
         return set()
-    return {name for name in ("system", "history") if name in named or any(holds(row.get(name)) for row in head)}
+    asked = ("system", "history", *TEMPLATE_ARGS)
+    return {name for name in asked if name in named or any(holds(row.get(name)) for row in head)}
+
+
+def template_args(raw: dict[str, Any], uses: frozenset[str], problems: list[Problem]) -> str:
+    """What a row gives the chat template beside its messages, as JSON; "" for nothing. Lists and mappings may be JSON texts of such."""
+    given: dict[str, Any] = {}
+    for name, kind, expected in (("tools", list, "a list of tools"), ("chat_template_kwargs", dict, "named settings")):
+        value = raw.get(name) if name in uses else None
+        if not holds(value):
+            continue
+        value = _from_json(value)
+        if isinstance(value, list):
+            value = [_from_json(item) for item in value]
+        if not isinstance(value, kind) or (kind is list and not all(isinstance(item, dict) for item in value)):
+            problems.append((name, describe(value), expected))
+            continue
+        if kind is dict and (reserved := [key for key in value if key in OF_TEMPLATES]):
+            problems.append((name, f"with {reserved[0]!r}", "settings of the template itself"))
+            continue
+        given[name] = jsonable({k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else value)
+    return json.dumps(given, ensure_ascii=False) if any(given.values()) else ""
+
+
+def _from_json(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return json_value(value)
+    except ValueError:
+        return value
 
 
 def prompt_of(raw: dict[str, Any], layout: Layout, problems: list[Problem]) -> Text | None:
@@ -49,7 +97,7 @@ def prompt_of(raw: dict[str, Any], layout: Layout, problems: list[Problem]) -> T
         text = instruction(raw, layout, problems)
     else:
         text = text_or_messages(value, layout.prompt, problems)
-    if text is None or problems or not {"history", "system"} & layout.uses:
+    if text is None or problems or not {"history", "system", *TEMPLATE_ARGS} & layout.uses:
         return text
     before = exchanges(raw.get("history") if "history" in layout.uses else None, problems)
     if before is None:
@@ -97,7 +145,7 @@ def with_system(
         problems.append(("system", describe(system), "text"))
     elif turns[0]["role"] != "system":
         return (Message(role="system", content=system), *turns)
-    elif turns[0]["content"].strip() != system.strip():
+    elif text_of(turns[0]).strip() != system.strip():
         problems.append(("system", "another text than the messages' own system turn", "one system prompt"))
     return turns
 
@@ -108,7 +156,7 @@ def as_messages(text: Text, role: str) -> tuple[Message, ...]:
 
 def left_out(columns: dict[str, Any], prompt: Text) -> list[str]:
     """Columns that look as if they belonged to the prompt, hold something, and are not in it."""
-    whole = squeezed(prompt if isinstance(prompt, str) else "\n".join(turn["content"] for turn in prompt))
+    whole = squeezed(prompt if isinstance(prompt, str) else "\n".join(map(text_of, prompt)))
     return [
         name
         for name in (*BESIDE, *MEDIA)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -17,9 +18,10 @@ from curate.data.columns import UNNAMED, Columns
 from curate.data.find import find_sources
 from curate.data.formats import FORMATS, KNOWN_COLUMNS, layouts
 from curate.data.layout import PREFERENCE, Layout
+from curate.data.prompts import TEMPLATE_ARGS, template_args
 from curate.data.records import Defect, Problem, Record, SourceInfo, bad_rows_error, row_in_file
 from curate.data.sources import Source
-from curate.data.texts import has_binary, holds, jsonable, unpacked, unread_keys, valid_unicode
+from curate.data.texts import has_binary, holds, jsonable, unpacked, unread_keys, valid_unicode, without_padding
 from curate.errors import CurateError, UsageError, ValidationError, did_you_mean, listed
 from curate.rows import Row
 
@@ -27,7 +29,7 @@ Kind = Literal["preference", "sft"]
 Paths = str | Path | Sequence[str | Path | dict[str, Any]]
 HEAD = 200  # rows that a format is told from
 REWRITE = "Name another file, or write it as one JSON object a line, csv or parquet (docs/data.md)."
-VERSION = 2  # of what becomes of a source's rows: sources that an earlier version read are read again
+VERSION = 3  # of what becomes of a source's rows: sources that an earlier version read are read again
 
 
 class Reading:
@@ -46,6 +48,7 @@ class Reading:
         self._asked = format
         self._names: set[str] = set()  # of columns, looked at
         self._told: dict[str, tuple[Layout, frozenset[str]]] = {}
+        self._typed = {source.name for source in sources if source.is_typed}
         first = next((layout for source in sources if (layout := self._layout(source, kind))), None)
         if first is None:
             names = ", ".join(source.name for source in sources)
@@ -70,15 +73,18 @@ class Reading:
                 what = problem_defect(broken, source.name, index, line)
                 raise ValidationError(f"{what}\n  None of the first {len(head)} rows can be read. {REWRITE}")
             self._columns.check(dict.fromkeys(name for row in raw_rows for name in row), source.name)
-            mapped = [self._mapped(row, source.name) for row in raw_rows]
+            mapped = [self._mapped(row, source.name, typed=source.is_typed) for row in raw_rows]
             layout = choose_layout(source.name, mapped, kind=kind, format=self._asked, columns=self._columns)
             self._told[source.name] = layout, number_columns(raw_rows) if source.is_text_table else frozenset()
         return self._told[source.name][0]
 
-    def _mapped(self, raw: dict[str, Any], where: str) -> dict[str, Any]:
-        """A raw row under our names, its messages as lists however they are stored."""
+    def _mapped(self, raw: dict[str, Any], where: str, *, typed: bool) -> dict[str, Any]:
+        """A raw row under our names, its messages as lists however they are stored. typed: of a source that `is_typed`."""
         mapped = self._columns.apply(raw, where)
-        changed = {name: unpacked(mapped[name]) for name in MESSAGES if isinstance(mapped.get(name), (str, dict))}
+        changed = {name: unpacked(mapped[name]) for name in MESSAGES if isinstance(mapped.get(name), (str, dict, list))}
+        if typed:
+            padded = {name: changed.get(name, mapped[name]) for name in (*MESSAGES, *TEMPLATE_ARGS) if name in mapped}
+            changed |= {name: without_padding(value) for name, value in padded.items()}
         if isinstance(mapped.get("history"), str):
             changed["history"] = json_list(mapped["history"])
         return {**mapped, **changed} if changed else mapped
@@ -129,12 +135,15 @@ class Reading:
     ) -> Record:
         if not isinstance(raw, dict):
             return Record(name, index, None, {}, (problem_defect(raw, name, index, line),), line)
-        mapped = self._mapped(raw, name if not self._columns.moved else f"{name}, {row_in_file(index, line)}")
+        where = name if not self._columns.moved else f"{name}, {row_in_file(index, line)}"
+        mapped = self._mapped(raw, where, typed=name in self._typed)
         problems: list[Problem] = []
         row = layout.convert(mapped, layout, problems)
         if not mapped.keys() <= self._names:
             problems += unnameable(mapped)
             self._names |= mapped.keys() if not problems else set()
+        if row is not None and (args := template_args(mapped, layout.uses, problems)):
+            row = replace(row, template_args=args)
         columns = {key: jsonable(value) for key, value in mapped.items() if key not in layout.uses}
         for column in numbers & columns.keys():
             columns[column] = number(columns[column])
@@ -223,7 +232,9 @@ def load(
     return [record.row for record in reading.good(on_bad_row) if record.row is not None]
 
 
-MESSAGES = tuple(name for name in KNOWN_COLUMNS if name not in ("label", "system", "history", "final_answer"))
+MESSAGES = tuple(
+    name for name in KNOWN_COLUMNS if name not in ("label", "system", "history", "final_answer", *TEMPLATE_ARGS)
+)
 
 
 def unnameable(row: dict[str, Any]) -> list[Problem]:

@@ -43,6 +43,15 @@ class Source:
         """Whether every cell is text (csv, tsv), so that numbers among the user's columns have to be told."""
         return self.path is not None and file_type(self.path) in (".csv", ".tsv")
 
+    @property
+    def is_typed(self) -> bool:
+        """Whether rows come out of Arrow tables, in which all mappings of a column have the same keys, many without a value."""
+        if self.path is None:
+            return True
+        if self.path.is_dir():
+            return is_saved(self.path) or any(self.path.rglob("*.parquet"))
+        return file_type(self.path) == ".parquet"
+
     def rows(self) -> Iterator[Numbered]:
         """Every row, streamed from the start each time."""
         if self.path is None:
@@ -90,6 +99,10 @@ class InMemory(Source):
     @property
     def on_hub(self) -> bool:
         return False
+
+    @property
+    def is_typed(self) -> bool:
+        return getattr(self.given, "features", None) is not None
 
     def rows(self) -> Iterator[Numbered]:
         labels = class_names(getattr(self.given, "features", None))

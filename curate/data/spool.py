@@ -142,8 +142,9 @@ class Spool:
         import pyarrow as pa
 
         rows, schema = self.rows(), self.schema()
+        as_text = pa.schema([(field.name, _as_text(field.type)) for field in schema])
         while batch := list(islice(rows, BATCH)):
-            yield pa.Table.from_pylist(batch, schema=schema)
+            yield pa.Table.from_pylist(batch, schema=as_text).cast(schema)
 
     def texts_of_several(self) -> list[str]:
         return sorted(set(map(self._named, self._learner.texts_of_several())))
@@ -170,3 +171,12 @@ def said_bytes(value: Any) -> bool:
     if isinstance(value, dict):
         return any(map(said_bytes, value.values()))
     return isinstance(value, list) and any(map(said_bytes, value))
+
+
+def _as_text(kind: pa.DataType) -> pa.DataType:
+    """The type without Arrow's type of JSON texts, which takes no Python values."""
+    import pyarrow as pa
+
+    if pa.types.is_list(kind):
+        return pa.list_(_as_text(kind.value_type))
+    return pa.string() if isinstance(kind, pa.JsonType) else kind

@@ -7,7 +7,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from curate.data.exported import ExportRow, Plan, Weights, asked_columns, both_responses, own_columns, renamed
+from curate.data.exported import (
+    ExportRow,
+    Plan,
+    Weights,
+    asked_columns,
+    both_responses,
+    is_plain_row,
+    own_columns,
+    renamed,
+)
 from curate.data.parts import Parts
 from curate.data.spool import Spool
 from curate.errors import ValidationError
@@ -27,6 +36,7 @@ def spooled(
     typed: Mapping[str, pa.DataType],
     *,
     needs_weights: bool,
+    as_json: bool = False,
 ) -> Iterator[Parts]:
     """The rows as they are written, kept in `work` meanwhile. ValidationError for rows that do not fit together, and where there are none."""
     if format == "extend":
@@ -34,7 +44,8 @@ def spooled(
     first = next(records, None)
     if first is None:
         raise ValidationError(NOTHING)
-    plan = Plan.of(first, format)
+    as_json = as_json or (first.row is not None and not is_plain_row(first.row))
+    plan = Plan.of(first, format, as_json=as_json)
     with (
         Spool(work / "kept", plan.schema(False), typed) as kept,
         Spool(work / "dropped", plan.schema(True), typed) as left,

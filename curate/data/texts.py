@@ -9,6 +9,7 @@ import ast
 import json
 import math
 import re
+from collections.abc import Mapping
 from contextlib import suppress
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
@@ -33,14 +34,8 @@ ROLES = {
 }
 LONGEST_SHOWN = 40
 PRINTED = re.compile(r"\[?\s*\{\s*'")  # a list of dicts as Python prints it
-READ_KEYS = frozenset(("role", "from", "content", "value"))
-SAID_KEYS = (
-    "tool_calls",
-    "function_call",
-    "reasoning_content",
-    "reasoning",
-    "thinking",
-)  # what the model said besides its content
+TURN_KEYS = frozenset(("role", "from", "content", "value"))
+SAID_KEYS = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")  # said besides the content
 
 
 def describe(value: Any) -> str:
@@ -110,16 +105,25 @@ def unpacked(value: Any) -> Any:
         found = unpacked(found) if isinstance(found, dict) else found
         whole = isinstance(found, list) and bool(found) and all(map(is_message, found))
         return found if whole or is_message(found) else value
-    turns = turned_messages(value)
-    return value if turns is None else turns
+    if isinstance(value, list) and value and isinstance(value[0], str) and value[0].lstrip().startswith("{"):
+        turns = [unpacked(item) for item in value]  # each message as JSON text: `datasets` has such a type
+        return turns if all(map(is_message, turns)) else value
+    by_column = turned_messages(value)
+    return value if by_column is None else by_column
+
+
+def without_padding(value: Any) -> Any:
+    """A value of an Arrow table without the keys that hold nothing: rows of a table have all keys that any of them has."""
+    if isinstance(value, dict):
+        return {key: without_padding(item) for key, item in value.items() if item is not None}
+    return [without_padding(item) for item in value] if isinstance(value, list) else value
 
 
 def unread_keys(value: Any) -> list[str]:
-    """Keys of messages that hold something and that nobody reads, as often as they occur."""
+    """Keys of the text parts of messages that hold something and that nobody reads, as often as they occur."""
     found = []
     for message in value if isinstance(value, (list, tuple)) else [value]:
         if isinstance(message, dict) and is_message(message):
-            found += [key for key, held in message.items() if key not in READ_KEYS and holds(held)]
             parts = message.get("content")
             for part in parts if isinstance(parts, list) else ():
                 if isinstance(part, dict):
@@ -139,8 +143,8 @@ def holds(value: Any) -> bool:
 def messages(value: Any, column: str, problems: list[Problem]) -> tuple[Message, ...] | None:
     """Messages of a list (or of a single message), in role/content or from/value keys; else None, noted.
 
-    A content of several text parts is joined. What the model said besides its content (SAID_KEYS) is a problem: it would be measured as if it had
-    not been said. Other keys are not kept (`unread_keys` counts them). Blank turns pass: replies are checked later.
+    Every other key that has a value is kept, for the chat template. A content of several text parts is joined; any other part (an image) is a
+    problem. A turn without content passes where it says something besides (SAID_KEYS). Blank turns pass: replies are checked later.
     """
     if isinstance(value, dict):
         value = [value]
@@ -156,8 +160,20 @@ def messages(value: Any, column: str, problems: list[Problem]) -> tuple[Message,
         if wrong:
             problems.append((column, *wrong))
             return None
-        found.append({"role": ROLES.get(_role(item), _role(item)), "content": _content(item)})
+        content = _content(item)
+        turn: Message = {
+            "role": ROLES.get(_role(item), _role(item)),
+            "content": None if content is MISSING else content,
+        }
+        if len(item) > 2:
+            turn |= {str(k): jsonable(v) for k, v in item.items() if k not in TURN_KEYS and v is not None}
+        found.append(turn)
     return tuple(found)
+
+
+def says_besides(message: Mapping[str, Any]) -> bool:
+    """Whether a turn says something besides its content: calls of tools, reasoning."""
+    return any(holds(message.get(key)) for key in SAID_KEYS)
 
 
 def _wrong_message(item: Any, position: int) -> tuple[str, str] | None:
@@ -168,9 +184,15 @@ def _wrong_message(item: Any, position: int) -> tuple[str, str] | None:
     role, content = _role(item), _content(item)
     if not isinstance(role, str) or not role.strip():
         return f"without a role at turn {position}: {describe(role)}", expected
-    said = next((key for key in SAID_KEYS if holds(item.get(key))), None)
-    if said:
-        return f"with {said} at turn {position}, which nothing reads", "messages whose whole text is in content"
+    if isinstance(content, list):
+        other = next((part for part in content if not _is_text_part(part)), content)
+        kind = other.get("type") if isinstance(other, dict) else None
+        what = f"with a part of type {kind!r}" if kind else f"with content {describe(other)}"
+        return f"{what} at turn {position}, which no pass reads", "messages of text"
+    if content in (None, MISSING):
+        return (
+            None if says_besides(item) else (f"without text content at turn {position}: {describe(content)}", expected)
+        )
     if not isinstance(content, str):
         return f"without text content at turn {position}: {describe(content)}", expected
     if not valid_unicode(content):
@@ -188,13 +210,15 @@ def _content(item: dict[str, Any]) -> Any:
     content = item.get("content")
     if content is None:
         content = item.get("value", MISSING)
-    if (
-        isinstance(content, list)
-        and content
-        and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content)
-    ):
-        return "".join(part["text"] for part in content)
+    if isinstance(content, list) and content and all(map(_is_text_part, content)):
+        return "".join(part if isinstance(part, str) else part["text"] for part in content)
     return content
+
+
+def _is_text_part(part: Any) -> bool:
+    return isinstance(part, str) or (
+        isinstance(part, dict) and isinstance(part.get("text"), str) and part.get("type", "text") in ("text", None)
+    )
 
 
 def text_or_messages(value: Any, column: str, problems: list[Problem]) -> Text | None:

@@ -17,7 +17,7 @@ import re
 from collections.abc import Iterator
 
 from curate.measurements.grading_hedged import DOUBT, LINK, is_revised
-from curate.rows import Example, Row
+from curate.rows import Example, Row, text_of
 
 OPEN = r"(?:\\(?:boxed|text|textbf|mathrm|mathbf)\s*\{\s*)*[(\[*_\"'$`\s]*"
 CLOSE = r"[)\]}*_\"'$`]*"
@@ -194,7 +194,7 @@ class Choice:
         """letter -> text of the options that a row's question lists, in their order from A; {} where it lists none."""
         if not isinstance(row, Example):
             return {}
-        prompt = row.prompt if isinstance(row.prompt, str) else row.prompt[-1]["content"] if row.prompt else ""
+        prompt = row.prompt if isinstance(row.prompt, str) else text_of(row.prompt[-1]) if row.prompt else ""
         by_line = re.findall(r"(?m)^\s*[(\[*]*([A-Z])[)\].:*]+\s*(.+?)\s*$", prompt)
         for listed in (by_line, [(m[1], m[2]) for m in INLINE.finditer(prompt)]):
             options = {letter: _bare(option) for letter, option in listed if letter in self.letters}

@@ -16,7 +16,7 @@ from typing import Any
 
 from curate.errors import UsageError
 from curate.recipe.objects import load_object, places, source_version
-from curate.rows import Example, Text
+from curate.rows import Example, Text, text_of
 
 
 @dataclass(frozen=True)
@@ -71,4 +71,4 @@ def _problem(prompt: Text) -> tuple[str, Callable[[str], Text]]:
     if isinstance(prompt, str):
         return prompt, lambda text: text
     at = max((i for i, m in enumerate(prompt) if m["role"] == "user"), default=len(prompt) - 1)
-    return prompt[at]["content"], lambda text: (*prompt[:at], {**prompt[at], "content": text}, *prompt[at + 1 :])
+    return text_of(prompt[at]), lambda text: (*prompt[:at], {**prompt[at], "content": text}, *prompt[at + 1 :])

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from curate.errors import ModelError
-from curate.rows import Example, Message, Pair, Row, Text
+from curate.rows import Example, Message, Pair, Row, Text, text_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,6 +29,7 @@ QUESTIONS: tuple[
     (Message(role="system", content="five more"), ASKED),
     (ASKED, Message(role="assistant", content="third"), ASKED),
 )
+REASONING = ("reasoning_content", "reasoning", "thinking")  # keys of what a turn thinks before its content
 THOUGHT = "<think>\nfirst seven\n</think>\nlast eight"
 
 
@@ -56,16 +58,29 @@ class Template:
 def as_chat(row: Row) -> Row:
     """The row as messages: its prompt a user's turn, its responses an assistant's. A row of messages is as it was."""
     if isinstance(row, Pair):
-        return Pair(turns(row.prompt, "user"), turns(row.chosen), turns(row.rejected))
+        return replace(row, prompt=turns(row.prompt, "user"), chosen=turns(row.chosen), rejected=turns(row.rejected))
     completion = None if row.completion is None else turns(row.completion)
-    return Example(turns(row.prompt, "user"), completion, row.answer, row.label)
+    return replace(row, prompt=turns(row.prompt, "user"), completion=completion)
 
 
 def turns(text: Text, role: str = "assistant") -> tuple[Message, ...]:
     return (Message(role=role, content=text),) if isinstance(text, str) else text
 
 
-def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, generation_prompt: bool = True) -> str:
+@lru_cache(maxsize=64)
+def arguments(template_args: str) -> dict[str, Any]:
+    """A row's `template_args` as arguments of `apply_chat_template`, as TRL gives them."""
+    given = json.loads(template_args) if template_args else {}
+    return {"tools": given.get("tools"), **given.get("chat_template_kwargs", {})}
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    *,
+    generation_prompt: bool = True,
+    template_args: str = "",
+) -> str:
     """The template's text of these messages. Refused where the template raises; ModelError where the tokenizer has no template."""
     template = getattr(tokenizer, "chat_template", None)
     if not template:
@@ -79,7 +94,10 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, g
     try:
         return str(
             tokenizer.apply_chat_template(
-                [dict(message) for message in messages], add_generation_prompt=generation_prompt, tokenize=False, **day
+                [dict(message) for message in messages],
+                add_generation_prompt=generation_prompt,
+                tokenize=False,
+                **day | arguments(template_args),
             )
         )
     except Exception as problem:  # templates raise jinja2's errors, and Python's own on unexpected roles or contents
@@ -87,14 +105,27 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, g
         raise Refused(f"the chat template refuses these messages ({type(problem).__name__}: {words})") from problem
 
 
-def left_out(messages: Sequence[Message], rendered: str) -> list[str]:
-    """The roles of the turns whose text is not in what was rendered of them, white space around it aside."""
-    roles = []
+def left_out(messages: Sequence[Message], rendered: str, *, of_reply: bool = False) -> list[str]:
+    """The roles of the turns whose text is not in what was rendered of them, white space around it aside; "role: key" where something else that
+    the turn says is not: its reasoning, or the name of a tool that it calls. of_reply: the turns are the response's, whose role is called "reply".
+    """
+    roles: list[str] = []
     for message in messages:
-        content = message.get("content")
+        content, role = message.get("content"), "reply" if of_reply else str(message["role"])
         if isinstance(content, str) and content.strip() not in rendered:
-            roles.append(str(message["role"]))
-    return roles
+            roles.append(role)
+        if len(message) > 2:
+            texts = {key: [message[key]] for key in REASONING if isinstance(message.get(key), str)}
+            texts["tool_calls"] = [name for name in map(_called, message.get("tool_calls") or ()) if name]
+            roles += [f"{role}: {key}" for key in texts if any(text.strip() not in rendered for text in texts[key])]
+    return list(dict.fromkeys(roles)) if of_reply else roles
+
+
+def _called(call: Any) -> str | None:
+    """The name of the tool that a call is of."""
+    function = call.get("function", call) if isinstance(call, dict) else {}
+    name = function.get("name") if isinstance(function, dict) else None
+    return name if isinstance(name, str) else None
 
 
 def closing_token(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> int | None:
@@ -165,7 +196,7 @@ def with_context(
     if isinstance(few_shot, str):
         last = max((i for i, m in enumerate(rest) if m["role"] == "user"), default=None)
         if last is not None:
-            rest[last] = {**rest[last], "content": few_shot + rest[last]["content"]}
+            rest[last] = {**rest[last], "content": few_shot + text_of(rest[last])}
     else:
         shots: list[Message] = []
         for example in few_shot or ():

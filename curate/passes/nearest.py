@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from curate.rows import Example, Text, content_id
+from curate.rows import Example, Text, content_id, text_of
 
 COUNT = 3  # neighbours put before a row
 K1, B = 1.5, 0.75
@@ -65,5 +65,5 @@ class Neighbours:
 
 def words(prompt: Text) -> list[str]:
     """The words of a prompt; of messages the user's and the assistant's, since a system message is every row's."""
-    text = prompt if isinstance(prompt, str) else "\n".join(m["content"] for m in prompt if m["role"] != "system")
+    text = prompt if isinstance(prompt, str) else "\n".join(text_of(m) for m in prompt if m["role"] != "system")
     return re.findall(r"\w+", text.lower())

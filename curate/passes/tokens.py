@@ -130,10 +130,10 @@ def encode(row: Row, tokenizer: PreTrainedTokenizerBase, limits: Limits = Limits
     name, row = row.row_id, as_chat(row) if limits.chat else row
     responses = (row.chosen, row.rejected) if isinstance(row, Pair) else (row.completion,)
     try:
-        prompt, _ = _ids(tokenizer, row.prompt)
+        prompt, _ = _ids(tokenizer, row.prompt, template_args=row.template_args)
         if isinstance(row, Example) and row.completion is None:
             return _prompt_only(row, prompt, tokenizer, limits)
-        full = [_ids(tokenizer, row.prompt, response) for response in responses]
+        full = [_ids(tokenizer, row.prompt, response, row.template_args) for response in responses]
     except Refused as refused:
         nothing = Encoded(np.zeros(0, np.int32), 0, problem=str(refused))
         return EncodedPair(nothing, nothing, 0) if isinstance(row, Pair) else nothing
@@ -192,9 +192,9 @@ def encode_prompt(
         source = messages
         text = ""
     try:
-        ids, lost = _ids(tokenizer, source)
+        ids, lost = _ids(tokenizer, source, template_args=row.template_args)
         if messages is not None:
-            text = render(tokenizer, messages)
+            text = render(tokenizer, messages, template_args=row.template_args)
     except Refused as refused:
         return PromptTokens("", [], messages, problem=str(refused))
     limit = limits.max_length
@@ -227,7 +227,7 @@ def _with_question(
     encoded: Encoded, row: Example, prompt: list[int], tokenizer: PreTrainedTokenizerBase, *, cut: int, limits: Limits
 ) -> Encoded:
     """The same with the span of its question, as far as truncation left it. cut: how many ids truncation took."""
-    span = _question_span(row.prompt, prompt, tokenizer)
+    span = _question_span(row, prompt, tokenizer)
     if span is None:
         return encoded
     shift = cut if limits.truncation == "keep_end" else 0
@@ -235,8 +235,9 @@ def _with_question(
     return replace(encoded, question=(low, high)) if high > low else encoded
 
 
-def _question_span(prompt: Text, ids: list[int], tokenizer: PreTrainedTokenizerBase) -> tuple[int, int] | None:
+def _question_span(row: Example, ids: list[int], tokenizer: PreTrainedTokenizerBase) -> tuple[int, int] | None:
     """Where the last user message's text stands in the prompt's ids: what changes when that text is left out."""
+    prompt = row.prompt
     if isinstance(prompt, str):
         low = int(bool(ids) and ids[0] == tokenizer.bos_token_id)
         return (low, len(ids)) if low < len(ids) else None
@@ -245,7 +246,7 @@ def _question_span(prompt: Text, ids: list[int], tokenizer: PreTrainedTokenizerB
         return None
     emptied = tuple({**m, "content": ""} if i == last else m for i, m in enumerate(prompt))
     try:
-        without, _ = _ids(tokenizer, emptied)  # type: ignore[arg-type]
+        without, _ = _ids(tokenizer, emptied, template_args=row.template_args)
     except Refused:
         return None
     low = common_prefix(ids, without)
@@ -278,7 +279,7 @@ def _limited(ids: list[int], start: int, limits: Limits, name: str) -> Encoded:
 
 
 def _ids(
-    tokenizer: PreTrainedTokenizerBase, prompt: Text, response: Text | None = None
+    tokenizer: PreTrainedTokenizerBase, prompt: Text, response: Text | None = None, template_args: str = ""
 ) -> tuple[list[int], tuple[str, ...]]:
     """Ids of a prompt (generation prompt included), or of a prompt with its response, and what the template leaves out of them.
 
@@ -289,13 +290,13 @@ def _ids(
     if isinstance(prompt, str):
         ids = _plain_ids(tokenizer, prompt, None if response is None else str(response))
     elif response is None:
-        text = render(tokenizer, prompt) if prompt else ""
+        text = render(tokenizer, prompt, template_args=template_args) if prompt else ""
         ids, lost = ids_of(tokenizer, text) if prompt else [], tuple(left_out(prompt, text))
     else:
         reply = turns(response)
-        text = render(tokenizer, (*prompt, *reply), generation_prompt=False)
+        text = render(tokenizer, (*prompt, *reply), generation_prompt=False, template_args=template_args)
         ids = ids_of(tokenizer, text)
-        lost = (*left_out(prompt, text), *("reply",) * bool(left_out(reply, text)))
+        lost = (*left_out(prompt, text), *left_out(reply, text, of_reply=True))
     while len(ids) > 1 and bos is not None and ids[0] == ids[1] == bos:
         ids.pop(0)
     return ids, tuple(dict.fromkeys(lost))

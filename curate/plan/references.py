@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from curate.errors import UsageError
 from curate.plan.row_names import named_rows
-from curate.rows import Example, Row
+from curate.rows import Example, Row, text_of
 from curate.store.database import kept_open
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ def solution_of(row: Example) -> str | None:
     """The text of a row's own completion."""
     if row.completion is None or row.label is False:
         return None
-    return row.completion if isinstance(row.completion, str) else row.completion[-1]["content"]
+    return row.completion if isinstance(row.completion, str) else text_of(row.completion[-1])
 
 
 def _say(findings: Findings, chosen: Grader, *, needed: bool) -> list[str]:

@@ -235,8 +235,13 @@ def look(
         try:
             for reply in replies:
                 messages = () if reply is None else turns(reply)
-                text = render(tokenizer, (*row.prompt, *messages), generation_prompt=reply is None)
-                lost |= {*left_out(row.prompt, text), *("reply",) * bool(left_out(messages, text))}
+                text = render(
+                    tokenizer,
+                    (*row.prompt, *messages),
+                    generation_prompt=reply is None,
+                    template_args=row.template_args,
+                )
+                lost |= {*left_out(row.prompt, text), *left_out(messages, text, of_reply=True)}
         except Refused as refused:
             lost = {str(refused)}
         counts.update(lost)
@@ -255,6 +260,17 @@ def lost_text(counts: Counter[str], n: int, rows: int, model: str, first: Mappin
                 f"The chat template of {model} leaves out text of the reply in {count:,} {part}: the rest alone is measured, and a training on these "
                 "rows would see no more. Take a template that keeps it (chat_template.jinja beside the tokenizer); pairs that differ in nothing "
                 "else get NULL and a token_problem."
+            )
+        elif what.startswith("reply: "):
+            found.append(
+                f"The chat template of {model} leaves out `{what.removeprefix('reply: ')}` of the reply in {count:,} {of}: it is neither "
+                "measured nor trained on. Take a template that renders it (chat_template.jinja beside the tokenizer)."
+            )
+        elif ": " in what and not what.startswith("the chat template refuses"):
+            role, _, key = what.partition(": ")
+            found.append(
+                f"The chat template of {model} leaves out `{key}` of earlier {role} turns in {count:,} {of}: neither the model that is measured nor "
+                "one trained on them sees it."
             )
         elif what.startswith("the chat template refuses"):
             notes.append(

@@ -120,25 +120,34 @@ def rows_at(con: Connection, wanted: np.ndarray) -> list[Row | None]:
         return []
     con.register("wanted_positions", pa.table({"i": pa.array(np.arange(len(wanted))), "position": pa.array(wanted)}))
     lines = con.execute(
-        "SELECT i, kind, style, prompt, chosen, rejected, completion, answer, label FROM data.rows JOIN wanted_positions USING (position) "
-        "WHERE position BETWEEN ? AND ? ORDER BY i",
+        "SELECT i, kind, style, prompt, chosen, rejected, completion, answer, label, template_args FROM data.rows "
+        "JOIN wanted_positions USING (position) WHERE position BETWEEN ? AND ? ORDER BY i",
         [int(wanted.min()), int(wanted.max())],
     ).fetchall()
     return [_row(*values[1:]) for values in lines]
 
 
 def _row(
-    kind: str, style: Any, prompt: Any, chosen: Any, rejected: Any, completion: Any, answer: Any, label: Any
+    kind: str,
+    style: Any,
+    prompt: Any,
+    chosen: Any,
+    rejected: Any,
+    completion: Any,
+    answer: Any,
+    label: Any,
+    template_args: str | None,
 ) -> Row | None:
     if prompt is None:
         return None
     first = text_from_column(prompt, style)
     assert first is not None
+    args = "" if template_args in (None, "{}") else str(template_args)
     if kind == "preference":
         good, bad = text_from_column(chosen, style), text_from_column(rejected, style)
         assert good is not None and bad is not None
-        return Pair(first, good, bad)
-    return Example(first, text_from_column(completion, style), answer, label)
+        return Pair(first, good, bad, args)
+    return Example(first, text_from_column(completion, style), answer, label, args)
 
 
 def occurrence_counts(

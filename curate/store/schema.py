@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
-MIGRATIONS: dict[int, str] = {}  # version -> the SQL that makes it version + 1
+MIGRATIONS: dict[int, str] = {  # version -> the SQL that makes it version + 1
+    1: "ALTER TABLE data.rows ADD COLUMN template_args VARCHAR",
+}
 
 
 SCHEMA = """
 CREATE SCHEMA data;
 CREATE TABLE data.meta (key VARCHAR PRIMARY KEY, value VARCHAR);
 CREATE TABLE data.rows (position BIGINT NOT NULL, row_id VARCHAR PRIMARY KEY, kind VARCHAR NOT NULL, style VARCHAR, prompt VARCHAR,
-    chosen VARCHAR, rejected VARCHAR, completion VARCHAR, answer VARCHAR, label BOOLEAN);
+    chosen VARCHAR, rejected VARCHAR, completion VARCHAR, answer VARCHAR, label BOOLEAN, template_args VARCHAR);
 CREATE TABLE data.occurrences (seq BIGINT NOT NULL, row_id VARCHAR NOT NULL, source VARCHAR NOT NULL, index BIGINT NOT NULL,
     role VARCHAR NOT NULL, columns VARCHAR);
 CREATE TABLE data.source_columns (source VARCHAR, role VARCHAR, ordinal INTEGER, name VARCHAR, type VARCHAR);

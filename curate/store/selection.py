@@ -51,6 +51,13 @@ class Selection:
         """The control that was drawn beside it, None where none was."""
         return find_selection(self.store, control_name(self.name)) if self.spec.get("control") else None
 
+    @property
+    def holds_more_than_text(self) -> bool:
+        """Whether a row, kept or dropped, holds more than texts, or roles and texts: calls of tools, reasoning, tools."""
+        text = "SELECT 1 FROM data.rows WHERE template_args IS NOT NULL AND row_id IN (SELECT row_id FROM data.decisions WHERE selection = ?) LIMIT 1"
+        with self.store.database.read() as con:
+            return one(con, text, [self.name]) is not None
+
     def kept(self, columns: Sequence[str] = ()) -> Iterator[SelectedRow]:
         """The kept rows by position, with the user's columns and those named (columns of `scored`).
 

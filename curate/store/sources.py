@@ -20,7 +20,7 @@ from typing import Any
 import pyarrow as pa
 
 from curate.errors import StoreError
-from curate.rows import Example, Pair, foreign_id, text_to_column
+from curate.rows import Example, Pair, Text, foreign_id, is_plain, text_to_column
 from curate.store import readings
 from curate.store.database import Database
 from curate.store.entries import Ingested, Role, SourceRecord
@@ -30,7 +30,18 @@ from curate.store.shards import clean_text, write_parquet
 from curate.store.sql import Connection, literal
 
 BATCH = 10_000
-ROW_COLUMNS = ("row_id", "kind", "style", "prompt", "chosen", "rejected", "completion", "answer", "label")
+ROW_COLUMNS = (
+    "row_id",
+    "kind",
+    "style",
+    "prompt",
+    "chosen",
+    "rejected",
+    "completion",
+    "answer",
+    "label",
+    "template_args",
+)
 STAGED = pa.schema(
     [("n", pa.int64()), ("index", pa.int64())]
     + [(name, pa.bool_() if name == "label" else pa.string()) for name in ROW_COLUMNS]
@@ -102,7 +113,7 @@ def foreign_staged(folder: Path, source: str, keys: Sequence[Any], *, kind: str)
     for i, key in enumerate(dict.fromkeys(keys)):
         index = int(key) if re.fullmatch(r"\d{1,18}", str(key)) else i
         columns = json.dumps({"key": str(key)})
-        lines.append((index, foreign_id(source, key), kind, None, None, None, None, None, None, None, columns))
+        lines.append((index, foreign_id(source, key), kind, *(None for _ in ROW_COLUMNS[2:]), columns))
     staging = _staging(folder)
     try:
         _stage(staging, lines)
@@ -135,8 +146,19 @@ def row_columns(row: Pair | Example) -> tuple[Any, ...]:
             None,
             None,
             None,
+            _beyond_text(row, (row.prompt, row.chosen, row.rejected)),
         )
-    return (row.row_id, row.kind, row.style, prompt, None, None, text_to_column(row.completion), row.answer, row.label)
+    beyond = _beyond_text(row, (row.prompt, row.completion))
+    completion = text_to_column(row.completion)
+    return (row.row_id, row.kind, row.style, prompt, None, None, completion, row.answer, row.label, beyond)
+
+
+def _beyond_text(row: Pair | Example, texts: Sequence[Text | None]) -> str | None:
+    """The row's `template_args`; "{}" where its messages alone hold more than roles and texts; None where all is roles and texts."""
+    if row.template_args:
+        return row.template_args
+    plain = all(text is None or isinstance(text, str) or all(map(is_plain, text)) for text in texts)
+    return None if plain else "{}"
 
 
 def json_columns(columns: Mapping[str, Any], types: dict[str, Shape]) -> str | None:

@@ -109,7 +109,9 @@ def _export(
             _rows(rows, weight, columns, of_rows, chat=chat)
             for rows, weight in ((selection.kept(), asked.weight), (selection.dropped(), None))
         )
-        return export(to, kept, dropped, format=asked.format, types=types, **common)
+        return export(
+            to, kept, dropped, format=asked.format, types=types, as_json=selection.holds_more_than_text, **common
+        )
 
 
 def _own_of(loaded: Loaded, store: Store) -> set[str]:

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 
 from curate.data.arrow_types import read_types
 from curate.data.batches import Own, says_bytes
-from curate.data.exported import ExportRow, Plan, renamed
+from curate.data.exported import TEMPLATE_ARGS, ExportRow, Plan, renamed
 from curate.data.parts import Parts
 from curate.passes.chat import as_chat
 from curate.store.selected import BESIDE, Selected
@@ -55,7 +55,11 @@ def parts_of(
     row = kept.first()
     if row is None:
         raise ByRows
-    plan = Plan.of(ExportRow(as_chat(row) if chat else row, row.row_id, weight=1.0 if weight else None), format)
+    first = ExportRow(as_chat(row) if chat else row, row.row_id, weight=1.0 if weight else None)
+    beyond_text = selection.holds_more_than_text
+    plan = Plan.of(first, format, as_json=beyond_text)
+    if beyond_text and not plan.as_json:  # messages behind a first row of text
+        raise ByRows
     typed = read_types(types)
     parts = [
         TablePart(one, plan, typed, asked, weight, chat=chat, is_dropped=one is dropped) for one in (kept, dropped)
@@ -131,7 +135,7 @@ class TablePart:
                 found[False, name] = _finite(listed[BESIDE + name]).cast(kind)
                 if kind == pa.string() and says_bytes(found[False, name]):
                     self._bytes_beside.add(name)
-            if not self.is_dropped and any(found[False, name].null_count for name in texts):
+            if not self.is_dropped and any(found[False, name].null_count for name in self.plan.names):
                 raise ByRows
             order = [*((False, name) for name in self.fixed), *self._held]
             yield pa.Table.from_arrays(
@@ -144,14 +148,26 @@ class TablePart:
         texts = {name: self._text(f"r.{name}", "assistant") for name in ("chosen", "rejected")}
         whole = f"CASE WHEN {prompt} IS NOT NULL AND {reply} IS NOT NULL THEN list_concat({prompt}, {reply}) END"
         texts |= {"prompt": prompt, "completion": reply, "messages": whole, "label": "r.label"}
-        return {name: texts[name] for name in self.plan.names}
+        picked = {name: texts[name] for name in self.plan.names}
+        if self.plan.as_json:
+            picked |= {name: f"json_extract(r.template_args, '$.{name}')::VARCHAR" for name in TEMPLATE_ARGS}
+            picked[TEMPLATE_ARGS[1]] = (
+                f"CASE WHEN r.prompt IS NOT NULL THEN coalesce({picked[TEMPLATE_ARGS[1]]}, '{{}}') END"
+            )
+        return picked
 
     def _text(self, column: str, role: str) -> str:
         if self.plan.style == "standard":
             return f"CASE WHEN r.style = 'standard' THEN {column} END"
-        turn = f"CASE WHEN {column} IS NOT NULL THEN [{{'role': '{role}', 'content': {column}}}] END"
-        as_turn = f"ELSE {turn} " if self.chat or "messages" in self.plan.names else ""
-        return f"CASE WHEN r.style = 'conversational' THEN {TURNS.format(column=column)} {as_turn}END"
+        turn, turns = f"{{'role': '{role}', 'content': {column}}}", TURNS.format(column=column)
+        if self.plan.as_json:
+            turn, turns = f"to_json({turn})::VARCHAR", f"""from_json({column}, '["JSON"]')::VARCHAR[]"""
+        as_turn = (
+            f"ELSE CASE WHEN {column} IS NOT NULL THEN [{turn}] END "
+            if self.chat or "messages" in self.plan.names
+            else ""
+        )
+        return f"CASE WHEN r.style = 'conversational' THEN {turns} {as_turn}END"
 
     def _asked_type(self, name: str) -> pa.DataType:
         """What the values of a column of `scored` are together in an export."""

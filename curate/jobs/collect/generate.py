@@ -21,7 +21,7 @@ from curate.errors import UsageError
 from curate.jobs.collect.pick import Candidate, Known
 from curate.measurements.grading_contract import Grader
 from curate.passes.sampling.types import Prompt, Sample, Sampler, Sampling
-from curate.rows import Example, Message, Text
+from curate.rows import Example, Message, Text, text_of
 
 PLACE = re.compile(r"\{(\d+)\}")
 LEAST_BATCH = 16  # problems asked for together
@@ -55,7 +55,7 @@ def problem_of(prompt: Text) -> str:
     """The problem that a prompt states: all of a plain one, the last user message of a conversational one."""
     if isinstance(prompt, str):
         return prompt
-    asked = [message["content"] for message in prompt if message["role"] == "user"]
+    asked = [text_of(message) for message in prompt if message["role"] == "user"]
     return asked[-1] if asked else ""
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from curate.errors import UsageError
-from curate.rows import Example, Text
+from curate.rows import Example, Text, text_of
 
 PoolFunction = Callable[[list[dict[str, Any]], list[dict[str, Any]], int, int], Iterable[int]]
 
@@ -44,7 +44,7 @@ def normalised(text: Text | None) -> str:
     """A text as near-duplicates share it: letters and digits only, without case, accents' forms, punctuation and runs of spaces."""
     if text is None:
         return ""
-    joined = text if isinstance(text, str) else "\n".join(message["content"] for message in text)
+    joined = text if isinstance(text, str) else "\n".join(text_of(message) for message in text)
     joined = unicodedata.normalize("NFKC", joined).casefold()
     # signs that carry the meaning of a problem are words too: 3 - 2 is not 3 + 2
     return " ".join(re.findall(r"[^\W_]+|[-−+*/=<>^%]", joined))

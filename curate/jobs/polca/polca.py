@@ -20,7 +20,7 @@ from curate.jobs.polca.result import Audit, DirectionClusters
 from curate.models.fingerprints import FingerprintCache
 from curate.plan.roles import find_roles
 from curate.recipe.load import Loaded, load_recipe
-from curate.rows import Row
+from curate.rows import Row, text_of
 from curate.store import Store
 from curate.workflow.read import read_sources
 
@@ -112,4 +112,4 @@ def _text(row: Row | None) -> str:
     if row is None:
         return ""
     parts = [row.prompt, getattr(row, "completion", None) or ""]
-    return " → ".join(p if isinstance(p, str) else " | ".join(m["content"] for m in p) for p in parts)
+    return " → ".join(p if isinstance(p, str) else " | ".join(text_of(m) for m in p) for p in parts)

@@ -7,6 +7,7 @@ Plain prompts go to /v1/completions as text, conversational ones to /v1/chat/com
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 import re
 from typing import Any
@@ -17,10 +18,12 @@ from curate.errors import EngineError
 from curate.passes.sampling.openai_client import Server, error_text
 from curate.passes.sampling.server_probe import Spoken
 from curate.passes.sampling.types import Prompt, Sample, Sampling
+from curate.rows import Message
 
 CONTEXT_WORDS = re.compile(
     r"context length|context_length|maximum.{0,20}(tokens|length)|max_model_len|too long", re.IGNORECASE
 )
+ENDED = ("stop", "tool_calls", "function_call")  # why an answer ended, where it was not cut
 WITHOUT = {
     "logprobs": "log-probs of samples are unknown (NULL)",
     "seed": "samples are not seeded: a repeated shard will differ",
@@ -62,8 +65,10 @@ class Requests:
             try:
                 async with gate:
                     if prompt.messages:
-                        messages = [dict(message) for message in prompt.messages]
-                        answer = await client.chat.completions.create(messages=messages, **arguments)
+                        messages = [_sent(message) for message in prompt.messages]
+                        answer = await client.chat.completions.create(
+                            messages=messages, **arguments, **_template_arguments(prompt.template_args)
+                        )
                     else:
                         answer = await client.completions.create(prompt=prompt.text, **arguments)
             except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
@@ -92,7 +97,7 @@ class Requests:
         choices = sorted(answer.choices, key=lambda choice: choice.index)
         samples = []
         for choice in choices:
-            text = (choice.message.content or "") if chat else choice.text
+            text = _text(choice.message) if chat else choice.text
             logps = _token_logps(choice, chat=chat)
             tokens = (
                 len(logps)
@@ -102,7 +107,7 @@ class Requests:
                 else None
             )
             logp = float(np.sum(logps)) if logps is not None else None
-            samples.append(Sample(text=text, n_tokens=tokens, logp=logp, finished=choice.finish_reason == "stop"))
+            samples.append(Sample(text=text, n_tokens=tokens, logp=logp, finished=choice.finish_reason in ENDED))
         if samples and samples[0].logp is None:
             self.lack("logprobs")
         return samples
@@ -112,6 +117,42 @@ class Requests:
             self.lacking.add(ability)
             if ability in WITHOUT:
                 self.notes.append(f"{self.server.url} does not take `{ability}`: {WITHOUT[ability]}.")
+
+
+def _sent(message: Message) -> Message:
+    """A turn as the protocol has it: the arguments of a tool's call are JSON text there."""
+    calls = message.get("tool_calls")
+    if not isinstance(calls, list):
+        return dict(message)
+    sent: list[Any] = []
+    for number, call in enumerate(calls):
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict):
+            sent.append(call)
+            continue
+        arguments = function.get("arguments", {})
+        text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+        named = {"name": function.get("name"), "arguments": text}
+        sent.append({"id": call.get("id") or f"call_{number}", "type": "function", "function": named})
+    return {**message, "tool_calls": sent}
+
+
+def _template_arguments(template_args: str) -> dict[str, Any]:
+    """What a row gives the template beside its messages, as arguments of the client."""
+    given = json.loads(template_args) if template_args else {}
+    found = {"tools": given["tools"]} if given.get("tools") else {}
+    settings = given.get("chat_template_kwargs")
+    return found | ({"extra_body": {"chat_template_kwargs": settings}} if settings else {})
+
+
+def _text(message: Any) -> str:
+    """What a server's answer says; calls of tools that it has told apart stand behind it, a line of JSON each."""
+    calls = [
+        json.dumps({"name": call.function.name, "arguments": call.function.arguments}, ensure_ascii=False)
+        for call in getattr(message, "tool_calls", None) or ()
+        if getattr(call, "function", None) is not None
+    ]
+    return "\n".join([*([message.content] if message.content else []), *calls])
 
 
 def _token_logps(choice: Any, *, chat: bool) -> list[float] | None:
@@ -129,7 +170,7 @@ def _token_logps(choice: Any, *, chat: bool) -> list[float] | None:
 
 def spoken(choice: Any, *, chat: bool) -> Spoken:
     """A choice's tokens with their log-probabilities; its text where there are none, or none that are numbers."""
-    text = (choice.message.content or "") if chat else (choice.text or "")
+    text = _text(choice.message) if chat else (choice.text or "")
     logprobs = getattr(choice, "logprobs", None)
     logps = _token_logps(choice, chat=chat)
     if logprobs is None or not logps or not all(math.isfinite(value) for value in logps):

@@ -24,6 +24,7 @@ from curate.errors import UsageError
 class Prompt:
     """One row's prompt: `ids` with the generation prompt included, `text` the same as text, `messages` for conversational rows.
 
+    template_args: what the row gives the chat template beside its messages (`curate.rows`), for a server that renders them itself.
     first: the number of its first sample. Samples 8 … 15 drawn later are those that 16 drawn at once would have had there.
     """
 
@@ -32,6 +33,7 @@ class Prompt:
     messages: tuple[Any, ...] | None
     seed: int
     first: int = 0
+    template_args: str = ""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from curate.plan.identity import few_shot_text
 from curate.plan.row_names import named_rows
 from curate.plan.servers import expected
 from curate.plan.step import Step
-from curate.rows import Example, Row
+from curate.rows import Example, Row, text_of
 from curate.workflow.runners.base import Runner
 
 if TYPE_CHECKING:
@@ -181,7 +181,11 @@ class SampleRunner(Runner):
         if self.embeddings is not None:
             check_ids([tokens], self.embeddings, self.tokenizer)
         self.lost.update([tokens.problem] if tokens.problem else tokens.left_out)
-        return None if tokens.problem else Prompt(tokens.ids, tokens.text, tokens.messages, seed)
+        return (
+            None
+            if tokens.problem
+            else Prompt(tokens.ids, tokens.text, tokens.messages, seed, template_args=row.template_args)
+        )
 
     def _correct(self, text: str, row: Row) -> bool | None:
         answer = row.answer if isinstance(row, Example) else None
@@ -230,4 +234,4 @@ def _plain_prompt(row: Row, seed: int, system: str | None, few_shot: str | None)
         parts = [f"{system}\n\n" if system else "", few_shot or "", row.prompt]
         return Prompt([], "".join(parts), None, seed)
     messages = with_context(row.prompt, system, few_shot)
-    return Prompt([], "\n".join(m["content"] for m in messages), messages, seed)
+    return Prompt([], "\n".join(map(text_of, messages)), messages, seed, template_args=row.template_args)
