@@ -73,8 +73,11 @@ def template_args(raw: dict[str, Any], uses: frozenset[str], problems: list[Prob
         if kind is dict and (reserved := [key for key in value if key in OF_TEMPLATES]):
             problems.append((name, f"with {reserved[0]!r}", "settings of the template itself"))
             continue
-        given[name] = jsonable({k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else value)
-    return json.dumps(given, ensure_ascii=False) if any(given.values()) else ""
+        if isinstance(value, dict):
+            value = {key: setting for key, setting in value.items() if setting is not None}
+        if value:
+            given[name] = jsonable(value)
+    return json.dumps(given, ensure_ascii=False) if given else ""
 
 
 def _from_json(value: Any) -> Any:

@@ -165,7 +165,7 @@ def messages(value: Any, column: str, problems: list[Problem]) -> tuple[Message,
             "role": ROLES.get(_role(item), _role(item)),
             "content": None if content is MISSING else content,
         }
-        if len(item) > 2:
+        if not item.keys() <= TURN_KEYS:
             turn |= {str(k): jsonable(v) for k, v in item.items() if k not in TURN_KEYS and v is not None}
         found.append(turn)
     return tuple(found)
@@ -189,10 +189,9 @@ def _wrong_message(item: Any, position: int) -> tuple[str, str] | None:
         kind = other.get("type") if isinstance(other, dict) else None
         what = f"with a part of type {kind!r}" if kind else f"with content {describe(other)}"
         return f"{what} at turn {position}, which no pass reads", "messages of text"
-    if content in (None, MISSING):
-        return (
-            None if says_besides(item) else (f"without text content at turn {position}: {describe(content)}", expected)
-        )
+    if content is None or content is MISSING:
+        shown = describe(item.get("content", MISSING))
+        return None if says_besides(item) else (f"without text content at turn {position}: {shown}", expected)
     if not isinstance(content, str):
         return f"without text content at turn {position}: {describe(content)}", expected
     if not valid_unicode(content):
