@@ -381,7 +381,7 @@ def test_a_damaged_database_is_made_again_from_shards(store):
     assert again.series(["f-accuracy-1", "f-accuracy-2"], ["accuracy"], ids(A))["accuracy"].tolist() == [[0.25, 0.5]]
 
 
-@pytest.mark.parametrize("version, told", [(0, "older version 0"), (2, "Upgrade")])
+@pytest.mark.parametrize("version, told", [(0, "older version 0"), (3, "Upgrade")])
 def test_stores_of_other_versions(store, version, told):
     with store.database.write() as con:
         con.execute("UPDATE data.meta SET value = ? WHERE key = 'schema_version'", [str(version)])
@@ -394,6 +394,7 @@ def test_stores_of_other_versions(store, version, told):
 def test_an_older_store_is_migrated_where_that_is_known(store, monkeypatch):
     with store.database.write() as con:
         con.execute("UPDATE data.meta SET value = '0' WHERE key = 'schema_version'")
+        con.execute("ALTER TABLE data.rows DROP COLUMN template_args")
     monkeypatch.setitem(database.MIGRATIONS, 0, "ALTER TABLE data.runs ADD COLUMN mood VARCHAR")
     assert Store(store.folder).row_ids_of() == ids(A, B, C)
     assert "mood" in store.sql("SELECT * FROM data.runs").columns

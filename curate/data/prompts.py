@@ -49,12 +49,12 @@ def beside_prompt(format: str, prompt: str, head: list[dict[str, Any]], named: I
     """
     if prompt == "instruction":
         return {"input", "context", "system", "history"}
+    args = {n for n in TEMPLATE_ARGS if n in named or any(isinstance(_from_json(r.get(n)), (list, dict)) for r in head)}
     if prompt in ("conversations", "messages") or format == "implicit":
-        return {"system", *TEMPLATE_ARGS}
+        return {"system", *args}
     if prompt not in ("prompt", "question"):
         return set()
-    asked = ("system", "history", *TEMPLATE_ARGS)
-    return {name for name in asked if name in named or any(holds(row.get(name)) for row in head)}
+    return args | {name for name in ("system", "history") if name in named or any(holds(row.get(name)) for row in head)}
 
 
 def template_args(raw: dict[str, Any], uses: frozenset[str], problems: list[Problem]) -> str:

@@ -262,15 +262,15 @@ def lost_text(counts: Counter[str], n: int, rows: int, model: str, first: Mappin
                 "else get NULL and a token_problem."
             )
         elif what.startswith("reply: "):
-            found.append(
-                f"The chat template of {model} leaves out `{what.removeprefix('reply: ')}` of the reply in {count:,} {of}: it is neither "
+            notes.append(
+                f"The chat template of {model} leaves out `{what.removeprefix('reply: ')}` of the reply in {count:,} {part}: it is neither "
                 "measured nor trained on. Take a template that renders it (chat_template.jinja beside the tokenizer)."
             )
         elif ": " in what and not what.startswith("the chat template refuses"):
             role, _, key = what.partition(": ")
-            found.append(
-                f"The chat template of {model} leaves out `{key}` of earlier {role} turns in {count:,} {of}: neither the model that is measured nor "
-                "one trained on them sees it."
+            notes.append(
+                f"The chat template of {model} leaves out `{key}` of earlier {role} turns in {count:,} {part}: neither the model that is "
+                "measured nor one trained on them sees it."
             )
         elif what.startswith("the chat template refuses"):
             notes.append(

@@ -117,6 +117,7 @@ def test_names_that_a_trainer_takes(tmp_path):
         "ref_chosen_logps": "source_ref_chosen_logps",
         "label": "source_source_label",
         "messages": "source_messages",
+        "tools": "source_tools",
     }
     [row] = rows_of(tmp_path / "out")
     assert {name: row[name] for name in row if name not in ("prompt", "chosen", "rejected", "row_id")} == {
@@ -124,7 +125,7 @@ def test_names_that_a_trainer_takes(tmp_path):
         "source_source_label": 1,
         "source_messages": "m",
         "source_label": 2,
-        "tools": None,
+        "source_tools": None,
         "votes": 3,
     }
     assert "Column `label` is called `source_source_label` here" in (tmp_path / "out" / "README.md").read_text()

@@ -259,7 +259,7 @@ DEFECTS = [
     ),
     (
         {"prompt": "p", "chosen": [{"role": "assistant", "content": None}], "rejected": "b"},
-        [("chosen", "without text content at turn 1: missing", "messages with role and content")],
+        [("chosen", "without text content at turn 1: null", "messages with role and content")],
     ),
     ({"prompt": "p", "chosen": [assistant(" ")], "rejected": [assistant("b")]}, [("chosen", "blank", "a reply")]),
     (

@@ -35,30 +35,36 @@ def said(source, rows, **arguments):
 
 @pytest.mark.parametrize("key", ["tool_calls", "function_call", "reasoning_content", "reasoning", "thinking"])
 @pytest.mark.parametrize("column", ["messages", "chosen"])
-def test_what_a_model_said_beside_its_content_is_refused(source, key, column):
-    reply = turn("assistant", "In the bay.", **{key: [{"name": "find"}]})
+def test_what_a_model_said_beside_its_content_is_kept(source, key, column):
+    more = {key: [{"name": "find"}] if "call" in key else "It floats."}
+    reply = turn("assistant", "In the bay.", **more)
     whole = (
         {"messages": [ASKED, reply]}
         if column == "messages"
         else {"prompt": [ASKED], "chosen": [reply], "rejected": [OTHER]}
     )
-    good = (
-        {"messages": [ASKED, SAID]}
-        if column == "messages"
-        else {"prompt": [ASKED], "chosen": [SAID], "rejected": [OTHER]}
-    )
-    found = validate(source([good, whole, good]))
-    assert found.n_bad == 1
-    assert f"'{column}' is with {key} at turn" in str(found.defects[0])
+    (record,) = read(source([whole]))
+    (kept,) = record.row.chosen if column == "chosen" else record.row.completion
+    assert kept == reply and kept[key] == more[key]
 
 
-def test_other_keys_of_messages_are_counted(source):
+def test_other_keys_of_messages_are_kept_and_those_without_a_value_are_not(source):
     rows = [
         {"messages": [ASKED | {"name": "Ann"}, SAID | {"weight": 0}]},
         {"messages": [ASKED, OTHER | {"weight": 1, "name": None}]},
+        {
+            "messages": [
+                ASKED,
+                {"role": "assistant", "content": [{"type": "text", "text": "Bay.", "cache_control": {"a": 1}}]},
+            ]
+        },
     ]
-    note = said(source, rows)
-    assert "Messages have keys that are neither measured nor exported: name (in 1 rows), weight (in 2 rows)." in note
+    first, second, third = (record.row for record in read(source(rows)))
+    assert first.prompt == (ASKED | {"name": "Ann"},) and first.completion == (SAID | {"weight": 0},)
+    assert second.completion == (OTHER | {"weight": 1},) and third.completion == (turn("assistant", "Bay."),)
+    assert "Text parts have keys that are neither measured nor exported: content.cache_control (in 1 rows)." in said(
+        source, rows
+    )
 
 
 BESIDE = [
