@@ -15,8 +15,10 @@ import curate
 from curate.data import export, read
 from curate.data.exported import ExportRow
 from curate.errors import ValidationError
+from curate.passes.sampling.openai_requests import _sent, _text
 from curate.passes.tokens import Limits, encode
 from curate.rows import Example, Pair
+from tests.served import Served
 from tests.tiny_models import make_llama, make_tokenizer
 
 TOOL = {
@@ -252,3 +254,36 @@ def test_the_line_keeps_rows_whole_and_says_what_a_template_leaves_out(tmp_path,
     assert out[2]["chat_template_kwargs"] == {"enable_thinking": False}
     counts = store.sql("SELECT chosen_tokens FROM scored ORDER BY position")["chosen_tokens"]
     assert np.isfinite(counts.to_numpy()).all()
+
+
+def test_a_server_is_given_the_tools_the_settings_and_calls_in_its_own_form(tmp_path):
+    """Messages go to the server as they are, a call's arguments as JSON text there; calls that it answers with stand in the answer's text."""
+    rows = [
+        {"prompt": row["prompt"], "completion": row["chosen"], "answer": "4"}
+        | {k: v for k, v in row.items() if k in ("tools", "chat_template_kwargs")}
+        for row in ROWS[1:3]
+    ]
+    written(tmp_path / "rows.jsonl", rows)
+    with Served() as server:
+        raw = {
+            "kind": "sft",
+            "source": "rows.jsonl",
+            "server": {"url": server.url},
+            "engine": {"sampler": "openai"},
+            "sampling": {"samples": 1, "temperature": 1.0, "max_new_tokens": 8, "grader": "number"},
+            "scores": ["accuracy"],
+        }
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(raw))
+        curate.run(tmp_path / "recipe.yaml")
+        first, second = sorted(server.sampled, key=lambda request: "tools" not in request)
+    assert first["tools"] == [TOOL, OTHER] and "chat_template_kwargs" not in first
+    assert first["messages"][1]["tool_calls"][0]["function"] == {"name": "clock", "arguments": '{"zone": "UTC"}'}
+    assert first["messages"][2] == {"role": "tool", "name": "clock", "content": "12:00"}
+    assert "tools" not in second and second["chat_template_kwargs"] == {"enable_thinking": False}
+    assert (
+        _sent({"role": "assistant", "content": None, "tool_calls": [CALL]})["tool_calls"][0]["function"]["arguments"]
+        == '{"city": "Oslo", "days": 2}'
+    )
+    call = SimpleNamespace(function=SimpleNamespace(name="weather", arguments='{"city": "Oslo"}'))
+    said = _text(SimpleNamespace(content="Let me see.", tool_calls=[call]))
+    assert said.splitlines() == ["Let me see.", json.dumps({"name": "weather", "arguments": '{"city": "Oslo"}'})]

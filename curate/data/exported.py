@@ -146,14 +146,19 @@ class Plan:
             value = values.get(name)
             texts[name] = list(value) if isinstance(value, tuple) else value
             if self.as_json and isinstance(value, tuple):
-                texts[name] = [json.dumps(message, ensure_ascii=False) for message in value]
+                texts[name] = [_json(message) for message in value]
         if self.as_json:
             given = json.loads(row.template_args or "{}")
-            texts["tools"] = json.dumps(given["tools"], ensure_ascii=False) if given.get("tools") else None
-            texts["chat_template_kwargs"] = json.dumps(given.get("chat_template_kwargs", {}), ensure_ascii=False)
+            texts["tools"] = _json(given["tools"]) if given.get("tools") else None
+            texts["chat_template_kwargs"] = _json(given.get("chat_template_kwargs", {}))
         if isinstance(row, Example) and row.answer is not None and row.label is None:
             texts["answer"] = row.answer
         return texts
+
+
+def _json(value: Any) -> str:
+    """As DuckDB writes it."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
 def is_plain_row(row: Row) -> bool:
