@@ -34,9 +34,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import yaml
 
-from curate.bounds import is_deep
 from curate.console import table
 from curate.errors import CurateError
+from curate.recipe.bounds import is_deep
 
 SECONDS = 5.0  # one input may take; the slowest kind takes a hundredth
 WORDS = [

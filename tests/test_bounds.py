@@ -10,10 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from curate.bounds import DEPTH, json_value, read_object
 from curate.data.reading import load
 from curate.errors import UsageError, ValidationError
 from curate.passes.loading.header import read_header
+from curate.recipe.bounds import DEPTH, json_value, read_object
 from curate.recipe.load import load_recipe
 
 BILLION = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(

@@ -35,14 +35,14 @@ HEAVY = [
 
 # What a file may import besides the standard library: (files, the house's modules, other packages). The first line that fits a file rules it.
 WITH_TRANSFORMERS = ["safetensors", "huggingface_hub", "tokenizers"]  # it cannot be installed without them
-PASSES = ["rows", "errors", "bounds", "passes"]
+PASSES = ["rows", "errors", "recipe.bounds", "passes"]
 MAY_IMPORT = [
     (["errors", "rows"], [], []),
-    (["bounds"], ["errors"], []),
+    (["recipe.bounds"], ["errors"], []),
     (["recipe.objects"], ["errors"], []),
     (["scores", "scores.*"], ["scores", "errors", "recipe.objects"], ["numpy", "polars"]),
     (["passes.nearest"], ["rows"], ["numpy"]),
-    (["passes.chat"], ["rows", "errors", "bounds"], ["transformers"]),
+    (["passes.chat"], ["rows", "errors", "recipe.bounds"], ["transformers"]),
     (["passes.tokens"], ["passes", "rows", "errors"], ["numpy", "transformers"]),
     (
         ["measurements.grading", "measurements.grading_*"],
@@ -64,7 +64,6 @@ MAY_IMPORT = [
 # The rooms, from the ground up: nobody imports a higher one, not even for typing.
 FLOORS = [
     "errors",
-    "bounds",
     "rows",
     "console",
     "recipe",

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from curate.bounds import read_text
 from curate.data.arrow_types import read_types
 from curate.data.card import Card, write_card
 from curate.data.exported import SIDE, TAKEN, ExportRow
@@ -29,6 +28,7 @@ from curate.data.spooled import spooled
 from curate.data.trainer import FILE, TrainedAs, write_trainer_args
 from curate.data.written import write_dataset, write_parquet
 from curate.errors import CurateError, UsageError, ValidationError, disk_trouble
+from curate.recipe.bounds import read_text
 
 ExportFormat = Literal["trl", "prompt_completion", "messages", "extend"]
 

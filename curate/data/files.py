@@ -2,7 +2,7 @@
 
 Each reader yields (line, row) with a dict of the columns, or (line, Problem) where this row alone is broken (a line that is not JSON, a
 CSV row with too many cells); the line counts from 1 and is None where a row is not a line of the file. What breaks the file as a whole
-(truncated gzip, damaged parquet, an array that stops being JSON) raises ValidationError after the rows before it. Bounds (`curate/bounds.py`): a
+(truncated gzip, damaged parquet, an array that stops being JSON) raises ValidationError after the rows before it. Bounds (`bounds.py`): a
 row of more than 64 MiB is a broken row, a .json file of one object that is a table by columns (see `by_column`) is held in memory whole, up to
 1 GiB; a compressed file that holds 500 times its size is none of text (unpack it, and it is read). Parquet is decoded in batches of 512 rows, of
 fewer where its dictionaries are long.
@@ -21,11 +21,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from curate.bounds import DEEP, OBJECT, PACKED, RATIO, ROW, is_deep, json_value, size
 from curate.data.by_column import TEXTS, is_wrapped, turned
 from curate.data.labels import class_names, with_names
 from curate.data.records import Problem
 from curate.errors import ValidationError, listed
+from curate.recipe.bounds import DEEP, OBJECT, PACKED, RATIO, ROW, is_deep, json_value, size
 
 RawRow = dict[str, Any] | Problem
 Line = tuple[int | None, RawRow]

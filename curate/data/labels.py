@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from curate.bounds import json_value
+from curate.recipe.bounds import json_value
 
 Labels = dict[str, list[str]]  # column -> the names of its numbers
 

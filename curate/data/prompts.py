@@ -17,9 +17,9 @@ import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from curate.bounds import json_value
 from curate.data.records import Problem
 from curate.data.texts import MISSING, describe, holds, jsonable, messages, plain_text, text_or_messages
+from curate.recipe.bounds import json_value
 from curate.rows import Message, Text, text_of
 
 if TYPE_CHECKING:

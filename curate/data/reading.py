@@ -12,7 +12,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from curate.bounds import json_value
 from curate.data.cells import number, number_columns
 from curate.data.columns import UNNAMED, Columns
 from curate.data.find import find_sources
@@ -23,6 +22,7 @@ from curate.data.records import Defect, Problem, Record, SourceInfo, bad_rows_er
 from curate.data.sources import Source
 from curate.data.texts import has_binary, holds, jsonable, unpacked, unread_keys, valid_unicode, without_padding
 from curate.errors import CurateError, UsageError, ValidationError, did_you_mean, listed
+from curate.recipe.bounds import json_value
 from curate.rows import Row
 
 Kind = Literal["preference", "sft"]

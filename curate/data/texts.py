@@ -15,9 +15,9 @@ from datetime import date, datetime, time, timedelta
 from decimal import Decimal
 from typing import Any
 
-from curate.bounds import json_value
 from curate.data.by_column import is_message, turned_messages
 from curate.data.records import Problem
+from curate.recipe.bounds import json_value
 from curate.rows import Message, Text
 
 MISSING: Any = type("Missing", (), {"__repr__": lambda self: "missing"})()

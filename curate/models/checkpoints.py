@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from curate.bounds import read_object
 from curate.errors import BrokenCheckpoint, ModelError, did_you_mean
 from curate.models.fingerprints import FingerprintCache, weights_fingerprint
 from curate.models.hub import HUB_ID, fetch_snapshot
@@ -19,6 +18,7 @@ from curate.models.layouts import check_folder, no_folder
 from curate.models.naming import step_in_name
 from curate.models.training_folder import checkpoint_folders
 from curate.passes.loading.adapter_config import is_adapter, read_adapter_config, tokenizer_folder
+from curate.recipe.bounds import read_object
 
 
 @dataclass(frozen=True)

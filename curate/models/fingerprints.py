@@ -13,11 +13,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from curate.bounds import json_value, read_object
 from curate.errors import BrokenCheckpoint
 from curate.models.layouts import WEIGHTS, check_folder, weight_files
 from curate.passes.files import write_atomically
 from curate.passes.loading.adapter_config import read_adapter_config
+from curate.recipe.bounds import json_value, read_object
 from curate.rows import content_id
 
 if TYPE_CHECKING:

@@ -12,11 +12,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from curate.bounds import read_object
 from curate.errors import BrokenCheckpoint, ModelError, OtherLayout, UsageError, listed
 from curate.models.other_formats import other_weights, training_state
 from curate.passes.loading import adapter_config, header
 from curate.passes.loading.adapter_config import is_adapter, read_adapter_config
+from curate.recipe.bounds import read_object
 
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")

@@ -12,7 +12,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from curate.bounds import read_object, read_text
 from curate.errors import UsageError
 from curate.measurements.perturbations import perturbation
 from curate.models.checkpoints import Checkpoint
@@ -22,6 +21,7 @@ from curate.plan.kept import Kept
 from curate.plan.rendering import Renderings
 from curate.plan.servers import Servers
 from curate.plan.step import Task
+from curate.recipe.bounds import read_object, read_text
 from curate.recipe.doors import path
 from curate.rows import content_id
 from curate.store import Measured

@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from curate.bounds import read_object
 from curate.errors import CurateError, EngineError, UsageError
 from curate.models.checkpoints import Checkpoint, single_model
 from curate.models.fingerprints import FingerprintCache
 from curate.passes.files import write_atomically
 from curate.passes.sampling.server_probe import FIXED, Noise, Probe, Spoken, difference, key_of, measured_noise
+from curate.recipe.bounds import read_object
 from curate.rows import Row, content_id
 from curate.store.database import let_go
 

@@ -11,8 +11,8 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from curate.bounds import WHOLE, read_text
 from curate.errors import CurateError, UsageError, did_you_mean
+from curate.recipe.bounds import WHOLE, read_text
 from curate.recipe.doors import without_login
 from curate.recipe.errors import explained, found, lines_of
 from curate.recipe.schema import Recipe

@@ -15,8 +15,8 @@ from typing import Any
 
 import yaml
 
-from curate.bounds import DEPTH
 from curate.errors import UsageError
+from curate.recipe.bounds import DEPTH
 
 Path = tuple[Any, ...]
 NUMBER = re.compile(

@@ -7,10 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from curate.bounds import read_text
 from curate.errors import UsageError
 from curate.jobs.collect.pick import Candidate, Known, by_function, by_group, fresh, nearest
 from curate.jobs.collect.rounds import Collect, Round, read_rows
+from curate.recipe.bounds import read_text
 from curate.recipe.load import Loaded
 from curate.recipe.objects import load_object
 from curate.recipe.sources import Source, inherit

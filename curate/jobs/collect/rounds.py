@@ -27,7 +27,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from curate.bounds import own_object
 from curate.console import Progress
 from curate.data.sections import open_rows
 from curate.errors import CurateError, UsageError
@@ -35,6 +34,7 @@ from curate.jobs.collect.pick import Candidate
 from curate.models.checkpoints import Checkpoint, find_checkpoints
 from curate.models.fingerprints import FingerprintCache
 from curate.passes.files import write_atomically
+from curate.recipe.bounds import own_object
 from curate.recipe.load import Loaded, load_recipe
 from curate.recipe.sources import Source
 from curate.rows import Example

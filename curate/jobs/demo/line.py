@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import curate
-from curate.bounds import own_object
 from curate.console import Progress
 from curate.errors import UsageError
 from curate.jobs.demo import task, training
 from curate.jobs.demo.report import report
+from curate.recipe.bounds import own_object
 from curate.workflow import run as workflow
 
 RECIPES = ("sft.yaml", "pool.yaml", "preference.yaml", "dpo.yaml")

@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from curate.bounds import own_object
 from curate.console import Progress
 from curate.jobs.polca.decomposition import Decomposition, Integrator, Way, checkpoint_losses
 from curate.models.checkpoints import Checkpoint
 from curate.models.fingerprints import FingerprintCache
 from curate.passes.files import write_atomically
+from curate.recipe.bounds import own_object
 from curate.recipe.load import Loaded
 from curate.rows import Row, content_id
 from curate.store import Store

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from curate.bounds import read_object
 from curate.errors import BrokenCheckpoint, ModelError, listed
 from curate.passes.loading.header import read_header
+from curate.recipe.bounds import read_object
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 

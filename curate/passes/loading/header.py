@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from curate.bounds import json_value
+from curate.recipe.bounds import json_value
 
 LIMIT = 100_000_000  # bytes, safetensors' own
 

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from curate.bounds import read_object
 from curate.errors import ModelError
 from curate.passes.descriptions import describe_folder, first_line
+from curate.recipe.bounds import read_object
 
 # Keys of a config that may differ between checkpoints of one model.
 FREE = {

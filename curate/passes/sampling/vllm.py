@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from curate.bounds import read_object
 from curate.errors import EngineError
 from curate.passes.loading.adapter_config import (
     VLLM_RANKS,
@@ -39,6 +38,7 @@ from curate.passes.sampling.process import ChildFailure, EngineProcess
 from curate.passes.sampling.types import Prompt, Sample, Sampling, engine_seed, room
 from curate.passes.sampling.vllm_memory import MEMORY_WORDS, Memory, first_memory, free_memory, less_memory
 from curate.passes.tokenizer import context_length
+from curate.recipe.bounds import read_object
 
 START_TIMEOUT = 1800.0  # seconds; loading a large model from a slow disk takes its time
 CALL_TIMEOUT = 900.0  # seconds, plus what the tokens of the call may take at worst:
