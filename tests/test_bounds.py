@@ -94,8 +94,8 @@ def zeros(path, start: bytes, fill: bytes, end: bytes = b""):
 )
 def test_a_packed_file_of_nothing_is_refused_before_it_fills_the_memory(tmp_path, monkeypatch, name, start, fill):
     monkeypatch.setattr("curate.data.files.ROW", 1 << 20)
-    monkeypatch.setattr("curate.data.files.PACKED", 8 << 20)
-    monkeypatch.setattr("curate.data.files.RATIO", 100)  # compresslevel 1 packs less
+    monkeypatch.setattr("curate.data.unpacking.PACKED", 8 << 20)
+    monkeypatch.setattr("curate.data.unpacking.RATIO", 100)  # compresslevel 1 packs less
     before = peak()
     with pytest.raises(ValidationError, match="unpacks to|longer than|larger than field limit") as error:
         load(zeros(tmp_path / name, start, fill))
@@ -103,7 +103,7 @@ def test_a_packed_file_of_nothing_is_refused_before_it_fills_the_memory(tmp_path
 
 
 def test_a_dictionary_is_not_written_out_for_every_row_at_once(tmp_path, monkeypatch):
-    monkeypatch.setattr("curate.data.files.PACKED", 8 << 20)
+    monkeypatch.setattr("curate.data.unpacking.PACKED", 8 << 20)
     monkeypatch.setattr("curate.data.files.DECODED", 16 << 20)
     long = "a" * (4 << 20)
     column = pa.DictionaryArray.from_arrays(pa.array([0] * 5000, pa.int32()), pa.array([long]))

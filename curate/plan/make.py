@@ -33,7 +33,7 @@ from curate.plan.roles import find_roles
 from curate.plan.servers import Ask, Servers, first_rows, of_addresses
 from curate.plan.step import ORDER, Step, Task
 from curate.plan.unused import unused_settings
-from curate.store.database import let_go
+from curate.store.openings import let_go
 
 if TYPE_CHECKING:
     from curate.models.checkpoints import Checkpoint

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from curate.errors import UsageError
 from curate.plan.row_names import named_rows
 from curate.rows import Example, Row, text_of
-from curate.store.database import kept_open
+from curate.store.openings import kept_open
 
 if TYPE_CHECKING:
     from curate.measurements.grading_contract import Grader

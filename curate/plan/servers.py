@@ -23,7 +23,7 @@ from curate.passes.files import write_atomically
 from curate.passes.sampling.server_probe import FIXED, Noise, Probe, Spoken, difference, key_of, measured_noise
 from curate.recipe.bounds import read_object
 from curate.rows import Row, content_id
-from curate.store.database import let_go
+from curate.store.openings import let_go
 
 if TYPE_CHECKING:
     from curate.recipe.load import Loaded

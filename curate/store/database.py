@@ -18,7 +18,7 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 from uuid import uuid4
 
 import duckdb
@@ -27,6 +27,7 @@ from curate.errors import DamagedStore, StoreError
 from curate.store.damage import explain, explained, mend, said_of
 from curate.store.engines import attached
 from curate.store.locks import process_alive
+from curate.store.openings import Opened, connections, held, kept, let_go, waiting
 from curate.store.schema import MIGRATIONS, SCHEMA, SCHEMA_VERSION
 from curate.store.sql import Connection, one
 
@@ -35,66 +36,6 @@ READ_PATIENCE, WRITE_PATIENCE = 30.0, 300.0  # seconds
 Found = TypeVar("Found")
 _locks: dict[str, threading.RLock] = defaultdict(threading.RLock)
 _locks_lock = threading.Lock()
-# .connections: path of a database -> the connection of this thread's transaction; .reading: see `_kept`
-_held = threading.local()
-
-
-def _connections() -> dict[str, Connection]:
-    connections: dict[str, Connection] = getattr(_held, "connections", {})
-    return connections
-
-
-@contextmanager
-def kept_open(on: bool = True) -> Iterator[None]:
-    """The databases that this thread reads inside stay open until it writes, or the block ends. on=False: inside such a block, for what takes long
-    without the database, such as running a model.
-    """
-    before = _kept()
-    if before and not on:
-        let_go()
-    if not on:
-        _held.reading = None
-    elif before is None:
-        _held.reading = {}
-    try:
-        yield
-    finally:
-        if _held.reading is not before:
-            let_go()
-        _held.reading = before
-
-
-def let_go() -> None:
-    """Close what `kept_open` has open, for now: others may write, until this thread reads again."""
-    kept = _kept() or {}
-    while kept:
-        kept.popitem()[1].opening.close()
-
-
-class _Opened:
-    """A database that is open for reading: what closes it, a connection to it, how many of this thread's reads are under way, and what was found
-    out and holds as long as nobody writes.
-    """
-
-    def __init__(self, opening: ExitStack, con: Connection):
-        self.opening, self.con, self.readers = opening, con, 0
-        self.found: dict[Hashable, Any] = {}
-
-
-def _kept() -> dict[str, _Opened] | None:
-    """path of a database -> how it is open for reading. None outside `kept_open`, and in a forked child."""
-    if getattr(_held, "process", None) != os.getpid():
-        _held.process, _held.reading = os.getpid(), None
-    reading: dict[str, _Opened] | None = getattr(_held, "reading", None)
-    return reading
-
-
-def _waiting() -> dict[str, list[Callable[[Connection], object]]]:
-    """path of a database -> what this thread's transaction there does last, before it commits."""
-    waiting: dict[str, list[Callable[[Connection], object]]] | None = getattr(_held, "waiting", None)
-    if waiting is None:
-        waiting = _held.waiting = {}
-    return waiting
 
 
 class Database:
@@ -148,7 +89,7 @@ class Database:
 
     def found(self, key: Hashable, find: Callable[[Connection], Found]) -> Found | None:
         """Inside `kept_open` and `read`: what `find` gives of a connection of its own, asked once as long as nobody writes. Elsewhere None."""
-        opened = (_kept() or {}).get(self._name)
+        opened = (kept() or {}).get(self._name)
         if opened is None or self._under_way() is not None:
             return None
         if key not in opened.found:
@@ -161,30 +102,30 @@ class Database:
     @contextmanager
     def _reading(self, check: Callable[[Connection], object] = lambda con: None) -> Iterator[Connection]:
         """A connection of its own to the file, which is opened for it, and checked, or open already."""
-        kept = _kept()
-        if kept is None:
+        reading = kept()
+        if reading is None:
             with self._open(read_only=True) as con:
                 check(con)
                 yield con
             return
-        if self._name not in kept:
+        if self._name not in reading:
             with ExitStack() as opening:
                 con = opening.enter_context(self._open(read_only=True))
                 check(con)
-                kept[self._name] = _Opened(opening.pop_all(), con)
-        opened = kept[self._name]
+                reading[self._name] = Opened(opening.pop_all(), con)
+        opened = reading[self._name]
         opened.readers += 1
         try:
             with explained(self.path), closing(opened.con.cursor()) as con:
                 con.execute("USE curate")
                 yield con
         except BaseException:
-            if kept.get(self._name) is opened:  # whatever went wrong, it is not the next one's
-                del kept[self._name]
+            if reading.get(self._name) is opened:  # whatever went wrong, it is not the next one's
+                del reading[self._name]
             raise
         finally:
             opened.readers -= 1
-            if not opened.readers and kept.get(self._name) is not opened:
+            if not opened.readers and reading.get(self._name) is not opened:
                 opened.opening.close()
 
     @contextmanager
@@ -200,7 +141,7 @@ class Database:
 
     def before_commit(self, work: Callable[[Connection], object]) -> None:
         """Inside `write` or `transaction`: do this once, as the transaction's last step, however often it is asked for."""
-        works = _waiting().get(self._name)
+        works = waiting().get(self._name)
         if works is None:
             raise RuntimeError("before_commit outside a transaction")
         if work not in works:
@@ -209,10 +150,10 @@ class Database:
     @property
     def is_unfinished(self) -> bool:
         """Whether this thread's transaction has something left to do before it commits."""
-        return bool(_waiting().get(self._name))
+        return bool(waiting().get(self._name))
 
     def _commit(self, con: Connection) -> None:
-        for work in _waiting().pop(self._name, []):
+        for work in waiting().pop(self._name, []):
             work(con)
         try:
             con.execute("SELECT 1")
@@ -230,18 +171,18 @@ class Database:
         if self._under_way() is not None:
             raise RuntimeError("a transaction inside a transaction")
         with self._transaction() as con:
-            _held.connections = {**_connections(), self._name: con}
+            held.connections = {**connections(), self._name: con}
             try:
                 yield
             finally:
-                _held.connections = {name: other for name, other in _connections().items() if other is not con}
+                held.connections = {name: other for name, other in connections().items() if other is not con}
             if undo:
                 self._undo(con)
             else:
                 self._commit(con)
 
     def _under_way(self) -> Connection | None:
-        return _connections().get(self._name)
+        return connections().get(self._name)
 
     @contextmanager
     def _transaction(self) -> Iterator[Connection]:
@@ -249,7 +190,7 @@ class Database:
         with self._open(read_only=False) as con:
             self._check_version(con)
             con.execute("BEGIN")
-            _waiting()[self._name] = []
+            waiting()[self._name] = []
             try:
                 yield con
             except BaseException:
@@ -257,7 +198,7 @@ class Database:
                 raise
 
     def _undo(self, con: Connection) -> None:
-        _waiting().pop(self._name, None)
+        waiting().pop(self._name, None)
         try:
             con.execute("ROLLBACK")
         except duckdb.Error:

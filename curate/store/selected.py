@@ -15,8 +15,8 @@ import pyarrow as pa
 
 from curate.rows import Row
 from curate.store import query, views
-from curate.store.database import let_go
 from curate.store.narrowing import Subject
+from curate.store.openings import let_go
 from curate.store.sql import Connection, literal, literals, quote
 
 if TYPE_CHECKING:

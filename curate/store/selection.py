@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from curate.errors import UsageError
 from curate.rows import content_id
 from curate.store import query
-from curate.store.database import let_go
 from curate.store.decisions import Reason
 from curate.store.entries import SelectedRow
+from curate.store.openings import let_go
 from curate.store.recipes import control_name
 from curate.store.sql import Connection, one, quote
 from curate.store.values import ids_view

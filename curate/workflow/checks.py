@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from curate.errors import EngineError, StoreError, UsageError, ValidationError
 from curate.rows import Row
-from curate.store.database import let_go
+from curate.store.openings import let_go
 from curate.workflow.publish import stage
 from curate.workflow.spec import spec_of, worst_ends
 

@@ -21,7 +21,7 @@ from curate.recipe.load import Loaded, load_recipe
 from curate.recipe.sources import Source
 from curate.rows import content_id
 from curate.store import Role, Store
-from curate.store.database import let_go
+from curate.store.openings import let_go
 from curate.store.sharing import check_sources
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from curate.plan.references import check_references
 from curate.plan.requests import requested_scores
 from curate.recipe.load import Loaded, load_recipe
 from curate.store import Store
-from curate.store.database import kept_open
+from curate.store.openings import kept_open
 from curate.store.sharing import check_name
 from curate.workflow.checks import check_all
 from curate.workflow.result import Result, selection_text

@@ -17,7 +17,7 @@ from curate.plan.requests import requested_scores
 from curate.plan.step import RequestedScore
 from curate.recipe.load import Loaded
 from curate.store import DatasetValue, Store
-from curate.store.database import kept_open
+from curate.store.openings import kept_open
 from curate.workflow.checks import check_all
 from curate.workflow.current import is_selected, note_scores, scores_noted
 from curate.workflow.inputs import Sources, check_current, scores_hash, selection_hash

@@ -18,7 +18,7 @@ from curate.report.describe import store_status
 from curate.report.explain import explain_row
 from curate.report.summary import summarise
 from curate.store import Store
-from curate.store.database import kept_open
+from curate.store.openings import kept_open
 from curate.workflow import run as workflow
 from tests.old_store.models import make_models
 from tests.tiny_models import make_llama

@@ -16,7 +16,7 @@ import yaml
 import curate
 from curate.errors import StoreError
 from curate.store import database, views
-from curate.store.database import kept_open, let_go
+from curate.store.openings import kept_open, let_go
 from tests.tiny_models import make_llama
 
 PAIRS = [{"prompt": f"{i} + 1 =", "chosen": f" {i + 1}", "rejected": f" {i * 7}?"} for i in range(10)]

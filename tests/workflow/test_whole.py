@@ -16,7 +16,7 @@ from curate.console import Progress
 from curate.errors import UsageError
 from curate.recipe.load import load_recipe
 from curate.store import Store, recipes
-from curate.store.database import kept_open
+from curate.store.openings import kept_open
 from curate.workflow import measure as measuring
 from curate.workflow import run as workflow
 from curate.workflow import score as scoring
