@@ -56,11 +56,12 @@ def dies(kill_at: int, recipe: Path) -> None:
     curate.plan.missing.SHARD_ROWS.update(sample=4)
     write_parquet, done = shards.write_parquet, []
 
-    def written(table, path):
-        write_parquet(table, path)
+    def written(table, folder, name):
+        path = write_parquet(table, folder, name)
         done.extend(["samples"] if "samples" in table.column_names else [])
         if len(done) == kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
+        return path
 
     shards.write_parquet = written
     sys.argv = ["curate", "measure", str(recipe), "--quiet"]

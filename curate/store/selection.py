@@ -167,6 +167,7 @@ def find_selection(store: StoreReader, name: str | None = None) -> Selection:
     with store.database.read() as con:
         known = query.dicts(con, "SELECT * FROM data.selections ORDER BY created DESC, length(name), name")
     chosen = [s for s in known if name is None or s["name"] == name]
+    chosen.sort(key=lambda s: "control_of" in json.loads(s["spec"] or "{}"))  # a control is nobody's latest selection
     if not chosen:
         names = ", ".join(s["name"] for s in known)
         wanted = f"no selection {name!r}" if name is not None else "no selection"

@@ -170,17 +170,18 @@ DRIVER = """
             file.write(f"{len(encoded)}\\n")
         return rows_run(model, encoded, *args, **kwargs)
 
-    def written(table, path):
+    def written(table, folder, name):
         global done
         done += 1
         if done == at and how == "before the rename":
-            half = path.with_name(f".{path.name}.{os.getpid()}-x.tmp")
-            half.parent.mkdir(parents=True, exist_ok=True)
+            half = folder / f".shard.parquet.{os.getpid()}-x.tmp"
+            folder.mkdir(parents=True, exist_ok=True)
             half.write_bytes(b"half")
             os.kill(os.getpid(), signal.SIGKILL)
-        writes(table, path)
+        path = writes(table, folder, name)
         if done == at and how == "after the rename":
             os.kill(os.getpid(), signal.SIGKILL)
+        return path
 
     forward.measure, shards.write_parquet = measured, written
     sys.argv = ["curate", "run", sys.argv[4], "--quiet"]

@@ -106,7 +106,7 @@ def read_adapter_config(path: str | Path) -> AdapterConfig:
     for key, value in values.items():
         if value and key not in PLACE | TRAINING | LAYERS | VALUES | {"init_lora_weights"}:
             raise ModelError(
-                f"{folder.name}: its {CONFIG} has {listed([key, repr(value)])}, which is not understood here. {MERGE}"
+                f"{folder.name}: its {CONFIG} has {listed([f'{key} {value!r}'])}, which is not understood here. {MERGE}"
             )
     return AdapterConfig(folder, values.get("base_model_name_or_path") or "", values.get("revision"), values)
 
