@@ -15,6 +15,7 @@ import curate
 from curate.data import export, read
 from curate.data.exported import ExportRow
 from curate.errors import ValidationError
+from curate.measurements.perturbations import Perturbation
 from curate.passes.sampling.openai_requests import _sent, _text
 from curate.passes.tokens import Limits, encode
 from curate.rows import Example, Pair
@@ -278,12 +279,43 @@ def test_a_server_is_given_the_tools_the_settings_and_calls_in_its_own_form(tmp_
         first, second = sorted(server.sampled, key=lambda request: "tools" not in request)
     assert first["tools"] == [TOOL, OTHER] and "chat_template_kwargs" not in first
     assert first["messages"][1]["tool_calls"][0]["function"] == {"name": "clock", "arguments": '{"zone": "UTC"}'}
-    assert first["messages"][2] == {"role": "tool", "name": "clock", "content": "12:00"}
+    assert first["messages"][2] == {"role": "tool", "name": "clock", "content": "12:00", "tool_call_id": "call_0"}
     assert "tools" not in second and second["chat_template_kwargs"] == {"enable_thinking": False}
     assert (
-        _sent({"role": "assistant", "content": None, "tool_calls": [CALL]})["tool_calls"][0]["function"]["arguments"]
+        _sent([{"role": "assistant", "content": None, "tool_calls": [CALL]}])[0]["tool_calls"][0]["function"][
+            "arguments"
+        ]
         == '{"city": "Oslo", "days": 2}'
     )
     call = SimpleNamespace(function=SimpleNamespace(name="weather", arguments='{"city": "Oslo"}'))
     said = _text(SimpleNamespace(content="Let me see.", tool_calls=[call]))
     assert said.splitlines() == ["Let me see.", json.dumps({"name": "weather", "arguments": '{"city": "Oslo"}'})]
+
+
+def test_both_responses_and_perturbed_rows_keep_what_the_template_is_given(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = loaded(written(tmp_path / "rows.jsonl"))
+    export(tmp_path / "out", [ExportRow(row, row.row_id) for row in rows], format="extend")
+    out = datasets.load_from_disk(str(tmp_path / "out"))["train"]
+    assert len(out) == 8 and out[0]["tools"] == out[1]["tools"] == [TOOL] and out[0]["completion"] == ROWS[0]["chosen"]
+    row = Example(rows[0].prompt, rows[0].chosen, "4", template_args=rows[0].template_args)
+    (changed,) = Perturbation("f", "1", lambda problem, answer: problem + " Now?", False).of(row)
+    assert changed.template_args == row.template_args
+
+
+def test_tools_that_come_late_and_turns_that_differ_in_what_is_noted_of_them(tmp_path):
+    late = [ROWS[3]] * 201 + [ROWS[0], ROWS[2]]
+    conversations = [
+        {"messages": [*row["prompt"], *row["chosen"]]}
+        | {k: row[k] for k in ("tools", "chat_template_kwargs") if k in row}
+        for row in late
+    ]
+    rows = loaded(written(tmp_path / "rows.jsonl", conversations))
+    assert [bool(row.template_args) for row in rows[-3:]] == [False, True, True]
+    said = [{"role": "assistant", "content": text} for text in ("a", "b")]
+    pair = {
+        name: [ASKED | {"turn_id": i}, reply]
+        for i, (name, reply) in enumerate(zip(("chosen", "rejected"), said, strict=True))
+    }
+    (row,) = loaded(written(tmp_path / "pairs.jsonl", [pair]))
+    assert row.chosen == (said[0],) and row.rejected == (said[1],)

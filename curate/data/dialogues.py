@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from curate.data.records import Problem
 from curate.rows import Message
 
+SAYS = ("role", "content", "tool_calls", "tool_call_id", "name", "reasoning_content", "reasoning", "thinking")  # keys
 HEADER = re.compile(r"(?:\A|\n\n)(Human|Assistant):")
 
 
@@ -92,11 +93,16 @@ def split_message_pair(
         check_last_turn(conversation, column, problems)
     if problems:
         return None
-    shared = shared_turns(chosen, rejected, is_reply=is_assistant)
+    shared = shared_turns(list(map(_said, chosen)), list(map(_said, rejected)), is_reply=is_assistant)
     if shared is None:
         problems.append(("rejected", *NOT_SHARED))
         return None
     return chosen[:shared], chosen[shared:], rejected[shared:]
+
+
+def _said(message: Message) -> Message:
+    """What a turn says, without what is noted about it (ids, times, ratings)."""
+    return {key: message[key] for key in SAYS if key in message}
 
 
 def split_messages(conversation: Messages, column: str, problems: list[Problem]) -> tuple[Messages, Messages] | None:

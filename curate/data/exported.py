@@ -208,7 +208,7 @@ def both_responses(records: Iterator[ExportRow]) -> Iterator[ExportRow]:
             yield record
             continue
         for side in ("chosen", "rejected"):
-            row = Example(record.row.prompt, getattr(record.row, side))
+            row = Example(record.row.prompt, getattr(record.row, side), template_args=record.row.template_args)
             yield replace(record, row=row, asked={**record.asked, SIDE: side})
 
 

@@ -20,7 +20,7 @@ from curate.data.dialogues import (
     split_text_pair,
 )
 from curate.data.layout import Layout
-from curate.data.prompts import as_messages, beside_prompt, prompt_of, with_system
+from curate.data.prompts import TEMPLATE_ARGS, as_messages, beside_prompt, prompt_of, with_system
 from curate.data.records import Problem
 from curate.data.texts import MISSING, answer_text, describe, messages, plain_text, says_besides, text_or_messages
 from curate.rows import Example, Pair, Row, Text, text_of
@@ -60,7 +60,7 @@ def layouts(
         return next((name for name in candidates if name in columns), "")
 
     def add(name: str, convert: Any, prompt: str = "", reply: str = "", *more: str) -> None:
-        used = {prompt, reply, *more} & columns | beside_prompt(name, prompt, head, named) & spare
+        used = {prompt, reply, *more} & columns | beside_prompt(name, prompt, head, named) & {*spare, *TEMPLATE_ARGS}
         found.append(Layout(name, convert, prompt, reply, frozenset(used)))
 
     def majority(column: str, is_so: Callable[[Any], bool]) -> bool:

@@ -25,7 +25,18 @@ from curate.rows import Message, Text, text_of
 if TYPE_CHECKING:
     from curate.data.layout import Layout
 
-BESIDE = ("system", "system_prompt", "history", "input", "context", "instruction", "tools", "functions", "documents")
+BESIDE = (
+    "system",
+    "system_prompt",
+    "history",
+    "input",
+    "context",
+    "instruction",
+    "tools",
+    "functions",
+    "documents",
+    "chat_template_kwargs",
+)
 TEMPLATE_ARGS = ("tools", "chat_template_kwargs")
 OF_TEMPLATES = {  # arguments of transformers' apply_chat_template that are no row's to set
     *(
@@ -49,9 +60,12 @@ def beside_prompt(format: str, prompt: str, head: list[dict[str, Any]], named: I
     """
     if prompt == "instruction":
         return {"input", "context", "system", "history"}
-    args = {n for n in TEMPLATE_ARGS if n in named or any(isinstance(_from_json(r.get(n)), (list, dict)) for r in head)}
-    if prompt in ("conversations", "messages") or format == "implicit":
-        return {"system", *args}
+    held = {n: [value for row in head if holds(value := _from_json(row.get(n)))] for n in TEMPLATE_ARGS}
+    args = {n for n in TEMPLATE_ARGS if n in named or any(isinstance(value, (list, dict)) for value in held[n])}
+    if (
+        prompt in ("conversations", "messages") or format == "implicit"
+    ):  # a later row may have some: only texts of the user's own are left
+        return {"system", *args, *(n for n in TEMPLATE_ARGS if not held[n])}
     if prompt not in ("prompt", "question"):
         return set()
     return args | {name for name in ("system", "history") if name in named or any(holds(row.get(name)) for row in head)}

@@ -166,7 +166,7 @@ def messages(value: Any, column: str, problems: list[Problem]) -> tuple[Message,
             "content": None if content is MISSING else content,
         }
         if not item.keys() <= TURN_KEYS:
-            turn |= {str(k): jsonable(v) for k, v in item.items() if k not in TURN_KEYS and v is not None}
+            turn |= {str(k): jsonable(v) for k, v in item.items() if k not in TURN_KEYS and holds(v)}
         found.append(turn)
     return tuple(found)
 

@@ -50,7 +50,7 @@ class Perturbation:
                     f"perturb {self.name!r} returned {one!r} for row {row.row_id}, expected a text, (text, answer), or a list of these."
                 )
             if (text, answer) != (problem, row.answer):
-                changed.append(Example(with_problem(text), None, answer))
+                changed.append(Example(with_problem(text), None, answer, template_args=row.template_args))
         return changed
 
 

@@ -30,7 +30,7 @@ def prompt_states(
     NaN where a prompt cannot be encoded or is cut by `limits`. Raises ModelError as `passes.forward.measure` does.
     """
     tokenizer = load_tokenizer(tokenizer_folder(model.path, model.base))
-    encoded = [encode(Example(row.prompt), tokenizer, limits) for row in rows]
+    encoded = [encode(Example(row.prompt, template_args=row.template_args), tokenizer, limits) for row in rows]
     out = np.full((len(rows), model.head.weight.shape[1]), np.nan, dtype=np.float32)
 
     def last_states(batch: Batch) -> dict[str, np.ndarray]:

@@ -1,6 +1,7 @@
 """What of a run is up to date, by a hash of what it was made of: scores, the selection, the export. It is said in a line each, and not made again.
 
-Made again whatever the hash: what a user's own Python or a subquery of a rule may read, what another version of curate made, what goes to the hub.
+Made again whatever the hash: what a user's own Python or a subquery of a rule may read, in a store with imports, what another version of curate made,
+what goes to the hub.
 """
 
 from __future__ import annotations
@@ -30,20 +31,35 @@ def scores_noted(loaded: Loaded, store: Store, plan: Plan, of_scores: str) -> di
     """What was noted with scores that are what they would be made now: names, what was said of them. None where they are to be made."""
     if plan.missing or calibrates(plan.wanted) or not all(_is_ours(want.score) for want in plan.wanted):
         return None
-    if _asks(loaded) or store.inputs_hash("scores", loaded.name) != of_scores:
+    if _asks(loaded) or _imported(store) or store.inputs_hash("scores", loaded.name) != of_scores:
         return None
     noted = store.made(loaded.name)
-    return noted if noted is not None and noted.get("of") == [__version__, of_scores] else None
+    return noted if noted is not None and noted.get("of") == _of(plan, of_scores) else None
 
 
-def note_scores(loaded: Loaded, store: Store, of_scores: str, scores: list[str], warnings: list[str]) -> None:
+def note_scores(
+    loaded: Loaded, store: Store, plan: Plan, of_scores: str, scores: list[str], warnings: list[str]
+) -> None:
     """Keep what `scores_noted` gives back."""
-    store.note_made(loaded.name, {"of": [__version__, of_scores], "scores": scores, "warnings": warnings})
+    store.note_made(loaded.name, {"of": _of(plan, of_scores), "scores": scores, "warnings": warnings})
+
+
+def _of(plan: Plan, of_scores: str) -> list[str]:
+    """What scores and dataset values are made of: beside what `of_scores` holds, DPO's β and the names, steps and learning rates of checkpoints."""
+    labels = sorted((fingerprint, list(map(list, places))) for fingerprint, places in plan.labels.items())
+    series = [(c.fingerprint, c.run, c.checkpoint, c.step, c.rate) for c in plan.roles.series]
+    return [__version__, of_scores, content_id(plan.beta, labels, series)]
+
+
+def _imported(store: Store) -> bool:
+    """Whether anything in the store was imported: its values may have changed under the same names."""
+    return bool(store.imports()) or any(measured.reads == "import" for measured in store.measured())
 
 
 def is_selected(loaded: Loaded, store: Store, of_scores: str) -> bool:
     """Whether the recipe's selection is what it would be now, of scores that are."""
-    return not _asks(loaded) and store.inputs_hash("selection", loaded.name) == selection_hash(loaded, of_scores)
+    asks = _asks(loaded) or _imported(store)
+    return not asks and store.inputs_hash("selection", loaded.name) == selection_hash(loaded, of_scores)
 
 
 def _is_ours(score: Any) -> bool:

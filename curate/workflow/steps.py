@@ -200,7 +200,7 @@ class Steps:
             if scored is not None:
                 scored.write(store, loaded.name)
                 store.keep(loaded.name, self.kept.record())
-                note_scores(loaded, store, scored.inputs_hash, self.result.scores, scored.warnings)
+                note_scores(loaded, store, self.plan, scored.inputs_hash, self.result.scores, scored.warnings)
             if decided is not None:
                 self.result.selection = decided.write(store, loaded.name)
             store.unstage_recipe(loaded.name)

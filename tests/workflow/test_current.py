@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 
+import pyarrow as pa
 import pytest
 import yaml
 
 import curate
 from curate.console import Progress
+from curate.store import Measured
 from tests.tiny_models import make_llama
 from tests.workflow.pairs import pairs
 
@@ -68,6 +70,32 @@ def test_what_is_up_to_date_is_left_as_it_is(recipe):
     with (recipe.parent / "pairs.jsonl").open("a") as rows:
         rows.write("\n" + json.dumps({"prompt": "new", "chosen": " row", "rejected": " here"}))
     assert not run(recipe)[1]
+
+
+def test_another_beta_or_name_of_a_checkpoint_makes_scores_and_dataset_values_anew(recipe):
+    """Both reach dataset values by no score's setting."""
+    for step in (1, 2):
+        make_llama(recipe.parent / "run" / f"checkpoint-{step}", seed=step)
+    series = {"models.checkpoints": "run", "scores": ["ranking_gap", "flipped"]}
+    first, _ = run(recipe, **series)
+    assert "Scores" in run(recipe, **series)[1]
+    other, said = run(recipe, **series, **{"forecast.beta": 5.0})
+    assert "Scores" not in said and other.values != first.values
+    assert "Scores" not in run(recipe, **series)[1]
+    (recipe.parent / "run" / "checkpoint-2").rename(recipe.parent / "run" / "checkpoint-20")
+    renamed, said = run(recipe, **series)
+    assert "Scores" not in said and {value.step for value in renamed.values} >= {20}
+
+
+def test_in_a_store_with_imports_nothing_is_taken_for_up_to_date(recipe):
+    first, _ = run(recipe)
+    assert run(recipe)[1]
+    ids = first.store.row_ids_of()
+    first.store.put_values(
+        [Measured("p" * 20, "mine", "import")],
+        pa.table({"fingerprint": ["p" * 20] * len(ids), "row_id": ids, "größe": [1.0] * len(ids)}),
+    )
+    assert not run(recipe)[1] & {"Scores", "Selection"}
 
 
 def test_a_rule_with_a_query_of_its_own_is_asked_again(recipe):

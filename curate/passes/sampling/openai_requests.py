@@ -10,6 +10,7 @@ import asyncio
 import json
 import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -65,7 +66,7 @@ class Requests:
             try:
                 async with gate:
                     if prompt.messages:
-                        messages = [_sent(message) for message in prompt.messages]
+                        messages = _sent(prompt.messages)
                         answer = await client.chat.completions.create(
                             messages=messages, **arguments, **_template_arguments(prompt.template_args)
                         )
@@ -119,22 +120,32 @@ class Requests:
                 self.notes.append(f"{self.server.url} does not take `{ability}`: {WITHOUT[ability]}.")
 
 
-def _sent(message: Message) -> Message:
-    """A turn as the protocol has it: the arguments of a tool's call are JSON text there."""
-    calls = message.get("tool_calls")
-    if not isinstance(calls, list):
-        return dict(message)
-    sent: list[Any] = []
-    for number, call in enumerate(calls):
-        function = call.get("function", call) if isinstance(call, dict) else None
-        if not isinstance(function, dict):
-            sent.append(call)
-            continue
-        arguments = function.get("arguments", {})
-        text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-        named = {"name": function.get("name"), "arguments": text}
-        sent.append({"id": call.get("id") or f"call_{number}", "type": "function", "function": named})
-    return {**message, "tool_calls": sent}
+def _sent(messages: Sequence[Message]) -> list[Message]:
+    """Turns as the protocol has them: the arguments of a tool's call are JSON text there, and calls have ids, which the turns of tools name."""
+    turns: list[Message] = []
+    unanswered: list[str] = []
+    number = 0
+    for message in messages:
+        turn = dict(message)
+        if isinstance(message.get("tool_calls"), list):
+            turn["tool_calls"] = [_sent_call(call, number + i) for i, call in enumerate(message["tool_calls"])]
+            number += len(turn["tool_calls"])
+            unanswered = [call["id"] for call in turn["tool_calls"] if isinstance(call, dict) and "id" in call]
+        elif message["role"] == "tool" and unanswered:
+            turn.setdefault("tool_call_id", unanswered[0])
+            unanswered = [one for one in unanswered if one != turn["tool_call_id"]]
+        turns.append(turn)
+    return turns
+
+
+def _sent_call(call: Any, number: int) -> Any:
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict) or "name" not in function:
+        return call
+    arguments = function.get("arguments", {})
+    text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+    named = {"name": function["name"], "arguments": text}
+    return {"id": call.get("id") or f"call_{number}", "type": "function", "function": named}
 
 
 def _template_arguments(template_args: str) -> dict[str, Any]:
