@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 from types import SimpleNamespace
 
+import duckdb
 import numpy as np
 import pytest
 
@@ -398,6 +399,23 @@ def test_an_older_store_is_migrated_where_that_is_known(store, monkeypatch):
     monkeypatch.setitem(database.MIGRATIONS, 0, "ALTER TABLE data.runs ADD COLUMN mood VARCHAR")
     assert Store(store.folder).row_ids_of() == ids(A, B, C)
     assert "mood" in store.sql("SELECT * FROM data.runs").columns
+
+
+def test_an_older_store_that_cannot_be_written_says_what_it_waits_for(store, monkeypatch):
+    with store.database.write() as con:
+        con.execute("UPDATE data.meta SET value = '1' WHERE key = 'schema_version'")
+    attached = database.attached
+
+    def read_only_mount(path, *, read_only):
+        if not read_only:
+            raise duckdb.IOException("Cannot open file: Read-only file system")
+        return attached(path, read_only=True)
+
+    monkeypatch.setattr(database, "attached", read_only_mount)
+    with pytest.raises(
+        StoreError, match="is of version 1, and is brought to version 2 .* open it once where it can be written"
+    ):
+        Store(store.folder)
 
 
 def test_a_full_disk_loses_nothing(store, monkeypatch):

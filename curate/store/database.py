@@ -33,7 +33,7 @@ from curate.store.sql import Connection, one
 
 DATABASE = "curate.duckdb"
 READ_PATIENCE, WRITE_PATIENCE = 30.0, 300.0  # seconds
-Found = TypeVar("Found")
+Made = TypeVar("Made")
 _locks: dict[str, threading.RLock] = defaultdict(threading.RLock)
 _locks_lock = threading.Lock()
 
@@ -87,17 +87,17 @@ class Database:
         with self._reading(self._check_version) as con:
             yield con
 
-    def found(self, key: Hashable, find: Callable[[Connection], Found]) -> Found | None:
-        """Inside `kept_open` and `read`: what `find` gives of a connection of its own, asked once as long as nobody writes. Elsewhere None."""
+    def cached(self, key: Hashable, make: Callable[[Connection], Made]) -> Made | None:
+        """Inside `kept_open` and `read`: what `make` gives of a connection of its own, made once as long as nobody writes. Elsewhere None."""
         opened = (kept() or {}).get(self._name)
         if opened is None or self._under_way() is not None:
             return None
-        if key not in opened.found:
+        if key not in opened.cache:
             con = opened.opening.enter_context(closing(opened.con.cursor()))
             con.execute("USE curate")
-            opened.found[key] = find(con)
-        found: Found = opened.found[key]
-        return found
+            opened.cache[key] = make(con)
+        made: Made = opened.cache[key]
+        return made
 
     @contextmanager
     def _reading(self, check: Callable[[Connection], object] = lambda con: None) -> Iterator[Connection]:
@@ -148,9 +148,9 @@ class Database:
             works.append(work)
 
     @property
-    def is_unfinished(self) -> bool:
-        """Whether this thread's transaction has something left to do before it commits."""
-        return bool(waiting().get(self._name))
+    def is_in_transaction(self) -> bool:
+        """Whether this thread reads what its own `transaction` has changed: its views may have to follow, and temporary ones stay to its end."""
+        return self._under_way() is not None
 
     def _commit(self, con: Connection) -> None:
         for work in waiting().pop(self._name, []):
@@ -215,12 +215,23 @@ class Database:
                 self._check_version(con)
                 return
         let_go()
-        with self._open(read_only=False) as con:
+        with self._migrating(version) as con:
             for v in range(self._version(con), SCHEMA_VERSION):
                 con.execute("BEGIN")
                 con.execute(MIGRATIONS[v])
                 con.execute("UPDATE data.meta SET value = ? WHERE key = 'schema_version'", [str(v + 1)])
                 con.execute("COMMIT")
+
+    @contextmanager
+    def _migrating(self, version: int) -> Iterator[Connection]:
+        try:
+            with self._open(read_only=False) as con:
+                yield con
+        except StoreError as error:
+            raise StoreError(
+                f"{error}\n  The store is of version {version}, and is brought to version {SCHEMA_VERSION} before it is read: open it once where it "
+                f"can be written (`curate status {self.path.parent}`)."
+            ) from None
 
     @contextmanager
     def _open(self, *, read_only: bool) -> Iterator[Connection]:

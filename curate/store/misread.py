@@ -15,7 +15,7 @@ import duckdb
 
 from curate.errors import UsageError
 from curate.store import allowed, syntax, views
-from curate.store.narrowing import Subject
+from curate.store.narrowing import ViewFacts
 from curate.store.own_columns import OwnColumn
 from curate.store.sql import Connection, quote
 from curate.store.syntax import Node, Scope
@@ -53,16 +53,16 @@ class Frame:
         return [column for column in self.own["scored"] if column.taken_by]
 
 
-def frame(of: Subject, planned: Collection[str] = ()) -> Frame:
+def frame(facts: ViewFacts, planned: Collection[str] = ()) -> Frame:
     """planned: the columns that measuring and scoring will add, numbers unless a mapping has their SQL types. They are NULL here, and take their
     names from the user's as they will then.
     """
-    now = views.own_names(of)
-    own = views.own_names(of, planned) if planned else now
+    now = views.own_names(facts)
+    own = views.own_names(facts, planned) if planned else now
     before = {(c.imported, c.name): c.shown for c in now["scored"]}
     after = {(c.imported, c.name): c.shown for c in own["scored"]}
     moved = [(before[key], shown) for key, shown in after.items() if before.get(key, shown) != shown]
-    have = [d[0] for d in of.con.execute("SELECT * FROM scored LIMIT 0").description or []]
+    have = [d[0] for d in facts.con.execute("SELECT * FROM scored LIMIT 0").description or []]
     renamed = dict(moved)
     kept = [renamed.get(name, name) for name in have]
     known = {name.lower() for name in kept}

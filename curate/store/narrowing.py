@@ -29,7 +29,7 @@ class Placed(NamedTuple):
     created: Any
 
 
-class Subject:
+class ViewFacts:
     """What a query is about. recipe None: the one registered or scored last. Each thing is asked of the store once, when it is needed.
 
     uses, plain: fingerprints of the recipe, and those that `scored` shows. only: the condition of `_condition`, "" for all.

@@ -53,7 +53,7 @@ class Opened:
 
     def __init__(self, opening: ExitStack, con: Connection):
         self.opening, self.con, self.readers = opening, con, 0
-        self.found: dict[Hashable, Any] = {}
+        self.cache: dict[Hashable, Any] = {}
 
 
 def kept() -> dict[str, Opened] | None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from curate.store import conjuncts, misread, query, syntax, views
 from curate.store.database import DATABASE, Database
-from curate.store.narrowing import Subject
+from curate.store.narrowing import ViewFacts
 from curate.store.shards import Shards
 from curate.store.sql import Connection
 
@@ -50,22 +50,22 @@ class StoreQueries:
         """
         names = self._read_as((source,) if isinstance(source, str) else source)
         with self.database.read() as con:
-            if recipe is not None or names is not None or self.database.is_unfinished or views.outdated(con):
+            if recipe is not None or names is not None or self.database.is_in_transaction or views.outdated(con):
                 con = self._narrowed(con, text, recipe, names).con
             return query.run(con, text, params)
 
     def _narrowed(
         self, con: Connection, text: str, recipe: str | None, sources: Sequence[str] | None = None
-    ) -> Subject:
+    ) -> ViewFacts:
         """What a query is about, and the connection that has the views so that it is."""
         key = (recipe, None if sources is None else tuple(sources))
-        subject = self.database.found(key, lambda con: Subject(con, recipe, sources))
-        return views.narrow(subject or Subject(con, recipe, sources), text)
+        facts = self.database.cached(key, lambda con: ViewFacts(con, recipe, sources))
+        return views.narrow(facts or ViewFacts(con, recipe, sources), text)
 
     def own_names(self) -> dict[str, str]:
         """The user's columns -> what `occurrences` calls them."""
         with self.database.read() as con:
-            return {column.name: column.shown for column in views.own_names(Subject(con))["occurrences"]}
+            return {column.name: column.shown for column in views.own_names(ViewFacts(con))["occurrences"]}
 
     def frame(self, *, recipe: str | None = None, planned: Collection[str] = ()) -> misread.Frame:
         """What a recipe's SQL sees as `scored`, with the columns that are still to come (`planned`) as NULL."""
@@ -80,14 +80,14 @@ class StoreQueries:
         Raises UsageError naming `key` for a name that two columns have, and where numbers would be ordered as text.
         """
         with self.database.read() as con:
-            of = self._narrowed(con, f"scored occurrences {text}", recipe)
-            return misread.checked(of.con, text, key, misread.frame(of, planned), is_order=is_order)
+            facts = self._narrowed(con, f"scored occurrences {text}", recipe)
+            return misread.checked(facts.con, text, key, misread.frame(facts, planned), is_order=is_order)
 
     def numbers_in(self, column: str, *, recipe: str | None = None) -> misread.Numbers | None:
         """Of a column of `scored` that is text: which of it are numbers, and the cast that reads them. None where less than half are."""
         with self.database.read() as con:
-            of = self._narrowed(con, "scored", recipe)
-            return misread.numbers_in(of.con, misread.quoted(column), "scored")
+            facts = self._narrowed(con, "scored", recipe)
+            return misread.numbers_in(facts.con, misread.quoted(column), "scored")
 
     def conjuncts(self, where: str) -> list[conjuncts.Conjunct]:
         """The parts of a condition that AND joins, with what they compare."""
@@ -98,7 +98,7 @@ class StoreQueries:
         """A sentence for every name in a query that curate and the user have a column of; what it means is curate's."""
         with self.database.read() as con:
             tree = syntax.parse(con, text)
-            return list(misread.ambiguous(con, tree, views.own_names(Subject(con, recipe)))) if tree else []
+            return list(misread.ambiguous(con, tree, views.own_names(ViewFacts(con, recipe)))) if tree else []
 
     def scored(self, *, recipe: str | None = None, source: str | Sequence[str] | None = None) -> pl.DataFrame:
         """The view `scored`, one line a row, by position."""

@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from curate.rows import Row
 from curate.store import query, views
-from curate.store.narrowing import Subject
+from curate.store.narrowing import ViewFacts
 from curate.store.openings import let_go
 from curate.store.sql import Connection, literal, literals, quote
 
@@ -38,7 +38,7 @@ class Selected:
         with self.store.database.read() as con:
             parts = self._listings(con, kept)
             if self.beside:
-                views.narrow(Subject(con, selection.recipe), "scored")
+                views.narrow(ViewFacts(con, selection.recipe), "scored")
             first, *others = parts
             lines = con.sql(first).to_arrow_reader(BATCH)
             with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, lines.schema) as writer:

@@ -30,7 +30,7 @@ from curate.store.shards import clean_text, write_parquet
 from curate.store.sql import Connection, literal
 
 BATCH = 10_000
-ROW_COLUMNS = (
+TABLE_COLUMNS = (
     "row_id",
     "kind",
     "style",
@@ -44,7 +44,7 @@ ROW_COLUMNS = (
 )
 STAGED = pa.schema(
     [("n", pa.int64()), ("index", pa.int64())]
-    + [(name, pa.bool_() if name == "label" else pa.string()) for name in ROW_COLUMNS]
+    + [(name, pa.bool_() if name == "label" else pa.string()) for name in TABLE_COLUMNS]
     + [("columns", pa.string())]
 )
 
@@ -113,7 +113,7 @@ def foreign_staged(folder: Path, source: str, keys: Sequence[Any], *, kind: str)
     for i, key in enumerate(dict.fromkeys(keys)):
         index = int(key) if re.fullmatch(r"\d{1,18}", str(key)) else i
         columns = json.dumps({"key": str(key)})
-        lines.append((index, foreign_id(source, key), kind, *(None for _ in ROW_COLUMNS[2:]), columns))
+        lines.append((index, foreign_id(source, key), kind, *(None for _ in TABLE_COLUMNS[2:]), columns))
     staging = _staging(folder)
     try:
         _stage(staging, lines)
@@ -133,7 +133,7 @@ def ingest_foreign(con: Connection, staging: Path, source: str) -> None:
 
 
 def row_columns(row: Pair | Example) -> tuple[Any, ...]:
-    """A row as the values of ROW_COLUMNS."""
+    """A row as the values of TABLE_COLUMNS."""
     prompt = text_to_column(row.prompt)
     if isinstance(row, Pair):
         return (
@@ -232,7 +232,7 @@ def _ingest(con: Connection, staging: Path, source: str, role: str, *, replace: 
         f"CREATE TEMP TABLE first_seen AS SELECT row_id, min(n) AS n, bool_or(known.row_id IS NOT NULL) AS known "
         f"FROM {staged} s LEFT JOIN data.rows known USING (row_id) GROUP BY row_id"
     )
-    names = ", ".join(ROW_COLUMNS)
+    names = ", ".join(TABLE_COLUMNS)
     con.execute(
         f"INSERT INTO data.rows (position, {names}) "
         f"SELECT (SELECT coalesce(max(position), -1) FROM data.rows) + row_number() OVER (ORDER BY n), {names} "

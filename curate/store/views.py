@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterable
 from curate.rows import ROW_COLUMNS, content_id
 from curate.store import imported_columns
 from curate.store.imports import VALUES
-from curate.store.narrowing import Placed, Subject
+from curate.store.narrowing import Placed, ViewFacts
 from curate.store.own_columns import OwnColumn, own_columns
 from curate.store.readings import HIDDEN, MARK, PLAIN
 from curate.store.recipes import trajectories_table
@@ -39,10 +39,10 @@ VERSION = "3"  # of what the views show: a store whose views an earlier curate m
 
 def define(con: Connection) -> None:
     """(Re)make the views that are others now, for the recipe registered or scored last."""
-    of = Subject(con)
-    bodies = {view: body() for view, body in _bodies(of).items()}
+    facts = ViewFacts(con)
+    bodies = {view: body() for view, body in _bodies(facts).items()}
     # a view remembers the types of its columns, so those of the tables count too
-    prints = {view: content_id([body, sorted(of.tables.items())]) for view, body in bodies.items()}
+    prints = {view: content_id([body, sorted(facts.tables.items())]) for view, body in bodies.items()}
     made = (
         {}
         if outdated(con)
@@ -61,45 +61,45 @@ def outdated(con: Connection) -> bool:
     return one(con, "SELECT value FROM data.meta WHERE key = 'views'") != (VERSION,)
 
 
-def narrow(of: Subject, text: str) -> Subject:
-    """Make the views that a query names, for the subject's connection only."""
-    for view, body in _bodies(of).items():
-        if view in text.lower() and view not in of.made:
-            of.con.execute(f"CREATE OR REPLACE TEMP VIEW {view} AS {body()}")
-            of.made.add(view)
-    return of
+def narrow(facts: ViewFacts, text: str) -> ViewFacts:
+    """Make the views that a query names, for the connection of its facts only."""
+    for view, body in _bodies(facts).items():
+        if view in text.lower() and view not in facts.made:
+            facts.con.execute(f"CREATE OR REPLACE TEMP VIEW {view} AS {body()}")
+            facts.made.add(view)
+    return facts
 
 
-def _bodies(of: Subject) -> dict[str, Callable[[], str]]:
+def _bodies(facts: ViewFacts) -> dict[str, Callable[[], str]]:
     """view -> what makes its SQL, since finding out costs queries."""
-    hidden = f"row_id NOT IN ({HIDDEN})" if not of.only and of.any_waits else ""
-    near = f"row_id IN (SELECT row_id FROM {of.occurring})" if of.only else hidden
-    asked = literal((of.recipe or "").removeprefix(MARK))
-    called = _called(of.name or "")
+    hidden = f"row_id NOT IN ({HIDDEN})" if not facts.only and facts.any_waits else ""
+    near = f"row_id IN (SELECT row_id FROM {facts.occurring})" if facts.only else hidden
+    asked = literal((facts.recipe or "").removeprefix(MARK))
+    called = _called(facts.name or "")
     return {
-        "rows": lambda: _narrowed(f"SELECT {', '.join(BASE)} FROM ({_rows(of)})", hidden),
-        "scored": lambda: _narrowed(_scored(of), hidden),
-        "trajectories": lambda: _narrowed(_trajectories(of, called), near),
+        "rows": lambda: _narrowed(f"SELECT {', '.join(BASE)} FROM ({_rows(facts)})", hidden),
+        "scored": lambda: _narrowed(_scored(facts), hidden),
+        "trajectories": lambda: _narrowed(_trajectories(facts, called), near),
         "samples": lambda: _narrowed(
             "SELECT s.row_id, n.run, n.checkpoint, n.step, s.sample, s.text, s.correct, s.n_tokens, s.logp, s.finished "
-            f"FROM data.samples s JOIN ({called}) n USING (fingerprint) WHERE s.fingerprint IN ({literals(of.uses)}) "
+            f"FROM data.samples s JOIN ({called}) n USING (fingerprint) WHERE s.fingerprint IN ({literals(facts.uses)}) "
             "AND s.fingerprint NOT IN (SELECT fingerprint FROM data.measured WHERE measurement = 'perturbed')",  # of other problems
             near,
         ),
-        "occurrences": lambda: _occurrences(of),
+        "occurrences": lambda: _occurrences(facts),
         "dataset_values": lambda: (
             "SELECT name, run, checkpoint, value, low, high, n, step FROM data.dataset_values "
-            + f"WHERE origin = {literal(of.name or '')} OR starts_with(origin, 'import:')"
+            + f"WHERE origin = {literal(facts.name or '')} OR starts_with(origin, 'import:')"
         ),
         "runs": lambda: (
             "SELECT id, recipe, command, version, started, finished, outcome, message, counts FROM data.runs"
-            + (f" WHERE recipe = {asked}" if of.recipe is not None else "")
+            + (f" WHERE recipe = {asked}" if facts.recipe is not None else "")
         ),
         "selections": lambda: _narrowed(
-            f"SELECT d.selection, d.row_id, d.kept, d.rank, d.reason, {_decided(of)} FROM data.decisions d"
+            f"SELECT d.selection, d.row_id, d.kept, d.rank, d.reason, {_decided(facts)} FROM data.decisions d"
             + (
                 f" WHERE d.selection IN (SELECT name FROM data.selections WHERE recipe = {asked})"
-                if of.recipe is not None
+                if facts.recipe is not None
                 else ""
             ),
             near,
@@ -107,46 +107,46 @@ def _bodies(of: Subject) -> dict[str, Callable[[], str]]:
     }
 
 
-def _decided(of: Subject) -> str:
+def _decided(facts: ViewFacts) -> str:
     """What decided, of a row's decision; unknown where an earlier curate decided."""
-    if "rule" in of.columns("decisions"):
+    if "rule" in facts.columns("decisions"):
         return "d.rule, d.value, d.cut"
     return "NULL::VARCHAR AS rule, NULL::DOUBLE AS value, NULL::DOUBLE AS cut"
 
 
-def _rows(of: Subject) -> str:
+def _rows(facts: ViewFacts) -> str:
     """Rows with their first occurrence: source, index, role and the user's columns (JSON)."""
     return (
         f"SELECT r.*, {PLAIN.replace('source', 'o.source')} AS source, o.index, o.role, o.columns, "
         "coalesce(f.n_occurrences, 0) AS n_occurrences FROM data.rows r "
-        f"{'JOIN' if of.only else 'LEFT JOIN'} (SELECT row_id, count(*) AS n_occurrences, "
-        f"min(CASE WHEN role = 'train' THEN seq ELSE seq + {FIRST} END) % {FIRST} AS seq FROM {of.occurring} GROUP BY row_id) f USING (row_id) "
+        f"{'JOIN' if facts.only else 'LEFT JOIN'} (SELECT row_id, count(*) AS n_occurrences, "
+        f"min(CASE WHEN role = 'train' THEN seq ELSE seq + {FIRST} END) % {FIRST} AS seq FROM {facts.occurring} GROUP BY row_id) f USING (row_id) "
         "LEFT JOIN data.occurrences o ON o.seq = f.seq"
     )
 
 
-def _scored(of: Subject) -> str:
-    picked, joins, taken = _measured(of)
-    more, join, _ = _imported(of, taken)
-    picked += [*more, *(own.picked("r.columns") for own in own_columns(of.own_types, taken))]
-    return f"SELECT {', '.join(picked)} FROM ({_rows(of)}) r {' '.join([*joins, *join])}"
+def _scored(facts: ViewFacts) -> str:
+    picked, joins, taken = _measured(facts)
+    more, join, _ = _imported(facts, taken)
+    picked += [*more, *(own.picked("r.columns") for own in own_columns(facts.own_types, taken))]
+    return f"SELECT {', '.join(picked)} FROM ({_rows(facts)}) r {' '.join([*joins, *join])}"
 
 
-def _measured(of: Subject) -> tuple[list[str], list[str], dict[str, str]]:
+def _measured(facts: ViewFacts) -> tuple[list[str], list[str], dict[str, str]]:
     """The columns of `scored` that curate itself made, the row, its scores, its measurements: what is picked, the joins that it needs, and the
     names (in lower case -> as they are).
     """
     picked = [f"r.{name}" for name in BASE] + ["r.index"]
     taken = {name: name for name in (*BASE, "index")}
     joins = []
-    if of.scores_table and (scores := of.columns(of.scores_table)):
+    if facts.scores_table and (scores := facts.columns(facts.scores_table)):
         names = _free(scores, taken)
         picked += [f"s.{quote(n)}" for n in names]
-        joins.append(f"LEFT JOIN data.{quote(of.scores_table)} s ON s.row_id = r.row_id")
-    shown = sorted((m for m in of.measured if m.fingerprint in of.plain), key=lambda m: m.measurement)
+        joins.append(f"LEFT JOIN data.{quote(facts.scores_table)} s ON s.row_id = r.row_id")
+    shown = sorted((m for m in facts.measured if m.fingerprint in facts.plain), key=lambda m: m.measurement)
     for i, m in enumerate(shown):
         table = table_of(m.measurement)
-        names = _free(of.columns(table), taken)
+        names = _free(facts.columns(table), taken)
         picked += [f"p{i}.{quote(n)}" for n in names]
         joins.append(
             f"LEFT JOIN (SELECT * FROM data.{quote(table)} WHERE fingerprint = {literal(m.fingerprint)}) p{i} ON p{i}.row_id = r.row_id"
@@ -154,14 +154,14 @@ def _measured(of: Subject) -> tuple[list[str], list[str], dict[str, str]]:
     return picked, joins, taken
 
 
-def _imported(of: Subject, taken: dict[str, str]) -> tuple[list[str], list[str], list[OwnColumn]]:
+def _imported(facts: ViewFacts, taken: dict[str, str]) -> tuple[list[str], list[str], list[OwnColumn]]:
     """Imported columns, the same whatever the recipe: (what is picked, the join, their names). One whose name a score or a measured column has
     is called imported_<name>.
     """
-    columns = imported_columns.shown(of.imported)
+    columns = imported_columns.shown(facts.imported)
     if not columns:
         return [], [], []
-    of.columns(VALUES)  # whose types the view is made of
+    facts.columns(VALUES)  # whose types the view is made of
     picked, names = [], []
     for name in columns:
         holder = taken.get(name.lower(), "")
@@ -172,16 +172,16 @@ def _imported(of: Subject, taken: dict[str, str]) -> tuple[list[str], list[str],
     return picked, [f"LEFT JOIN ({imported_columns.shown_table(columns)}) i ON i.row_id = r.row_id"], names
 
 
-def own_names(of: Subject, planned: Collection[str] = ()) -> dict[str, list[OwnColumn]]:
+def own_names(facts: ViewFacts, planned: Collection[str] = ()) -> dict[str, list[OwnColumn]]:
     """view -> the user's columns in it, for `scored` and `occurrences`, imported ones first. planned: columns that `scored` will have once all
     is measured.
     """
-    taken = _measured(of)[2]
+    taken = _measured(facts)[2]
     taken.update({name.lower(): name for name in planned if name.lower() not in taken})
-    imported = _imported(of, taken)[2]
+    imported = _imported(facts, taken)[2]
     return {
-        "scored": [*imported, *own_columns(of.own_types, taken)],
-        "occurrences": own_columns(of.own_types, OCCURRENCE),
+        "scored": [*imported, *own_columns(facts.own_types, taken)],
+        "occurrences": own_columns(facts.own_types, OCCURRENCE),
     }
 
 
@@ -195,10 +195,10 @@ def _free(names: Iterable[str], taken: dict[str, str]) -> list[str]:
     return free
 
 
-def _occurrences(of: Subject) -> str:
+def _occurrences(facts: ViewFacts) -> str:
     base = [f"{PLAIN} AS source" if name == "source" else name for name in OCCURRENCE]
-    picked = [*base, *(own.picked("columns") for own in own_columns(of.own_types, OCCURRENCE))]
-    return f"SELECT {', '.join(picked)} FROM {of.occurring}"
+    picked = [*base, *(own.picked("columns") for own in own_columns(facts.own_types, OCCURRENCE))]
+    return f"SELECT {', '.join(picked)} FROM {facts.occurring}"
 
 
 def _called(recipe: str) -> str:
@@ -213,11 +213,11 @@ def _called(recipe: str) -> str:
     )
 
 
-def _followed(of: Subject) -> dict[str, list[str]]:
+def _followed(facts: ViewFacts) -> dict[str, list[str]]:
     """measurement -> its fingerprints in `trajectories`: of one measurement of one set of weights the one used last."""
     last: dict[tuple[object, ...], Placed] = {}
-    for m in of.measured:  # the oldest first
-        if m.fingerprint in of.uses and m.reads != "tokens":
+    for m in facts.measured:  # the oldest first
+        if m.fingerprint in facts.uses and m.reads != "tokens":
             key = (m.measurement, m.run, m.checkpoint, m.step, m.model_fingerprint, m.reads == "import")
             if key not in last or last[key].created < m.created:
                 last[key] = m
@@ -227,12 +227,12 @@ def _followed(of: Subject) -> dict[str, list[str]]:
     return found
 
 
-def _trajectories(of: Subject, called: str) -> str:
+def _trajectories(facts: ViewFacts, called: str) -> str:
     """row × run × checkpoint. Beside the measurements the scores that have a value at every checkpoint."""
     parts, names = [], dict(TRAJECTORY)
-    for measurement, fingerprints in _followed(of).items():
+    for measurement, fingerprints in _followed(facts).items():
         table = table_of(measurement)
-        there = of.columns(table)
+        there = facts.columns(table)
         names.update({n: kind for n, kind in there.items() if n not in names})
         picked = ", ".join(f"t.{quote(n)}" for n in there)
         parts.append(
@@ -248,12 +248,12 @@ def _trajectories(of: Subject, called: str) -> str:
     columns = ", ".join(f"any_value({quote(n)}) AS {quote(n)}" for n in names)
     union = " UNION ALL BY NAME ".join(parts)
     lines = f"SELECT row_id, run, checkpoint, step, {columns} FROM ({union}) GROUP BY row_id, run, checkpoint, step, subject"
-    if of.scores_table is None:
+    if facts.scores_table is None:
         return lines
-    each = trajectories_table(of.scores_table)
+    each = trajectories_table(facts.scores_table)
     place = ("run", "checkpoint", "step")
     taken = {n.lower(): n for n in ("row_id", *place, *names)}
-    scores = _free([name for name in of.columns(each) if name not in place], taken)
+    scores = _free([name for name in facts.columns(each) if name not in place], taken)
     if not scores:
         return lines
     picked = ", ".join(f"s.{quote(n)}" for n in scores)

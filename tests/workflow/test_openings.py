@@ -16,7 +16,7 @@ import yaml
 import curate
 from curate.errors import StoreError
 from curate.store import database, views
-from curate.store.openings import kept_open, let_go
+from curate.store.openings import kept_open, let_go, waiting
 from tests.tiny_models import make_llama
 
 PAIRS = [{"prompt": f"{i} + 1 =", "chosen": f" {i + 1}", "rejected": f" {i * 7}?"} for i in range(10)]
@@ -163,14 +163,14 @@ def test_work_before_a_commit_belongs_to_a_transaction(tmp_path):
         store.database.before_commit(done.append)
         store.database.before_commit(done.append)
         assert curate.Store(tmp_path / "s").sources() == [] and not done  # the same store, once more
-    assert len(done) == 1 and not store.database.is_unfinished
+    assert len(done) == 1 and not waiting() and not store.database.is_in_transaction
 
 
 def test_what_a_query_is_about_is_asked_once_and_again_after_a_write(tmp_path, monkeypatch):
     """The views of a recipe are made once for all its questions, and anew when somebody has written."""
     from curate.store import narrowing
 
-    asked, own = [], narrowing.Subject.__init__
+    asked, own = [], narrowing.ViewFacts.__init__
 
     def counted(self, con, recipe=None, sources=None):
         asked.append(recipe)
@@ -178,7 +178,7 @@ def test_what_a_query_is_about_is_asked_once_and_again_after_a_write(tmp_path, m
 
     store = curate.Store(tmp_path / "s", create=True)
     store.register_recipe("r", "", sources=[], uses=[], plain=[])
-    monkeypatch.setattr(narrowing.Subject, "__init__", counted)
+    monkeypatch.setattr(narrowing.ViewFacts, "__init__", counted)
     with kept_open():
         for _ in range(3):
             store.sql("SELECT row_id FROM scored", recipe="r")
@@ -188,6 +188,15 @@ def test_what_a_query_is_about_is_asked_once_and_again_after_a_write(tmp_path, m
         asked.clear()  # the views that everybody sees were made
         assert "mine" in store.sql("SELECT * FROM scored", recipe="r").columns
         assert asked == ["r"]
+
+
+def test_inside_a_transaction_a_question_about_one_source_is_not_the_next_ones(tmp_path):
+    store = curate.Store(tmp_path / "s", create=True)
+    for name in ("a", "b"):
+        store.add_foreign_rows(name, [f"{name}{i}" for i in range(3)])
+    count = "SELECT count(*) AS n FROM occurrences"
+    with store.transaction():
+        assert [store.sql(count, source=source)["n"].item() for source in ("a", None)] == [3, 6]
 
 
 def test_views_are_remade_where_they_or_the_types_of_their_columns_are_others(tmp_path):
