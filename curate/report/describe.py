@@ -142,7 +142,7 @@ class Status:
             )
         if f["set_aside"]:
             lines.append(
-                f"{len(f['set_aside'])} damaged files are set aside in {f['folder']}/damaged; `curate check {f['folder']}` says more."
+                f"Damaged files set aside in {f['folder']}/damaged: {len(f['set_aside'])}; `curate check {f['folder']}` says more."
             )
         return lines
 

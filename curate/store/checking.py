@@ -95,7 +95,7 @@ class _Check:
         aside = self.shards.damaged()
         if aside:
             self.found.notes.append(
-                f"{len(aside)} damaged files are set aside in {self.shards.damaged_folder}; delete them when nobody misses them."
+                f"Damaged files set aside in {self.shards.damaged_folder}: {len(aside)}; delete them when nobody misses them."
             )
         return self.found
 
