@@ -20,7 +20,7 @@ from curate.passes.sampling.openai_requests import _sent, _text
 from curate.passes.tokens import Limits, encode
 from curate.rows import Example, Pair
 from tests.served import Served
-from tests.tiny_models import make_llama, make_tokenizer
+from tests.tiny_models import make_bytes_tokenizer, make_llama, make_tokenizer
 
 TOOL = {
     "type": "function",
@@ -82,17 +82,7 @@ ROWS = [
 
 @pytest.fixture(scope="module")
 def bytes_tokenizer():
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    core = Tokenizer(
-        models.BPE({symbol: i for i, symbol in enumerate(["<unk>", "<s>", "</s>", *alphabet])}, [], unk_token="<unk>")
-    )
-    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
-    )
+    return make_bytes_tokenizer()
 
 
 def loaded(path):

@@ -29,6 +29,21 @@ def make_tokenizer(*, template: bool = False):
     return tokenizer
 
 
+def make_bytes_tokenizer():
+    """One token per byte, whatever the text; BOS and EOS in front of and behind nothing by themselves."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(
+        models.BPE({symbol: i for i, symbol in enumerate(["<unk>", "<s>", "</s>", *alphabet])}, [], unk_token="<unk>")
+    )
+    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    )
+
+
 def make_llama(
     folder: Path, *, seed: int, head_dim: int = 32, context: int = 128, scale: float = 0.15, layers: int = 2, hidden: int = 64,
     architecture: str | None = None, template: bool = False, dropout: float = 0.0,

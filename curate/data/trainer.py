@@ -22,7 +22,8 @@ OF = {"DPOConfig": "dpo_config.py", "SFTConfig": "sft_config.py"}
 class TrainedAs:
     """What the settings follow from: how rows were cut when they were measured, DPO's β, and whether signs of squeezing were scored.
 
-    unlike: sentences on what was measured or scored otherwise than these settings train.
+    unlike: sentences on what was measured or scored otherwise than these settings train. turns: whether the last assistant turn of an SFT row was
+    measured or all of them (tokens.turns).
     """
 
     max_length: int | None
@@ -30,6 +31,7 @@ class TrainedAs:
     beta: float | None = None
     squeezing: bool = False
     unlike: tuple[str, ...] = ()
+    turns: str = "last"
 
     def args(self, layout: str) -> tuple[str, dict[str, Any]] | None:
         """The configuration class that trains on an export of this layout, and its arguments; None for layouts that neither takes.
@@ -46,7 +48,13 @@ class TrainedAs:
             if self.squeezing:
                 args |= {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 1.0]}
             return "DPOConfig", args
-        return ("SFTConfig", args) if layout.startswith(("prompt/completion", "messages")) else None
+        if not layout.startswith(("prompt/completion", "messages")):
+            return None
+        if self.turns == "all":
+            args["assistant_only_loss"] = True
+            if layout.startswith("prompt/completion"):  # whose turns before the completion TRL masks by itself
+                args["completion_only_loss"] = False
+        return "SFTConfig", args
 
 
 def write_trainer_args(folder: Path, trained: TrainedAs, layout: str) -> list[str]:

@@ -46,9 +46,9 @@ def length(pair: EncodedPair) -> dict[str, float]:
     columns={"prompt_tokens": "tokens", "completion_tokens": "tokens", "truncated": "0 or 1"},
 )
 def completion_length(example: Encoded) -> dict[str, float]:
-    """Tokens of prompt and completion, and whether max_length cut the row."""
+    """Tokens of prompt and completion, and whether max_length cut the row. Where all assistant turns count, every other token is the prompt's."""
     return {
-        "prompt_tokens": example.start,
+        "prompt_tokens": len(example.ids) - example.n_response,
         "completion_tokens": example.n_response,
         "truncated": float(example.truncated),
     }

@@ -40,9 +40,10 @@ class Side:
     def __init__(self, batch: Batch, items: Sequence[Item], where: Sequence[np.ndarray]) -> None:
         self._batch = batch
         device = batch.all_states.device
-        counts = np.asarray([len(item.ids) - item.start for item in items])
-        at = np.concatenate([w[i.start - 1 : len(i.ids) - 1] for i, w in zip(items, where)])
-        targets = np.concatenate([item.ids[item.start :] for item in items]).astype(np.int64)
+        positions = [item.targets for item in items]
+        counts = np.asarray([len(own) for own in positions])
+        at = np.concatenate([w[own - 1] for own, w in zip(positions, where)])
+        targets = np.concatenate([item.ids[own] for item, own in zip(items, positions)]).astype(np.int64)
         self._where = where
         self.tokens = torch.from_numpy(targets).to(device)
         self.at = torch.from_numpy(at).to(device)  # (N,) the predicting position of each, in all_states

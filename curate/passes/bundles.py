@@ -54,7 +54,7 @@ def items_of(row: int, encoded: Encoded | EncodedPair, without_prompt: bool, bos
         sides = [("chosen", encoded.chosen), ("rejected", encoded.rejected)]
     else:
         sides = [("completion", encoded)]
-    items = [Item(row, side, e.ids, e.start) for side, e in sides]
+    items = [Item(row, side, e.ids, e.start, e.counted) for side, e in sides]
     if without_prompt:
         for side, e in sides:
             head = e.ids[:1] if bos is not None and e.ids[0] == bos else e.ids[:0]

@@ -6,6 +6,7 @@ Source: transformers' `apply_chat_template`, as TRL 1.16 calls it; nothing is ap
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import date
@@ -30,6 +31,7 @@ QUESTIONS: tuple[
     (ASKED, Message(role="assistant", content="third"), ASKED),
 )
 REASONING = ("reasoning_content", "reasoning", "thinking")  # keys of what a turn thinks before its content
+MARKERS = re.compile(r"\{%-?\s*generation\s*-?%\}")  # as TRL looks for them
 THOUGHT = "<think>\nfirst seven\n</think>\nlast eight"
 
 
@@ -44,7 +46,8 @@ class Template:
     end: the special token that closes a reply, None where the template gives none, or where it is not known because the template refuses every
     conversation of ours: refuses is then what it says of the plainest one. dated: whether it asks for today's date.
     keeps_reasoning: whether the text between <think> and </think> of a reply is in what it renders. eos: the tokenizer's own end token. stops: the
-    tokens that end an answer when it is sampled: eos, and those of the model's generation settings.
+    tokens that end an answer when it is sampled: eos, and those of the model's generation settings. marks_turns: whether it says itself, by
+    {% generation %}, which text is the assistant's.
     """
 
     end: str | None
@@ -53,6 +56,7 @@ class Template:
     eos: str | None = None
     stops: tuple[str, ...] = ()
     refuses: str | None = None
+    marks_turns: bool = False
 
 
 def as_chat(row: Row) -> Row:
@@ -74,6 +78,12 @@ def arguments(template_args: str) -> dict[str, Any]:
     return {"tools": given.get("tools"), **given.get("chat_template_kwargs", {})}
 
 
+def template_arguments(tokenizer: PreTrainedTokenizerBase, template_args: str) -> dict[str, Any]:
+    """What `apply_chat_template` is given beside the messages: a row's own arguments, and the day that every measurement is made on."""
+    dated = "strftime_now" in str(getattr(tokenizer, "chat_template", ""))
+    return {**({"strftime_now": DATE.strftime} if dated else {}), **arguments(template_args)}
+
+
 def render(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Message],
@@ -90,14 +100,13 @@ def render(
             "  Use a model whose tokenizer has one, save one beside the weights (chat_template.jinja), or give the "
             "rows as plain text."
         )
-    day: dict[str, Any] = {"strftime_now": DATE.strftime} if "strftime_now" in str(template) else {}
     try:
         return str(
             tokenizer.apply_chat_template(
                 [dict(message) for message in messages],
                 add_generation_prompt=generation_prompt,
                 tokenize=False,
-                **day | arguments(template_args),
+                **template_arguments(tokenizer, template_args),
             )
         )
     except Exception as problem:  # templates raise jinja2's errors, and Python's own on unexpected roles or contents
@@ -141,6 +150,13 @@ def closing_token(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> int
     return None
 
 
+def marks_turns(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template says itself, by {% generation %}, which text is the assistant's."""
+    template = getattr(tokenizer, "chat_template", None)
+    template = template.get("default", "") if isinstance(template, dict) else template
+    return MARKERS.search(template or "") is not None
+
+
 def template_of(tokenizer: PreTrainedTokenizerBase, stops: Sequence[int] = ()) -> Template | None:
     """What the tokenizer's template does with a question and a reply; None where there is no template. stops: see `Template`, beside EOS."""
     template = getattr(tokenizer, "chat_template", None)
@@ -170,6 +186,7 @@ def template_of(tokenizer: PreTrainedTokenizerBase, stops: Sequence[int] = ()) -
         eos=tokenizer.eos_token,
         stops=tuple(str(tokenizer.convert_ids_to_tokens(i)) for i in ends if 0 <= i < len(tokenizer)),
         refuses=refused[0] if reply is None else None,
+        marks_turns=marks_turns(tokenizer),
     )
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One sequence to run: `ids[start:]` are the tokens to predict. `side` names it within its row ("chosen",
+    """One sequence to run: `ids[start:]` are the tokens to predict, or those at `counted`. `side` names it within its row ("chosen",
     "completion", ...).
     """
 
@@ -24,6 +24,12 @@ class Item:
     side: str
     ids: np.ndarray  # (length,) int32
     start: int
+    counted: np.ndarray | None = None  # (n,) ascending positions in ids, each 1 or more
+
+    @property
+    def targets(self) -> np.ndarray:
+        """(n,) the positions in ids of the tokens to predict; the state at the position before each predicts it."""
+        return np.arange(self.start, len(self.ids)) if self.counted is None else self.counted
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,12 +27,15 @@ from curate.passes.chat import as_chat as as_chat
 from curate.passes.tokenizer import context_length as context_length
 from curate.passes.tokenizer import load_tokenizer as load_tokenizer
 from curate.passes.tokenizer import tokenizer_fingerprint as tokenizer_fingerprint
+from curate.passes.turns import assistant_tokens, one_bos
+from curate.passes.turns import common_prefix as common_prefix
 from curate.rows import Example, Message, Pair, Row, Text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Truncation = Literal["keep_start", "keep_end", "drop", "error"]
+Turns = Literal["last", "all"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,16 +44,19 @@ class Limits:
 
     keep_start keeps the first `max_length` tokens (TRL's default; EOS goes first), keep_end the last, drop measures
     nothing on the row, error stops with the row's id. chat: rows of plain text are asked and measured through the chat template, as messages.
+    turns: of SFT rows of messages, whether the completion alone is measured or every assistant turn (passes/turns.py).
     """
 
     max_length: int | None = None
     truncation: Truncation = "keep_start"
     chat: bool = False
+    turns: Turns = "last"
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """One SFT row, or one side of a pair. `ids[start:]` are the response tokens that are measured, EOS included.
+    """One SFT row, or one side of a pair. `ids[start:]` are the response tokens that are measured, EOS included; where all assistant turns count,
+    the tokens at `counted` are (ascending, each 1 or more), and the completion alone begins at `start`.
 
     `start` is at least 1: a first token with nothing before it cannot be predicted and counts as context.
     `problem` says why nothing can be measured (None: all is well); `truncated` whether max_length took tokens away.
@@ -65,10 +71,12 @@ class Encoded:
     problem: str | None = None
     question: tuple[int, int] | None = None
     left_out: tuple[str, ...] = ()
+    counted: np.ndarray | None = None
 
     @property
     def n_response(self) -> int:
-        return max(len(self.ids) - self.start, 0)
+        """How many tokens are measured."""
+        return max(len(self.ids) - self.start, 0) if self.counted is None else len(self.counted)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,13 +120,6 @@ class PromptTokens:
     left_out: tuple[str, ...] = ()
 
 
-def common_prefix(a: Sequence[int] | np.ndarray, b: Sequence[int] | np.ndarray) -> int:
-    """Length of the longest common token prefix of two sequences of ids."""
-    n = min(len(a), len(b))
-    differs = np.flatnonzero(np.asarray(a[:n]) != np.asarray(b[:n]))
-    return int(differs[0]) if len(differs) else n
-
-
 def encode(row: Row, tokenizer: PreTrainedTokenizerBase, limits: Limits = Limits()) -> Encoded | EncodedPair:
     """Token ids of one row: an EncodedPair for a pair, an Encoded for an SFT example.
 
@@ -134,11 +135,12 @@ def encode(row: Row, tokenizer: PreTrainedTokenizerBase, limits: Limits = Limits
         if isinstance(row, Example) and row.completion is None:
             return _prompt_only(row, prompt, tokenizer, limits)
         full = [_ids(tokenizer, row.prompt, response, row.template_args) for response in responses]
+        counted = _counted(row, full[0][0], tokenizer, limits)
     except Refused as refused:
         nothing = Encoded(np.zeros(0, np.int32), 0, problem=str(refused))
         return EncodedPair(nothing, nothing, 0) if isinstance(row, Pair) else nothing
     start = min(common_prefix(prompt, ids) for ids, _ in full)
-    sides = [replace(_limited(ids, start, limits, name), left_out=lost) for ids, lost in full]
+    sides = [replace(_limited(ids, start, limits, name, counted), left_out=lost) for ids, lost in full]
     if isinstance(row, Example):
         return _with_question(sides[0], row, prompt, tokenizer, cut=len(full[0][0]) - len(sides[0].ids), limits=limits)
     if limits.truncation == "drop":  # one side too long: the pair is not measured, and both sides say so
@@ -254,8 +256,15 @@ def _question_span(row: Example, ids: list[int], tokenizer: PreTrainedTokenizerB
     return (low, len(ids) - after) if len(ids) - after > low else None
 
 
-def _limited(ids: list[int], start: int, limits: Limits, name: str) -> Encoded:
-    """Truncation of one sequence. start: index of its first response token in `ids`. name: the row's id."""
+def _counted(row: Row, ids: list[int], tokenizer: PreTrainedTokenizerBase, limits: Limits) -> np.ndarray | None:
+    """The positions of all assistant turns' tokens, where they count; None where the completion alone does."""
+    if limits.turns == "last" or isinstance(row, Pair) or row.completion is None or isinstance(row.prompt, str):
+        return None
+    return assistant_tokens(tokenizer, (*row.prompt, *turns(row.completion)), ids, row.template_args)
+
+
+def _limited(ids: list[int], start: int, limits: Limits, name: str, counted: np.ndarray | None = None) -> Encoded:
+    """Truncation of one sequence. start: index of its first response token in `ids`. name: the row's id. counted: as in `Encoded`."""
     limit, length = limits.max_length, len(ids)
     truncated = limit is not None and length > limit
     problem = None
@@ -267,15 +276,20 @@ def _limited(ids: list[int], start: int, limits: Limits, name: str) -> Encoded:
         if limits.truncation == "drop":
             problem = f"{length} tokens, max_length is {limit}"
         elif limits.truncation == "keep_start":
-            if start >= limit:
+            if start >= limit and counted is None:
                 problem = f"the prompt alone has {start} tokens, max_length is {limit}: nothing of the response is left"
             ids = ids[:limit]
         else:
             ids, start = ids[length - limit :], max(start - (length - limit), 0)
+            counted = None if counted is None else counted - (length - limit)
     start = min(max(start, 1), len(ids))
-    if problem is None and start >= len(ids):
+    if counted is not None:
+        counted = counted[(counted >= 1) & (counted < len(ids))]
+    if problem is None and not (start < len(ids) if counted is None else len(counted)):
         problem = "the response has no tokens that can be predicted"
-    return Encoded(np.asarray(ids, np.int32), start, truncated, problem)
+        if counted is not None:
+            problem = f"no token of an assistant turn is {'left within max_length' if truncated else 'there'}"
+    return Encoded(np.asarray(ids, np.int32), start, truncated, problem, counted=counted)
 
 
 def _ids(
@@ -285,7 +299,6 @@ def _ids(
 
     Plain text ends with EOS, as TRL appends it; of messages the template says how they end.
     """
-    bos = tokenizer.bos_token_id
     lost: tuple[str, ...] = ()
     if isinstance(prompt, str):
         ids = _plain_ids(tokenizer, prompt, None if response is None else str(response))
@@ -297,9 +310,7 @@ def _ids(
         text = render(tokenizer, (*prompt, *reply), generation_prompt=False, template_args=template_args)
         ids = ids_of(tokenizer, text)
         lost = (*left_out(prompt, text), *left_out(reply, text, of_reply=True))
-    while len(ids) > 1 and bos is not None and ids[0] == ids[1] == bos:
-        ids.pop(0)
-    return ids, tuple(dict.fromkeys(lost))
+    return one_bos(ids, tokenizer.bos_token_id), tuple(dict.fromkeys(lost))
 
 
 def _plain_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str | None) -> list[int]:

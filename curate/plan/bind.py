@@ -42,6 +42,13 @@ class Binder:
         measurement = self._measurement(column, optional)
         if measurement is None:
             return
+        if self.recipe.tokens.turns == "all" and (measurement.without_prompt or measurement.reads == "neighbours"):
+            if optional:
+                return
+            raise UsageError(
+                f"A score needs {column}, which is of one completion after its prompt, and tokens.turns: all counts every assistant turn. Leave the "
+                "score out, or measure the last turn: `--set tokens.turns=last`."
+            )
         optional = optional and not measurement.perturbed  # who names the function wants its perturbations measured
         if optional and measurement.name not in self._names:
             return  # never a reason to measure, nor to ask a server

@@ -114,7 +114,8 @@ class Directions:
         tokens = self.recipe.tokens
         engine = self.ids.engine("direction", checkpoint)
         encoding = [engine, self.ids.tokenizer(checkpoint), tokens.max_length, tokens.truncation]
-        return [*encoding, self.recipe.gradients.parameters]
+        turns = [f"turns {tokens.turns}"] if tokens.turns != "last" else []
+        return [*encoding, *turns, self.recipe.gradients.parameters]
 
     # ---- Adam's state -------------------------------------------------------------------------------------------------------------------
 

@@ -80,7 +80,7 @@ class Identity:
         """`params_of`, of files and modules of the user's too: a grader, a few-shot prompt."""
         recipe = self.recipe
         about = [recipe.tokens, recipe.sampling, recipe.gradients] if measurement.reads != "tokens" else [recipe.tokens]
-        settings = content_id(tokenizer, recipe.engine.seed, *(one.model_dump(mode="json") for one in about))
+        settings = content_id(tokenizer, recipe.engine.seed, *(one.settings() for one in about))
         shots = recipe.sampling.few_shot
         gone = bool(shots) and "\n" not in str(shots) and not self.loaded.resolve(str(shots)).is_file()
         few_shot: str | None = None
@@ -92,7 +92,8 @@ class Identity:
         return dict(self.kept.ask(f"settings of {measurement.name} {settings}", find, gone=gone))
 
     def _rendering(self, measurement: Measurement, checkpoint: Checkpoint) -> dict[str, Any]:
-        question = f"rendering ({self.recipe.tokens.chat}, {measurement.name})"
+        turns = ", all turns" if self.recipe.tokens.turns == "all" else ""
+        question = f"rendering ({self.recipe.tokens.chat}{turns}, {measurement.name})"
         find = lambda: self.renderings.of(checkpoint).params(measurement)  # noqa: E731
         return self.kept.of_model(question, checkpoint, find, before=self.loaded.formats is None)
 

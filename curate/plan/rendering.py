@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from curate.measurements import Measurement
     from curate.models.checkpoints import Checkpoint
     from curate.models.fingerprints import FingerprintCache
-    from curate.passes.tokens import Limits
+    from curate.passes.tokens import Limits, Turns
     from curate.recipe.load import Loaded
     from curate.store import Store
 
@@ -38,6 +38,7 @@ class Rendering:
     """How rows become text for one tokenizer. chat: rows of plain text go through the template. messages: there are rows of messages too.
 
     plain: there are rows of plain text. template: what is known of the tokenizer's, None where it has none (or where a server has it).
+    turns: tokens.turns.
     """
 
     chat: bool
@@ -45,6 +46,7 @@ class Rendering:
     messages: bool
     template: Template | None = None
     pairs: bool = False
+    turns: Turns = "last"
 
     def params(self, measurement: Measurement) -> dict[str, Any]:
         """What a measurement's values depend on here, beyond the tokenizer. Empty where rows are rendered as they were before 2026-11."""
@@ -58,6 +60,8 @@ class Rendering:
             params["template_end"] = "none" if self.template.refuses is None else "unknown"
         if self.pairs and not self.template.keeps_reasoning:
             params["same_tokens"] = "unknown"
+        if self.turns == "all" and measurement.reads != "sample":
+            params["turns"] = "all" if self.template.marks_turns else "all, by rendering"
         return params
 
     def notes(self, model: str, rule: str) -> list[str]:
@@ -92,12 +96,26 @@ class Rendering:
                 f"The chat template of {model} ends a reply with {template.end}, which does not end an answer when it is sampled (that is "
                 f"{', '.join(template.stops)}): set eos_token_id in generation_config.json, or `sampling.stop: ['{template.end}']`."
             )
+        if self.turns == "all":
+            notes.append(turns_text(f"of {model}", marked=template.marks_turns))
         if template.dated:
             notes.append(
                 f"The chat template of {model} writes today's date into the prompt; {DATE:%d %B %Y} stands there in every measurement, so that "
                 "values do not depend on the day. TRL and servers write the day's own."
             )
         return notes
+
+
+def turns_text(whose: str, *, marked: bool) -> str:
+    """What a plan and a card say of `tokens.turns: all`. whose: whose chat template it is. marked: whether it has {% generation %}."""
+    text = "Every assistant turn of a row counts, all together as its completion (tokens.turns: all), as TRL's assistant_only_loss trains them"
+    if marked:
+        return f"{text}."
+    return (
+        f"{text}. The chat template {whose} has no {{% generation %}} around them: where they stand was found by rendering each conversation up to "
+        "them, and TRL trains so only with a template that has it (it refuses others, or takes one of its own). "
+        "Write {% generation %}…{% endgeneration %} into chat_template.jinja, and measure with that."
+    )
 
 
 class Renderings:
@@ -128,12 +146,18 @@ class Renderings:
                 "plain text: `--set tokens.chat=auto`."
             )
         chat = plain and (rule == "always" or (rule == "auto" and template is not None and self._questions()))
+        if self.loaded.recipe.tokens.turns == "all" and plain and not chat:
+            raise UsageError(
+                "tokens.turns: all counts the assistant's turns of a conversation, and there are rows of plain text, which have none. Measure their "
+                "completions (`--set tokens.turns=last`), or take them as messages: `--set tokens.chat=always`."
+            )
         return self._rendering(chat, template)
 
     def _rendering(self, chat: bool, template: Template | None) -> Rendering:
         plain, messages = "standard" in self.styles, "conversational" in self.styles
         messages = messages or bool(self.loaded.recipe.targets)
-        return Rendering(chat and plain, plain, messages, template, self.loaded.recipe.kind == "preference")
+        pairs, turns = self.loaded.recipe.kind == "preference", self.loaded.recipe.tokens.turns
+        return Rendering(chat and plain, plain, messages, template, pairs, turns)
 
     def _questions(self) -> bool:
         """Whether the recipe's rows are questions with answers, by the format that they were read in."""
@@ -176,7 +200,7 @@ def limits_for(loaded: Loaded, rows: Iterable[Row], checkpoint: Checkpoint) -> L
 
     renderings = Renderings(loaded, FingerprintCache(None), {row.style for row in rows})
     tokens = loaded.recipe.tokens
-    return Limits(tokens.max_length, tokens.truncation, renderings.of(checkpoint).chat)
+    return Limits(tokens.max_length, tokens.truncation, renderings.of(checkpoint).chat, tokens.turns)
 
 
 def measured_as(store: Store, recipe: str) -> dict[str, Any]:
@@ -186,7 +210,9 @@ def measured_as(store: Store, recipe: str) -> dict[str, Any]:
     for measured in store.measured():
         if measured.fingerprint in fingerprints:
             params |= {
-                key: value for key, value in measured.params.items() if key in ("chat", "template_end", "template_date")
+                key: value
+                for key, value in measured.params.items()
+                if key in ("chat", "template_end", "template_date", "turns")
             }
     return params
 
@@ -205,6 +231,8 @@ def card_notes(measured: dict[str, Any], rule: str, styles: Collection[str]) -> 
             "The model's chat template ends a reply with no special token: none was measured, and a training on these rows teaches none, so answers "
             "run to their longest length."
         )
+    if turns := measured.get("turns"):
+        notes.append(turns_text("that they were measured with", marked=turns == "all"))
     if day := measured.get("template_date"):
         notes.append(
             f"The model's chat template writes a date into prompts: {day} in every measurement, the day's own in a training."

@@ -26,6 +26,8 @@ def unused_settings(loaded: Loaded, plan: Plan) -> list[str]:
             unused.append("server.url")
     elif recipe.server.url and recipe.engine.sampler != "openai":
         unused.append(f"server.url (engine.sampler is {recipe.engine.sampler})")
+    if recipe.tokens.turns != "last" and passes <= {"sample"}:
+        unused.append("tokens.turns")
     if not gradients:
         unused += _changed("gradients", recipe.gradients)
     if "direction" not in passes:

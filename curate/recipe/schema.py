@@ -107,6 +107,15 @@ class Recipe(Strict):
         return self
 
     @model_validator(mode="after")
+    def turns_are_of_examples(self) -> Recipe:
+        if self.tokens.turns == "all" and self.kind == "preference":
+            raise ValueError(
+                "tokens.turns: all is for kind: sft; of a preference pair the chosen and the rejected response are measured, and no turn before "
+                "them (`--set tokens.turns=last`)"
+            )
+        return self
+
+    @model_validator(mode="after")
     def server_is_meant(self) -> Recipe:
         if self.server.url and self.engine.sampler == "auto":
             raise ValueError(

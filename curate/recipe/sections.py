@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
@@ -11,7 +11,15 @@ from curate.recipe.doors import PathText, address
 
 
 class Strict(BaseModel):
+    """A section. later: keys that recipes did not have at first; stores know nothing of them where they are not set."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    later: ClassVar[frozenset[str]] = frozenset()
+
+    def settings(self) -> dict[str, Any]:
+        """The section as stores know it: `later` keys only where they are not their defaults."""
+        unset = {key for key in self.later if getattr(self, key) == type(self).model_fields[key].default}
+        return self.model_dump(mode="json", exclude=unset)
 
 
 class Revisions(Strict):
@@ -81,6 +89,11 @@ class Tokens(Strict):
         "auto",
         description="rows of plain text as messages, through the model's chat template: auto (question/answer rows, where it has one), always, never",
     )
+    turns: Literal["last", "all"] = Field(
+        "last",
+        description="which of an SFT conversation's assistant turns are measured: its last, or all as one completion (TRL's assistant_only_loss)",
+    )
+    later = frozenset({"turns"})
 
 
 class Engine(Strict):

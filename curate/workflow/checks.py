@@ -113,7 +113,7 @@ def export_can_be_written(ahead: Ahead) -> None:
 
 def _check_format(ahead: Ahead, format: str) -> None:
     """ValidationError where no row that was looked at can be written in the format; which are kept is not known yet."""
-    from curate.data.exported import ExportRow, Plan, both_responses
+    from curate.data.exported import ExportRow, Plan, both_responses, is_plain_row
 
     trouble: ValidationError | None = None
     for row in _rows(ahead, ahead.sources.get("train", [])):
@@ -122,7 +122,7 @@ def _check_format(ahead: Ahead, format: str) -> None:
             if format == "extend":
                 list(both_responses(iter([found])))
             else:
-                Plan.of(found, format).kept(found)
+                Plan.of(found, format, as_json=not is_plain_row(row)).kept(found)
             return
         except ValidationError as error:
             trouble = trouble or error

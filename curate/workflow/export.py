@@ -146,7 +146,8 @@ def _trained_as(loaded: Loaded) -> Any:
     recipe = loaded.recipe
     beta = beta_of(recipe) if asks_for_beta(recipe) else None
     unlike = [] if beta is None else deviation_text(requested_scores(loaded), beta)
-    return TrainedAs(recipe.tokens.max_length, recipe.tokens.truncation, beta, bool(_flagged(loaded)), tuple(unlike))
+    tokens = recipe.tokens
+    return TrainedAs(tokens.max_length, tokens.truncation, beta, bool(_flagged(loaded)), tuple(unlike), tokens.turns)
 
 
 def _flagged(loaded: Loaded) -> str:

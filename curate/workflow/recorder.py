@@ -171,7 +171,7 @@ class Recorder(TrainerCallback):
         from curate.passes.tokens import Limits, encode
 
         tokens = self.loaded.recipe.tokens
-        limits = Limits(tokens.max_length, tokens.truncation, self.rendering.chat)
+        limits = Limits(tokens.max_length, tokens.truncation, self.rendering.chat, tokens.turns)
         self.encoded = [encode(row, self.tokenizer, limits) for row in self.rows]
         self._write_tokens()
 

@@ -64,7 +64,8 @@ class Measuring:
             list(rows),
             [checkpoint.fingerprint for checkpoint in checkpoints],
             cache.tokenizer(Path(checkpoints[-1].tokenizer)),
-            limits.model_dump(exclude={"chat"}) | rendering.params(MEASUREMENTS["likelihood"]),
+            {"max_length": limits.max_length, "truncation": limits.truncation}
+            | rendering.params(MEASUREMENTS["likelihood"]),
             engine_identity(dtype=self.dtype, device=engine.device),
             tolerance,
         )
@@ -114,7 +115,7 @@ class Measuring:
 
         tokens = self.loaded.recipe.tokens
         tokenizer = load_tokenizer(self.checkpoints[-1].tokenizer)
-        limits = Limits(tokens.max_length, tokens.truncation, self.chat)
+        limits = Limits(tokens.max_length, tokens.truncation, self.chat, tokens.turns)
         nothing = Encoded(np.zeros(0, np.int32), 0, problem="no text")
         return [nothing if row is None else encode(row, tokenizer, limits) for row in self.rows.values()]
 

@@ -171,7 +171,7 @@ def run(
     ends = [*graph.starts[per_row::per_row], graph.n_tokens]
     owned = [graph.starts[i : i + per_row] for i in range(0, len(graph.starts), per_row)]
     spans = [(own[0], own[1] if per_row == 2 else end, end) for own, end in zip(owned, ends)]
-    counts = np.cumsum([0] + [len(item.ids) - item.start for item in graph.sequences]).tolist()
+    counts = np.cumsum([0] + [len(item.targets) for item in graph.sequences]).tolist()
     responses = [(counts[i], counts[i + 1], counts[i + per_row]) for i in range(0, len(graph.sequences), per_row)]
     first = line = None
     if not graph.padded and len(shared.ids) < graph.n_tokens:

@@ -50,8 +50,8 @@ class Graph:
         if model.layout == "padded":
             n_tokens = longest * len(sequences)
             where = [np.arange(i * longest, i * longest + len(item.ids)) for i, item in enumerate(sequences)]
-        at = np.concatenate([w[i.start - 1 : len(i.ids) - 1] for w, i in zip(where, sequences)])
-        tokens = np.concatenate([i.ids[i.start :] for i in sequences])
+        at = np.concatenate([w[i.targets - 1] for w, i in zip(where, sequences)])
+        tokens = np.concatenate([i.ids[i.targets] for i in sequences])
         predicting, predicted = (torch.from_numpy(x.astype(np.int64)).to(model.device) for x in (at, tokens))
         return cls(model, sequences, layout, n_tokens, [int(w[0]) for w in where], where, predicting, predicted)
 

@@ -178,11 +178,9 @@ def _head(
     """
     items, rows = bundle.items, np.asarray(bundle.rows)
     sides = len(items) // len(rows)
-    counts = torch.tensor([len(item.ids) - item.start for item in items])
-    at = torch.from_numpy(np.concatenate([w[i.start - 1 : len(i.ids) - 1] for i, w in zip(items, where)])).to(
-        model.device
-    )
-    tokens = torch.from_numpy(np.concatenate([i.ids[i.start :] for i in items]).astype(np.int64)).to(model.device)
+    counts = torch.tensor([len(item.targets) for item in items])
+    at = torch.from_numpy(np.concatenate([w[i.targets - 1] for i, w in zip(items, where)])).to(model.device)
+    tokens = torch.from_numpy(np.concatenate([i.ids[i.targets] for i in items]).astype(np.int64)).to(model.device)
     side_of = torch.arange(len(items)).repeat_interleave(counts).to(model.device)  # (N,)
     ends = counts.view(-1, sides).sum(1).cumsum(0)
 

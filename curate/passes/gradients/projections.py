@@ -67,7 +67,11 @@ def by_gradients(
     rules, memory = _rules(model, directions)
     count = len(next(iter(directions.values())))
     out = np.full((len(encoded), count), np.nan)
-    items = {i: [Item(i, "completion", row.ids, row.start)] for i, row in enumerate(encoded) if row.problem is None}
+    items = {
+        i: [Item(i, "completion", row.ids, row.start, row.counted)]
+        for i, row in enumerate(encoded)
+        if row.problem is None
+    }
     if not items:
         return out
     check_lengths(model, items)
@@ -116,12 +120,10 @@ def _project_batch(model: Model, rules: Rules, directions: Directions, items: li
     along = _Projector(model, directions, len(items), longest)
     capture = Capture(rules, along, len(items) * longest)
     device = model.device
-    at = np.concatenate(
-        [np.arange(i * longest + t.start - 1, i * longest + len(t.ids) - 1) for i, t in enumerate(items)]
-    )
+    at = np.concatenate([i * longest + t.targets - 1 for i, t in enumerate(items)])
     where = torch.from_numpy(at).to(device)  # (M,) positions that predict
-    tokens = torch.from_numpy(np.concatenate([t.ids[t.start :] for t in items]).astype(np.int64)).to(device)
-    counts = np.asarray([len(t.ids) - t.start for t in items])
+    tokens = torch.from_numpy(np.concatenate([t.ids[t.targets] for t in items]).astype(np.int64)).to(device)
+    counts = np.asarray([len(t.targets) for t in items])
     ends = np.cumsum([0, *counts])
     spans = [(int(a), int(b), int(b)) for a, b in itertools.pairwise(ends)]
     with torch.enable_grad(), capture.installed():

@@ -277,7 +277,7 @@ def _head(
     sink: Sink,
 ) -> torch.Tensor:
     """(N, d) gradients of f at the final states. The LM head's own parts go to the sink."""
-    lengths = [[len(item.ids) - item.start for item in row] for row in rows]
+    lengths = [[len(item.targets) for item in row] for row in rows]
     ends = np.cumsum([0] + [sum(row) for row in lengths]).tolist()
     spans = list(pairwise(ends))
     predicting = states[at]

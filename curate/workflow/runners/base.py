@@ -74,7 +74,8 @@ class Runner:
     def _limits(self) -> Any:
         from curate.passes.tokens import Limits
 
-        return Limits(self.recipe.tokens.max_length, self.recipe.tokens.truncation, self.chat)
+        tokens = self.recipe.tokens
+        return Limits(tokens.max_length, tokens.truncation, self.chat, tokens.turns)
 
     def _encode(self, rows: list[Row]) -> list[Any]:
         from curate.passes.tokens import encode
