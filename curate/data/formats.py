@@ -37,6 +37,7 @@ FORMATS = {
     "kto": "messages, or prompt and completion, with a label: unpaired preferences (TRL)",
     "alpaca": "instruction, input, output (or response)",
     "question_answer": "question (or prompt), answer; a final answer stands after '####' or in final_answer",
+    "prompts": "prompt (or question), answer (or final_answer): to sample and grade, without a completion (RLVR)",
 }  # beside each prompt: system, and history where it is text
 THOUSANDS = re.compile(r"[^\d\s,(\[{]*\d{1,3}(?:,\d{3})+(?!\d)[^,]*")
 KNOWN_COLUMNS = (
@@ -102,6 +103,8 @@ def layouts(
         for prompt in ("question", "prompt"):
             if prompt in columns:
                 add("question_answer", question_answer, prompt, "answer")
+    if (prompt := first("prompt", "question")) and (reply := first("answer", "final_answer")):
+        add("prompts", prompts, prompt, reply)
     return sorted(found, key=lambda layout: -len(layout.uses & set(named)))
 
 
@@ -232,6 +235,21 @@ def question_answer(raw: dict[str, Any], layout: Layout, problems: list[Problem]
     if isinstance(value, str):
         completion = value  # as it stands: its leading space belongs to it
     return example(prompt, completion, raw, problems, (layout.prompt, "answer"))
+
+
+def prompts(raw: dict[str, Any], layout: Layout, problems: list[Problem]) -> Row | None:
+    """A prompt and what its samples are graded by: of an answer with '####', what stands behind it."""
+    prompt = prompt_of(raw, layout, problems)
+    value = raw.get(layout.reply, MISSING)
+    text = answer_text(value)
+    answer = final_answer({**raw, "answer": value}, text) if text else None
+    if answer is None:
+        problems.append((layout.reply, describe(value), "the answer that samples are graded by: text or a number"))
+    if prompt is not None:
+        check_prompt(prompt, layout.prompt, problems)
+    if problems or prompt is None:
+        return None
+    return Example(prompt, answer=answer)
 
 
 def kto(raw: dict[str, Any], layout: Layout, problems: list[Problem]) -> Row | None:

@@ -211,6 +211,7 @@ def encode_prompt(
     return PromptTokens(text, ids, messages, truncated=True, problem=too_long)
 
 
+NO_COMPLETION = "the row has no completion"
 _NEXT_LENGTH = (
     "Raise it with `--set tokens.max_length=…`, or choose `--set tokens.truncation=keep_start` (or keep_end, drop)."
 )
@@ -218,7 +219,7 @@ _NEXT_LENGTH = (
 
 def _prompt_only(row: Example, prompt: list[int], tokenizer: PreTrainedTokenizerBase, limits: Limits) -> Encoded:
     """A row that has a prompt and perhaps an answer: something can still be read off its prompt."""
-    problem = "the row has no completion"
+    problem = NO_COMPLETION
     if limits.max_length is not None and len(prompt) > limits.max_length:
         return Encoded(np.zeros(0, np.int32), 0, truncated=True, problem=problem)
     encoded = Encoded(np.asarray(prompt, np.int32), len(prompt), problem=problem)

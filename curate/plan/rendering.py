@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from curate.recipe.load import Loaded
     from curate.store import Store
 
-QUESTIONS = "question_answer"  # the format that auto asks as a chat
+QUESTIONS = {"question_answer", "prompts"}  # the formats that auto asks as a chat
 OF_MESSAGES = {"messages", "sharegpt", "implicit", "sharegpt_preference"}  # formats without plain text
 LOOKED_AT = 1000  # rows that a plan renders to see what the template leaves out
 
@@ -166,17 +166,17 @@ class Renderings:
         if self.loaded.formats is None:  # nothing was read now: as it was measured
             return self.store is not None and any(m.params.get("chat") for m in self.store.measured())
         formats = set(self.loaded.formats()) - OF_MESSAGES
-        if QUESTIONS in formats and len(formats) > 1:
+        if formats & QUESTIONS and formats - QUESTIONS:
             raise UsageError(
                 f"tokens.chat: the sources are of several formats ({', '.join(sorted(formats))}): questions with answers would be asked as a chat, "
                 "the others as plain text, and an export holds one sort of rows. Say which: `--set tokens.chat=always` or `--set tokens.chat=never`."
             )
-        return formats == {QUESTIONS}
+        return bool(formats) and formats <= QUESTIONS
 
     def _some_questions(self) -> bool:
         """Whether any source holds questions with answers; beside others too, where all are asked as plain text."""
         formats = set(self.loaded.formats()) if self.loaded.recipe.kind == "sft" and self.loaded.formats else set()
-        return QUESTIONS in formats
+        return bool(formats & QUESTIONS)
 
     def notes(self, checkpoints: Iterable[Checkpoint]) -> list[str]:
         """A line for each thing to know of the models' templates, each once."""

@@ -17,6 +17,7 @@ from curate.scores import (
     premem,  # noqa: F401
     ranking,  # noqa: F401
     ranking_values,  # noqa: F401
+    rates,  # noqa: F401
     squeezing,  # noqa: F401
     trajectories,  # noqa: F401
 )

@@ -69,6 +69,46 @@ def weights_are_there(ahead: Ahead) -> None:
             )
 
 
+def completions_are_there(ahead: Ahead) -> None:
+    """Prompts can be sampled and graded; what is measured on completions needs one. Where only some rows have it, the others are NULL."""
+    tasks = [
+        task
+        for step in ahead.plan.steps
+        if step.reads in OF_WEIGHTS
+        for task in step.tasks
+        if not task.measurement.prompt_only
+    ]
+    if ahead.loaded.recipe.kind != "sft" or not tasks:
+        return
+    sources = ahead.sources.get("train") or None
+    query = "SELECT count(*) AS rows, count(completion) AS whole FROM rows WHERE kind = 'sft' AND prompt IS NOT NULL"
+    rows, whole = ahead.store.sql(query, source=sources).row(0)
+    if rows and not whole:
+        columns = {column for task in tasks for column in task.measurement.columns}
+        needing = [
+            want.name
+            for want in ahead.plan.wanted
+            if any(want.need(text).column in columns for text in want.score.needs)
+        ]
+        raise ValidationError(
+            f"The {rows:,} rows are prompts with answers and have no completion, and {', '.join(needing or sorted(columns))} would be measured on "
+            "completions. Take scores of sampled answers alone (pass_rate, pass_at, accuracy), or name the column of completions with "
+            "`--set source.columns.completion=…`."
+        )
+
+
+def samples_are_enough(ahead: Ahead) -> None:
+    """pass@k of fewer than k samples is NULL in every row."""
+    samples = ahead.loaded.recipe.sampling.samples
+    short = [want for want in ahead.plan.wanted if want.score.name == "pass_at" and want.params["k"] > samples]
+    if short and any(step.reads == "sample" for step in ahead.plan.steps):
+        k = short[0].params["k"]
+        raise UsageError(
+            f"{short[0].name}: pass_at needs k samples a row; k is {k} and sampling.samples {samples}. Sample more with `--set sampling.samples={k}`, "
+            f"or ask for a smaller k."
+        )
+
+
 def columns_exist(ahead: Ahead, staged: str) -> None:
     """A misspelt column in `select` or `export` is said before anything is measured, not in the morning. staged: the name of the recipe's views as
     they will be.
@@ -177,6 +217,8 @@ def rows_become_prompts(ahead: Ahead) -> None:
 
 CHECKS: list[Callable[[Ahead], None]] = [
     weights_are_there,
+    completions_are_there,
+    samples_are_enough,
     export_can_be_written,
     store_can_be_written,
     engine_is_there,

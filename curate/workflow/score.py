@@ -92,22 +92,25 @@ def compute_dataset_values(columns: Columns, wanted: Sequence[RequestedScore], p
     """Every dataset value whose columns are known, with its interval, per run and checkpoint where it is over checkpoints.
 
     A threshold that the recipe sets for a score is used for the dataset values that share the parameter, and so is DPO's β; those about one score are
-    computed where the recipe asks for it, with its settings.
+    computed where the recipe asks for it, with its settings (of a name that they do not tell apart, with the first).
     """
     from curate.scores import DATASET_VALUES
 
     if not columns.row_ids:
         return []
     shared = _shared_settings(columns.plan, wanted)
-    result = []
+    result: list[DatasetValue] = []
     for declared in DATASET_VALUES.values():
-        about = next((want.params for want in wanted if want.score.name == declared.of), None)
-        if (prefix and declared.name in OF_TRAINED_ROWS) or (declared.of and about is None):
+        if prefix and declared.name in OF_TRAINED_ROWS:
             continue
-        settings = shared if about is None else about
-        params = {key: settings[key] for key in declared.parameters if key in settings}
-        for series in columns.runs(declared.over):
-            result += _dataset_values(columns, declared, params, series, prefix)
+        about = [want.params for want in wanted if want.score.name == declared.of] if declared.of else [shared]
+        known: dict[tuple[str, str, str], DatasetValue] = {}
+        for settings in about:
+            params = {key: settings[key] for key in declared.parameters if key in settings}
+            for series in columns.runs(declared.over):
+                for value in _dataset_values(columns, declared, params, series, prefix):
+                    known.setdefault((value.name, value.run, value.checkpoint), value)  # two settings: the first
+        result += known.values()
     return result
 
 

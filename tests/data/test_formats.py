@@ -199,6 +199,14 @@ CASES = [
     ),
     ("question_answer", {"question": "q", "answer": 51.0}, Example("q", "51", answer="51"), {}),
     ("question_answer", {"prompt": "q", "answer": " Paris"}, Example("q", " Paris", answer="Paris"), {}),
+    # prompts of RL: nothing to train on, something to grade samples by
+    ("prompts", {"prompt": "q", "final_answer": 5.0}, Example("q", answer="5"), {}),
+    ("prompts", {"prompt": [user("q")], "final_answer": "x"}, Example((user("q"),), answer="x"), {}),
+]
+NAMED_PROMPTS = [  # with `format: prompts`, columns that are another format otherwise
+    ({"question": "q", "answer": "so\n#### 1,200"}, Example("q", answer="1200"), {}),
+    ({"prompt": [user("q")], "answer": "5", "completion": "c"}, Example((user("q"),), answer="5"), {"completion": "c"}),
+    ({"prompt": "q", "answer": "long", "final_answer": "5"}, Example("q", answer="5"), {"final_answer": "5"}),
 ]
 
 
@@ -213,6 +221,18 @@ def test_a_row_of_each_format(records, name, raw, row, columns):
 def test_a_named_format_reads_the_same(records, name, raw, row, columns):
     _, [record] = records([raw], format=name, kind=row.kind)
     assert (record.row, record.columns) == (row, columns)
+
+
+@pytest.mark.parametrize(("raw", "row", "columns"), NAMED_PROMPTS)
+def test_rows_with_a_reply_are_prompts_where_that_is_said(records, raw, row, columns):
+    _, [record] = records([raw], format="prompts", kind="sft")
+    assert (record.row, record.columns, record.defects) == (row, columns, ())
+
+
+@pytest.mark.parametrize("answer", [None, " ", "so\n####", ["5"]])
+def test_a_prompt_needs_an_answer(records, answer):
+    _, [record] = records([{"prompt": "q", "answer": answer}], format="prompts")
+    assert record.row is None and record.defects[0].column == "answer"
 
 
 def test_every_format_has_a_case():

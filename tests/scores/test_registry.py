@@ -16,7 +16,7 @@ NOW = {
     "fluent", "confidence", "variability", "correctness", "forgetting_events", "first_learned_step", "never_learned",
     "loss_drop", "learning_impact", "phase", "limem", "map_region", "neighbour_excess", "flipped", "flip_step", "never_flipped",
     "batch_forecast", "margin_forecast", "head_forecast", "displacement_contribution", "influence",
-    "influence_cosine", "influence_group",
+    "influence_cosine", "influence_group", "pass_rate", "pass_rate_low", "pass_rate_high", "pass_at", "pass_band",
 }  # fmt: skip
 NO_DEFAULT = {name: {"target": "refusals"} for name in ("influence", "influence_cosine", "influence_group")}
 ONE_OF = {"limem": ("perturbed_accuracy",)}  # of what else it may read, it must have one

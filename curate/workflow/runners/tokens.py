@@ -28,7 +28,7 @@ class TokensRunner(Runner):
         super().__init__(loaded, progress)
         self.left_out: Counter[str] = Counter()
         self.name = ""
-        self.truncated = self.problems = self.seen = self.alike = 0
+        self.truncated = self.problems = self.prompts = self.seen = self.alike = 0
 
     def use(self, step: Step) -> None:
         super().use(step)
@@ -38,13 +38,15 @@ class TokensRunner(Runner):
         self, rows: list[Row], row_ids: Sequence[str], measurements: list[Any]
     ) -> tuple[Mapping[str, Any], None, int]:
         from curate.measurements import measure_tokens
+        from curate.passes.tokens import NO_COMPLETION
 
         encoded = self._encode(rows)
         columns: dict[str, Any] = dict(measure_tokens(encoded, measurements))
         columns["token_problem"] = np.array([e.problem for e in encoded], TEXT)
         self.seen += len(encoded)
         self.truncated += sum(e.truncated for e in encoded)
-        self.problems += sum(e.problem is not None for e in encoded)
+        self.problems += sum(e.problem not in (None, NO_COMPLETION) for e in encoded)
+        self.prompts += sum(e.problem == NO_COMPLETION for e in encoded)
         self.alike += sum(getattr(e, "cut_alike", False) for e in encoded)
         self.left_out.update(who for e in encoded for who in e.left_out)
         return columns, None, int(np.nansum([np.nansum(v) for k, v in columns.items() if k.endswith("_tokens")]))
@@ -56,6 +58,11 @@ class TokensRunner(Runner):
             found.append(
                 f"{self.truncated:,} of {self.seen:,} rows ({self.truncated / self.seen:.0%}) are longer than max_length {limit}; "
                 f"truncation {policy} {'leaves them unmeasured' if policy == 'drop' else 'cuts them'}."
+            )
+        if self.prompts:
+            found.append(
+                f"{self.prompts:,} rows are prompts without a completion: answers to them are sampled and graded, what is measured on a "
+                "completion is NULL."
             )
         if self.problems:
             found.append(
@@ -69,6 +76,6 @@ class TokensRunner(Runner):
             )
         if self.seen > LOOKED_AT:  # else the plan has said it
             found += lost_text(self.left_out, self.seen, self.seen, self.name)
-        self.truncated = self.problems = self.seen = self.alike = 0
+        self.truncated = self.problems = self.prompts = self.seen = self.alike = 0
         self.left_out.clear()
         return found

@@ -1,0 +1,78 @@
+"""The line for RL with verifiable rewards: prompts with answers, pass rates, a band, an export of prompts. One store, transformers, a tiny model."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+import curate
+from curate.console import Progress
+from curate.errors import UsageError, ValidationError
+from curate.recipe.load import load_recipe
+from curate.workflow.run import make_plan
+from tests.tiny_models import make_llama
+
+WORDS = ["ada", "bea", "cy", "dot", "eve", "fay", "gil", "hal", "ivy", "jo", "kit", "lou"]
+RECIPE = """
+kind: sft
+source: {path: rows.jsonl, format: prompts}
+models: {reference: model}
+tokens: {max_length: 24}
+engine: {sampler: transformers}
+sampling: {samples: 8, temperature: 1.0, top_p: 1.0, max_new_tokens: 6, grader: {regex: "([a-m])"}}
+scores: [pass_rate, pass_rate_low, pass_rate_high, {pass_at: {k: 4}}, {pass_at: {k: 8, as: pass_at_8}}, {pass_band: {low: 0.05, high: 0.6}}]
+"""
+
+
+@pytest.fixture(scope="module")
+def line(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rlvr")
+    rows = [{"prompt": f"{word} says", "answer": word[0], "level": i} for i, word in enumerate(WORDS)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "recipe.yaml").write_text(RECIPE)
+    make_llama(folder / "model", seed=3)
+    return folder / "recipe.yaml"
+
+
+@pytest.fixture(scope="module")
+def measured(line):
+    return curate.run(line)
+
+
+def test_prompts_are_sampled_graded_and_scored(measured):
+    scored = measured.store.sql("SELECT * FROM scored ORDER BY row_id")
+    assert scored["completion"].null_count() == len(WORDS) and scored["answer"].null_count() == 0
+    counted = measured.store.sql("SELECT row_id, avg(correct::INT) AS p FROM samples GROUP BY 1 ORDER BY 1")
+    np.testing.assert_array_equal(scored["pass_rate"], counted["p"])
+    assert scored["pass_rate"].n_unique() > 1  # there is something to tell apart
+    np.testing.assert_array_equal(scored["pass_at_8"], scored["pass_rate"] > 0)
+    values = measured.store.sql("SELECT name, value, n FROM dataset_values")
+    named = dict(zip(values["name"], values["value"], strict=True))
+    assert named["pass_rate_all_wrong"] == (scored["pass_rate"] == 0).mean()
+    assert {"pass_at_4", "pass_at_8", "pass_band_undecided"} <= set(named)
+
+
+def test_a_score_of_completions_is_refused_before_anything_runs(line, measured):
+    with pytest.raises(ValidationError, match="12 rows are prompts .* have no completion, and target_nll"):
+        make_plan(load_recipe(line, set=["scores=[accuracy, target_nll]"]), progress=Progress(quiet=True))
+
+
+def test_more_samples_than_are_drawn_are_refused(line, measured):
+    with pytest.raises(UsageError, match="k is 9 and sampling.samples 8"):
+        make_plan(load_recipe(line, set=["scores=[{pass_at: {k: 9}}]"]), progress=Progress(quiet=True))
+
+
+def test_questions_are_asked_as_a_chat_whichever_way_they_were_read(line, tmp_path):
+    """`tokens.chat: auto` takes prompts with answers as it takes question/answer rows."""
+    make_llama(tmp_path / "chatty", seed=3, template=True)
+    set_ = [f"models.reference={tmp_path / 'chatty'}"]
+    texts = [
+        make_plan(
+            load_recipe(line, set=[*set_, f"source.format={format}"], store=tmp_path / format),
+            progress=Progress(quiet=True),
+        ).text()
+        for format in ("prompts", "question_answer")
+    ]
+    assert all("through the chat template of chatty" in text for text in texts)
