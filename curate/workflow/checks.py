@@ -104,8 +104,8 @@ def samples_are_enough(ahead: Ahead) -> None:
     if short and any(step.reads == "sample" for step in ahead.plan.steps):
         k = short[0].params["k"]
         raise UsageError(
-            f"{short[0].name}: pass_at needs k samples a row; k is {k} and sampling.samples {samples}. Sample more with `--set sampling.samples={k}`, "
-            f"or ask for a smaller k."
+            f"{short[0].name}: pass_at needs k samples a row; k is {k} and sampling.samples {samples}. Sample more with "
+            f"`--set sampling.samples={k}`, or ask for a smaller k."
         )
 
 
