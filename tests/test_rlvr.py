@@ -3,18 +3,35 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
+import sys
+from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 import curate
+from curate.cli import main
 from curate.console import Progress
+from curate.data import ExportRow, export
+from curate.data.trainers import TRAINERS
 from curate.errors import UsageError, ValidationError
 from curate.recipe.load import load_recipe
+from curate.rows import Example
 from curate.workflow.run import make_plan
 from tests.tiny_models import make_llama
 
 WORDS = ["ada", "bea", "cy", "dot", "eve", "fay", "gil", "hal", "ivy", "jo", "kit", "lou"]
+PAIRS = """
+kind: preference
+source: pairs.jsonl
+models: {reference: model}
+scores: [edit_distance]
+select: {order_by: score desc, keep: {rows: 2}}
+export: {to: out/pairs}
+"""
 RECIPE = """
 kind: sft
 source: {path: rows.jsonl, format: prompts}
@@ -32,8 +49,30 @@ def line(tmp_path_factory):
     rows = [{"prompt": f"{word} says", "answer": word[0], "level": i} for i, word in enumerate(WORDS)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "recipe.yaml").write_text(RECIPE)
+    (folder / "prompts.yaml").write_text(
+        f"{RECIPE}select: {{where: pass_rate < 0.9, keep: {{rows: 6}}}}\nexport: {{to: out/prompts}}\n"
+    )
+    pairs = [{"prompt": f"say {word}", "chosen": word, "rejected": "no", "score": i} for i, word in enumerate(WORDS)]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    (folder / "pairs.yaml").write_text(PAIRS)
     make_llama(folder / "model", seed=3)
     return folder / "recipe.yaml"
+
+
+@pytest.fixture
+def command(line, monkeypatch):
+    """The exit code of a `curate` command in the line's folder."""
+
+    def code(*words):
+        monkeypatch.chdir(line.parent)
+        monkeypatch.setattr(sys, "argv", ["curate", *words])
+        try:
+            main()
+        except SystemExit as leaving:
+            return int(leaving.code or 0)
+        return 0
+
+    return code
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +101,41 @@ def test_a_score_of_completions_is_refused_before_anything_runs(line, measured):
 def test_more_samples_than_are_drawn_are_refused(line, measured):
     with pytest.raises(UsageError, match="k is 9 and sampling.samples 8"):
         make_plan(load_recipe(line, set=["scores=[{pass_at: {k: 9}}]"]), progress=Progress(quiet=True))
+
+
+def test_the_commands_of_the_docs_write_every_layout(line, measured, command):
+    """docs/export.md: one command a layout."""
+    text = (Path(__file__).parent.parent / "docs" / "export.md").read_text()
+    commands = re.findall(r"^\$ curate (export \S+\.yaml .*)$", text, re.M)
+    assert {re.search(r"layout=(\w+)", words)[1] for words in commands} == {"trl", *TRAINERS}
+    for recipe in ("pairs", "prompts"):
+        curate.run(line.parent / f"{recipe}.yaml")
+    for words in commands:
+        assert command(*shlex.split(words)) == 0, words
+    kept = measured.store.sql("SELECT row_id FROM selections WHERE selection = 'prompts' AND kept")["row_id"].to_list()
+    grpo = pq.read_table(line.parent / "out" / "grpo" / "data" / "train-00000.parquet").to_pylist()
+    verl = pq.read_table(line.parent / "out" / "verl" / "data" / "train-00000.parquet").to_pylist()
+    assert sorted(row["row_id"] for row in grpo) == sorted(kept) and len(kept) == 6
+    assert [row["answer"] for row in grpo] == [row["reward_model"]["ground_truth"] for row in verl]
+    assert verl[0]["prompt"] == [{"role": "user", "content": grpo[0]["prompt"]}] and verl[0]["data_source"] == "rows"
+    assert "completion" not in grpo[0]
+
+
+def test_an_equal_control_beside_the_selection(line, measured):
+    """`export.control: random` needs no `select.control`."""
+    result = curate.run(line.parent / "prompts.yaml", set=["export.control=random", "export.to=out/chosen"])
+    control = pq.read_table(line.parent / "out" / "chosen_control" / "data" / "train-00000.parquet")
+    assert len(control) == result.exported.n_rows == 6
+    with pytest.raises(UsageError, match="export.control"):
+        load_recipe(line, set=["export={to: out, control: random}"])
+
+
+def test_completions_are_left_out_where_prompts_are_asked_for(tmp_path):
+    rows = [ExportRow(Example("q", "so #### 4", answer="4"), "1"), ExportRow(Example("r", answer="5"), "2")]
+    result = export(tmp_path / "out", rows, format="prompts")
+    assert result.layout == "trl prompts, standard"
+    read = pq.read_table(tmp_path / "out" / "data" / "train-00000.parquet").to_pylist()
+    assert read == [{"prompt": "q", "row_id": "1", "answer": "4"}, {"prompt": "r", "row_id": "2", "answer": "5"}]
 
 
 def test_questions_are_asked_as_a_chat_whichever_way_they_were_read(line, tmp_path):

@@ -79,10 +79,23 @@ def write_card(
     kind: str,
     layout: str,
     notes: Sequence[str],
+    trainer: str = "trl",
+    end: str = "parquet",
 ) -> None:
-    """Writes README.md. `existing` is the text of the card that was there, `layout` e.g. "trl preference, standard"."""
+    """Writes README.md. `existing` is the text of the card that was there, `layout` e.g. "trl preference, standard". trainer: its
+    tag. end: of the data's files.
+    """
     text = card_text(
-        card, existing=existing, split=split, n_rows=n_rows, n_dropped=n_dropped, kind=kind, layout=layout, notes=notes
+        card,
+        existing=existing,
+        split=split,
+        n_rows=n_rows,
+        n_dropped=n_dropped,
+        kind=kind,
+        layout=layout,
+        notes=notes,
+        trainer=trainer,
+        end=end,
     )
     path.write_bytes(text.encode("utf-8"))
 
@@ -97,6 +110,8 @@ def card_text(
     kind: str,
     layout: str,
     notes: Sequence[str] = (),
+    trainer: str = "trl",
+    end: str = "parquet",
 ) -> str:
     """The merged card: what a person wrote stays byte for byte, beside our keys of the head and our section of the text.
 
@@ -107,18 +122,18 @@ def card_text(
     opening, closing = ("---\n", "---\n\n")
     if found := HEAD.match(existing):
         opening, closing = found[1], found[3] if found[3].endswith("\n") else found[3] + "\n"
-    tags = ["curate", "trl", *(["preference", "dpo"] if kind == "preference" else ["sft"])]
+    tags = ["curate", trainer, *(["preference", "dpo"] if kind == "preference" else ["sft"])]
     size = next((name for limit, name in SIZES if n_rows < limit), "n>10M")
     more = dict(card.head) | ({"license": card.license} if card.license else {})
     try:
-        merged = merged_head(head, tags=tags, size=size, split=split, more=more)
+        merged = merged_head(head, tags=tags, size=size, split=split, more=more, end=end)
     except NotYaml as error:
         notes = [
             *notes,
             f"The head that README.md had is no YAML ({error}): it stands below, as text; mend it there and move it up.",
         ]
         merged, opening, closing, body = (
-            merged_head("", tags=tags, size=size, split=split, more=more),
+            merged_head("", tags=tags, size=size, split=split, more=more, end=end),
             "---\n",
             "---\n\n",
             existing,

@@ -16,7 +16,7 @@ import yaml
 from curate.recipe.yaml import Shallow, check_size
 
 HEAD = re.compile(r"\A(\ufeff?\s*---[ \t]*\r?\n)(.*?)(^---[ \t]*(?:\r?\n|\Z))", re.DOTALL | re.MULTILINE)
-OURS = re.compile(r"data/[^/]+-\*\.parquet")  # paths of an export's split
+OURS = re.compile(r"data/[^/]+-\*\.(parquet|jsonl)")  # paths of an export's split
 
 
 class NotYaml(ValueError):
@@ -29,7 +29,15 @@ def split_head(text: str) -> tuple[str, str]:
     return (found[2], text[found.end() :]) if found else ("", text)
 
 
-def merged_head(head: str, *, tags: Sequence[str], size: str, split: str, more: Mapping[str, Any] | None = None) -> str:
+def merged_head(
+    head: str,
+    *,
+    tags: Sequence[str],
+    size: str,
+    split: str,
+    more: Mapping[str, Any] | None = None,
+    end: str = "parquet",
+) -> str:
     """The head with our tags among the person's, our size category, our split in the default configuration, and what of `more` has no value yet.
 
     `dataset_info` goes: it tells sizes and features of what was there before. NotYaml says where and why the head cannot be read.
@@ -43,8 +51,9 @@ def merged_head(head: str, *, tags: Sequence[str], size: str, split: str, more: 
     head = _change(
         head, "size_categories", lambda text, node: _only(text, node, size), _listed("size_categories", [size])
     )
-    ours = _configuration(split)
-    head = _change(head, "configs", lambda text, node: _with_split(text, node, split), "configs:\n" + ours)
+    path = f"data/{split}-*.{end}"
+    ours = _configuration(split, path)
+    head = _change(head, "configs", lambda text, node: _with_split(text, node, split, path), "configs:\n" + ours)
     head = _change(head, "dataset_info", lambda text, node: "", "")
     _root(head)
     return head
@@ -125,14 +134,14 @@ def _only(text: str, node: yaml.Node, size: str) -> str:
     return text if said == [size] else _listed("size_categories", [size])
 
 
-def _with_split(text: str, node: yaml.Node, split: str) -> str:
+def _with_split(text: str, node: yaml.Node, split: str, path: str) -> str:
     """The key `configs` with our split in the configuration `default`; its other configurations, splits and keys stay as they are."""
     if not isinstance(node, yaml.SequenceNode) or not node.value:
-        return "configs:\n" + _configuration(split)
+        return "configs:\n" + _configuration(split, path)
     if node.flow_style or not all(isinstance(item, yaml.MappingNode) for item in node.value):
         return (
             "configs:\n"
-            + _configuration(split)
+            + _configuration(split, path)
             + "".join(
                 f"- {_serialized(item)}\n"
                 for item in node.value
@@ -142,24 +151,23 @@ def _with_split(text: str, node: yaml.Node, split: str) -> str:
     dash = " " * _dash(text, node.value[0])
     default = next((item for item in node.value if _value(item, "config_name") in (None, "default")), None)
     if default is None:
-        return _whole(text) + _configuration(split, dash)
-    if _is_ours(default, split):
+        return _whole(text) + _configuration(split, path, dash)
+    if _is_ours(default, split, path):
         return text
     start = text.rindex("-", 0, default.start_mark.index) - len(dash)
     end = _end(text, default)
-    return text[:start] + _configuration(split, dash, default) + text[end:]
+    return text[:start] + _configuration(split, path, dash, default) + text[end:]
 
 
-def _is_ours(config: yaml.Node, split: str) -> bool:
+def _is_ours(config: yaml.Node, split: str, path: str) -> bool:
     """Whether a configuration has our split, and no other of an export."""
     files = _files(config)
     told = [(_value(f, "split"), _value(f, "path")) for f in files]
-    return [(s, p) for s, p in told if p and OURS.fullmatch(p)] == [(split, f"data/{split}-*.parquet")]
+    return [(s, p) for s, p in told if p and OURS.fullmatch(p)] == [(split, path)]
 
 
-def _configuration(split: str, dash: str = "", default: yaml.Node | None = None) -> str:
+def _configuration(split: str, path: str, dash: str = "", default: yaml.Node | None = None) -> str:
     """Our configuration as text; of the one before, its keys and the splits that are no export's come along."""
-    path = f"data/{split}-*.parquet"
     lines = [f"{dash}- config_name: default"]
     for key, value in default.value if isinstance(default, yaml.MappingNode) else ():
         if key.value not in ("config_name", "data_files"):

@@ -6,6 +6,8 @@
     <to>/trainer_args.json                     arguments for TRL's DPOConfig or SFTConfig
     <to>/README.md                             the card
 
+For other trainers (`Files.layout`, curate/data/trainers/) data/ holds their files, and there is no save_to_disk folder.
+
 Written beside `to` and exchanged with it in one step, so that a kill leaves the old export or the new one.
 """
 
@@ -26,11 +28,27 @@ from curate.data.parts import Part, Parts, resampled
 from curate.data.replace import MARK, carry_over, check_split, check_target, replace_folder
 from curate.data.spooled import spooled
 from curate.data.trainer import FILE, TrainedAs, write_trainer_args
+from curate.data.trainers import FILES, TRAINERS
+from curate.data.trainers.base import About
+from curate.data.trainers.written import write_layout
 from curate.data.written import write_dataset, write_parquet
 from curate.errors import CurateError, UsageError, ValidationError, disk_trouble
 from curate.recipe.bounds import read_text
 
-ExportFormat = Literal["trl", "prompt_completion", "messages", "extend"]
+ExportFormat = Literal["trl", "prompt_completion", "messages", "extend", "prompts"]
+
+
+@dataclass(frozen=True)
+class Files:
+    """Which files the rows go into. layout: trl, or one of `curate.data.trainers.TRAINERS`. rows_per_file: at most so many
+    a data file; None: all in one.
+
+    source: what a layout calls the rows' source, "" where there are several.
+    """
+
+    layout: str = "trl"
+    rows_per_file: int | None = None
+    source: str = ""
 
 
 @dataclass(frozen=True)
@@ -66,12 +84,14 @@ def export(
     types: Mapping[str, str] | None = None,
     mark: Callable[[ExportResult, Path], str] = lambda result, folder: "",
     as_json: bool = False,
+    files: Files = Files(),
 ) -> ExportResult:
     """Writes an export and puts it in the place of the one before.
 
     format: trl (pairs: prompt, chosen, rejected; examples: prompt, completion, and label where rows are unpaired; prompts alone
     where there is no completion), prompt_completion (of a pair: its chosen reply), messages (text becomes a user and an assistant
-    turn), extend (both responses of a pair, one prompt/completion row each, with the column `side`).
+    turn), extend (both responses of a pair, one prompt/completion row each, with the column `side`), prompts (prompts with their answers, without
+    completions).
     sources: paths that were read, which an export never overwrites. card: what README.md says of sources, models, scores.
     resample: that many rows, each in proportion to its `weight` (systematic resampling, fixed by `seed`; copies stand together).
     push_to_hub: also to this hub dataset, which is made private if it is new.
@@ -108,6 +128,7 @@ def export(
         push_to_hub=push_to_hub,
         trainer=trainer,
         mark=mark,
+        files=files,
     )
 
 
@@ -123,6 +144,7 @@ def export_parts(
     push_to_hub: str | None = None,
     trainer: TrainedAs | None = None,
     mark: Callable[[ExportResult, Path], str] = lambda result, folder: "",
+    files: Files = Files(),
 ) -> ExportResult:
     """As `export`, of rows that are tables already. fill: what is written, from a folder for what it needs meanwhile.
     mark: from the result and the folder where it lies until it is whole, what the file that marks it as an export says of it.
@@ -138,7 +160,7 @@ def export_parts(
             existing = old_card(target / "README.md")
             with fill(staging / "work") as parts:
                 result = write_export(
-                    staging, target, parts, split, card or Card(), existing, resample, seed, trainer, mark
+                    staging, target, parts, split, card or Card(), existing, resample, seed, trainer, mark, files
                 )
             replace_folder(staging, target)
     except Exception as error:  # `datasets` has errors of its own for a full disk
@@ -164,29 +186,38 @@ def write_export(
     seed: int,
     trainer: TrainedAs | None,
     mark: Callable[[ExportResult, Path], str],
+    files: Files,
 ) -> ExportResult:
     """Writes the export into `staging`: rows, dropped rows, trainer's settings, card, and what else was in `target`."""
     kept, left, layout = parts.kept, parts.dropped, parts.layout
     rows, schema = kept.tables(), kept.schema()
     if resample is not None:
         rows = resampled(rows, kept.n_rows, resample, parts.total, seed)
-    n_rows = write_dataset(rows, schema, staging, split)
+    notes: list[str] = []
+    if files.layout == "trl":
+        n_rows = write_dataset(rows, schema, staging, split, files.rows_per_file)
+    else:
+        sort, _, style = layout.rpartition(", ")
+        about = About(sort, style == "standard", split, trainer is not None and trainer.turns == "all", files.source)
+        n_rows, notes = write_layout(files.layout, rows, schema, staging, about, files.rows_per_file)
     write_parquet(left.tables(), left.schema(), staging / "dropped" / "dropped-00000.parquet")
     other = {
         name: new for name, new in {**left.called, **kept.called}.items() if name in kept.called or name in left.own
     }
     warnings = bytes_warnings(kept)
-    notes = [*column_notes(kept, other), *warnings]
+    notes += [*column_notes(kept, other), *warnings]
     if resample is not None:
         drawn = f"{n_rows:,} rows were drawn from {kept.n_rows:,} in proportion to `weight` (seed {seed})"
         notes.append(f"{drawn}; do not weight them again.")
-    if trainer is not None:
+    if trainer is not None and files.layout == "trl":
         notes += write_trainer_args(staging, trainer, layout)
     shutil.rmtree(staging / "work")
     n_dropped, kind = left.n_rows, parts.kind
+    end = "parquet" if files.layout == "trl" or TRAINERS[files.layout].schema is not None else "jsonl"
+    layout = layout if files.layout == "trl" else f"{layout}, for {TRAINERS[files.layout].title}"
     write_card(
         staging / "README.md", card, existing=existing, split=split, n_rows=n_rows, n_dropped=n_dropped, kind=kind, layout=layout,
-        notes=notes,
+        notes=notes, trainer=files.layout, end=end,
     )  # fmt: skip
     result = ExportResult(target, n_rows, n_dropped, layout, tuple(schema.names), other, tuple(notes), tuple(warnings))
     said = "An export of curate: the next export to this folder replaces it."
@@ -238,6 +269,7 @@ def push(result: ExportResult, repository: str) -> None:
     """The export's data, dropped rows, trainer's settings and card to a hub dataset (private if it is new), the card merged with the one there."""
     import huggingface_hub
 
+    beside = sorted({FILE, *FILES})
     try:
         hub = huggingface_hub.HfApi()
         hub.create_repo(repository, repo_type="dataset", private=True, exist_ok=True)
@@ -245,8 +277,8 @@ def push(result: ExportResult, repository: str) -> None:
             repo_id=repository,
             repo_type="dataset",
             folder_path=str(result.path),
-            allow_patterns=["README.md", FILE, "data/*", "dropped/*"],
-            delete_patterns=[FILE, "data/*", "dropped/*"],
+            allow_patterns=["README.md", *beside, "data/*", "dropped/*"],
+            delete_patterns=[*beside, "data/*", "dropped/*"],
             commit_message=f"curate export: {result.n_rows} rows",
         )
     except Exception as error:  # network, login, rights: the hub's own message says which

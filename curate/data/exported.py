@@ -66,13 +66,15 @@ class Plan:
         names: tuple[str, ...]
         if format == "messages":
             names = ("messages",)
+        elif format == "prompts":
+            names = ("prompt",)
         elif isinstance(row, Pair) and format == "trl":
             names = ("prompt", "chosen", "rejected")
         elif isinstance(row, Example) and row.completion is None and format == "trl":
             names = ("prompt",)
         else:
             names = ("prompt", "completion")
-        if isinstance(row, Example) and row.label is not None:
+        if isinstance(row, Example) and row.label is not None and format != "prompts":
             names += ("label",)
         style = "conversational" if format == "messages" else row.style
         return cls(format, type(row), style, names, first.weight is not None, as_json and style == "conversational")

@@ -9,10 +9,11 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from curate.data.trainers import FILES
 from curate.errors import UsageError
 
 MARK = ".curate-export"
-OURS = frozenset((MARK, "README.md", "data", "dropped", "dataset_dict.json", "trainer_args.json"))
+OURS = frozenset((MARK, "README.md", "data", "dropped", "dataset_dict.json", "trainer_args.json", *FILES))
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
 
 

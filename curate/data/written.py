@@ -16,6 +16,31 @@ LINES = 1000  # rows of a record batch, as `datasets` writes them: one row is re
 SHARD = 500 << 20  # bytes of a file of a save_to_disk folder, as `datasets` cuts them
 
 
+def in_files(tables: Iterator[pa.Table], rows_per_file: int | None) -> Iterator[Iterator[pa.Table]]:
+    """The rows of each file, at most so many; the tables of one are read before the next is asked for. None: all in one."""
+    waiting: list[pa.Table] = []
+
+    def of_one() -> Iterator[pa.Table]:
+        room = rows_per_file
+        while room is None or room:
+            table = waiting.pop() if waiting else next(tables, None)
+            if table is None:
+                return
+            taken = table if room is None else table.slice(0, room)
+            if len(taken) < len(table):
+                waiting.append(table.slice(len(taken)))
+            room = None if room is None else room - len(taken)
+            yield taken
+
+    yield of_one()
+    while True:
+        while not waiting:
+            if (table := next(tables, None)) is None:
+                return
+            waiting += [table] if len(table) else []
+        yield of_one()
+
+
 def write_parquet(tables: Iterator[pa.Table], schema: pa.Schema, path: Path) -> int:
     """Write the rows; returns how many there were."""
     import pyarrow.parquet as pq
@@ -29,10 +54,15 @@ def write_parquet(tables: Iterator[pa.Table], schema: pa.Schema, path: Path) -> 
     return written
 
 
-def write_dataset(tables: Iterator[pa.Table], schema: pa.Schema, folder: Path, split: str) -> int:
-    """Write the rows as `data/<split>-00000.parquet` and as a save_to_disk DatasetDict of one split. Returns how many there were."""
+def write_dataset(
+    tables: Iterator[pa.Table], schema: pa.Schema, folder: Path, split: str, rows_per_file: int | None = None
+) -> int:
+    """Write the rows as `data/<split>-00000.parquet`, … and as a save_to_disk DatasetDict of one split. Returns how many there were."""
     with SavedSplit(folder / split, schema) as saved:
-        written = write_parquet(map(saved.add, tables), schema, folder / "data" / f"{split}-00000.parquet")
+        written = sum(
+            write_parquet(map(saved.add, part), schema, folder / "data" / f"{split}-{number:05d}.parquet")
+            for number, part in enumerate(in_files(tables, rows_per_file))
+        )
     (folder / "dataset_dict.json").write_text(json.dumps({"splits": [split]}))
     return written
 

@@ -102,8 +102,14 @@ class Recipe(Strict):
     def selects_what_is_there(self) -> Recipe:
         if self.select is not None and self.select.exclude and self.heldout is None:
             raise ValueError("select.exclude: heldout needs `heldout:`, the rows that are not to be selected")
+        if self.export is not None and self.export.control == "random" and self.select is not None:
+            if self.select.control == "length_matched":
+                raise ValueError("export.control is random and select.control length_matched; say one of them")
+            object.__setattr__(self, "select", self.select.model_copy(update={"control": "random"}))
         if self.export is not None and self.export.control and (self.select is None or self.select.control is None):
-            raise ValueError("export.control needs `select.control`, which says how the control is drawn")
+            raise ValueError(
+                "export.control needs `select.control`, which says how the control is drawn; or, of a `select`, say export.control: random"
+            )
         return self
 
     @model_validator(mode="after")

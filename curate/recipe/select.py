@@ -123,8 +123,15 @@ class Export(Strict):
     """Where the kept rows go, as a dataset to train on."""
 
     to: PathText = Field(description="the dataset's folder")
-    format: Literal["trl", "prompt_completion", "messages", "extend"] = Field(
-        "trl", description="extend: both responses of every pair as prompt/completion rows, for SFT before DPO"
+    format: Literal["trl", "prompt_completion", "messages", "extend", "prompts"] = Field(
+        "trl",
+        description="extend: both responses of every pair as prompt/completion rows, for SFT before DPO; prompts: prompts and answers alone, for RL",
+    )
+    layout: Literal["trl", "llama_factory", "axolotl", "openrlhf", "verl"] = Field(
+        "trl", description="the trainer whose files are written (docs/export.md)"
+    )
+    rows_per_file: int | None = Field(
+        None, ge=1, description="at most so many rows in a file of data/; null: all in one"
     )
     columns: Literal["scores", "none"] | list[str] = Field(
         "none", description="extra columns: every score, none, or a list"
@@ -134,7 +141,10 @@ class Export(Strict):
         None, ge=1, description="so many rows, drawn in proportion to their weight (TRL's trainers take no weights)"
     )
     push_to_hub: str | None = Field(None, description="also to this hub dataset")
-    control: bool = Field(False, description="also the control of `select.control`, to <to>_control")
+    control: bool | Literal["random"] = Field(
+        False,
+        description="true: also the control of `select.control`, to <to>_control; random: as many rows drawn at random, without `select.control`",
+    )
 
     @model_validator(mode="after")
     def resampling_needs_weights(self) -> Export:

@@ -140,7 +140,7 @@ def export_can_be_written(ahead: Ahead) -> None:
     if ahead.loaded.recipe.source is not None:
         check_split(ahead.loaded.recipe.source.split)
     _check_folder(target, "export.to", "`--set export.to=…`")
-    _check_format(ahead, asked.format)
+    _check_format(ahead, asked.format, asked.layout)
     if asked.push_to_hub:
         import huggingface_hub
 
@@ -151,21 +151,26 @@ def export_can_be_written(ahead: Ahead) -> None:
             )
 
 
-def _check_format(ahead: Ahead, format: str) -> None:
-    """ValidationError where no row that was looked at can be written in the format; which are kept is not known yet."""
+def _check_format(ahead: Ahead, format: str, layout: str) -> None:
+    """ValidationError where no row that was looked at can be written in the format, or none of its sort by the layout; which are kept is not
+    known yet.
+    """
     from curate.data.exported import ExportRow, Plan, both_responses, is_plain_row
+    from curate.data.trainers import check_sort
 
     trouble: ValidationError | None = None
     for row in _rows(ahead, ahead.sources.get("train", [])):
         try:
-            found = ExportRow(row, row.row_id)
+            record = ExportRow(row, row.row_id)
             if format == "extend":
-                list(both_responses(iter([found])))
-            else:
-                Plan.of(found, format, as_json=not is_plain_row(row)).kept(found)
-            return
+                record, format = next(both_responses(iter([record]))), "prompt_completion"
+            plan = Plan.of(record, format, as_json=not is_plain_row(row))
+            plan.kept(record)
         except ValidationError as error:
             trouble = trouble or error
+            continue
+        check_sort(layout, plan.layout.rpartition(", ")[0])
+        return
     if trouble is not None:
         raise ValidationError(f"export.format {format}: {trouble}")
 

@@ -68,7 +68,7 @@ def _export(
     of_selection: str,
     progress: Progress,
 ) -> ExportResult:
-    from curate.data.export import export, export_parts
+    from curate.data.export import Files, export, export_parts
     from curate.workflow.export_tables import ByRows, parts_of
 
     to, head = loaded.resolve(asked.to), _card_head(loaded, store, selection, sources, roles)
@@ -93,6 +93,7 @@ def _export(
         "push_to_hub": asked.push_to_hub,
         "trainer": _trained_as(loaded),
         "mark": lambda result, folder: mark_of(made_of, result, folder),
+        "files": Files(asked.layout, asked.rows_per_file, _source_name(sources)),
     }
     types = _types(store, sources)
 
@@ -112,6 +113,13 @@ def _export(
         return export(
             to, kept, dropped, format=asked.format, types=types, as_json=selection.holds_more_than_text, **common
         )
+
+
+def _source_name(sources: Sequence[str]) -> str:
+    """What a trainer may call the source: a hub dataset's name, a file's without its ending; "" where there are several."""
+    if len(sources) != 1:
+        return ""
+    return Path(sources[0]).stem if Path(sources[0]).suffix else sources[0]
 
 
 def _own_of(loaded: Loaded, store: Store) -> set[str]:

@@ -406,7 +406,10 @@ def test_push(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", lambda self, **options: calls.append(options))
     export(tmp_path / "out", [pair(1)], push_to_hub="me/curated")
     assert calls[0] == ("me/curated", {"repo_type": "dataset", "private": True, "exist_ok": True})
-    assert calls[1]["allow_patterns"] == ["README.md", "trainer_args.json", "data/*", "dropped/*"]
+    assert calls[1]["allow_patterns"] == [
+        *("README.md", "axolotl.yaml", "dataset_info.json", "trainer_args.json"),
+        *("data/*", "dropped/*"),
+    ]
 
     def refused(self, *arguments, **options):
         raise ConnectionError("no route")
