@@ -140,7 +140,7 @@ def test_help_names_every_command_and_every_command_helps(curate):
 
 def test_init_writes_recipes_that_load(curate, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for kind in ("preference", "sft"):
+    for kind in ("preference", "sft", "rlvr"):
         assert curate("init", kind, f"{kind}.yaml", "--json").json == {"kind": kind, "file": f"{kind}.yaml"}
         missing = curate("plan", f"{kind}.yaml")
         assert missing.code == 1 and "no such file or folder beside the recipe" in missing.err

@@ -121,13 +121,32 @@ def test_the_commands_of_the_docs_write_every_layout(line, measured, command):
     assert "completion" not in grpo[0]
 
 
+def test_the_starter_runs_as_it_is_written(line, measured, command):
+    """`curate init rlvr`, with nothing changed but where the rows and the model are, and a grader that a model of letters can meet."""
+    assert command("init", "rlvr", "rl.yaml", "--quiet") == 0
+    small = ["sampling.max_new_tokens=6", "sampling.grader={regex: '([a-m])'}", "engine.sampler=transformers"]
+    result = curate.run(
+        line.parent / "rl.yaml",
+        set=["source.path=rows.jsonl", "models.reference=model", *small, "select.where=pass_rate < 0.8"],
+    )
+    exported = pq.read_table(line.parent / "out" / "rl" / "data" / "train-00000.parquet")
+    assert {"prompt", "answer", "pass_rate", "pass_band", "pass_at"} <= set(exported.column_names)
+    assert len(exported) == result.exported.n_rows and (line.parent / "out" / "rl_control").is_dir()
+
+
 def test_an_equal_control_beside_the_selection(line, measured):
-    """`export.control: random` needs no `select.control`."""
-    result = curate.run(line.parent / "prompts.yaml", set=["export.control=random", "export.to=out/chosen"])
+    """`export.control: random` needs no `select.control`, and draws from all rows, those that `where` drops too."""
+    result = curate.run(
+        line.parent / "prompts.yaml",
+        set=["export.control=random", "export.to=out/chosen", "select.where=pass_rate = 0"],
+    )
+    kept = set(result.store.sql("SELECT row_id FROM scored WHERE pass_rate = 0")["row_id"])
     control = pq.read_table(line.parent / "out" / "chosen_control" / "data" / "train-00000.parquet")
-    assert len(control) == result.exported.n_rows == 6
+    assert len(control) == result.exported.n_rows == 6 and not set(control["row_id"].to_pylist()) <= kept
     with pytest.raises(UsageError, match="export.control"):
         load_recipe(line, set=["export={to: out, control: random}"])
+    with pytest.raises(UsageError, match="select.control is length_matched"):
+        load_recipe(line, set=["select={control: length_matched}", "export={to: out, control: random}"])
 
 
 def test_completions_are_left_out_where_prompts_are_asked_for(tmp_path):

@@ -41,7 +41,7 @@ def demo(
 
 
 def init(
-    kind: Annotated[str | None, typer.Argument(metavar="preference|sft", help="the kind of rows")] = None,
+    kind: Annotated[str | None, typer.Argument(metavar="preference|sft|rlvr", help="the kind of rows")] = None,
     file: Annotated[Path, typer.Argument(metavar="FILE", help="where the recipe goes")] = Path("recipe.yaml"),
     schema: Annotated[bool, typer.Option("--schema", help="print the recipe's JSON schema instead")] = False,
     force: Annotated[bool, typer.Option("--force", help="write over an existing file")] = False,
@@ -56,9 +56,9 @@ def init(
 
         out(to_json(schema_of()))
         return
-    if kind not in ("preference", "sft"):
+    if kind not in ("preference", "sft", "rlvr"):
         raise UsageError(
-            f"curate init takes preference or sft; found {kind!r}. Try `curate init preference recipe.yaml`."
+            f"curate init takes preference, sft or rlvr; found {kind!r}. Try `curate init preference recipe.yaml`."
         )
     if file.exists() and not force:
         raise UsageError(f"{file} exists. Give another name, or write over it with --force.")

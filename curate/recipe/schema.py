@@ -103,9 +103,12 @@ class Recipe(Strict):
         if self.select is not None and self.select.exclude and self.heldout is None:
             raise ValueError("select.exclude: heldout needs `heldout:`, the rows that are not to be selected")
         if self.export is not None and self.export.control == "random" and self.select is not None:
-            if self.select.control == "length_matched":
-                raise ValueError("export.control is random and select.control length_matched; say one of them")
-            object.__setattr__(self, "select", self.select.model_copy(update={"control": "random"}))
+            if self.select.control not in (None, "random_of_all"):
+                raise ValueError(
+                    f"export.control: random draws from all rows (select.control: random_of_all), and select.control is {self.select.control}; "
+                    "say export.control: true for that one"
+                )
+            object.__setattr__(self, "select", self.select.model_copy(update={"control": "random_of_all"}))
         if self.export is not None and self.export.control and (self.select is None or self.select.control is None):
             raise ValueError(
                 "export.control needs `select.control`, which says how the control is drawn; or, of a `select`, say export.control: random"

@@ -62,8 +62,9 @@ class Select(Strict):
     unknown: Literal["error", "keep", "drop"] = Field(
         "error", description="rows where a value that a rule uses is NULL: error, keep them, or drop them"
     )
-    control: Literal["random", "length_matched"] | None = Field(
-        None, description="a second selection, <name>_control: as many rows, drawn from those that `where` leaves"
+    control: Literal["random", "length_matched", "random_of_all"] | None = Field(
+        None,
+        description="a second selection, <name>_control: as many rows, drawn from those that `where` leaves; random_of_all: from all but excluded",
     )
     seed: int | None = Field(None, description="of `order_by: random` and `control`; default: engine.seed")
 
@@ -143,7 +144,7 @@ class Export(Strict):
     push_to_hub: str | None = Field(None, description="also to this hub dataset")
     control: bool | Literal["random"] = Field(
         False,
-        description="true: also the control of `select.control`, to <to>_control; random: as many rows drawn at random, without `select.control`",
+        description="true: also the control of `select.control`, to <to>_control; random: as many, drawn at random from all rows",
     )
 
     @model_validator(mode="after")

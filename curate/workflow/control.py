@@ -16,15 +16,16 @@ STRATA = 10  # classes of length, of equal numbers of candidates
 
 
 def control_of(rows: Candidates, spec: SelectSpec, decisions: Decisions) -> Decisions:
-    """Draw, from the rows that `exclude` and `where` leave, as many as the selection keeps: in every group of `per`, and with
-    `length_matched` in every class of token length. By a hash of row id and seed, so that it can be repeated. Kept rows may be drawn too.
+    """Draw, from the rows that `exclude` and `where` leave (`random_of_all`: `exclude` alone), as many as the selection keeps: in every group of
+    `per`, and with `length_matched` in every class of token length. By a hash of row id and seed, so that it can be repeated. Kept rows may be
+    drawn too.
 
     Where the selection keeps tokens, so many tokens are drawn (`length_matched`: so many rows of each length, which comes to the same).
     """
     deciding = after_where(rows, spec)
     order = np.argsort([hashlib.md5(f"{row_id} control {spec.seed}".encode()).hexdigest() for row_id in rows.row_ids])
     cells = _cells(rows, spec, deciding.left)
-    by_tokens = spec.counts_tokens and spec.control == "random"
+    by_tokens = spec.counts_tokens and spec.control != "length_matched"
     drawn, rank = np.zeros(deciding.n, bool), np.zeros(deciding.n, np.int64)
     for cell in sorted(set(cells[deciding.left].tolist())):
         index = order[(deciding.left & (cells == cell))[order]]

@@ -71,10 +71,11 @@ def decide(rows: Candidates, spec: SelectSpec, worst: Mapping[str, str]) -> Deci
 
 
 def after_where(rows: Candidates, spec: SelectSpec) -> _Deciding:
-    """The rows that `exclude` and `where` leave, and why not the others: what a control is drawn from."""
+    """The rows that `exclude` and `where` leave, and why not the others: what a control is drawn from (random_of_all: what `exclude` leaves)."""
     deciding = _Deciding(rows, spec)
     deciding.exclude()
-    deciding.where()
+    if spec.control != "random_of_all":
+        deciding.where()
     return deciding
 
 

@@ -32,7 +32,7 @@ class SelectSpec:
     duplicates: Literal["once", "as_found"] = "once"
     unknown: Literal["error", "keep", "drop"] = "error"
     exclude: Literal["heldout"] | None = None
-    control: Literal["random", "length_matched"] | None = None
+    control: Literal["random", "length_matched", "random_of_all"] | None = None
     seed: int = 0
     worst: Mapping[str, str] = field(default_factory=dict)
 
