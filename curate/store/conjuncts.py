@@ -8,13 +8,14 @@ from curate.store import syntax
 from curate.store.sql import Connection
 from curate.store.syntax import Node
 
+EXACT = ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "UTINYINT", "USMALLINT", "UINTEGER", "UBIGINT", "DOUBLE")
 PREFIX = "SELECT (\n"
 NUMBERS = "('TINYINT', 'SMALLINT', 'INTEGER', 'BIGINT', 'HUGEINT', 'UTINYINT', 'USMALLINT', 'UINTEGER', 'UBIGINT', 'DOUBLE', 'FLOAT')"
 
 
 @dataclass(frozen=True)
 class Conjunct:
-    """text: as the user wrote it. value, cut: SQL of the number that is compared and of the bound; NULL where it compares no numbers."""
+    """text: as the user wrote it. value, cut: SQL of what is compared and of the bound; NULL where it compares nothing."""
 
     text: str
     value: str = "NULL"
@@ -41,17 +42,19 @@ def _conjunct(con: Connection, where: str, part: Node) -> Conjunct:
     text = " ".join(written.decode(errors="ignore").split()) or syntax.text_of(con, part)
     if part.get("class") == "BETWEEN":
         value, low, high = (syntax.text_of(con, part[side]) for side in ("input", "lower", "upper"))
-        return Conjunct(text, _number(value), _number(f"CASE WHEN {value} < {low} THEN {low} ELSE {high} END"))
+        return Conjunct(text, value, f"CASE WHEN {value} < {low} THEN {low} ELSE {high} END")
     if part.get("class") != "COMPARISON":
         return Conjunct(text)
     left, right = part["left"], part["right"]
     if left.get("class") == "CONSTANT":
         left, right = right, left
-    return Conjunct(text, _number(syntax.text_of(con, left)), _number(syntax.text_of(con, right)))
+    return Conjunct(text, syntax.text_of(con, left), syntax.text_of(con, right))
 
 
-def _number(sql: str) -> str:
-    """The value where it is a number or a decimal, else NULL."""
+def as_number(sql: str, type_name: str = "") -> str:
+    """SQL of the value where it is a number or a decimal, else of NULL. type_name: its SQL type, where that is known: then it is read as it is."""
+    if type_name in EXACT:
+        return f"({sql})::DOUBLE"
     kind = f"typeof({sql})"
     return (
         f"CASE WHEN {kind} IN {NUMBERS} OR starts_with({kind}, 'DECIMAL') THEN TRY_CAST(({sql})::VARCHAR AS DOUBLE) END"

@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import duckdb
 
@@ -41,11 +41,14 @@ OURS = {  # what our column of a name that users have too is
 
 @dataclass(frozen=True)
 class Frame:
-    """The view `scored` as a recipe's SQL will see it. text: a FROM; columns: their names; own: view -> the user's columns in it."""
+    """The view `scored` as a recipe's SQL will see it. text: a FROM; columns: their names; own: view -> the user's columns in it.
+    tables: a column, in lower case -> the table of scores or measurements that it comes from.
+    """
 
     text: str
     columns: list[str]
     own: dict[str, list[OwnColumn]]
+    tables: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def taken(self) -> list[OwnColumn]:
@@ -68,11 +71,13 @@ def frame(facts: ViewFacts, planned: Collection[str] = ()) -> Frame:
     known = {name.lower() for name in kept}
     coming = [name for name in dict.fromkeys(planned) if name.lower() not in known]
     if not moved and not coming:
-        return Frame("scored", have, own)
+        return Frame("scored", have, own, views.column_tables(facts))
     renames = f" RENAME ({', '.join(f'{quote(a)} AS {quote(b)}' for a, b in moved)})" if moved else ""
     kinds = planned if isinstance(planned, Mapping) else {}
     nothing = "".join(f", NULL::{kinds.get(name, 'DOUBLE')} AS {quote(name)}" for name in coming)
-    return Frame(f"(SELECT *{renames}{nothing} FROM scored) AS scored", [*kept, *coming], own)
+    return Frame(
+        f"(SELECT *{renames}{nothing} FROM scored) AS scored", [*kept, *coming], own, views.column_tables(facts)
+    )
 
 
 def checked(con: Connection, text: str, key: str, seen: Frame, *, is_order: bool = False) -> str:
@@ -231,6 +236,19 @@ def _says_text(operand: Node) -> bool:
     )
 
 
+def _has_nan(con: Connection, column: str | None, shown: str, seen: Frame) -> bool:
+    """Whether an expression is NaN in some row. column: the one that it is, None where it is more than a column."""
+    name = (column or "").lower()
+    if name in (own.shown.lower() for own in seen.own["scored"] if not own.imported):
+        return False  # the user's numbers come out of JSON, which has none
+    picked, table = (quote(name), f"data.{quote(seen.tables[name])}") if name in seen.tables else (shown, seen.text)
+    try:
+        text = f"SELECT count(*) FILTER (isnan(v)) FROM (SELECT TRY({picked}) AS v FROM {table})"
+        return bool(con.execute(text).fetchall()[0][0])
+    except duckdb.Error:
+        return False
+
+
 def _without_nan(con: Connection, tree: Node, seen: Frame) -> str | None:
     """The expression with NULL for every NaN that it compares; None where it compares none."""
     top = tree["statements"][0]["node"]
@@ -249,13 +267,7 @@ def _without_nan(con: Connection, tree: Node, seen: Frame) -> str | None:
             shown = syntax.text_of(con, part[side])
             if _type_of(con, shown, seen.text) not in ("DOUBLE", "FLOAT"):
                 continue
-            try:
-                found = con.execute(
-                    f"SELECT count(*) FROM (SELECT TRY({shown}) AS v FROM {seen.text}) WHERE typeof(v) IN ('DOUBLE', 'FLOAT') AND v::VARCHAR = 'nan'"
-                ).fetchall()[0][0]
-            except duckdb.Error:
-                continue
-            if found:
+            if _has_nan(con, syntax.column_of(part[side], scope), shown, seen):
                 known = syntax.parse(con, f"SELECT CASE WHEN isnan({shown}) THEN NULL ELSE {shown} END")
                 assert known is not None
                 part[side] = known["statements"][0]["node"]["select_list"][0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -33,11 +33,19 @@ class ViewFacts:
     """What a query is about. recipe None: the one registered or scored last. Each thing is asked of the store once, when it is needed.
 
     uses, plain: fingerprints of the recipe, and those that `scored` shows. only: the condition of `_condition`, "" for all.
+    joined: the tables of scores and measurements that `scored` needs, None for all: a query that names its columns reads no others.
     Raises UsageError naming the nearest recipe or source.
     """
 
-    def __init__(self, con: Connection, recipe: str | None = None, sources: Sequence[str] | None = None):
-        self.con, self.recipe = con, recipe
+    def __init__(
+        self,
+        con: Connection,
+        recipe: str | None = None,
+        sources: Sequence[str] | None = None,
+        *,
+        joined: Collection[str] | None = None,
+    ):
+        self.con, self.recipe, self.joined = con, recipe, joined
         self.tables: dict[str, dict[str, str]] = {}
         self.made: set[str] = set()  # the views that are made already, on this connection
         self.name, self.scores_table, uses, plain = _recipe(con, recipe)
@@ -82,6 +90,14 @@ class ViewFacts:
     def occurring(self) -> str:
         """The occurrences, as a FROM."""
         return f"data.occurrences WHERE {self.visible}" if self.visible else "data.occurrences"
+
+    @cached_property
+    def each_once(self) -> bool:
+        """Whether these are the rows of one source, each of which occurs there once."""
+        if not self.only:
+            return False
+        read = self.con.execute(f"SELECT n_records, n_rows FROM data.source_state WHERE {self.only}").fetchall()
+        return len(read) == 1 and one(self.con, f"SELECT count(*), count(*) FROM {self.occurring}") == read[0]
 
     @cached_property
     def imported(self) -> list[imports.Import]:

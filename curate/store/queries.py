@@ -43,24 +43,37 @@ class StoreQueries:
         *,
         recipe: str | None = None,
         source: str | Sequence[str] | None = None,
+        names_columns: bool = False,
     ) -> pl.DataFrame:
         """Query the views; reading only. recipe, source: narrow every view to a recipe (its sources, scores and fingerprints) or to sources.
+        names_columns: the text names all columns of `scored` that it reads (no `*`), so that the tables of others are left alone.
 
         Raises UsageError for SQL that does not parse or names no column (the nearest is named), or that wants to write.
         """
         names = self._read_as((source,) if isinstance(source, str) else source)
         with self.database.read() as con:
             if recipe is not None or names is not None or self.database.is_in_transaction or views.outdated(con):
-                con = self._narrowed(con, text, recipe, names).con
+                con = self._narrowed(con, text, recipe, names, names_columns=names_columns).con
             return query.run(con, text, params)
 
     def _narrowed(
-        self, con: Connection, text: str, recipe: str | None, sources: Sequence[str] | None = None
+        self,
+        con: Connection,
+        text: str,
+        recipe: str | None,
+        sources: Sequence[str] | None = None,
+        *,
+        names_columns: bool = False,
     ) -> ViewFacts:
         """What a query is about, and the connection that has the views so that it is."""
-        key = (recipe, None if sources is None else tuple(sources))
-        facts = self.database.cached(key, lambda con: ViewFacts(con, recipe, sources))
-        return views.narrow(facts or ViewFacts(con, recipe, sources), text)
+
+        def facts(joined: frozenset[str] | None) -> ViewFacts:
+            key = (recipe, None if sources is None else tuple(sources), joined)
+            kept = self.database.cached(key, lambda con: ViewFacts(con, recipe, sources, joined=joined))
+            return kept or ViewFacts(con, recipe, sources, joined=joined)
+
+        whole = facts(None)
+        return views.narrow(facts(views.tables_named(whole, text)) if names_columns else whole, text)
 
     def own_names(self) -> dict[str, str]:
         """The user's columns -> what `occurrences` calls them."""

@@ -49,7 +49,7 @@ def rows_of(
     """Positions and row ids, by position: rows that occur in `sources` with `role`, the first `limit` of them. with_text: those alone that have text.
     without: those with text that this measurement has no line for.
     """
-    conditions, params = _occurring(sources, kind, role)
+    conditions, params = _occurring(con, sources, kind, role)
     if row_ids is not None:
         ids_view(con, row_ids)
         conditions.append("r.row_id IN (SELECT row_id FROM wanted_ids)")
@@ -72,25 +72,34 @@ def rows_of(
 
 def styles(con: Connection, sources: Sequence[str] | None, kind: str) -> set[str]:
     """See `Store.styles`."""
-    conditions, params = _occurring(sources, kind, None)
+    conditions, params = _occurring(con, sources, kind, None)
     text = f"SELECT DISTINCT r.style FROM data.rows r WHERE r.prompt IS NOT NULL AND {' AND '.join(conditions)}"
     return {row[0] for row in con.execute(text, params).fetchall()}
 
 
 def rows_to_cover(con: Connection, sources: Sequence[str] | None, kind: str | None, what: str) -> pa.Table:
     """SQL of rows r, of those that occur in `sources`; where it asks for positions, by position."""
-    conditions, params = _occurring(sources, kind, None)
+    conditions, params = _occurring(con, sources, kind, None)
     order = " ORDER BY r.position" if "r.position" in what else ""
     return con.sql(
         f"SELECT {what} FROM data.rows r WHERE {' AND '.join(conditions)}{order}", params=params
     ).to_arrow_table()
 
 
-def _occurring(sources: Sequence[str] | None, kind: str | None, role: str | None) -> tuple[list[str], list[Any]]:
+def _all_occur(con: Connection, sources: Sequence[str] | None, role: str | None) -> bool:
+    """Whether one of these sources has all rows of the store, so that none has to be looked up."""
+    text = "SELECT 1 FROM data.source_state WHERE (? IS NULL OR source IN (SELECT unnest(?::VARCHAR[]))) AND (? IS NULL OR role = ?) AND n_rows = "
+    listed = None if sources is None else list(sources)
+    return one(con, f"{text}(SELECT count(*) FROM data.rows)", [listed, listed, role, role]) is not None
+
+
+def _occurring(
+    con: Connection, sources: Sequence[str] | None, kind: str | None, role: str | None
+) -> tuple[list[str], list[Any]]:
     """Conditions on rows r, with their parameters: that they occur in these sources, with this role, and are of this kind."""
     conditions: list[str] = ["true"]
     params: list[Any] = []
-    if sources is not None or role is not None:
+    if (sources is not None or role is not None) and not _all_occur(con, sources, role):
         inner = []
         if sources is not None:
             inner.append("o.source IN (SELECT unnest(?::VARCHAR[]))")  # to register a table would load pandas

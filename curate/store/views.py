@@ -116,6 +116,11 @@ def _decided(facts: ViewFacts) -> str:
 
 def _rows(facts: ViewFacts) -> str:
     """Rows with their first occurrence: source, index, role and the user's columns (JSON)."""
+    if facts.each_once:
+        return (
+            f"SELECT r.*, {PLAIN.replace('source', 'o.source')} AS source, o.index, o.role, o.columns, 1::BIGINT AS n_occurrences "
+            f"FROM data.rows r JOIN (SELECT * FROM {facts.occurring}) o USING (row_id)"
+        )
     return (
         f"SELECT r.*, {PLAIN.replace('source', 'o.source')} AS source, o.index, o.role, o.columns, "
         "coalesce(f.n_occurrences, 0) AS n_occurrences FROM data.rows r "
@@ -141,17 +146,35 @@ def _measured(facts: ViewFacts) -> tuple[list[str], list[str], dict[str, str]]:
     joins = []
     if facts.scores_table and (scores := facts.columns(facts.scores_table)):
         names = _free(scores, taken)
-        picked += [f"s.{quote(n)}" for n in names]
-        joins.append(f"LEFT JOIN data.{quote(facts.scores_table)} s ON s.row_id = r.row_id")
+        if facts.joined is None or facts.scores_table in facts.joined:
+            picked += [f"s.{quote(n)}" for n in names]
+            joins.append(f"LEFT JOIN data.{quote(facts.scores_table)} s ON s.row_id = r.row_id")
     shown = sorted((m for m in facts.measured if m.fingerprint in facts.plain), key=lambda m: m.measurement)
     for i, m in enumerate(shown):
         table = table_of(m.measurement)
         names = _free(facts.columns(table), taken)
+        if facts.joined is not None and table not in facts.joined:
+            continue
         picked += [f"p{i}.{quote(n)}" for n in names]
         joins.append(
             f"LEFT JOIN (SELECT * FROM data.{quote(table)} WHERE fingerprint = {literal(m.fingerprint)}) p{i} ON p{i}.row_id = r.row_id"
         )
     return picked, joins, taken
+
+
+def column_tables(facts: ViewFacts) -> dict[str, str]:
+    """A column of `scored`, in lower case -> the table that it comes from, of scores and measurements."""
+    shown = sorted((m for m in facts.measured if m.fingerprint in facts.plain), key=lambda m: m.measurement)
+    tables = [*([facts.scores_table] if facts.scores_table else []), *(table_of(m.measurement) for m in shown)]
+    taken = {name: name for name in (*BASE, "index")}
+    return {name.lower(): table for table in tables for name in _free(facts.columns(table), taken)}
+
+
+def tables_named(facts: ViewFacts, text: str) -> frozenset[str]:
+    """The tables of scores and measurements that may have a column which a query names."""
+    names = text.lower()
+    tables = [facts.scores_table or "", *(table_of(m.measurement) for m in facts.measured)]
+    return frozenset(t for t in tables if t and any(column.lower() in names for column in facts.columns(t)))
 
 
 def _imported(facts: ViewFacts, taken: dict[str, str]) -> tuple[list[str], list[str], list[OwnColumn]]:

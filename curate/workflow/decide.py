@@ -81,6 +81,8 @@ def after_where(rows: Candidates, spec: SelectSpec) -> _Deciding:
 
 def coded(groups: Sequence[str | None]) -> tuple[np.ndarray, list[str | None]]:
     """(rows,) a number for each row's group, and the groups by number, in the order of their first rows."""
+    if len(groups) and groups.count(None) == len(groups):
+        return np.zeros(len(groups), np.int32), [None]
     found = pa.array(groups, pa.string()).dictionary_encode("encode")
     return found.indices.to_numpy(), found.dictionary.to_pylist()
 

@@ -6,6 +6,7 @@ fails its columns are asked one by one, and the message names the key that is wr
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,6 +14,7 @@ import duckdb
 import numpy as np
 
 from curate.errors import UsageError
+from curate.store.conjuncts import Conjunct, as_number
 from curate.store.expressions import check_expression, order_keys
 from curate.store.sql import literal, quote
 from curate.workflow.decide import Candidates, Compared
@@ -69,8 +71,12 @@ class SelectQuery:
     def candidates(self, sources: Sequence[str] | None) -> Candidates:
         """The rows that occur in these sources for training (all sources, if None), in the order they were read in."""
         self._table = self._training_rows(sources)
-        rows = self._ask_all(self.columns())
-        return self._candidates(rows, self._compared())
+        parts = self.store.conjuncts(self.spec.where) if self.spec.where else []
+        try:
+            rows = self._ask(self.columns() | self._of_parts(parts))
+        except UsageError as problem:  # of a part with a window of its own, say, the whole of `where` is the reason
+            parts, rows = [], self._ask_each(self.columns(), problem)
+        return self._candidates(rows, self._compared(parts, rows))
 
     # ---- the rules as SQL ----------------------------------------------------------------------------------------------------------------
 
@@ -122,11 +128,12 @@ class SelectQuery:
         """The row's place in the order, and for every key of it whether the row lacks it."""
         if not self.keys:
             return {}
-        order = ", ".join(f"{_known(sql)} {direction}" for sql, direction in self.keys)
+        known = [_known(sql, self._type_of(sql)) for sql, _ in self.keys]
+        order = ", ".join(f"{sql} {direction}" for sql, (_, direction) in zip(known, self.keys, strict=True))
         asked = {"order": Asked(f"row_number() OVER (ORDER BY {order}, scored.row_id)", "select.order_by")}
-        for number, ((sql, _), written) in enumerate(zip(self.keys, self.order_by, strict=True)):
+        for number, (sql, written) in enumerate(zip(known, self.order_by, strict=True)):
             excuse = f"AND NOT coalesce(({self.known_as[written]}), false)" if written in self.known_as else ""
-            asked[f"gap {number}"] = Asked(f"({_known(sql)} IS NULL {excuse})", "select.order_by")
+            asked[f"gap {number}"] = Asked(f"({sql} IS NULL {excuse})", "select.order_by")
         return asked
 
     def _token_counts(self) -> str:
@@ -143,20 +150,32 @@ class SelectQuery:
         """A FROM of the rows that occur in the sources for training, with how often they do."""
         of = f"AND o.source IN ({', '.join(map(literal, sources)) or 'NULL'})" if sources is not None else ""
         train = f"SELECT o.row_id, count(*)::DOUBLE AS {TIMES} FROM occurrences o WHERE o.role = 'train' {of} GROUP BY o.row_id"
-        return f'scored JOIN ({train}) AS "training rows" USING (row_id) ORDER BY scored.position'
+        return f'scored JOIN ({train}) AS "training rows" USING (row_id)'
 
     def _ask(self, asked: Mapping[str, Asked]) -> Any:
         """A polars frame with these columns."""
         # DuckDB lets an expression name an earlier alias: none of ours may be a name that a rule could use for a column
+        asked = {**asked, "position": Asked("scored.position", "select")}
         picked = ", ".join(f"{one.sql} AS {quote(ASKED + alias)}" for alias, one in asked.items())
-        rows = self.store.sql(f"SELECT {picked} FROM {self._table}", recipe=self.recipe)
-        return rows.rename({name: name.removeprefix(ASKED) for name in rows.columns})
+        rows = self.store.sql(
+            f"SELECT {picked} FROM {self._table}", recipe=self.recipe, names_columns=self._names_columns
+        )
+        return rows.rename({name: name.removeprefix(ASKED) for name in rows.columns}).sort("position")
 
-    def _ask_all(self, asked: Mapping[str, Asked]) -> Any:
-        """As `_ask`; where that fails, UsageError with the recipe's key that is wrong."""
+    @property
+    def _names_columns(self) -> bool:
+        """Whether the rules name every column that they read: no subquery, no star, nothing that stands for a whole row."""
+        rules = [self.spec.where, self.spec.group, *self.order_by]
+        text = " ".join(rule.lower() for rule in rules if rule)
+        return not re.search(r"\*|#|\b(?:select|from|table|columns)\b|\bscored\b(?!\s*\.)", text)
+
+    def _ask_each(self, asked: Mapping[str, Asked], problem: UsageError) -> Any:
+        """As `_ask`, after a query that failed with this problem; where this fails too, UsageError with the recipe's key that is wrong."""
         try:
-            return self._ask(asked)
-        except UsageError as problem:
+            try:
+                return self._ask(asked)
+            except UsageError as error:
+                problem = error
             for alias, one in asked.items():
                 try:
                     self._ask({alias: one})
@@ -167,10 +186,10 @@ class SelectQuery:
                         if rule
                         else UsageError(f"{one.key}: {error}")
                     ) from None
-                except duckdb.TransactionException:  # a value that cannot be cast has ended it: no more can be asked
-                    rules = [key for key in ("where", "order_by", "per") if getattr(self.spec, key) is not None]
-                    raise UsageError(f"{', '.join(f'select.{key}' for key in rules)}: {problem}") from None
-            raise
+        except duckdb.TransactionException:  # a value that cannot be cast has ended it: no more can be asked
+            rules = [key for key in ("where", "order_by", "per") if getattr(self.spec, key) is not None]
+            raise UsageError(f"{', '.join(f'select.{key}' for key in rules)}: {problem}") from None
+        raise problem
 
     def _rule(self, key: str) -> str | None:
         """A rule of the recipe as it is written."""
@@ -180,19 +199,17 @@ class SelectQuery:
             "select.per": self.spec.group,
         }.get(key)
 
-    def _compared(self) -> list[Compared] | None:
-        """For every row the first part of `where` that is false, with the row's number and the bound. None where parts say no more."""
-        parts = self.store.conjuncts(self.spec.where) if self.spec.where else []
-        if not parts:
-            return None
+    def _of_parts(self, parts: Sequence[Conjunct]) -> dict[str, Asked]:
+        """For every part of `where` whether it is false, the row's number and the bound."""
         asked: dict[str, Asked] = {}
         for i, part in enumerate(parts):
             asked[f"false {i}"] = Asked(f"(\n{part.text}\n)::BOOLEAN = false", "select.where")
-            asked[f"value {i}"], asked[f"cut {i}"] = Asked(part.value, "select.where"), Asked(part.cut, "select.where")
-        try:
-            rows = self._ask(asked)
-        except UsageError:  # a window of its own, say: then the whole of `where` is the reason
-            return None
+            for name, sql in (("value", part.value), ("cut", part.cut)):
+                asked[f"{name} {i}"] = Asked(as_number(sql, self._type_of(sql)), "select.where")
+        return asked
+
+    def _compared(self, parts: Sequence[Conjunct], rows: Any) -> list[Compared] | None:
+        """For every row the parts of `where` that are false, with the row's number and the bound. None where parts say no more."""
         return [
             Compared(
                 part.text,
@@ -201,7 +218,18 @@ class SelectQuery:
                 _masked(rows[f"cut {i}"]),
             )
             for i, part in enumerate(parts)
-        ]
+        ] or None
+
+    def _type_of(self, sql: str) -> str:
+        """The SQL type of an expression over `scored`, "" where it cannot be asked by itself."""
+        try:
+            kinds = self.store.sql(
+                f"SELECT typeof(v) FROM (SELECT any_value(\n{sql}\n) AS v FROM (SELECT * FROM scored LIMIT 0) AS scored)",
+                recipe=self.recipe,
+            )
+        except UsageError:
+            return ""
+        return str(kinds.item())
 
     # ---- what came back ------------------------------------------------------------------------------------------------------------------
 
@@ -246,9 +274,11 @@ HELD = (
 )
 
 
-def _known(expression: str) -> str:
-    """The value, NULL for NaN, which DuckDB would rank first."""
+def _known(expression: str, type_name: str) -> str:
+    """The value, NULL for NaN, which DuckDB would rank first. type_name: its SQL type, "" where that is not known."""
     value = f"(\n{expression}\n)"
+    if type_name:
+        return f"(CASE WHEN isnan({value}) THEN NULL ELSE {value} END)" if type_name in ("DOUBLE", "FLOAT") else value
     return f"(CASE WHEN typeof({value}) IN ('DOUBLE', 'FLOAT') AND {value}::VARCHAR = 'nan' THEN NULL ELSE {value} END)"
 
 
