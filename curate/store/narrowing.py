@@ -37,15 +37,10 @@ class ViewFacts:
     Raises UsageError naming the nearest recipe or source.
     """
 
-    def __init__(
-        self,
-        con: Connection,
-        recipe: str | None = None,
-        sources: Sequence[str] | None = None,
-        *,
-        joined: Collection[str] | None = None,
-    ):
-        self.con, self.recipe, self.joined = con, recipe, joined
+    joined: Collection[str] | None = None
+
+    def __init__(self, con: Connection, recipe: str | None = None, sources: Sequence[str] | None = None):
+        self.con, self.recipe = con, recipe
         self.tables: dict[str, dict[str, str]] = {}
         self.made: set[str] = set()  # the views that are made already, on this connection
         self.name, self.scores_table, uses, plain = _recipe(con, recipe)

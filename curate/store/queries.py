@@ -69,8 +69,10 @@ class StoreQueries:
 
         def facts(joined: frozenset[str] | None) -> ViewFacts:
             key = (recipe, None if sources is None else tuple(sources), joined)
-            kept = self.database.cached(key, lambda con: ViewFacts(con, recipe, sources, joined=joined))
-            return kept or ViewFacts(con, recipe, sources, joined=joined)
+            kept = self.database.cached(key, lambda con: ViewFacts(con, recipe, sources))
+            kept = kept or ViewFacts(con, recipe, sources)
+            kept.joined = joined
+            return kept
 
         whole = facts(None)
         return views.narrow(facts(views.tables_named(whole, text)) if names_columns else whole, text)

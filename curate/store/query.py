@@ -24,6 +24,7 @@ from curate.store.values import ids_view
 if TYPE_CHECKING:
     import polars as pl
 
+FEW = 1024  # rows that are asked for by a list: to register a table would load pandas
 VIEWS = ("rows", "scored", "trajectories", "samples", "occurrences", "dataset_values", "runs", "selections")
 STEM = {"preference": ("prompt", "chosen", "rejected"), "sft": ("prompt", "completion", "answer")}
 
@@ -117,6 +118,12 @@ def _occurring(
 def positions(con: Connection, row_ids: Sequence[str]) -> np.ndarray:
     """(rows,) int64, -1 where unknown."""
     result = np.full(len(row_ids), -1, np.int64)
+    if len(row_ids) <= FEW:
+        lines = con.execute(
+            "SELECT row_id, position FROM data.rows WHERE row_id IN (SELECT unnest(?::VARCHAR[]))", [list(row_ids)]
+        ).fetchall()
+        known = dict(lines)
+        return np.array([known.get(row_id, -1) for row_id in row_ids], np.int64)
     ids_view(con, row_ids)
     stored = con.sql("SELECT i, position FROM data.rows JOIN wanted_ids USING (row_id)").to_arrow_table()
     result[stored.column(0).to_numpy()] = stored.column(1).to_numpy()
@@ -127,11 +134,16 @@ def rows_at(con: Connection, wanted: np.ndarray) -> list[Row | None]:
     """Row objects at these positions, in this order. The range of positions is named, so that DuckDB skips the rest of the texts."""
     if not len(wanted):
         return []
-    con.register("wanted_positions", pa.table({"i": pa.array(np.arange(len(wanted))), "position": pa.array(wanted)}))
+    listed, params = "wanted_positions", []
+    if len(wanted) <= FEW:
+        listed = "(SELECT unnest(?::BIGINT[]) AS position, unnest(range(?)) AS i)"
+        params = [wanted.tolist(), len(wanted)]
+    else:
+        con.register(listed, pa.table({"i": pa.array(np.arange(len(wanted))), "position": pa.array(wanted)}))
     lines = con.execute(
         "SELECT i, kind, style, prompt, chosen, rejected, completion, answer, label, template_args FROM data.rows "
-        "JOIN wanted_positions USING (position) WHERE position BETWEEN ? AND ? ORDER BY i",
-        [int(wanted.min()), int(wanted.max())],
+        f"JOIN {listed} USING (position) WHERE position BETWEEN ? AND ? ORDER BY i",
+        [*params, int(wanted.min()), int(wanted.max())],
     ).fetchall()
     return [_row(*values[1:]) for values in lines]
 

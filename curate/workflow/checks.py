@@ -45,13 +45,17 @@ class Ahead:
         return [step for step in self.plan.steps if step.to_measure]
 
 
-def check_all(loaded: Loaded, store: Store, plan: Plan, sources: dict[str, list[str]]) -> None:
+def check_all(
+    loaded: Loaded, store: Store, plan: Plan, sources: dict[str, list[str]], *, is_selected: bool = False
+) -> None:
     """What a run would refuse: what is wrong with the recipe first, then with the machine. UsageError and others, as each check says.
 
-    Columns of `select` are looked up in the views as they will be.
+    Columns of `select` are looked up in the views as they will be. is_selected: the selection is there as it would be made now, so its rules hold.
     """
     ahead = Ahead(loaded, store, plan, sources)
-    if loaded.recipe.select is not None:
+    if is_selected:
+        _export_columns_exist(loaded, store)
+    elif loaded.recipe.select is not None:
         with store.transaction(undo=True):  # nor does it matter whether a question of ours has ended it
             columns_exist(ahead, stage(loaded, store, plan, sources))
     for check in CHECKS:
@@ -126,6 +130,13 @@ def columns_exist(ahead: Ahead, staged: str) -> None:
     frame = check_select(store, spec_of(ahead.loaded), worst=worst, planned=planned, recipe=staged)
     if recipe.export is not None:
         check_columns(recipe.export, frame.columns)
+
+
+def _export_columns_exist(loaded: Loaded, store: Store) -> None:
+    from curate.workflow.export import check_columns
+
+    if loaded.recipe.export is not None:
+        check_columns(loaded.recipe.export, store.sql("SELECT * FROM scored LIMIT 0", recipe=loaded.name).columns)
 
 
 def export_can_be_written(ahead: Ahead) -> None:

@@ -38,10 +38,17 @@ def scores_noted(loaded: Loaded, store: Store, plan: Plan, of_scores: str) -> di
 
 
 def note_scores(
-    loaded: Loaded, store: Store, plan: Plan, of_scores: str, scores: list[str], warnings: list[str]
+    loaded: Loaded,
+    store: Store,
+    plan: Plan,
+    of_scores: str,
+    scores: list[str],
+    warnings: list[str],
+    too_long: list[str] | None = None,
 ) -> None:
-    """Keep what `scores_noted` gives back."""
-    store.note_made(loaded.name, {"of": _of(plan, of_scores), "scores": scores, "warnings": warnings})
+    """Keep what `scores_noted` gives back. too_long: what was said of rows beyond a model's positions; None where nobody has looked."""
+    record = {"of": _of(plan, of_scores), "scores": scores, "warnings": warnings}
+    store.note_made(loaded.name, record if too_long is None else record | {"too_long": too_long})
 
 
 def _of(plan: Plan, of_scores: str) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from curate.console import Progress
 from curate.errors import ModelError, UsageError
@@ -74,7 +74,7 @@ class Steps:
         """Whether the scores are those that would be made now: then what was said of them is said again."""
         if self.result.measured:
             return False
-        noted = scores_noted(self.loaded, self.store, self.plan, self._scores_hash())
+        noted = self._scores_noted()
         if noted is None:
             return False
         self.result.scores = noted["scores"]
@@ -86,13 +86,21 @@ class Steps:
 
     def is_selected(self) -> bool:
         """Whether the selection is the one that would be made now."""
-        of_scores = self._scores_hash()
-        name = self.loaded.name
-        if self.store.inputs_hash("scores", name) != of_scores or not is_selected(self.loaded, self.store, of_scores):
+        if not self._selection_is_current():
             return False
+        name = self.loaded.name
         self.result.selection = self.store.selection(name)
         self.progress.say(f"Selection {name!r}: up to date.")
         return True
+
+    def _selection_is_current(self) -> bool:
+        of_scores, name = self._scores_hash(), self.loaded.name
+        if self.loaded.recipe.select is None or self.store.inputs_hash("scores", name) != of_scores:
+            return False
+        return is_selected(self.loaded, self.store, of_scores)
+
+    def _scores_noted(self) -> dict[str, Any] | None:
+        return scores_noted(self.loaded, self.store, self.plan, self._scores_hash())
 
     def measure(self) -> None:
         """Say and check what is known before the costly part, then run what is missing."""
@@ -101,7 +109,8 @@ class Steps:
         for note in plan.notes():
             (self.progress.warn if note in plan.doubts else self.progress.say)(note)
         self.result.said = not self.progress.quiet
-        check_all(loaded, store, plan, self.sources)
+        noted = self._scores_noted()
+        check_all(loaded, store, plan, self.sources, is_selected=noted is not None and self._selection_is_current())
         if not store.recipes():  # nobody's views to keep: whoever reads meanwhile sees what is done so far
             with store.transaction():
                 register(loaded, store, plan, self.sources)
@@ -110,7 +119,12 @@ class Steps:
                 self._measure(plan)
             if plan.lengths is not None:
                 plan.lengths.forget()
-        plan.of_lengths = beyond_positions(loaded, store, plan)  # now that tokens are counted
+        too_long = None if noted is None else noted.get("too_long")
+        plan.of_lengths = (
+            beyond_positions(loaded, store, plan) if too_long is None else too_long
+        )  # tokens are counted now
+        if noted is not None and too_long is None:
+            note_scores(loaded, store, plan, self._scores_hash(), noted["scores"], noted["warnings"], plan.of_lengths)
         self._say(plan.of_lengths)
         if self.result.measured or "score" not in self.steps:
             store.keep(loaded.name, self.kept.record())
@@ -200,7 +214,8 @@ class Steps:
             if scored is not None:
                 scored.write(store, loaded.name)
                 store.keep(loaded.name, self.kept.record())
-                note_scores(loaded, store, self.plan, scored.inputs_hash, self.result.scores, scored.warnings)
+                too_long = self.plan.of_lengths if self.measures else None
+                note_scores(loaded, store, self.plan, scored.inputs_hash, self.result.scores, scored.warnings, too_long)
             if decided is not None:
                 self.result.selection = decided.write(store, loaded.name)
             store.unstage_recipe(loaded.name)

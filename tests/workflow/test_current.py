@@ -10,6 +10,7 @@ import yaml
 
 import curate
 from curate.console import Progress
+from curate.errors import UsageError
 from curate.store import Measured
 from tests.tiny_models import make_llama
 from tests.workflow.pairs import pairs
@@ -61,6 +62,8 @@ def test_what_is_up_to_date_is_left_as_it_is(recipe):
     assert file.stat().st_mtime_ns == written
     assert again.scores == first.scores and again.values == first.values and again.exported == first.exported
     assert again.selection.counts == first.selection.counts and again.to_json()["export"] == first.to_json()["export"]
+    with pytest.raises(UsageError, match="ranking_gab"):  # the rules are not checked again, other columns are
+        run(recipe, **{"export.columns": ["ranking_gab"]})
     (recipe.parent / "out" / "train" / "cache-1.arrow").write_text("a cache of `map`")
     assert run(recipe)[1] == {"Scores", "Selection", "The export"}
     file.write_bytes(b"damaged")
