@@ -89,10 +89,7 @@ class ViewFacts:
     @cached_property
     def each_once(self) -> bool:
         """Whether these are the rows of one source, each of which occurs there once."""
-        if not self.only:
-            return False
-        read = self.con.execute(f"SELECT n_records, n_rows FROM data.source_state WHERE {self.only}").fetchall()
-        return len(read) == 1 and one(self.con, f"SELECT count(*), count(*) FROM {self.occurring}") == read[0]
+        return bool(self.only) and occur_once(self.con, self.only)
 
     @cached_property
     def imported(self) -> list[imports.Import]:
@@ -107,6 +104,12 @@ class ViewFacts:
         for _, name, kind in sorted(lines):
             types.setdefault(name, []).append(kind)
         return types
+
+
+def occur_once(con: Connection, condition: str) -> bool:
+    """Whether the occurrences of this condition, on source and role, are of one source's rows, each of which occurs there once."""
+    read = con.execute(f"SELECT n_records, n_rows FROM data.source_state WHERE {condition}").fetchall()
+    return len(read) == 1 and one(con, f"SELECT count(*), count(*) FROM data.occurrences WHERE {condition}") == read[0]
 
 
 def _recipe(con: Connection, recipe: str | None) -> tuple[str | None, str | None, list[str], list[str]]:

@@ -8,14 +8,16 @@ batches others may write. What is picked is SQL over l (the list), r (data.rows)
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from curate.rows import Row
 from curate.store import query, views
-from curate.store.narrowing import ViewFacts
+from curate.store.narrowing import ViewFacts, occur_once
 from curate.store.openings import let_go
 from curate.store.sql import Connection, literal, literals, quote
 
@@ -33,21 +35,26 @@ REASON = (  # as `str(Reason)` has it
 class Selected:
     """The kept rows of a selection, or the dropped ones, in the order of `Selection.kept` and `dropped`. beside: columns of `scored`."""
 
-    def __init__(self, selection: Selection, file: Path, *, kept: bool, beside: Sequence[str] = ()):
-        self.selection, self.store, self.beside = selection, selection.store, list(beside)
-        with self.store.database.read() as con:
-            parts = self._listings(con, kept)
-            if self.beside:
-                views.narrow(ViewFacts(con, selection.recipe), "scored")
-            first, *others = parts
-            lines = con.sql(first).to_arrow_reader(BATCH)
-            with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, lines.schema) as writer:
+    def __init__(self, selection: Selection, lines: pa.Table):
+        self.selection, self.store, self.list = selection, selection.store, lines
+
+    @classmethod
+    def both(cls, selection: Selection, folder: Path, beside: Sequence[str] = ()) -> tuple[Selected, Selected]:
+        """The kept rows and the dropped ones, listed in this folder."""
+        files = {True: folder / "kept", False: folder / "dropped"}
+        with selection.store.database.read() as con, ExitStack() as opened:
+            writers: dict[bool, Any] = {}
+            for text in _listings(selection, con, beside):
+                lines = con.sql(text).to_arrow_reader(BATCH)
+                for kept, file in files.items():
+                    if kept not in writers:
+                        sink = opened.enter_context(pa.OSFile(str(file), "wb"))
+                        writers[kept] = opened.enter_context(pa.ipc.new_file(sink, lines.schema))
                 for batch in lines:
-                    writer.write_batch(batch)
-                for text in others:
-                    for batch in con.sql(text).to_arrow_reader(BATCH):
-                        writer.write_batch(batch)
-        self.list = pa.ipc.open_file(pa.memory_map(str(file))).read_all()
+                    for kept in files:
+                        writers[kept].write_batch(batch.filter(batch["kept"] if kept else pc.invert(batch["kept"])))
+        kept, dropped = (pa.ipc.open_file(pa.memory_map(str(file))).read_all() for file in files.values())
+        return cls(selection, kept), cls(selection, dropped)
 
     def __len__(self) -> int:
         return len(self.list)
@@ -98,31 +105,37 @@ class Selected:
             ).fetchall()
         return {name: set(types) for name, types in lines}
 
-    def _listings(self, con: Connection, kept: bool) -> list[str]:
-        """The queries of the list, one after another."""
-        selection = self.selection
-        once = selection.spec.get("duplicates", "once") != "as_found"
-        sources = selection.sources(con)
-        of = "role = 'train'" + ("" if sources is None else f" AND source IN ({literals(sources)})")
-        every = f"(SELECT * FROM data.occurrences WHERE {of})"
-        first = f"(SELECT row_id, min(seq) AS seq FROM {every} GROUP BY row_id)"
-        decided = f"d.selection = {literal(selection.name)} AND d.kept"
-        if kept:
-            return [self._listing("NULL::VARCHAR", first if once else every, decided)]
-        dropped = self._listing(REASON, first, f"{decided} IS FALSE")
-        if not once:
-            return [dropped]
-        again = (
-            f"(SELECT o.row_id, o.seq, f.source || ':' || f.index AS whence FROM {every} o JOIN {first} one USING (row_id) "
-            "JOIN data.occurrences f ON f.seq = one.seq WHERE o.seq > one.seq)"
-        )
-        why = "'duplicate of ' || d.row_id || ', which is kept from ' || o.whence"
-        return [dropped, self._listing(why, again, f"{decided} AND o.seq IS NOT NULL")]
 
-    def _listing(self, reason: str, occurrences: str, condition: str) -> str:
-        picked = "".join(f", s.{quote(name)} AS {quote(BESIDE + name)}" for name in self.beside)
-        scored = "LEFT JOIN scored s ON s.row_id = d.row_id" if self.beside else ""
+def _listings(selection: Selection, con: Connection, beside: Sequence[str]) -> list[str]:
+    """The queries of the lists of both, one after another."""
+    once = selection.spec.get("duplicates", "once") != "as_found"
+    sources = selection.sources(con)
+    seen = "role = 'train'" + ("" if sources is None else f" AND source IN ({literals(sources)})")
+    every = f"(SELECT * FROM data.occurrences WHERE {seen})"
+    if beside:
+        facts = ViewFacts(con, selection.recipe)
+        facts.joined = views.tables_named(facts, " ".join(beside))
+        views.narrow(facts, "scored")
+
+    def listing(reason: str, occurrences: str, condition: str) -> str:
+        picked = "".join(f", s.{quote(name)} AS {quote(BESIDE + name)}" for name in beside)
+        scored = "LEFT JOIN scored s ON s.row_id = d.row_id" if beside else ""
         return (
-            f"SELECT r.position, o.seq, {reason} AS reason{picked} FROM data.decisions d JOIN data.rows r USING (row_id) "
-            f"LEFT JOIN {occurrences} o USING (row_id) {scored} WHERE {condition} ORDER BY r.position, o.seq"
+            f"SELECT r.position, o.seq, d.kept, {reason} AS reason{picked} FROM data.decisions d JOIN data.rows r USING (row_id) "
+            f"LEFT JOIN {occurrences} o USING (row_id) {scored} WHERE d.selection = {literal(selection.name)} AND d.kept IS NOT NULL {condition} "
+            "ORDER BY r.position, o.seq"
         )
+
+    why = f"CASE WHEN d.kept THEN NULL ELSE {REASON} END"
+    if occur_once(con, seen):
+        return [listing(why, every, "")]
+    first = f"(SELECT row_id, min(seq) AS seq FROM {every} GROUP BY row_id)"
+    if not once:
+        return [listing(why, every, "AND d.kept"), listing(why, first, "AND NOT d.kept")]
+    again = (
+        f"(SELECT o.row_id, o.seq, f.source || ':' || f.index AS whence FROM {every} o JOIN {first} one USING (row_id) "
+        "JOIN data.occurrences f ON f.seq = one.seq WHERE o.seq > one.seq)"
+    )
+    duplicate = "'duplicate of ' || d.row_id || ', which is kept from ' || o.whence"
+    more = listing(duplicate, again, "AND d.kept AND o.seq IS NOT NULL").replace(", d.kept,", ", false AS kept,", 1)
+    return [listing(why, first, ""), more]

@@ -174,6 +174,7 @@ def _advice(loaded: Loaded, store: Store, selection: Selection) -> list[str]:
         f"SELECT count(*) AS n FROM scored s JOIN selections d USING (row_id) WHERE d.selection = ? AND d.kept AND s.{quote(column)} {sign}",
         [selection.name],
         recipe=loaded.name,
+        names_columns=True,
     )["n"][0]
     steps = "; ".join(f"({i}) {text}" for i, text in enumerate(ADVICE, 1))
     return [
@@ -188,7 +189,7 @@ class Beside:
         self.own = _own_of(loaded, store).intersection(names)  # any other name is ours there
         self.names = [name for name in dict.fromkeys(names) if name not in self.own | {"row_id"}]
         picked = ", ".join(["row_id", *map(quote, self.names)])
-        frame = store.sql(f"SELECT {picked} FROM scored", recipe=loaded.name)
+        frame = store.sql(f"SELECT {picked} FROM scored", recipe=loaded.name, names_columns=True)
         self.frame, self.at = frame, {row_id: i for i, row_id in enumerate(frame["row_id"])}
 
     def of(self, row_id: str) -> dict[str, Any]:
@@ -273,7 +274,7 @@ def _card(head: Card, loaded: Loaded, store: Store, selection: Selection, source
 
     names = [request.name for request in loaded.recipe.scores]
     picked = ", ".join(map(quote, names)) or "NULL"
-    frame = store.sql(f"SELECT {picked} FROM scored WHERE role = 'train'", recipe=loaded.name)
+    frame = store.sql(f"SELECT {picked} FROM scored WHERE role = 'train'", recipe=loaded.name, names_columns=True)
     scores = {
         name: distribution(frame[name].cast(float).fill_null(math.nan).to_numpy())
         for name in names

@@ -49,9 +49,7 @@ def parts_of(
     if format == "extend":
         raise ByRows
     beside = list(dict.fromkeys([*asked, *([weight] if weight else [])]))
-    kept, dropped = (
-        Selected(selection, work / name, kept=name == "kept", beside=beside) for name in ("kept", "dropped")
-    )
+    kept, dropped = Selected.both(selection, work, beside)
     row = kept.first()
     if row is None:
         raise ByRows
