@@ -22,6 +22,7 @@ class Served(ThreadingHTTPServer):
         self.weights, self.version, self.logprobs, self.noise, self.broken = weights, version, logprobs, 0.0, {}
         self.models = models or [{"id": "policy", "root": "/models/policy", "max_model_len": 256}]
         self.refuses = lambda prompt: False  # prompts at which it hangs up
+        self.says = None  # (prompt, number of the answer) -> (content, reasoning, finish_reason) instead of words
         self.requests, self.after = [], None  # after: called with the server when so many requests were answered
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
 
@@ -94,6 +95,20 @@ class Handler(BaseHTTPRequestHandler):
 
     def choice(self, prompt, seed, index, *, chat):
         tokens = self.server.tokens(prompt, seed)
+        if self.server.says:
+            content, reasoning, why = self.server.says(prompt, index)
+            found = {"index": index, "finish_reason": why, "logprobs": None}
+            return found | (
+                {
+                    "message": {
+                        "role": "assistant",
+                        "content": content,
+                        **({"reasoning_content": reasoning} if reasoning else {}),
+                    }
+                }
+                if chat
+                else {"text": content}
+            )
         text = "".join(token for token, _ in tokens)
         found = {"index": index, "finish_reason": "stop", "logprobs": None}
         if chat:

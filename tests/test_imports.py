@@ -42,7 +42,7 @@ MAY_IMPORT = [
     (["recipe.objects"], ["errors"], []),
     (["scores", "scores.*"], ["scores", "errors", "recipe.objects"], ["numpy", "polars"]),
     (["passes.nearest"], ["rows"], ["numpy"]),
-    (["passes.chat"], ["rows", "errors", "recipe.bounds"], ["transformers"]),
+    (["passes.chat"], ["passes.thinking", "rows", "errors", "recipe.bounds"], ["transformers"]),
     (["passes.tokens"], ["passes", "rows", "errors"], ["numpy", "transformers"]),
     (
         ["measurements.grading", "measurements.grading_*"],

@@ -382,7 +382,7 @@ def test_a_damaged_database_is_made_again_from_shards(store):
     assert again.series(["f-accuracy-1", "f-accuracy-2"], ["accuracy"], ids(A))["accuracy"].tolist() == [[0.25, 0.5]]
 
 
-@pytest.mark.parametrize("version, told", [(0, "older version 0"), (3, "Upgrade")])
+@pytest.mark.parametrize("version, told", [(0, "older version 0"), (4, "Upgrade")])
 def test_stores_of_other_versions(store, version, told):
     with store.database.write() as con:
         con.execute("UPDATE data.meta SET value = ? WHERE key = 'schema_version'", [str(version)])
@@ -413,7 +413,7 @@ def test_an_older_store_that_cannot_be_written_says_what_it_waits_for(store, mon
 
     monkeypatch.setattr(database, "attached", read_only_mount)
     with pytest.raises(
-        StoreError, match="is of version 1, and is brought to version 2 .* open it once where it can be written"
+        StoreError, match="is of version 1, and is brought to version 3 .* open it once where it can be written"
     ):
         Store(store.folder)
 

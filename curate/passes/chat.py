@@ -14,6 +14,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from curate.errors import ModelError
+from curate.passes.thinking import opens, tags_of
 from curate.rows import Example, Message, Pair, Row, Text, text_of
 
 if TYPE_CHECKING:
@@ -47,7 +48,8 @@ class Template:
     conversation of ours: refuses is then what it says of the plainest one. dated: whether it asks for today's date.
     keeps_reasoning: whether the text between <think> and </think> of a reply is in what it renders. eos: the tokenizer's own end token. stops: the
     tokens that end an answer when it is sampled: eos, and those of the model's generation settings. marks_turns: whether it says itself, by
-    {% generation %}, which text is the assistant's.
+    {% generation %}, which text is the assistant's. thinks_in: what opens and closes the model's thinking. opens_thinking: whether the generation
+    prompt opens it.
     """
 
     end: str | None
@@ -57,6 +59,8 @@ class Template:
     stops: tuple[str, ...] = ()
     refuses: str | None = None
     marks_turns: bool = False
+    thinks_in: tuple[str, str] | None = None
+    opens_thinking: bool = False
 
 
 def as_chat(row: Row) -> Row:
@@ -164,9 +168,9 @@ def template_of(tokenizer: PreTrainedTokenizerBase, stops: Sequence[int] = ()) -
         return None
     refused: list[str] = []
 
-    def shown(*messages: Message) -> str | None:
+    def shown(*messages: Message, generation_prompt: bool = False) -> str | None:
         try:
-            return render(tokenizer, messages, generation_prompt=False)
+            return render(tokenizer, messages, generation_prompt=generation_prompt)
         except Refused as refusal:
             refused.append(str(refusal))
             return None
@@ -176,6 +180,7 @@ def template_of(tokenizer: PreTrainedTokenizerBase, stops: Sequence[int] = ()) -
         reply = shown(*before, Message(role="assistant", content="last eight"))
         if reply is not None:
             break
+    tags, asked = tags_of(tokenizer), shown(*before, generation_prompt=True)
     end = None if reply is None else closing_token(tokenizer, ids_of(tokenizer, reply))
     thought = shown(*before, Message(role="assistant", content=THOUGHT))
     ends = dict.fromkeys((*([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []), *stops))
@@ -187,6 +192,8 @@ def template_of(tokenizer: PreTrainedTokenizerBase, stops: Sequence[int] = ()) -
         stops=tuple(str(tokenizer.convert_ids_to_tokens(i)) for i in ends if 0 <= i < len(tokenizer)),
         refuses=refused[0] if reply is None else None,
         marks_turns=marks_turns(tokenizer),
+        thinks_in=tags,
+        opens_thinking=opens(asked or "", tags),
     )
 
 
@@ -201,7 +208,8 @@ def template_to_json(template: Template | None) -> str:
 
 def template_from_json(text: str) -> Template | None:
     fields = json.loads(text)
-    return None if fields is None else Template(**{**fields, "stops": tuple(fields["stops"])})
+    tuples = {name: tuple(fields[name]) for name in ("stops", "thinks_in") if fields and fields[name] is not None}
+    return None if fields is None else Template(**{**fields, **tuples})
 
 
 def with_context(

@@ -1,6 +1,7 @@
 """Sampled answers are kept: another grader, another threshold of it, or another number of samples asks no model for them again.
 
-    an answer's identity = everything that its measurement's fingerprint covers, without the grader and the number of samples
+    an answer's identity = everything that its measurement's fingerprint covers, without the grader, the number of samples, and what tells its
+                           thinking apart (of answers that were not told apart yet, or by the same tags)
 
 A row's k-th answer has a seed of its own, of the row and of k. So of more answers than before only the further ones are drawn, independent of
 those that are there; of fewer the first count; and a grader, which changes no answer, is read over what is kept. Answers to perturbations of a
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from curate.passes.sampling.types import Sample
     from curate.plan.step import Block, Task
 
-NOT_OF_ANSWERS = ("grader", "samples")
+NOT_OF_ANSWERS = ("grader", "samples", "thinking", "unfinished")
 
 
 def answers_id(measured: Measured) -> str:
@@ -61,14 +62,17 @@ class KeptAnswers:
     def __init__(self, store: Store):
         self.store = store
         self._samples_of: dict[str, dict[str, int]] = {}  # identity -> fingerprint -> samples asked for
+        self._tags: dict[str, Any] = {}  # fingerprint -> the tags that its answers' thinking was told apart by
         for record in store.measured(reads="sample"):
             samples_of = self._samples_of.setdefault(answers_id(record), {})
             samples_of[record.fingerprint] = int(record.params.get("samples") or 0)
+            self._tags[record.fingerprint] = record.params.get("thinking")
 
     def of(self, task: Task, row_ids: Sequence[str]) -> dict[str, Donor]:
         """row id -> where most of its answers are; rows without any are left out."""
         known = self._samples_of.get(answers_id(task.measured), {})
-        others = {fingerprint: n for fingerprint, n in known.items() if fingerprint != task.fingerprint}
+        alike = (None, task.measured.params.get("thinking"))
+        others = {one: n for one, n in known.items() if one != task.fingerprint and self._tags[one] in alike}
         if not others or not row_ids:
             return {}
         donors: dict[str, Donor] = {}
@@ -93,7 +97,9 @@ class KeptAnswers:
         for fingerprint, ids in by_donor.items():
             for row_id, kept in zip(ids, self.store.samples(fingerprint, ids), strict=True):
                 texts[row_id] = [
-                    None if s["text"] is None else Sample(s["text"], s["n_tokens"], s["logp"], bool(s["finished"]))
+                    None
+                    if s["text"] is None
+                    else Sample(s["text"], s["n_tokens"], s["logp"], bool(s["finished"]), s["reasoning"])
                     for s in kept
                 ]
         return [texts.get(row_id) for row_id in row_ids]

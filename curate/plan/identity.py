@@ -93,6 +93,8 @@ class Identity:
 
     def _rendering(self, measurement: Measurement, checkpoint: Checkpoint) -> dict[str, Any]:
         turns = ", all turns" if self.recipe.tokens.turns == "all" else ""
+        tags = self.recipe.sampling.thinking_tags
+        turns += f", thinking in {tags}" if measurement.reads == "sample" and tags != "auto" else ""
         question = f"rendering ({self.recipe.tokens.chat}{turns}, {measurement.name})"
         find = lambda: self.renderings.of(checkpoint).params(measurement)  # noqa: E731
         return self.kept.of_model(question, checkpoint, find, before=self.loaded.formats is None)
@@ -152,6 +154,10 @@ def params_of(loaded: Loaded, measurement: Measurement, tokenizer: str, few_shot
             "seed": loaded.recipe.engine.seed,
             "grader": grader(sampling.grader, folder=loaded.folder).fingerprint,
         }
+        if isinstance(sampling.thinking_tags, list):
+            params["thinking"] = sampling.thinking_tags
+        if sampling.unfinished != "wrong" and measurement.kind == "sft":
+            params["unfinished"] = sampling.unfinished
     if measurement.perturbed and sampling.perturb is not None:
         params["perturb"] = perturbation(sampling.perturb, folder=loaded.folder).fingerprint
     if measurement.reads in ("backward", "direction") and loaded.recipe.gradients.parameters != "all":

@@ -38,7 +38,7 @@ class Rendering:
     """How rows become text for one tokenizer. chat: rows of plain text go through the template. messages: there are rows of messages too.
 
     plain: there are rows of plain text. template: what is known of the tokenizer's, None where it has none (or where a server has it).
-    turns: tokens.turns.
+    turns: tokens.turns. finds_tags: whether the template's own tags tell a model's thinking from its answer (sampling.thinking_tags: auto).
     """
 
     chat: bool
@@ -47,6 +47,7 @@ class Rendering:
     template: Template | None = None
     pairs: bool = False
     turns: Turns = "last"
+    finds_tags: bool = True
 
     def params(self, measurement: Measurement) -> dict[str, Any]:
         """What a measurement's values depend on here, beyond the tokenizer. Empty where rows are rendered as they were before 2026-11."""
@@ -60,6 +61,10 @@ class Rendering:
             params["template_end"] = "none" if self.template.refuses is None else "unknown"
         if self.pairs and not self.template.keeps_reasoning:
             params["same_tokens"] = "unknown"
+        if measurement.reads == "sample" and self.finds_tags and self.template.thinks_in is not None:
+            params["thinking"] = list(self.template.thinks_in)
+            if self.template.opens_thinking:  # an answer's text alone does not say that it begins in it
+                params["thinking_opened"] = True
         if self.turns == "all" and measurement.reads != "sample":
             params["turns"] = "all" if self.template.marks_turns else "all, by rendering"
         return params
@@ -157,7 +162,8 @@ class Renderings:
         plain, messages = "standard" in self.styles, "conversational" in self.styles
         messages = messages or bool(self.loaded.recipe.targets)
         pairs, turns = self.loaded.recipe.kind == "preference", self.loaded.recipe.tokens.turns
-        return Rendering(chat and plain, plain, messages, template, pairs, turns)
+        finds_tags = self.loaded.recipe.sampling.thinking_tags == "auto"
+        return Rendering(chat and plain, plain, messages, template, pairs, turns, finds_tags)
 
     def _questions(self) -> bool:
         """Whether the recipe's rows are questions with answers, by the format that they were read in."""

@@ -138,10 +138,29 @@ class Sampling(Strict):
         "gsm8k",
         description="gsm8k, number, math, choice, exact, regex, or module:function of your own (docs/grading.md)",
     )
+    thinking_tags: Literal["auto"] | Annotated[list[str], Field(min_length=2, max_length=2)] | None = Field(
+        "auto",
+        description="what opens and closes a model's thinking, ['<think>', '</think>'], so that graders see the answer alone; auto: by its chat "
+        "template and vocabulary; null: all of a text is the answer",
+    )
+    unfinished: Literal["wrong", "leave_out"] = Field(
+        "wrong",
+        description="what samples count as that were cut before they gave an answer, such as in their thinking: wrong, or left out of n_samples",
+    )
     perturb: str | None = Field(
         None,
         description="package.module:function of (prompt, answer) or (prompt, answer, row) that gives changed prompts, for limem",
     )
+    later = frozenset({"thinking_tags", "unfinished"})
+
+    @field_validator("thinking_tags")
+    @classmethod
+    def tags_differ(cls, value: Any) -> Any:
+        if isinstance(value, list) and (not all(tag.strip() for tag in value) or value[0] == value[1]):
+            raise ValueError(
+                "the opening and the closing tag are two texts that differ, such as ['<think>', '</think>']"
+            )
+        return value
 
 
 class Forecast(Strict):

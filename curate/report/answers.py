@@ -12,9 +12,9 @@ WIDTH = 68  # characters of each
 
 
 def answers_of(store: Store, row_id: str, recipe: str | None) -> list[dict[str, Any]]:
-    """The row's answers by the recipe's grader, those of the last checkpoint first: run, checkpoint, sample, text, correct, finished."""
+    """The row's answers by the recipe's grader, those of the last checkpoint first, with the columns of the view `samples`."""
     return store.sql(
-        "SELECT run, checkpoint, step, sample, text, correct, n_tokens, finished FROM samples WHERE row_id = ? "
+        "SELECT run, checkpoint, step, sample, text, correct, n_tokens, finished, reasoning, outcome FROM samples WHERE row_id = ? "
         "ORDER BY step DESC NULLS LAST, run, checkpoint, sample",
         [row_id],
         recipe=recipe,
@@ -31,15 +31,17 @@ def answers_text(answers: Sequence[dict[str, Any]], *, every: bool) -> list[str]
     graded_count = sum(a["checkpoint"] == first for a in answers)
     graded = f"{right} of {graded_count} right" if answers[0]["correct"] is not None else f"{graded_count}, not graded"
     lines = ["", f"answers of {first or 'the model'}: {graded}"]
-    checkpoint = first
+    checkpoint, width = first, 10 if any(answer["outcome"] == "unfinished" for answer in shown) else 5
     for answer in shown:
         if answer["checkpoint"] != checkpoint:
             checkpoint = answer["checkpoint"]
             lines.append(f"answers of {checkpoint}:")
-        grade = {True: "right", False: "wrong", None: "-"}[answer["correct"]]
+        grade, thought = answer["outcome"] or "-", str(answer["reasoning"] or "").strip()
         cut = "" if answer["finished"] else " (cut)"
         text = str(answer["text"] or "").strip()
-        lines.append(f"  {grade:5}  {text if every else _short(text)}{cut}")
+        if thought and (every or not text):
+            text = f"[thinks: {thought}] {text}".strip()
+        lines.append(f"  {grade:{width}}  {text if every else _short(text)}{cut}")
     if len(shown) < len(answers):
         lines.append(f"  {len(answers) - len(shown):,} more answers: --all")
     return lines

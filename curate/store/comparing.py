@@ -12,11 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from curate.store.entries import Measured
-from curate.store.shards import Shards
+from curate.store.shards import ANSWER, Shards
 from curate.store.sql import Connection, quote
 from curate.store.tables import columns_of, table_of
 
-ANSWER = "{'text': text, 'correct': correct, 'n_tokens': n_tokens, 'logp': logp, 'finished': finished}"
 CHUNK = 2048  # rows of a shard that is written from the database
 
 
@@ -87,9 +86,13 @@ def _lines(
             same.append(f"s.{quote(name)} IS NULL")
     answers = ""
     if "samples" in schema.names:
+        written = [
+            field.name for field in schema.field("samples").type.value_type
+        ]  # earlier shards keep less of an answer
         same.append("coalesce(s.samples, []) IS NOT DISTINCT FROM coalesce(a.samples, [])")
         answers = (
-            f"LEFT JOIN (SELECT row_id, list({ANSWER} ORDER BY sample) AS samples FROM data.samples WHERE fingerprint = $1 GROUP BY row_id) a "
+            f"LEFT JOIN (SELECT row_id, list({_answer(written)} ORDER BY sample) AS samples FROM data.samples "
+            "WHERE fingerprint = $1 GROUP BY row_id) a "
             "ON a.row_id = s.row_id"
         )
     values = f"(SELECT * FROM data.{quote(table)} WHERE fingerprint = $1)" if there else "(SELECT NULL AS row_id)"
@@ -99,6 +102,11 @@ def _lines(
         "QUALIFY NOT known OR NOT same OR count(*) OVER (PARTITION BY s.row_id) > 1 ORDER BY s.shard_number, s.row_id"
     )
     yield from con.execute(query, [fingerprint] if "$1" in query else []).fetchall()
+
+
+def _answer(names: Sequence[str]) -> str:
+    """A sampled answer as a shard has it."""
+    return "{" + ", ".join(f"'{name}': {name}" for name in names) + "}"
 
 
 def _uncovered(con: Connection, fingerprint: str, table: str) -> list[str]:
@@ -123,7 +131,7 @@ def write_again(con: Connection, shards: Shards, measured: Measured, row_ids: Se
         )
         values: Any = con.sql(query, params=[measured.fingerprint]).to_arrow_table()
         query = (
-            f"SELECT list({ANSWER} ORDER BY sample) FILTER (sample IS NOT NULL) FROM shard_rows LEFT JOIN (SELECT * FROM data.samples "
+            f"SELECT list({_answer(ANSWER)} ORDER BY sample) FILTER (sample IS NOT NULL) FROM shard_rows LEFT JOIN (SELECT * FROM data.samples "
             "WHERE fingerprint = ?) USING (row_id) GROUP BY row_id, i ORDER BY i"
         )
         answers = [line[0] or [] for line in con.execute(query, [measured.fingerprint]).fetchall()]

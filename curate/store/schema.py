@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
 MIGRATIONS: dict[int, str] = {  # version -> the SQL that makes it version + 1
     1: "ALTER TABLE data.rows ADD COLUMN template_args VARCHAR",
+    2: "ALTER TABLE data.samples ADD COLUMN IF NOT EXISTS reasoning VARCHAR; ALTER TABLE data.samples ADD COLUMN IF NOT EXISTS outcome VARCHAR",
 }
 
 
@@ -23,7 +24,7 @@ CREATE TABLE data.source_state (source VARCHAR, role VARCHAR, fingerprint VARCHA
 CREATE TABLE data.measured (fingerprint VARCHAR PRIMARY KEY, measurement VARCHAR, reads VARCHAR, model VARCHAR,
     model_fingerprint VARCHAR, run VARCHAR, checkpoint VARCHAR, step BIGINT, engine VARCHAR, params VARCHAR, created TIMESTAMP);
 CREATE TABLE data.samples (fingerprint VARCHAR, row_id VARCHAR, sample INTEGER, text VARCHAR, correct BOOLEAN, n_tokens INTEGER,
-    logp DOUBLE, finished BOOLEAN);
+    logp DOUBLE, finished BOOLEAN, reasoning VARCHAR, outcome VARCHAR);
 CREATE TABLE data.recipes (name VARCHAR PRIMARY KEY, text VARCHAR, scores_table VARCHAR, sources VARCHAR[], uses VARCHAR[],
     plain VARCHAR[], updated TIMESTAMP);
 CREATE TABLE data.dataset_values (origin VARCHAR, name VARCHAR, run VARCHAR, checkpoint VARCHAR, step BIGINT, value DOUBLE,

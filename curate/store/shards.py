@@ -39,8 +39,11 @@ SAMPLE = pa.struct(
         ("n_tokens", pa.int32()),
         ("logp", pa.float64()),
         ("finished", pa.bool_()),
+        ("reasoning", pa.string()),
+        ("outcome", pa.string()),
     ]
 )
+ANSWER = tuple(field.name for field in SAMPLE)  # what is kept of a sampled answer
 
 
 def arrow_column(values: Any) -> pa.Array:
@@ -256,11 +259,13 @@ def _sample(sample: Any) -> dict[str, Any]:
     """One sample, from a mapping or from an object with these attributes."""
     get = sample.get if isinstance(sample, Mapping) else lambda key: getattr(sample, key, None)
     logp = get("logp")
-    text = get("text")
+    text, reasoning = get("text"), get("reasoning")
     return {
         "text": None if text is None else clean_text(text),
         "correct": None if get("correct") is None else bool(get("correct")),
         "n_tokens": get("n_tokens"),
         "logp": float(logp) if logp is not None and np.isfinite(logp) else None,
         "finished": get("finished"),
+        "reasoning": None if reasoning is None else clean_text(reasoning),
+        "outcome": get("outcome"),
     }

@@ -16,7 +16,7 @@ import pyarrow as pa
 from curate.rows import content_id
 from curate.store.entries import Measured
 from curate.store.readings import NO_RECIPE_WAITS
-from curate.store.shards import arrow_column, read_shard
+from curate.store.shards import ANSWER, arrow_column, read_shard
 from curate.store.sql import Connection, after_all, first_column, literal, one, quote
 
 MEASURED = (
@@ -88,8 +88,8 @@ def ingest(con: Connection, paths: Sequence[Path]) -> bool:
             "QUALIFY row_number() OVER (PARTITION BY row_id) = 1"
         )
         changed |= merge(con, table_of(records[fingerprint].measurement), "incoming") and fingerprint in shown
-        if any(name == "samples" for name, _ in schema):
-            _ingest_samples(con, fingerprint, source)
+        if kept := dict(schema).get("samples"):
+            _ingest_samples(con, fingerprint, source, [name for name in ANSWER if f"{name}: " in kept])
         con.execute("DROP TABLE incoming")
     return changed
 
@@ -149,12 +149,14 @@ def _column_type(kind: str) -> str:
     return "DOUBLE"
 
 
-def _ingest_samples(con: Connection, fingerprint: str, source: str) -> None:
+def _ingest_samples(con: Connection, fingerprint: str, source: str, names: Sequence[str]) -> None:
+    """names: what these shards keep of an answer; earlier ones keep less."""
     con.execute(
         f"DELETE FROM data.samples WHERE fingerprint = {literal(fingerprint)} AND row_id IN (SELECT row_id FROM {source})"
     )
     con.execute(
-        f"INSERT INTO data.samples SELECT {literal(fingerprint)}, row_id, i::INTEGER - 1, s.text, s.correct, s.n_tokens, s.logp, s.finished FROM "
+        f"INSERT INTO data.samples (fingerprint, row_id, sample, {', '.join(names)}) "
+        f"SELECT {literal(fingerprint)}, row_id, i::INTEGER - 1, {', '.join(f's.{name}' for name in names)} FROM "
         f"(SELECT row_id, unnest(samples) AS s, generate_subscripts(samples, 1) AS i FROM "
         f"(SELECT row_id, samples FROM {source} QUALIFY row_number() OVER (PARTITION BY row_id) = 1))"
     )

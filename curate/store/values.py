@@ -12,6 +12,7 @@ import pyarrow as pa
 from curate.errors import UsageError, did_you_mean
 from curate.models.naming import natural
 from curate.store.entries import Measured
+from curate.store.shards import ANSWER
 from curate.store.sql import Connection, quote
 from curate.store.tables import MEASURED, columns_of, table_of
 
@@ -131,10 +132,9 @@ def samples(con: Connection, fingerprint: str, row_ids: Sequence[str]) -> list[l
     """The sampled answers of each row as dicts, in sample order; an empty list where there are none."""
     result: list[list[dict[str, Any]]] = [[] for _ in row_ids]
     ids_view(con, row_ids)
-    names = ("text", "correct", "n_tokens", "logp", "finished")
-    query = f"SELECT i, {', '.join(names)} FROM data.samples JOIN wanted_ids USING (row_id) WHERE fingerprint = ? ORDER BY i, sample"
+    query = f"SELECT i, {', '.join(ANSWER)} FROM data.samples JOIN wanted_ids USING (row_id) WHERE fingerprint = ? ORDER BY i, sample"
     for i, *values in con.execute(query, [fingerprint]).fetchall():
-        result[i].append(dict(zip(names, values, strict=True)))
+        result[i].append(dict(zip(ANSWER, values, strict=True)))
     return result
 
 

@@ -249,6 +249,7 @@ class Recorder(TrainerCallback):
 
         runner = SampleRunner(self.loaded, self.progress)
         runner.tokenizer, runner.chat = self.tokenizer, self.rendering.chat
+        runner.tags = self._params(measurements[0]).get("thinking")
         runner.sampler = HfSampler.of(self.model, self.tokenizer, max_length=self.loaded.recipe.tokens.max_length)
         columns, samples, _ = runner.run(self.rows, self.row_ids, measurements)
         return dict(columns), samples

@@ -98,7 +98,7 @@ class Requests:
         choices = sorted(answer.choices, key=lambda choice: choice.index)
         samples = []
         for choice in choices:
-            text = _text(choice.message) if chat else choice.text
+            text = _text(choice.message) if chat else (choice.text or "")
             logps = _token_logps(choice, chat=chat)
             tokens = (
                 len(logps)
@@ -108,7 +108,9 @@ class Requests:
                 else None
             )
             logp = float(np.sum(logps)) if logps is not None else None
-            samples.append(Sample(text=text, n_tokens=tokens, logp=logp, finished=choice.finish_reason in ENDED))
+            reasoning = _reasoning(choice.message) if chat else None
+            ended = choice.finish_reason in ENDED
+            samples.append(Sample(text=text, n_tokens=tokens, logp=logp, finished=ended, reasoning=reasoning))
         if samples and samples[0].logp is None:
             self.lack("logprobs")
         return samples
@@ -164,6 +166,12 @@ def _text(message: Any) -> str:
         if getattr(call, "function", None) is not None
     ]
     return "\n".join([*([message.content] if message.content else []), *calls])
+
+
+def _reasoning(message: Any) -> str | None:
+    """What a server with a reasoning parser has told apart from its answer; None where it has nothing of the kind."""
+    texts = (getattr(message, name, None) for name in ("reasoning_content", "reasoning"))
+    return next((text for text in texts if isinstance(text, str) and text), None)
 
 
 def _token_logps(choice: Any, *, chat: bool) -> list[float] | None:

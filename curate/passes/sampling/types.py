@@ -63,7 +63,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Sample:
-    """One sampled response.
+    """One sampled response. text: its answer. reasoning: what it thought before that, where it is told apart (thinking.py); None for nothing.
 
     n_tokens: generated tokens, EOS included; None where a server does not say. logp: their summed log-probability in nats under the
     untempered model; None where the engine does not return it. finished: ended by EOS or a stop string, not cut at max_new_tokens.
@@ -73,6 +73,7 @@ class Sample:
     n_tokens: int | None
     logp: float | None
     finished: bool
+    reasoning: str | None = None
 
 
 class Sampler(Protocol):

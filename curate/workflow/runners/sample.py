@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from curate.console import Progress
 from curate.measurements.perturbations import perturbation
+from curate.passes.thinking import has_tags, opens, split
 from curate.plan.answers import KeptAnswers, by_prompt, padded
 from curate.plan.embeddings import check_ids
 from curate.plan.identity import few_shot_text
@@ -21,7 +22,8 @@ from curate.rows import Example, Row, text_of
 from curate.workflow.runners.base import Runner
 
 if TYPE_CHECKING:
-    from curate.measurements.accuracy import Graded
+    from curate.measurements.accuracy import Graded, Outcome
+    from curate.passes.sampling.types import Sample
     from curate.recipe.load import Loaded
     from curate.store import Store
 
@@ -48,6 +50,7 @@ class SampleRunner(Runner):
         self.kept = KeptAnswers(store) if store is not None else None
         self.said = Counter[str]()
         self.label = "the model"
+        self.tags: Sequence[str] | None = None  # what opens and closes the model's thinking
         self.lost = Counter[str]()  # rows that were not asked, by why; or whose prompt lost a turn's text
 
     @cached_property
@@ -57,6 +60,7 @@ class SampleRunner(Runner):
 
     def use(self, step: Step) -> None:
         self.step, self.label = step, step.checkpoint.label
+        self.tags = step.tasks[0].measured.params.get("thinking")
 
     def _start(self) -> None:
         """The engine with the weights of the step's checkpoint: nothing is started, and no tokenizer read, for answers that are kept."""
@@ -152,18 +156,44 @@ class SampleRunner(Runner):
                 recipe.samples - first, recipe.temperature, recipe.top_p, recipe.max_new_tokens, tuple(recipe.stop)
             )
             for i, found in zip(asked, self.sampler.sample(list(asked.values()), sampling), strict=True):
-                drawn[i] = drawn[i] + found
+                drawn[i] = drawn[i] + [self._told_apart(s, opened=opens(asked[i].text, self.tags)) for s in found]
                 tokens += len(asked[i].ids) + sum(s.n_tokens or 0 for s in found)
-        graded = [[self._graded(s, row) for s in found] for row, found in zip(rows, drawn, strict=True)]
+        graded = [
+            [self._graded(self._told_apart(s), row) for s in answers] for row, answers in zip(rows, drawn, strict=True)
+        ]
         return graded, tokens
 
-    def _graded(self, sample: Any, row: Row) -> Graded:
+    def _told_apart(self, sample: Sample, *, opened: bool = False) -> Sample:
+        """The sample with what it thought beside its answer, where that is in its text still."""
+        if self.tags is None or sample.reasoning is not None:
+            return sample
+        reasoning, answer = split(sample.text, self.tags, opened=opened)
+        return replace(sample, reasoning=reasoning, text=answer)
+
+    def _graded(self, sample: Sample, row: Row) -> Graded:
         from curate.measurements.accuracy import Graded
 
+        in_thinking = not sample.finished and sample.reasoning is not None and not sample.text.strip()
+        correct = self._correct(sample.text, row, never=in_thinking)
+        unfinished = in_thinking or (
+            not sample.finished and correct is False and self.grader.extract(sample.text) is None
+        )
+        outcome: Outcome | None = None if correct is None else "right" if correct else "wrong"
         self.said["answers"] += 1
-        self.said["empty"] += not sample.text.strip()
-        self.said["unfinished"] += not sample.finished
-        return Graded(self._correct(sample.text, row), sample.n_tokens, sample.logp, sample.finished, sample.text)
+        self.said["empty"] += not (sample.text.strip() or sample.reasoning)
+        self.said["cut"] += not sample.finished
+        self.said["unfinished"] += unfinished
+        self.said["tagged"] += self.tags is None and sample.reasoning is None and has_tags(sample.text)
+        return Graded(
+            correct,
+            sample.n_tokens,
+            sample.logp,
+            sample.finished,
+            sample.text,
+            sample.reasoning,
+            "unfinished" if unfinished else outcome,
+            not (unfinished and correct is not None and self.recipe.sampling.unfinished == "leave_out"),
+        )
 
     def _prompt(self, row: Row, row_id: str) -> Any:
         """The row's prompt, or None where it leaves nothing to sample from. The seed is the row's own, so a row's answers stay its own."""
@@ -187,11 +217,12 @@ class SampleRunner(Runner):
             else Prompt(tokens.ids, tokens.text, tokens.messages, seed, template_args=row.template_args)
         )
 
-    def _correct(self, text: str, row: Row) -> bool | None:
+    def _correct(self, text: str, row: Row, *, never: bool = False) -> bool | None:
+        """Whether the text gives the row's answer; None where the row has none that can be compared with. never: it did not come to an answer."""
         answer = row.answer if isinstance(row, Example) else None
         if answer is None or not self.grader.readable(answer, row):
             return None
-        return self.grader.grade(text, answer, row)
+        return not never and self.grader.grade(text, answer, row)
 
     def notes(self) -> list[str]:
         notes: list[str] = [] if self.sampler is None else self.sampler.notes
@@ -207,15 +238,26 @@ class SampleRunner(Runner):
                 f"Warning: {said['empty']:,} of {said['answers']:,} answers of {self.label} are empty. An instruct model wants its chat template: "
                 "`--set tokens.chat=always`, or give the rows as messages; a base model wants to see what an answer looks like: `sampling.few_shot`."
             )
-        if 10 * said["unfinished"] >= 9 * said["answers"] > 0:
+        if said["tagged"]:
             found.append(
-                f"Warning: {said['unfinished']:,} of {said['answers']:,} answers of {self.label} did not end within max_new_tokens {most}. Raise it "
+                f"Warning: {said['tagged']:,} of {said['answers']:,} answers of {self.label} hold their thinking (</think>), and are graded with it: "
+                '`--set sampling.thinking_tags=\'["<think>", "</think>"]\'`, so that graders see the answer alone.'
+            )
+        if 10 * said["cut"] >= 9 * said["answers"] > 0:
+            found.append(
+                f"Warning: {said['cut']:,} of {said['answers']:,} answers of {self.label} did not end within max_new_tokens {most}. Raise it "
                 "with `--set sampling.max_new_tokens=…`, or say where an answer ends: `sampling.stop`."
             )
-        elif said["unfinished"]:
+        elif said["cut"]:
             found.append(
-                f"{said['unfinished']:,} of {said['answers']:,} answers of {self.label} were cut at max_new_tokens {most}, and are graded as they "
+                f"{said['cut']:,} of {said['answers']:,} answers of {self.label} were cut at max_new_tokens {most}, and are graded as they "
                 "stand (n_unfinished)."
+            )
+        if said["unfinished"]:
+            out = self.recipe.sampling.unfinished == "leave_out"
+            found.append(
+                f"{said['unfinished']:,} of {said['answers']:,} answers of {self.label} were cut before they gave an answer: unfinished, and "
+                f"{'left out of n_samples and accuracy' if out else 'wrong for accuracy'} (sampling.unfinished)."
             )
         return found
 
