@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shlex
 import sys
+from contextlib import redirect_stderr
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,8 @@ from curate.data.trainers import TRAINERS
 from curate.errors import UsageError, ValidationError
 from curate.recipe.load import load_recipe
 from curate.rows import Example
+from curate.scores.rates import bands
+from curate.scores.stopping import undecided
 from curate.workflow.run import make_plan
 from tests.tiny_models import make_llama
 
@@ -99,8 +103,86 @@ def test_a_score_of_completions_is_refused_before_anything_runs(line, measured):
 
 
 def test_more_samples_than_are_drawn_are_refused(line, measured):
-    with pytest.raises(UsageError, match="k is 9 and sampling.samples 8"):
+    with pytest.raises(UsageError, match="k is 9 and sampling.samples 8 of every row"):
         make_plan(load_recipe(line, set=["scores=[{pass_at: {k: 9}}]"]), progress=Progress(quiet=True))
+
+
+ADAPTIVE = "sampling.samples={from: 2, to: 8, until: band, band: [0.7, 0.9]}"
+ANSWERS = "SELECT row_id, sample, text, correct FROM samples ORDER BY ALL"
+
+
+@pytest.fixture(scope="module")
+def adaptive(line, tmp_path_factory):
+    """Rows sampled until their band is decided, in a store of their own; and every call of the engine: (rows, answers, number of the first)."""
+    from curate.passes.sampling.hf import HfSampler
+
+    asked, original = [], HfSampler.sample
+
+    def sample(self, prompts, sampling):
+        asked.append((len(prompts), sampling.n, {prompt.first for prompt in prompts}))
+        return original(self, prompts, sampling)
+
+    HfSampler.sample = sample
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said):
+            result = curate.run(
+                line,
+                set=[ADAPTIVE, "scores=[pass_rate, pass_band]"],
+                store=tmp_path_factory.mktemp("s"),
+                progress=Progress(),
+            )
+    finally:
+        HfSampler.sample = original
+    return result, asked, said.getvalue()
+
+
+def test_a_row_is_sampled_until_its_band_is_decided(measured, adaptive):
+    """Its answers are the first of those that eight would have been, and it stops at the first look that decides."""
+    result, asked, said = adaptive
+    fewer, all_of_them = (r.store.sql(ANSWERS).rows_by_key("row_id") for r in (result, measured))
+    assert {len(answers) for answers in fewer.values()} == {2, 4, 8}
+    for row_id, answers in fewer.items():
+        assert answers == all_of_them[row_id][: len(answers)]
+        marks = [mark for _, _, mark in answers]
+        stops = next((n for n in (2, 4) if not undecided(marks[:n], 0.7, 0.9)), 8)
+        assert len(answers) == stops
+    assert [(n, first) for _, n, first in asked] == [(2, {0}), (2, {2}), (4, {4})] and asked[0][0] == len(WORDS)
+    n = sum(map(len, fewer.values()))
+    assert sum(rows * each for rows, each, _ in asked) == n
+    assert f"{n} answers of model were enough, {96 - n} of 96 ({(96 - n) / 96:.0%}) were saved" in said
+
+
+def test_the_band_of_the_samples_is_the_band_of_the_score(adaptive):
+    counts = adaptive[0].store.sql("SELECT n_correct, n_samples, pass_band FROM scored ORDER BY row_id")
+    codes = bands(counts["n_correct"].to_numpy(), counts["n_samples"].to_numpy(), 0.7, 0.9)
+    np.testing.assert_array_equal(counts["pass_band"], codes)
+
+
+def test_a_number_of_samples_draws_what_stopping_left_out(line, measured, adaptive):
+    """And the other way round nothing is drawn: the answers that are kept decide."""
+    result, asked, _ = adaptive
+    before, store = len(asked), result.store.folder
+    assert (
+        curate.run(line, set=["scores=[pass_rate]"], store=store).store.sql(ANSWERS).equals(measured.store.sql(ANSWERS))
+    )
+    kept = curate.run(line, set=[ADAPTIVE.replace("0.7", "0.5"), "scores=[pass_rate]"], store=store)
+    assert kept.store.sql("SELECT max(n_samples) FROM scored").item() <= 8 and len(asked) == before
+
+
+REFUSED = [
+    (["sampling.samples={from: 8, to: 8}"], "from is 8 and to 8"),
+    (["sampling.samples={from: 2, to: 8, band: [0.8, 0.2]}"], "low to high"),
+    ([ADAPTIVE, "sampling.temperature=0"], "at temperature 0 all answers are the same"),
+    ([ADAPTIVE, "kind=preference", "scores=[]"], "not graded"),
+    ([ADAPTIVE, "sampling.perturb=a:b"], "sampling.perturb"),
+]
+
+
+@pytest.mark.parametrize(("settings", "why"), REFUSED)
+def test_what_cannot_decide_a_band_is_refused(line, settings, why):
+    with pytest.raises(UsageError, match=why):
+        load_recipe(line, set=settings)
 
 
 def test_the_commands_of_the_docs_write_every_layout(line, measured, command):

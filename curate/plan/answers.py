@@ -65,7 +65,7 @@ class KeptAnswers:
         self._tags: dict[str, Any] = {}  # fingerprint -> the tags that its answers' thinking was told apart by
         for record in store.measured(reads="sample"):
             samples_of = self._samples_of.setdefault(answers_id(record), {})
-            samples_of[record.fingerprint] = int(record.params.get("samples") or 0)
+            samples_of[record.fingerprint] = _most(record.params.get("samples"))
             self._tags[record.fingerprint] = record.params.get("thinking")
 
     def of(self, task: Task, row_ids: Sequence[str]) -> dict[str, Donor]:
@@ -130,6 +130,11 @@ class KeptAnswers:
                     to_draw.add(row_id)
         every = set().union(*rows.values())
         return Need(answers, len(every - to_draw), draws)
+
+
+def _most(samples: Any) -> int:
+    """How many samples a row of a measurement has at most: a number, or `from` and `to`."""
+    return int((samples.get("to") if isinstance(samples, dict) else samples) or 0)
 
 
 def by_prompt(kept: Sequence[Sample | None] | None, prompts: int) -> list[list[Sample] | None]:

@@ -144,7 +144,9 @@ def params_of(loaded: Loaded, measurement: Measurement, tokenizer: str, few_shot
         from curate.measurements.grading import grader
 
         params |= {
-            "samples": sampling.samples,
+            "samples": sampling.samples
+            if isinstance(sampling.samples, int)
+            else sampling.samples.model_dump(mode="json"),
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "max_new_tokens": sampling.max_new_tokens,

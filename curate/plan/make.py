@@ -197,7 +197,7 @@ class _Planner:
     def _with_answers(self, step: Step) -> Step:
         """The step with what it takes of the answers that are kept."""
         sampling = self.recipe.sampling
-        need = self.answers.need(step.blocks, samples=sampling.samples, greedy=sampling.temperature == 0)
+        need = self.answers.need(step.blocks, samples=sampling.most, greedy=sampling.temperature == 0)
         return replace(step, kept=need.answers, graded=need.graded, draws=need.draws)
 
     def _with_cost(self, step: Step) -> Step:

@@ -22,7 +22,8 @@ def requested_scores(loaded: Loaded) -> list[RequestedScore]:
         try:
             score = resolve(request.score, folder=loaded.folder)
             own = {"beta": beta} if has_beta(request.score) and "beta" not in request.params else {}
-            params = score.check({**request.params, **own})
+            own |= _band_of(loaded) if request.score == "pass_band" else {}
+            params = score.check({**own, **request.params})
         except UsageError as error:
             raise UsageError(f"{loaded.place('scores', i)}: scores: {error}") from None
         if score.kind not in ("any", loaded.recipe.kind):
@@ -41,6 +42,12 @@ def requested_scores(loaded: Loaded) -> list[RequestedScore]:
                 )
             )
     return requested
+
+
+def _band_of(loaded: Loaded) -> dict[str, float]:
+    """The band that rows are sampled for, where the recipe samples until it is decided."""
+    samples = loaded.recipe.sampling.samples
+    return {} if isinstance(samples, int) else {"low": samples.band[0], "high": samples.band[1]}
 
 
 # What views and `select` have under these names beside what is measured; a row's own columns (row_id, source, …) are refused as the recipe is read.

@@ -125,6 +125,14 @@ class Recipe(Strict):
         return self
 
     @model_validator(mode="after")
+    def bands_are_of_graded_rows(self) -> Recipe:
+        if self.kind == "preference" and not isinstance(self.sampling.samples, int):
+            raise ValueError(
+                "sampling.samples: answers to pairs are not graded, so no number of them decides a band; give a number"
+            )
+        return self
+
+    @model_validator(mode="after")
     def server_is_meant(self) -> Recipe:
         if self.server.url and self.engine.sampler == "auto":
             raise ValueError(

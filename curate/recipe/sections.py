@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from curate.recipe.doors import PathText, address
 
@@ -124,10 +124,40 @@ class Server(Strict):
     retries: int = Field(5, ge=0, description="further tries of a request that failed")
 
 
+class Adaptive(Strict):
+    """As many answers a row as decide its band: looked at after `from`, twice that, … up to `to` (docs/rlvr.md)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, serialize_by_alias=True)
+
+    least: int = Field(alias="from", ge=1, description="answers that every row gets")
+    to: int = Field(ge=2, description="answers that a row gets at most")
+    until: Literal["band"] = Field(
+        "band", description="band: a row stops when the 95% interval of its pass rate crosses no end of the band"
+    )
+    band: list[Annotated[float, Field(ge=0, le=1)]] = Field(
+        [0.2, 0.8],
+        min_length=2,
+        max_length=2,
+        description="low and high, both in it; `pass_band` takes it too where it says none",
+    )
+
+    @model_validator(mode="after")
+    def goes_up(self) -> Adaptive:
+        if self.least >= self.to:
+            raise ValueError(
+                f"samples: from is {self.least} and to {self.to}; a row starts with fewer answers than it gets at most"
+            )
+        if self.band[0] >= self.band[1]:
+            raise ValueError(f"samples.band: {self.band} should go from low to high")
+        return self
+
+
 class Sampling(Strict):
     """How answers are sampled and graded."""
 
-    samples: int = Field(5, ge=1, description="answers a row")
+    samples: Annotated[int, Field(ge=1)] | Adaptive = Field(
+        5, description="answers a row; or {from: 4, to: 32, until: band}: of each row as many as decide its band"
+    )
     temperature: float = Field(0.8, ge=0, description="0: greedy")
     top_p: float = Field(0.95, gt=0, le=1, description="the share of the probability that is sampled from")
     max_new_tokens: int = Field(512, ge=1, description="tokens after which an answer is cut")
@@ -161,6 +191,28 @@ class Sampling(Strict):
                 "the opening and the closing tag are two texts that differ, such as ['<think>', '</think>']"
             )
         return value
+
+    @property
+    def least(self) -> int:
+        """Answers that every row gets."""
+        return self.samples if isinstance(self.samples, int) else self.samples.least
+
+    @property
+    def most(self) -> int:
+        """Answers that a row gets at most."""
+        return self.samples if isinstance(self.samples, int) else self.samples.to
+
+    @model_validator(mode="after")
+    def can_be_told_apart(self) -> Sampling:
+        if isinstance(self.samples, int):
+            return self
+        if self.temperature == 0:
+            raise ValueError("sampling.samples: at temperature 0 all answers are the same; a number of them is enough")
+        if self.perturb is not None:
+            raise ValueError(
+                "sampling.samples: with sampling.perturb it is a number, the same for a row and its perturbations"
+            )
+        return self
 
 
 class Forecast(Strict):

@@ -103,13 +103,13 @@ def completions_are_there(ahead: Ahead) -> None:
 
 def samples_are_enough(ahead: Ahead) -> None:
     """pass@k of fewer than k samples is NULL in every row."""
-    samples = ahead.loaded.recipe.sampling.samples
+    samples = ahead.loaded.recipe.sampling.least  # those of rows that stop early
     short = [want for want in ahead.plan.wanted if want.score.name == "pass_at" and want.params["k"] > samples]
     if short and any(step.reads == "sample" for step in ahead.plan.steps):
         k = short[0].params["k"]
         raise UsageError(
-            f"{short[0].name}: pass_at needs k samples a row; k is {k} and sampling.samples {samples}. Sample more with "
-            f"`--set sampling.samples={k}`, or ask for a smaller k."
+            f"{short[0].name}: pass_at needs k samples a row; k is {k} and sampling.samples {samples} of every row. Sample more "
+            f"with `--set sampling.samples={k}`, or ask for a smaller k."
         )
 
 

@@ -146,7 +146,7 @@ def _written(
             encode_plain=writing,
             grader=grader(s.grader, folder=loaded.folder),
             writing=Sampling(1, 1.0, s.top_p, s.max_new_tokens, ("\n\n",)),
-            answering=Sampling(s.samples, s.temperature, s.top_p, s.max_new_tokens, tuple(s.stop)),
+            answering=Sampling(_number(s), s.temperature, s.top_p, s.max_new_tokens, tuple(s.stop)),
             agree=agree,
             seed=asked.seed,
         )
@@ -190,3 +190,10 @@ def _prompts(asked: Round, model: str, base: str | None) -> tuple[Encode, Encode
         return None if tokens.problem else Prompt(tokens.ids, tokens.text, tokens.messages, seed)
 
     return answering, writing
+
+
+def _number(sampling: Any) -> int:
+    """Answers a problem. UsageError where the recipe leaves it to the row: what is collected has a majority of a fixed number."""
+    if isinstance(sampling.samples, int):
+        return sampling.samples
+    raise UsageError("sampling.samples: collecting takes a number of answers a problem, `--set sampling.samples=8`.")

@@ -19,6 +19,7 @@ from curate.plan.row_names import named_rows
 from curate.plan.servers import expected
 from curate.plan.step import Step
 from curate.rows import Example, Row, text_of
+from curate.scores.stopping import looks, undecided
 from curate.workflow.runners.base import Runner
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ class SampleRunner(Runner):
         self.said = Counter[str]()
         self.label = "the model"
         self.tags: Sequence[str] | None = None  # what opens and closes the model's thinking
+        self.enough = Counter[str]()  # where rows are sampled until their band is decided: rows, answers, undecided
         self.lost = Counter[str]()  # rows that were not asked, by why; or whose prompt lost a turn's text
 
     @cached_property
@@ -119,7 +121,7 @@ class SampleRunner(Runner):
             cost += tokens
             for measurement in mine:
                 columns |= measurement.function(of_rows if perturbed else graded)
-                samples[measurement.name] = [padded(row, self.recipe.sampling.samples * perturbed) for row in of_rows]
+                samples[measurement.name] = [padded(row, self.recipe.sampling.most * perturbed) for row in of_rows]
         return columns, samples, cost
 
     def _variants(self, row: Row) -> list[Example]:
@@ -137,31 +139,51 @@ class SampleRunner(Runner):
         self, rows: Sequence[Row], row_ids: Sequence[str], kept: Sequence[list[Any] | None]
     ) -> tuple[list[list[Graded]], int]:
         """Every row's answers with their grades, and the tokens that were run for them. [] for a row that leaves nothing to sample from."""
+        samples = self.recipe.sampling.samples
+        drawn: list[list[Any]] = [[] for _ in rows]
+        graded: list[list[Graded]] = [[] for _ in rows]
+        going_on, tokens = list(range(len(rows))), 0
+        for n in [samples] if isinstance(samples, int) else looks(samples.least, samples.to):
+            tokens += self._draw(rows, row_ids, kept, drawn, going_on, n)
+            for i in going_on:
+                graded[i] += [self._graded(self._told_apart(s), rows[i]) for s in drawn[i][len(graded[i]) :]]
+            if not isinstance(samples, int):
+                going_on = [i for i in going_on if _wants_more(graded[i], samples.band)]
+        if not isinstance(samples, int):
+            gradable = [row for row in graded if any(g.correct is not None for g in row)]
+            self.enough.update(rows=len(gradable), answers=sum(map(len, gradable)), undecided=len(going_on))
+        return graded, tokens
+
+    def _draw(
+        self,
+        rows: Sequence[Row],
+        row_ids: Sequence[str],
+        kept: Sequence[list[Any] | None],
+        drawn: list[list[Any]],
+        wanting: Sequence[int],
+        n: int,
+    ) -> int:
+        """Fill `drawn` up to n answers for the rows that want them, from those that are kept first. Returns the tokens that were run."""
         from curate.passes.sampling.types import Prompt, Sampling
 
         recipe = self.recipe.sampling
-        drawn: list[list[Any]] = [list(found or ())[: recipe.samples] for found in kept]
-        if recipe.temperature == 0:
-            drawn = [found[:1] * recipe.samples for found in drawn]
         lacking: dict[int, list[int]] = {}  # number of the first answer to draw -> rows
-        for i, found in enumerate(kept):
-            if found is None or 0 < len(drawn[i]) < recipe.samples:
+        for i in wanting:
+            drawn[i] += list(kept[i] or ())[len(drawn[i]) : n]
+            if recipe.temperature == 0:
+                drawn[i] = drawn[i][:1] * n
+            if 0 < len(drawn[i]) < n or (not drawn[i] and kept[i] is None):
                 lacking.setdefault(len(drawn[i]), []).append(i)
         tokens = 0
         for first, at in lacking.items():
             self._start()
             prompts = {i: self._prompt(rows[i], row_ids[i]) for i in at}
             asked = {i: replace(prompt, first=first) for i, prompt in prompts.items() if isinstance(prompt, Prompt)}
-            sampling = Sampling(
-                recipe.samples - first, recipe.temperature, recipe.top_p, recipe.max_new_tokens, tuple(recipe.stop)
-            )
+            sampling = Sampling(n - first, recipe.temperature, recipe.top_p, recipe.max_new_tokens, tuple(recipe.stop))
             for i, found in zip(asked, self.sampler.sample(list(asked.values()), sampling), strict=True):
                 drawn[i] = drawn[i] + [self._told_apart(s, opened=opens(asked[i].text, self.tags)) for s in found]
                 tokens += len(asked[i].ids) + sum(s.n_tokens or 0 for s in found)
-        graded = [
-            [self._graded(self._told_apart(s), row) for s in answers] for row, answers in zip(rows, drawn, strict=True)
-        ]
-        return graded, tokens
+        return tokens
 
     def _told_apart(self, sample: Sample, *, opened: bool = False) -> Sample:
         """The sample with what it thought beside its answer, where that is in its text still."""
@@ -233,6 +255,7 @@ class SampleRunner(Runner):
             left = "the chat template leaves out the text of their"
             found.append(f"{n:,} rows: {what if ' ' in what else f'{left} {what} turn'}.")
         self.lost.clear()
+        found += self._saved()
         if 2 * said["empty"] > said["answers"]:
             found.append(
                 f"Warning: {said['empty']:,} of {said['answers']:,} answers of {self.label} are empty. An instruct model wants its chat template: "
@@ -261,10 +284,29 @@ class SampleRunner(Runner):
             )
         return found
 
+    def _saved(self) -> list[str]:
+        """What stopping at a decided band saved."""
+        samples, rows, answers = self.recipe.sampling.samples, self.enough["rows"], self.enough["answers"]
+        undecided_rows = self.enough["undecided"]
+        self.enough.clear()
+        if isinstance(samples, int) or not rows:
+            return []
+        most = rows * samples.to
+        return [
+            f"The band of {rows - undecided_rows:,} of {rows:,} rows was decided by {samples.to} answers or fewer, of {undecided_rows:,} not: "
+            f"{answers:,} answers of {self.label} were enough, {most - answers:,} of {most:,} ({(most - answers) / most:.0%}) were saved."
+        ]
+
     def close(self) -> None:
         if self.sampler is not None:
             self.sampler.close()
             self.sampler = None
+
+
+def _wants_more(graded: Sequence[Graded], band: Sequence[float]) -> bool:
+    """Whether a row's band is undecided by the answers that count; not where none can be graded, which no number of answers changes."""
+    marks = [g.correct for g in graded if g.counts]
+    return any(g.correct is not None for g in graded) and undecided(marks, band[0], band[1])
 
 
 def _plain_prompt(row: Row, seed: int, system: str | None, few_shot: str | None) -> Any:
