@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from json.encoder import encode_basestring
 from typing import Any, ClassVar, Literal
 
 Style = Literal["standard", "conversational"]
@@ -45,6 +47,16 @@ def content_id(*parts: object) -> str:
     """20 hex digits over the parts' canonical JSON."""
     canonical = _canonical(parts)
     return hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).hexdigest()[:ID_DIGITS]
+
+
+def text_ids(kind: str, columns: Sequence[Sequence[str] | None]) -> list[str]:
+    """`content_id(kind, *row)` of many rows of text, a column a sequence; None for a column of nothing."""
+    template = ",".join(
+        [_canonical(kind).replace("%", "%%"), *("null" if column is None else "%s" for column in columns)]
+    )
+    written = [map(encode_basestring, column) for column in columns if column is not None]
+    lines = (f"[{template}]" % row for row in zip(*written, strict=True))
+    return [hashlib.sha256(line.encode("utf-8", "surrogatepass")).hexdigest()[:ID_DIGITS] for line in lines]
 
 
 def foreign_id(source: str, key: object) -> str:

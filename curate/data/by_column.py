@@ -17,6 +17,7 @@ from typing import Any
 TEXTS = frozenset(
     ("prompt", "question", "instruction", "messages", "conversations", "chosen", "rejected", "completion")
 )
+NESTED = frozenset((dict, list, tuple))
 ROLES, CONTENTS = ("role", "from"), ("content", "value")
 
 
@@ -43,7 +44,7 @@ def turned_lists(table: dict[str, Any]) -> list[dict[str, Any]] | None:
 
 def turned(table: dict[str, Any]) -> list[dict[str, Any]] | None:
     """The rows of a table by columns; None where the value is a row itself."""
-    if not table:
+    if NESTED.isdisjoint(map(type, table.values())):
         return None
     columns, data = table.get("columns"), table.get("data")
     if isinstance(columns, list) and isinstance(data, list) and all(isinstance(cells, list) for cells in data):

@@ -173,14 +173,11 @@ def as_messages(text: Text, role: str) -> tuple[Message, ...]:
 
 def left_out(columns: dict[str, Any], prompt: Text) -> list[str]:
     """Columns that look as if they belonged to the prompt, hold something, and are not in it."""
+    held = [name for name in (*BESIDE, *MEDIA) if name in columns and holds(columns[name])]
+    if not held:
+        return []
     whole = squeezed(prompt if isinstance(prompt, str) else "\n".join(map(text_of, prompt)))
-    return [
-        name
-        for name in (*BESIDE, *MEDIA)
-        if name in columns
-        and holds(columns[name])
-        and not (isinstance(columns[name], str) and squeezed(columns[name]) in whole)
-    ]
+    return [name for name in held if not (isinstance(columns[name], str) and squeezed(columns[name]) in whole)]
 
 
 def squeezed(text: str) -> str:

@@ -10,8 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
+from curate.data.blocks import ROWS, Block, block_of, takes_blocks
 from curate.data.cells import number, number_columns
 from curate.data.choosing import choose_layout
 from curate.data.columns import UNNAMED, Columns
@@ -125,6 +126,41 @@ class Reading:
             for index, line, raw in source.rows():
                 yield self._record(source.name, index, line, raw, layout, numbers)
 
+    def blocks(
+        self,
+        on_bad_row: Literal["error", "drop"] = "error",
+        *,
+        limit: int | None = None,
+        setting: str = "source",
+        target: str | None = None,
+    ) -> Iterator[Record | Block]:
+        """What `good` gives, many rows at once where they are plain (`Block`). "drop": bad rows are given, too, and count for `limit`."""
+        pieces = self._pieces() if on_bad_row == "drop" else _good(self._pieces(), "error", None, setting, target)
+        left = limit
+        for piece in pieces:
+            if left is not None and isinstance(piece, Block) and len(piece) > left:
+                piece = piece.head(left)
+            if left is not None:
+                left -= len(piece) if isinstance(piece, Block) else 1
+            yield piece
+            if left == 0:
+                return
+
+    def _pieces(self) -> Iterator[Record | Block]:
+        for source in self._sources:
+            layout = self._layout(source, self.kind)
+            if layout is None:
+                continue
+            numbers = self._told[source.name][1]
+            alike = takes_blocks(layout) and not self._columns.ours
+            rows = source.rows()
+            while part := list(islice(rows, ROWS)):
+                block = block_of(source.name, layout, numbers, part) if alike else None
+                if block is not None:
+                    yield block
+                else:
+                    yield from (self._record(source.name, *row, layout, numbers) for row in part)
+
     def _record(
         self,
         name: str,
@@ -168,19 +204,29 @@ class Reading:
         "drop": bad rows are left out. Either way ValidationError when not one row is good.
         setting, target: the recipe's section and what to give `curate validate`, for the message.
         """
-        defects: list[Defect] = []
-        n_rows = n_bad = 0
-        for record in self:
-            n_rows += 1
-            if record.row is None:
-                n_bad += 1
-                defects.extend(record.defects)
-                if bad is not None:
-                    bad.append(record)
-            elif on_bad_row == "drop" or not n_bad:
-                yield record
-        if n_bad and (on_bad_row == "error" or n_bad == n_rows):
-            raise bad_rows_error(defects, n_bad, n_rows, setting=setting, target=target or defects[0].file)
+        yield from _good(iter(self), on_bad_row, bad, setting, target)
+
+
+Piece = TypeVar("Piece", bound="Record | Block")
+
+
+def _good(
+    pieces: Iterator[Piece], on_bad_row: str, bad: list[Record] | None, setting: str, target: str | None
+) -> Iterator[Piece]:
+    """See `Reading.good`."""
+    defects: list[Defect] = []
+    n_rows = n_bad = 0
+    for piece in pieces:
+        n_rows += len(piece) if isinstance(piece, Block) else 1
+        if isinstance(piece, Record) and piece.row is None:
+            n_bad += 1
+            defects.extend(piece.defects)
+            if bad is not None:
+                bad.append(piece)
+        elif on_bad_row == "drop" or not n_bad:
+            yield piece
+    if n_bad and (on_bad_row == "error" or n_bad == n_rows):
+        raise bad_rows_error(defects, n_bad, n_rows, setting=setting, target=target or defects[0].file)
 
 
 def read(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -25,6 +25,20 @@ class SourceRecord(Protocol):
     def row(self) -> Row | None: ...
     @property
     def columns(self) -> Mapping[str, Any]: ...
+
+
+@runtime_checkable
+class SourceBlock(Protocol):
+    """Many records at once, of rows that are text in a user's columns of plain values; `curate.data.blocks.Block` is one."""
+
+    @property
+    def kind(self) -> str: ...
+    @property
+    def index(self) -> Sequence[int]: ...
+    @property
+    def texts(self) -> Mapping[str, Sequence[str]]: ...
+    @property
+    def own(self) -> Mapping[str, Sequence[Any]]: ...
 
 
 @dataclass(frozen=True)

@@ -236,17 +236,20 @@ def read_shard(path: Path) -> tuple[Measured, pa.Schema]:
         ) from None
 
 
-def write_parquet(table: pa.Table, folder: Path, name: Callable[[str], str]) -> Path:
+def write_parquet(table: pa.Table, folder: Path, name: Callable[[str], str], *, for_now: bool = False) -> Path:
     """Write, sync, rename. name: what the file is called, from the checksum of its content. Raises StoreError when the disk refuses; no temporary
-    file stays.
+    file stays. for_now: the file is read once, by this process: not packed, and not synced.
     """
+    how: dict[str, Any] = (
+        {"compression": "lz4", "use_dictionary": ["kind", "style"]} if for_now else {"compression": "zstd"}
+    )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with io.BytesIO() as file:
-            pq.write_table(table, file, compression="zstd", write_page_checksum=True)
+            pq.write_table(table, file, write_page_checksum=True, **how)
             content = file.getvalue()
         path = folder / name(checksum(content))
-        with write_atomically(path, sync=True) as new:
+        with write_atomically(path, sync=not for_now) as new:
             new.write_bytes(content)
     except OSError as error:
         if (full := disk_trouble(error)) is not None:

@@ -12,20 +12,21 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from json.encoder import encode_basestring
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from curate.errors import StoreError
-from curate.rows import Example, Pair, Text, foreign_id, is_plain, text_to_column
+from curate.rows import Example, Pair, Text, foreign_id, is_plain, text_ids, text_to_column
 from curate.store import readings
 from curate.store.database import Database
-from curate.store.entries import Ingested, Role, SourceRecord
+from curate.store.entries import Ingested, Role, SourceBlock, SourceRecord
 from curate.store.locks import process_alive
-from curate.store.shapes import Shape, merged, shape_of, written
+from curate.store.shapes import Shape, merged, merged_all, shape_of, written
 from curate.store.shards import clean_text, write_parquet
 from curate.store.sql import Connection, literal
 
@@ -54,7 +55,7 @@ def add(
     database: Database,
     source: str,
     fingerprint: str,
-    records: Iterable[SourceRecord],
+    records: Iterable[SourceRecord | SourceBlock],
     *,
     role: Role,
     waits: bool = False,
@@ -63,14 +64,16 @@ def add(
     types: dict[str, Shape] = {}
     bad = 0
 
-    def lines() -> Iterable[tuple[Any, ...]]:
+    def lines() -> Iterator[list[Sequence[Any]]]:
         nonlocal bad
         for record in records:
-            if record.row is None:
+            if isinstance(record, SourceBlock):
+                yield block_columns(record, types)
+            elif record.row is None:
                 bad += 1
-                continue
-            columns = json_columns(record.columns, types)
-            yield (record.index, *row_columns(record.row), columns)
+            else:
+                columns = json_columns(record.columns, types)
+                yield [(value,) for value in (record.index, *row_columns(record.row), columns)]
 
     staging = _staging(folder)
     try:
@@ -109,11 +112,12 @@ def add_foreign(folder: Path, database: Database, source: str, keys: Sequence[An
 @contextmanager
 def foreign_staged(folder: Path, source: str, keys: Sequence[Any], *, kind: str) -> Iterator[Path]:
     """Rows known by somebody else's ids, staged. The key is kept as the column `key`; the index is the key where it is a whole number."""
-    lines = []
+    lines: list[list[Sequence[Any]]] = []
     for i, key in enumerate(dict.fromkeys(keys)):
         index = int(key) if re.fullmatch(r"\d{1,18}", str(key)) else i
         columns = json.dumps({"key": str(key)})
-        lines.append((index, foreign_id(source, key), kind, *(None for _ in TABLE_COLUMNS[2:]), columns))
+        nothing = [None for _ in TABLE_COLUMNS[2:]]
+        lines.append([(value,) for value in (index, foreign_id(source, key), kind, *nothing, columns)])
     staging = _staging(folder)
     try:
         _stage(staging, lines)
@@ -177,6 +181,39 @@ def json_columns(columns: Mapping[str, Any], types: dict[str, Shape]) -> str | N
         return json.dumps(_finite(clean), ensure_ascii=False, default=_plain)
 
 
+def block_columns(block: SourceBlock, types: dict[str, Shape]) -> list[Sequence[Any]]:
+    """A block as the columns of STAGED but the first, as `row_columns` and `json_columns` have each of its rows."""
+    n = len(block.index)
+    nothing, texts = [None] * n, block.texts
+    sides = [texts["chosen"], texts["rejected"]] if block.kind == "preference" else [texts["completion"], None, None]
+    ids = text_ids(block.kind, [texts["prompt"], *sides])
+    columns = dict.fromkeys(TABLE_COLUMNS, nothing) | dict(texts)
+    columns |= {"row_id": ids, "kind": [block.kind] * n, "style": ["standard"] * n}
+    return [block.index, *(columns[name] for name in TABLE_COLUMNS), _json_of(block.own, n, types)]
+
+
+def _json_of(own: Mapping[str, Sequence[Any]], n: int, types: dict[str, Shape]) -> Sequence[str | None]:
+    if not own:
+        return [None] * n
+    for name, values in own.items():
+        for value in {type(value): value for value in values if type(value) is not int}.values():
+            types[name] = merged(types.get(name, "NULL"), shape_of(value))
+        if whole := [value for value in values if type(value) is int]:
+            types[name] = merged_all((types.get(name, "NULL"), shape_of(min(whole)), shape_of(max(whole))))
+    names = ", ".join(f"{encode_basestring(name).replace('%', '%%')}: %s" for name in own)
+    template, cells = f"{{{names}}}", ([AS_JSON[type(value)](value) for value in values] for values in own.values())
+    return [template % row for row in zip(*cells, strict=True)]
+
+
+AS_JSON: dict[type, Callable[[Any], str]] = {
+    str: encode_basestring,
+    int: int.__repr__,
+    float: float.__repr__,
+    bool: lambda value: "true" if value else "false",
+    type(None): lambda value: "null",
+}
+
+
 def sweep(folder: Path) -> None:
     """Remove staging folders of processes that are gone."""
     for left in left_behind(folder):
@@ -199,30 +236,34 @@ def _staging(folder: Path) -> Path:
         ) from None
 
 
-def _stage(staging: Path, lines: Iterable[tuple[Any, ...]]) -> int:
-    """Write lines as parquet files of BATCH; returns how many there were. A file always exists, so that an empty source can be read."""
-    total, batch = 0, []
-    for line in lines:
-        batch.append((total, *line))
-        total += 1
-        if len(batch) == BATCH:
-            _write(staging, batch)
-            batch = []
-    if batch or not total:
-        _write(staging, batch)
-    return total
+def _stage(staging: Path, lines: Iterable[list[Sequence[Any]]]) -> int:
+    """Write lines as parquet files of BATCH or a little more; returns how many there were. A file always exists, so that an empty source can be
+    read. lines: one or more at a time, the columns of STAGED but the first.
+    """
+    total, held = 0, 0
+    batch: list[list[Any]] = [[] for _ in STAGED]
+    for columns in lines:
+        for kept, column in zip(batch[1:], columns, strict=True):
+            kept.extend(column)
+        held = len(batch[1])
+        if held >= BATCH:
+            _write(staging, total, batch)
+            total, held, batch = total + held, 0, [[] for _ in STAGED]
+    if held or not total:
+        _write(staging, total, batch)
+    return total + held
 
 
-def _write(staging: Path, batch: list[tuple[Any, ...]]) -> None:
-    values: list[Any] = list(zip(*batch, strict=True)) if batch else [[] for _ in STAGED]
+def _write(staging: Path, first: int, batch: list[list[Any]]) -> None:
+    batch[0] = list(range(first, first + len(batch[1])))
     arrays = []
-    for field, column in zip(STAGED, values, strict=True):
+    for field, column in zip(STAGED, batch, strict=True):
         try:
             arrays.append(pa.array(column, field.type))
         except UnicodeEncodeError:
             arrays.append(pa.array([None if v is None else clean_text(v) for v in column], field.type))
-    first = batch[0][0] if batch else 0
-    write_parquet(pa.Table.from_arrays(arrays, schema=STAGED), staging, lambda _: f"{first:012d}.parquet")
+    table = pa.Table.from_arrays(arrays, schema=STAGED)
+    write_parquet(table, staging, lambda _: f"{first:012d}.parquet", for_now=True)
 
 
 def _ingest(con: Connection, staging: Path, source: str, role: str, *, replace: bool = True) -> tuple[int, int]:
@@ -234,10 +275,13 @@ def _ingest(con: Connection, staging: Path, source: str, role: str, *, replace: 
     )
     names = ", ".join(TABLE_COLUMNS)
     con.execute(
-        f"INSERT INTO data.rows (position, {names}) "
-        f"SELECT (SELECT coalesce(max(position), -1) FROM data.rows) + row_number() OVER (ORDER BY n), {names} "
-        f"FROM {staged} WHERE n IN (SELECT n FROM first_seen WHERE NOT known)"
+        "CREATE TEMP TABLE first_lines AS SELECT n, (SELECT coalesce(max(position), -1) FROM data.rows) + row_number() OVER (ORDER BY n) AS position "
+        "FROM first_seen WHERE NOT known"
     )
+    con.execute(
+        f"INSERT INTO data.rows (position, {names}) SELECT position, {names} FROM {staged} JOIN first_lines USING (n)"
+    )
+    con.execute("DROP TABLE first_lines")
     start = "(SELECT coalesce(max(seq), -1) + 1 FROM data.occurrences)"
     if replace:
         con.execute("DELETE FROM data.occurrences WHERE source = ? AND role = ?", [source, role])
@@ -246,7 +290,7 @@ def _ingest(con: Connection, staging: Path, source: str, role: str, *, replace: 
         wanted = f"WHERE row_id NOT IN (SELECT row_id FROM data.occurrences WHERE source = {literal(source)})"
     con.execute(
         f"INSERT INTO data.occurrences (seq, row_id, source, index, role, columns) "
-        f"SELECT {start} + n, row_id, ?, index, ?, columns FROM {staged} {wanted} ORDER BY n",
+        f"SELECT {start} + n, row_id, ?, index, ?, columns FROM {staged} {wanted}",
         [source, role],
     )
     counts = con.execute("SELECT count(*) FILTER (NOT known), count(*) FROM first_seen").fetchall()[0]

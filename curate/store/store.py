@@ -24,6 +24,7 @@ from curate.store.entries import (
     Ingested,
     Measured,
     Role,
+    SourceBlock,
     SourceRecord,
 )
 from curate.store.forgetting import Forgotten
@@ -100,15 +101,15 @@ class Store(StoreResults):
         self,
         source: str,
         fingerprint: str,
-        records: Iterable[SourceRecord],
+        records: Iterable[SourceRecord | SourceBlock],
         *,
         role: Role = "train",
         waits: bool = False,
     ) -> Ingested:
         """Read a source in: new rows are appended, and the source's earlier occurrences (of this role) are replaced, in one transaction.
 
-        `records` is streamed to disk first, so the database is locked only for the transaction itself. Records with defects (row None) are
-        counted and left out. A row keeps its position for ever. NaN in the user's columns becomes NULL.
+        `records`, one by one or many at once (`SourceBlock`), is streamed to disk first, so the database is locked only for the transaction
+        itself. Records with defects (row None) are counted and left out. A row keeps its position for ever. NaN in the user's columns becomes NULL.
         waits: for this object alone until `take_sources`; whoever else reads sees the source as it was.
         """
         ingested = sources.add(self.folder, self.database, source, fingerprint, records, role=role, waits=waits)

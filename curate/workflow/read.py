@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from curate.console import Progress
+from curate.data.notes import repeated_prompt
+from curate.data.records import Record
 from curate.data.sections import in_both_roles, open_rows, said_otherwise
 from curate.errors import UsageError, ValidationError
 from curate.plan.kept import Kept
@@ -26,6 +28,7 @@ from curate.store.sharing import check_sources
 
 if TYPE_CHECKING:
     from curate.data import Reading, Validation
+    from curate.data.blocks import Block
     from curate.data.notes import Notes
 
 
@@ -147,12 +150,12 @@ def _read_source(
     reading, prints, setting = opening.reading, opening.prints, _setting(role)
     assert reading is not None
     target = str(loaded.path or source.path)
-    records = iter(reading) if source.on_bad_row == "drop" else reading.good("error", setting=setting, target=target)
+    pieces = reading.blocks(source.on_bad_row, limit=source.limit, setting=setting, target=target)
     seen, good = set(), 0
     waits = kept is not None and bool(store.recipes())  # before that there are no views to keep
     let_go()  # reading takes as long as there are rows
     with progress.bar(f"reading {role}" if role != "train" else "reading", 0) as count:
-        for name, group in itertools.groupby(itertools.islice(records, source.limit), key=lambda record: record.source):
+        for name, group in itertools.groupby(pieces, key=lambda piece: piece.source):
             seen.add(name)
             notes = Notes()
             found = store.add_source(name, prints[name], _counted(group, count, notes), role=role, waits=waits)
@@ -204,11 +207,17 @@ def source_types(store: Store, sources: Mapping[str, str]) -> dict[str, str]:
     return {name: kind for name, kind in first.items() if all(other.get(name) == kind for other in others)}
 
 
-def _counted(records: Iterator[Any], count: Any, notes: Notes) -> Iterator[Any]:
-    for record in records:
-        count(1)
-        notes.add(record)
-        yield record
+def _counted(pieces: Iterator[Record | Block], count: Any, notes: Notes) -> Iterator[Record | Block]:
+    for piece in pieces:
+        if isinstance(piece, Record):
+            count(1)
+            notes.add(piece, repeated=True)
+            if piece.row is not None and (repeats := repeated_prompt(piece.row)):
+                notes.seen[f"repeats:{repeats}"] += 1
+        else:
+            count(len(piece))
+            notes.seen.update(piece.traits())
+        yield piece
 
 
 def validate_source(
