@@ -274,14 +274,18 @@ def _ingest(con: Connection, staging: Path, source: str, role: str, *, replace: 
         f"FROM {staged} s LEFT JOIN data.rows known USING (row_id) GROUP BY row_id"
     )
     names = ", ".join(TABLE_COLUMNS)
-    con.execute(
-        "CREATE TEMP TABLE first_lines AS SELECT n, (SELECT coalesce(max(position), -1) FROM data.rows) + row_number() OVER (ORDER BY n) AS position "
-        "FROM first_seen WHERE NOT known"
-    )
-    con.execute(
-        f"INSERT INTO data.rows (position, {names}) SELECT position, {names} FROM {staged} JOIN first_lines USING (n)"
-    )
-    con.execute("DROP TABLE first_lines")
+    end = "(SELECT coalesce(max(position), -1) FROM data.rows)"
+    new, distinct = con.execute("SELECT count(*) FILTER (NOT known), count(*) FROM first_seen").fetchall()[0]
+    if new == con.execute(f"SELECT count(*) FROM {staged}").fetchall()[0][0]:  # each line is a row of its own
+        con.execute(f"INSERT INTO data.rows (position, {names}) SELECT {end} + 1 + n, {names} FROM {staged}")
+    else:
+        con.execute(
+            f"CREATE TEMP TABLE first_lines AS SELECT n, {end} + row_number() OVER (ORDER BY n) AS position FROM first_seen WHERE NOT known"
+        )
+        con.execute(
+            f"INSERT INTO data.rows (position, {names}) SELECT position, {names} FROM {staged} JOIN first_lines USING (n)"
+        )
+        con.execute("DROP TABLE first_lines")
     start = "(SELECT coalesce(max(seq), -1) + 1 FROM data.occurrences)"
     if replace:
         con.execute("DELETE FROM data.occurrences WHERE source = ? AND role = ?", [source, role])
@@ -293,9 +297,8 @@ def _ingest(con: Connection, staging: Path, source: str, role: str, *, replace: 
         f"SELECT {start} + n, row_id, ?, index, ?, columns FROM {staged} {wanted}",
         [source, role],
     )
-    counts = con.execute("SELECT count(*) FILTER (NOT known), count(*) FROM first_seen").fetchall()[0]
     con.execute("DROP TABLE first_seen")
-    return int(counts[0]), int(counts[1])
+    return int(new), int(distinct)
 
 
 def _plain(value: Any) -> Any:
