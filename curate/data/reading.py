@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -21,7 +22,7 @@ from curate.data.formats import FORMATS, KNOWN_COLUMNS
 from curate.data.layout import Layout
 from curate.data.prompts import TEMPLATE_ARGS, template_args
 from curate.data.records import Defect, Problem, Record, SourceInfo, bad_rows_error, row_in_file
-from curate.data.sources import Source
+from curate.data.sources import Digest, Source
 from curate.data.texts import has_binary, holds, jsonable, unpacked, unread_keys, valid_unicode, without_padding
 from curate.errors import CurateError, UsageError, ValidationError, did_you_mean
 from curate.recipe.bounds import json_value
@@ -39,11 +40,17 @@ class Reading:
 
     kind, format, prompt_column ("" where the prompt is no column): as found in the first source; the others are told on their
     own, and have to be of the same kind.
-    sources: name and fingerprint of each. `len` is unknown: rows are counted by reading them.
+    `len` is unknown: rows are counted by reading them.
     """
 
     def __init__(
-        self, sources: list[Source], *, kind: Kind | None, format: str, columns: Mapping[str, str] | None
+        self,
+        sources: list[Source],
+        *,
+        kind: Kind | None,
+        format: str,
+        columns: Mapping[str, str] | None,
+        digest_of: Digest | None = None,
     ) -> None:
         self._sources = sources
         self._columns = Columns(columns)
@@ -60,7 +67,12 @@ class Reading:
         self.kind: Kind = "preference" if first.kind == "preference" else "sft"
         self.format = first.format
         self.prompt_column = self._columns.named(first.prompt)
-        self.sources = [SourceInfo(source.name, source.fingerprint(), source.path) for source in sources]
+        self._digest_of = digest_of
+
+    @cached_property
+    def sources(self) -> list[SourceInfo]:
+        """Name, fingerprint and place of each. It takes as long as hashing the files."""
+        return [SourceInfo(s.name, s.fingerprint(self._digest_of), s.path) for s in self._sources]
 
     def _layout(self, source: Source, kind: str | None) -> Layout | None:
         """How this source's rows are laid out; None where it has none."""
@@ -239,13 +251,14 @@ def read(
     columns: Mapping[str, str] | None = None,
     base: Path | None = None,
     setting: str = "source",
+    digest_of: Digest | None = None,
 ) -> Reading:
     """Opens a source, or several: a file, folder, glob, hub id, or a list of them (see `find`), in a format of `FORMATS`; or rows in memory,
     a `datasets.Dataset`, a list of dicts, a data frame.
 
     kind: None takes what the format says, preference first. columns: ours: theirs, a name or a template (see `columns`).
-    base: the folder relative paths start from. setting: the recipe's key of these rows, for messages. Fingerprints are taken here, the
-    rows are read when the reading is iterated.
+    base: the folder relative paths start from. setting: the recipe's key of these rows, for messages. digest_of: of a file's content, where one is
+    remembered; `file_digest`, if None. Fingerprints are taken when they are asked for, rows are read when the reading is iterated.
     Errors: ValidationError for what is missing, empty, unreadable or of another kind; UsageError for a format or column that is not known.
     """
     try:
@@ -253,7 +266,11 @@ def read(
             hint = did_you_mean(format, FORMATS, sentence=True, before=" ")
             raise UsageError(f"source.format: '{format}' is not a format: auto, {', '.join(FORMATS)}.{hint}")
         return Reading(
-            find_sources(path, split=split, revision=revision, base=base), kind=kind, format=format, columns=columns
+            find_sources(path, split=split, revision=revision, base=base),
+            kind=kind,
+            format=format,
+            columns=columns,
+            digest_of=digest_of,
         )
     except CurateError as error:
         if setting == "source":

@@ -10,6 +10,7 @@ from curate.recipe.sources import Source, differences
 
 if TYPE_CHECKING:
     from curate.data import Reading
+    from curate.data.sources import Digest
     from curate.recipe.load import Loaded
 
 
@@ -20,9 +21,10 @@ def open_rows(
     *,
     kind: Literal["preference", "sft"] | None = None,
     base: Path | None = None,
+    digest_of: Digest | None = None,
 ) -> Reading:
     """A section's rows, opened. setting: its name, for messages; an error in a key that was taken from `source` says so. base: the folder that
-    paths start from, if it is not the recipe's.
+    paths start from, if it is not the recipe's. digest_of: as `read` takes it.
     """
     from curate.data import read
 
@@ -37,6 +39,7 @@ def open_rows(
             columns=source.columns,
             base=base or loaded.folder,
             setting=section,
+            digest_of=digest_of,
         )
     except CurateError as error:
         key = next((key for key in sorted(source.inherited) if f"{section}.{key}" in str(error)), None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,10 @@ from curate.data.hub import first_line, hub_parts, hub_rows, streamed
 from curate.data.labels import class_names, with_names
 from curate.errors import UsageError, ValidationError
 
-WHOLE = 64 << 20  # files up to this size are hashed whole; larger ones by size, time and both ends
+LARGE = 64 << 20  # files of more bytes than this take long to hash
 END = 1 << 20
 BATCH = 512
+Digest = Callable[[Path], bytes]  # of a file's content
 
 
 Numbered = tuple[int, int | None, RawRow]  # index from 0, line from 1 where rows are lines, row
@@ -75,8 +76,9 @@ class Source:
         features = (loaded[self.split] if isinstance(loaded, datasets.DatasetDict) else loaded).features
         return types_of(features.arrow_schema, class_names(features))
 
-    def fingerprint(self) -> str:
-        """Changes when the content does: hash of a file (or folder), commit of a hub dataset."""
+    def fingerprint(self, digest_of: Digest | None = None) -> str:
+        """Changes when the content does: hash of a file (or folder), commit of a hub dataset. digest_of: `file_digest`, or one that remembers."""
+        digest_of = digest_of or file_digest
         if self.path is None:
             _, config, folder = hub_parts(self.name)
             return f"hub:{self.commit or self.revision or 'unknown'}:{config or ''}:{folder or ''}:{self.split}"
@@ -84,9 +86,9 @@ class Source:
         if self.path.is_dir():
             digest.update(self.split.encode())
             for file in sorted(p for p in self.path.rglob("*") if p.is_file() and p.suffix not in (".md", ".lock")):
-                digest.update(file.relative_to(self.path).as_posix().encode() + file_digest(file))
+                digest.update(file.relative_to(self.path).as_posix().encode() + digest_of(file))
         else:
-            digest.update(file_digest(self.path))
+            digest.update(digest_of(self.path))
         return digest.hexdigest()[:20]
 
 
@@ -108,7 +110,7 @@ class InMemory(Source):
         labels = class_names(getattr(self.given, "features", None))
         yield from without_lines(with_names(row, labels) if isinstance(row, dict) else row for row in self.given)
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, digest_of: Digest | None = None) -> str:
         digest = hashlib.sha256()
         for row in self.given:
             digest.update(repr(row).encode())
@@ -121,10 +123,15 @@ def without_lines(rows: Iterable[RawRow]) -> Iterator[Numbered]:
 
 
 def file_digest(path: Path) -> bytes:
+    """Of the whole content."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
+
+
+def ends_digest(path: Path) -> bytes:
+    """Of a large file's size, time and both ends: what stands for one in values that an earlier curate measured."""
     stat = path.stat()
     with open(path, "rb") as file:
-        if stat.st_size <= WHOLE:
-            return hashlib.file_digest(file, "sha256").digest()
         digest = hashlib.sha256(f"{stat.st_size} {stat.st_mtime_ns}".encode())
         digest.update(file.read(END))
         file.seek(-END, os.SEEK_END)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from importlib.metadata import version
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from curate.passes.chat import Template
 
 Kept = TypeVar("Kept")
+SETTLED = 2.0  # seconds: no clock of a file system is coarser
 
 
 class FingerprintCache:
@@ -56,6 +58,29 @@ class FingerprintCache:
                 return hashlib.file_digest(file, "sha256").hexdigest()
 
         return self.kept(f"{path.resolve()}|{file_state(path)}", digest)
+
+    def source(self, path: Path) -> bytes:
+        """`file_digest` of a source, of a large one taken once for its inode, size and times. A file that is being written is not remembered."""
+        from curate.data.sources import LARGE, file_digest
+
+        state = path.stat()
+        if state.st_size <= LARGE:
+            return file_digest(path)
+        key = f"source|{state.st_dev}|{state.st_ino}|{state.st_size}|{state.st_mtime_ns}|{state.st_ctime_ns}"
+        if time.time() - max(state.st_mtime, state.st_ctime) > SETTLED:
+            return bytes.fromhex(self.kept(key, lambda: file_digest(path).hex()))
+        return file_digest(path)
+
+    def target(self, path: Path) -> bytes:
+        """As `source`; but for the first content that a large file is known with the digest by which earlier values know it (`ends_digest`)."""
+        from curate.data.sources import LARGE, ends_digest
+
+        whole = self.source(path)
+        if path.stat().st_size <= LARGE:
+            return whole
+        ends = ends_digest(path)
+        first: str = self.kept(f"target|{ends.hex()}", whole.hex)
+        return ends if bytes.fromhex(first) == whole else whole
 
     def tokenizer(self, folder: Path) -> str:
         """`tokenizer_fingerprint` of a model folder, which is loaded only where a file of it has changed (weights aside)."""

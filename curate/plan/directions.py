@@ -41,7 +41,7 @@ class Directions:
         self.roles, self.ids, self.train = roles, identity, train
         self.folder = store.folder / "directions"
         self.pairs = loaded.recipe.kind == "preference"
-        self.targets = Targets(loaded, identity.kept)
+        self.targets = Targets(loaded, identity.kept, identity.cache.target)
 
     @cached_property
     def rows(self) -> list[str]:

@@ -20,6 +20,7 @@ from curate.rows import Row, content_id
 if TYPE_CHECKING:
     from curate.data import Reading
     from curate.data.records import Record
+    from curate.data.sources import Digest
     from curate.passes.contract import Measurement
     from curate.plan.step import RequestedScore
     from curate.recipe.load import Loaded
@@ -37,8 +38,8 @@ def split(target: str) -> tuple[str, str]:
 class Targets:
     """The targets of one recipe; each is read once."""
 
-    def __init__(self, loaded: Loaded, kept: Kept | None = None):
-        self.loaded, self.kept = loaded, kept or Kept()
+    def __init__(self, loaded: Loaded, kept: Kept | None = None, digest_of: Digest | None = None):
+        self.loaded, self.kept, self.digest_of = loaded, kept or Kept(), digest_of
         self._identities: dict[str, str] = {}
         self._rows: dict[str, dict[str, list[Row]]] = {}
 
@@ -136,7 +137,7 @@ class Targets:
 
     def _reading(self, name: str) -> Reading:
         target = self.named(name)
-        return open_rows(self.loaded, target, f"targets.{name}", kind=target.kind)
+        return open_rows(self.loaded, target, f"targets.{name}", kind=target.kind, digest_of=self.digest_of)
 
 
 def _value(record: Record, per: str, where: str) -> str:

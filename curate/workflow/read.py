@@ -16,6 +16,7 @@ from curate.data.notes import repeated_prompt
 from curate.data.records import Record
 from curate.data.sections import in_both_roles, open_rows, said_otherwise
 from curate.errors import UsageError, ValidationError
+from curate.models.fingerprints import FingerprintCache
 from curate.plan.kept import Kept
 from curate.plan.recorded import recorded_runs
 from curate.plan.requests import requested_scores
@@ -94,7 +95,7 @@ def _open(loaded: Loaded, source: Source, role: Role, store: Store, kept: Kept |
     found: dict[str, Reading] = {}
 
     def fingerprints() -> list[list[str]]:
-        found["reading"] = open_rows(loaded, source, _setting(role))
+        found["reading"] = open_rows(loaded, source, _setting(role), digest_of=_digests(store).source)
         return [[info.name, info.fingerprint] for info in found["reading"].sources]
 
     infos = (kept or Kept()).ask(question, fingerprints)
@@ -125,13 +126,18 @@ def _open(loaded: Loaded, source: Source, role: Role, store: Store, kept: Kept |
         if name in gone:
             kept.say_gone(name)
         else:
-            _check_same(loaded, source, role, name, dict(infos)[name])
+            _check_same(loaded, source, role, store, name, dict(infos)[name])
     return Opening(prints, None)
 
 
-def _check_same(loaded: Loaded, source: Source, role: Role, name: str, fingerprint: str) -> None:
+def _digests(store: Store) -> FingerprintCache:
+    return FingerprintCache(store.folder / "weights.json", slow=let_go)
+
+
+def _check_same(loaded: Loaded, source: Source, role: Role, store: Store, name: str, fingerprint: str) -> None:
     """Of several files some are there: UsageError where one of those has changed."""
-    alone = open_rows(loaded, source.model_copy(update={"path": name}), _setting(role))
+    opened = source.model_copy(update={"path": name})
+    alone = open_rows(loaded, opened, _setting(role), digest_of=_digests(store).source)
     if [info.fingerprint for info in alone.sources] != [fingerprint]:
         raise UsageError(
             f"{name} has changed since it was read, and other files of `{_setting(role)}` are not here. Bring them, too."
