@@ -20,14 +20,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+from curate.data import trl_trainers
 from curate.data.arrow_types import read_types
 from curate.data.card import Card, write_card
 from curate.data.exported import SIDE, TAKEN, ExportRow
 from curate.data.hub import first_line
 from curate.data.parts import Part, Parts, resampled
+from curate.data.reference_logps import with_reference
 from curate.data.replace import MARK, carry_over, check_split, check_target, replace_folder
 from curate.data.spooled import spooled
-from curate.data.trainer import FILE, TrainedAs, write_trainer_args
+from curate.data.trainer import FILE, MIXINS, TrainedAs, write_trainer_args
 from curate.data.trainers import FILES, TRAINERS
 from curate.data.trainers.base import About
 from curate.data.trainers.written import write_layout
@@ -43,12 +45,15 @@ class Files:
     """Which files the rows go into. layout: trl, or one of `curate.data.trainers.TRAINERS`. rows_per_file: at most so many
     a data file; None: all in one.
 
-    source: what a layout calls the rows' source, "" where there are several.
+    source: what a layout calls the rows' source, "" where there are several. in_order: the rows' order is meant, no trainer should shuffle them.
+    reference: pairs get the reference model's log-probabilities (reference_logps.py); which of the measured columns do not stand there besides.
     """
 
     layout: str = "trl"
     rows_per_file: int | None = None
     source: str = ""
+    in_order: bool = False
+    reference: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -191,6 +196,8 @@ def write_export(
     """Writes the export into `staging`: rows, dropped rows, trainer's settings, card, and what else was in `target`."""
     kept, left, layout = parts.kept, parts.dropped, parts.layout
     rows, schema = kept.tables(), kept.schema()
+    if files.reference is not None:
+        rows, schema = with_reference(rows, schema, files.reference)
     if resample is not None:
         rows = resampled(rows, kept.n_rows, resample, parts.total, seed)
     notes: list[str] = []
@@ -198,7 +205,14 @@ def write_export(
         n_rows = write_dataset(rows, schema, staging, split, files.rows_per_file)
     else:
         sort, _, style = layout.rpartition(", ")
-        about = About(sort, style == "standard", split, trainer is not None and trainer.turns == "all", files.source)
+        about = About(
+            sort,
+            style == "standard",
+            split,
+            trainer is not None and trainer.turns == "all",
+            files.source,
+            files.in_order,
+        )
         n_rows, notes = write_layout(files.layout, rows, schema, staging, about, files.rows_per_file)
     write_parquet(left.tables(), left.schema(), staging / "dropped" / "dropped-00000.parquet")
     other = {
@@ -211,6 +225,15 @@ def write_export(
         notes.append(f"{drawn}; do not weight them again.")
     if trainer is not None and files.layout == "trl":
         notes += write_trainer_args(staging, trainer, layout)
+    mixins = [
+        *(["GivenReference"] if files.reference is not None else []),
+        *(["WeightedRows"] if parts.total and resample is None else []),
+    ]
+    if mixins and files.layout == "trl":
+        shutil.copyfile(trl_trainers.__file__, staging / MIXINS)
+        notes.append(
+            f"{MIXINS} has {' and '.join(mixins)}, which make TRL's trainers use these columns: its first lines say how."
+        )
     shutil.rmtree(staging / "work")
     n_dropped, kind = left.n_rows, parts.kind
     end = "parquet" if files.layout == "trl" or TRAINERS[files.layout].schema is not None else "jsonl"
@@ -269,7 +292,7 @@ def push(result: ExportResult, repository: str) -> None:
     """The export's data, dropped rows, trainer's settings and card to a hub dataset (private if it is new), the card merged with the one there."""
     import huggingface_hub
 
-    beside = sorted({FILE, *FILES})
+    beside = sorted({FILE, MIXINS, *FILES})
     try:
         hub = huggingface_hub.HfApi()
         hub.create_repo(repository, repo_type="dataset", private=True, exist_ok=True)

@@ -13,7 +13,9 @@ from curate.data.trainers import FILES
 from curate.errors import UsageError
 
 MARK = ".curate-export"
-OURS = frozenset((MARK, "README.md", "data", "dropped", "dataset_dict.json", "trainer_args.json", *FILES))
+OURS = frozenset(
+    (MARK, "README.md", "data", "dropped", "dataset_dict.json", "trainer_args.json", "trl_trainers.py", *FILES)
+)
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
 
 

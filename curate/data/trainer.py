@@ -14,8 +14,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-FILE = "trainer_args.json"
-OF = {"DPOConfig": "dpo_config.py", "SFTConfig": "sft_config.py"}
+FILE, MIXINS = "trainer_args.json", "trl_trainers.py"
+OF = {
+    "DPOConfig": "dpo_config.py",
+    "SFTConfig": "sft_config.py",
+    "KTOConfig": "kto_config.py",
+    "GRPOConfig": "grpo_config.py",
+}
 
 
 @dataclass(frozen=True)
@@ -23,7 +28,8 @@ class TrainedAs:
     """What the settings follow from: how rows were cut when they were measured, DPO's β, and whether signs of squeezing were scored.
 
     unlike: sentences on what was measured or scored otherwise than these settings train. turns: whether the last assistant turn of an SFT row was
-    measured or all of them (tokens.turns).
+    measured or all of them (tokens.turns). in_order: the rows are not to be shuffled. given_reference: the rows have the reference's
+    log-probabilities. sampling: how answers were sampled, in GRPOConfig's names, where they were.
     """
 
     max_length: int | None
@@ -32,6 +38,9 @@ class TrainedAs:
     squeezing: bool = False
     unlike: tuple[str, ...] = ()
     turns: str = "last"
+    in_order: bool = False
+    given_reference: bool = False
+    sampling: tuple[tuple[str, Any], ...] = ()
 
     def args(self, layout: str) -> tuple[str, dict[str, Any]] | None:
         """The configuration class that trains on an export of this layout, and its arguments; None for layouts that neither takes.
@@ -39,7 +48,11 @@ class TrainedAs:
         Where signs of squeezing were scored, an NLL term on the chosen response stands beside the DPO loss, with equal weights, which is TRL's
         default for several losses (its NLL is a mean over tokens, DPO's gradient β times a sum over them: a mild term).
         """
-        args: dict[str, Any] = {"max_length": self.max_length}
+        in_order = {"train_sampling_strategy": "sequential"} if self.in_order else {}
+        if layout.startswith("trl prompts"):
+            args = dict(self.sampling) | ({"shuffle_dataset": False} if self.in_order else {})
+            return ("GRPOConfig", args) if args else None
+        args = {"max_length": self.max_length, **in_order}
         if self.truncation in ("keep_start", "keep_end"):
             args["truncation_mode"] = self.truncation
         if layout.startswith("trl preference"):
@@ -47,7 +60,11 @@ class TrainedAs:
                 args["beta"] = self.beta
             if self.squeezing:
                 args |= {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 1.0]}
+            if self.given_reference:
+                args["precompute_ref_log_probs"] = True  # the mixin of trl_trainers.py takes the columns instead
             return "DPOConfig", args
+        if layout.startswith("trl unpaired preference"):
+            return "KTOConfig", args
         if not layout.startswith(("prompt/completion", "messages")):
             return None
         if self.turns == "all":
@@ -67,7 +84,8 @@ def write_trainer_args(folder: Path, trained: TrainedAs, layout: str) -> list[st
     kept = {name: value for name, value in args.items() if known is None or name in known}
     (folder / FILE).write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
     shown = ", ".join(f"{name}={value!r}" for name, value in kept.items())
-    notes = [f"`{config}(output_dir=..., **json.load(open('{FILE}')))` trains as it was measured: {shown}."]
+    does = "samples" if config == "GRPOConfig" else "trains"
+    notes = [f"`{config}(output_dir=..., **json.load(open('{FILE}')))` {does} as it was measured: {shown}."]
     if config == "DPOConfig":
         notes += trained.unlike
     left = sorted(set(args) - set(kept))
@@ -79,19 +97,25 @@ def write_trainer_args(folder: Path, trained: TrainedAs, layout: str) -> list[st
 
 
 def fields_of(config: str) -> set[str] | None:
-    """The fields that the installed TRL's configuration class declares itself; None where TRL is not installed."""
-    spec = importlib.util.find_spec("trl")
-    if spec is None or not spec.submodule_search_locations:
-        return None
-    for folder in spec.submodule_search_locations:
-        file = Path(folder) / "trainer" / OF[config]
-        if file.is_file():
-            tree = ast.parse(file.read_text(encoding="utf-8"))
-            found = next((n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == config), None)
-            if found is not None:
-                return {
-                    n.target.id for n in found.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)
-                }
+    """The fields that the installed TRL's configuration class declares itself, and those of transformers' that it inherits; None without TRL."""
+    own = _declared("trl", Path("trainer") / OF[config], config)
+    return (
+        None
+        if own is None
+        else own | (_declared("transformers", Path("training_args.py"), "TrainingArguments") or set())
+    )
+
+
+def _declared(package: str, file: Path, name: str) -> set[str] | None:
+    """The fields that a class of an installed package declares; None where there is none."""
+    spec = importlib.util.find_spec(package)
+    for folder in spec.submodule_search_locations or () if spec is not None else ():
+        if not (Path(folder) / file).is_file():
+            continue
+        tree = ast.parse((Path(folder) / file).read_text(encoding="utf-8"))
+        found = next((n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == name), None)
+        if found is not None:
+            return {n.target.id for n in found.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)}
     return None
 
 

@@ -122,6 +122,14 @@ class Recipe(Strict):
                 "tokens.turns: all is for kind: sft; of a preference pair the chosen and the rejected response are measured, and no turn before "
                 "them (`--set tokens.turns=last`)"
             )
+        if self.export is not None and self.export.order == "order_by" and not (self.select and self.select.order_by):
+            raise ValueError("export.order: order_by needs `select.order_by`, which says what the order is")
+        if self.export is not None and self.export.reference_logps and self.kind != "preference":
+            raise ValueError("export.reference_logps is of pairs, and kind is sft")
+        if self.export is not None and self.export.reference_logps and self.export.format != "trl":
+            raise ValueError(
+                f"export.reference_logps is of pairs, which export.format {self.export.format} does not keep; take format: trl"
+            )
         return self
 
     @model_validator(mode="after")

@@ -131,6 +131,14 @@ class Export(Strict):
     layout: Literal["trl", "llama_factory", "axolotl", "openrlhf", "verl"] = Field(
         "trl", description="the trainer whose files are written (docs/export.md)"
     )
+    order: Literal["source", "order_by"] = Field(
+        "source",
+        description="order_by: in the order of select.order_by, which trainers are told to keep; source: as rows were read, for trainers to shuffle",
+    )
+    reference_logps: bool = Field(
+        False,
+        description="pairs: the reference model's log-probabilities as columns, for TRL's DPOTrainer and fairseq2 to take instead of a pass",
+    )
     rows_per_file: int | None = Field(
         None, ge=1, description="at most so many rows in a file of data/; null: all in one"
     )

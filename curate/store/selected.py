@@ -39,12 +39,14 @@ class Selected:
         self.selection, self.store, self.list = selection, selection.store, lines
 
     @classmethod
-    def both(cls, selection: Selection, folder: Path, beside: Sequence[str] = ()) -> tuple[Selected, Selected]:
-        """The kept rows and the dropped ones, listed in this folder."""
+    def both(
+        cls, selection: Selection, folder: Path, beside: Sequence[str] = (), *, by_rank: bool = False
+    ) -> tuple[Selected, Selected]:
+        """The kept rows and the dropped ones, listed in this folder. by_rank: in the order of `order_by`, not as they were read."""
         files = {True: folder / "kept", False: folder / "dropped"}
         with selection.store.database.read() as con, ExitStack() as opened:
             writers: dict[bool, Any] = {}
-            for text in _listings(selection, con, beside):
+            for text in _listings(selection, con, beside, by_rank=by_rank):
                 lines = con.sql(text).to_arrow_reader(BATCH)
                 for kept, file in files.items():
                     if kept not in writers:
@@ -106,7 +108,7 @@ class Selected:
         return {name: set(types) for name, types in lines}
 
 
-def _listings(selection: Selection, con: Connection, beside: Sequence[str]) -> list[str]:
+def _listings(selection: Selection, con: Connection, beside: Sequence[str], *, by_rank: bool) -> list[str]:
     """The queries of the lists of both, one after another."""
     once = selection.spec.get("duplicates", "once") != "as_found"
     sources = selection.sources(con)
@@ -123,7 +125,7 @@ def _listings(selection: Selection, con: Connection, beside: Sequence[str]) -> l
         return (
             f"SELECT r.position, o.seq, d.kept, {reason} AS reason{picked} FROM data.decisions d JOIN data.rows r USING (row_id) "
             f"LEFT JOIN {occurrences} o USING (row_id) {scored} WHERE d.selection = {literal(selection.name)} AND d.kept IS NOT NULL {condition} "
-            "ORDER BY r.position, o.seq"
+            f"ORDER BY {'d.rank, ' if by_rank else ''}r.position, o.seq"
         )
 
     why = f"CASE WHEN d.kept THEN NULL ELSE {REASON} END"

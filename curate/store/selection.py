@@ -58,12 +58,14 @@ class Selection:
         with self.store.database.read() as con:
             return one(con, text, [self.name]) is not None
 
-    def kept(self, columns: Sequence[str] = ()) -> Iterator[SelectedRow]:
-        """The kept rows by position, with the user's columns and those named (columns of `scored`).
+    def kept(self, columns: Sequence[str] = (), *, by_rank: bool = False) -> Iterator[SelectedRow]:
+        """The kept rows by position, with the user's columns and those named (columns of `scored`). by_rank: in the order of `order_by`.
 
         With `duplicates: as_found` a row comes once for every time it occurs in the training sources, each with its own columns.
         """
         decided = self.table().filter("kept")
+        if by_rank:
+            decided = decided.sort("rank", maintain_order=True)
         yield from self._rows(decided, columns, first=self.spec.get("duplicates", "once") != "as_found")
 
     def dropped(self, columns: Sequence[str] = ()) -> Iterator[SelectedRow]:

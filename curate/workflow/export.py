@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from curate.store import Selection, Store
 
 
+REFERENCE = ("chosen_logp", "rejected_logp")  # columns of `scored` that export.reference_logps is of
+
+
 def export_selection(
     loaded: Loaded,
     store: Store,
@@ -84,6 +87,10 @@ def _export(
     chat = bool(measured_as(store, loaded.name).get("chat"))  # it trains as it was measured
     own = _own_of(loaded, store)
     beside = [name for name in columns if name not in own and name != "row_id"]
+    beside += [name for name in REFERENCE if asked.reference_logps and name not in beside]
+    by_rank = asked.order == "order_by"
+    hidden = tuple(name for name in REFERENCE if name not in columns) if asked.reference_logps else None
+    files = Files(asked.layout, asked.rows_per_file, _source_name(sources), by_rank, hidden)
     common: dict[str, Any] = {
         "split": loaded.recipe.source.split if loaded.recipe.source else "train",
         "card": _card(head, loaded, store, selection, sources),
@@ -93,22 +100,31 @@ def _export(
         "push_to_hub": asked.push_to_hub,
         "trainer": _trained_as(loaded),
         "mark": lambda result, folder: mark_of(made_of, result, folder),
-        "files": Files(asked.layout, asked.rows_per_file, _source_name(sources)),
+        "files": files,
     }
     types = _types(store, sources)
 
     def fill(work: Path) -> AbstractContextManager[Parts]:
-        return parts_of(selection, work, format=asked.format, chat=chat, asked=beside, weight=asked.weight, types=types)
+        return parts_of(
+            selection,
+            work,
+            format=asked.format,
+            chat=chat,
+            asked=beside,
+            weight=asked.weight,
+            types=types,
+            by_rank=by_rank,
+        )
 
     try:
         if asked.weight in own:
             raise ByRows
         return export_parts(to, fill, **common)
     except ByRows:
-        of_rows = Beside(loaded, store, [*columns, *([asked.weight] if asked.weight else [])])
+        of_rows = Beside(loaded, store, [*columns, *beside, *([asked.weight] if asked.weight else [])])
         kept, dropped = (
-            _rows(rows, weight, columns, of_rows, chat=chat)
-            for rows, weight in ((selection.kept(), asked.weight), (selection.dropped(), None))
+            _rows(rows, weight, [*columns, *beside], of_rows, chat=chat)
+            for rows, weight in ((selection.kept(by_rank=by_rank), asked.weight), (selection.dropped(), None))
         )
         return export(
             to, kept, dropped, format=asked.format, types=types, as_json=selection.holds_more_than_text, **common
@@ -136,6 +152,11 @@ def check_columns(asked: Export, known: Sequence[str]) -> None:
             raise UsageError(
                 f"export.{key}: {name!r} is not a column of `scored`" + did_you_mean(name, known, ".", before="; ")
             )
+    if asked.reference_logps and not set(REFERENCE) <= set(known):
+        raise UsageError(
+            "export.reference_logps: the reference's log-probabilities (chosen_logp, rejected_logp) are not measured: name models.reference, and a "
+            "score that reads them, such as ranking_gap."
+        )
 
 
 def _columns(loaded: Loaded, store: Store) -> list[str]:
@@ -154,8 +175,31 @@ def _trained_as(loaded: Loaded) -> Any:
     recipe = loaded.recipe
     beta = beta_of(recipe) if asks_for_beta(recipe) else None
     unlike = [] if beta is None else deviation_text(requested_scores(loaded), beta)
-    tokens = recipe.tokens
-    return TrainedAs(tokens.max_length, tokens.truncation, beta, bool(_flagged(loaded)), tuple(unlike), tokens.turns)
+    tokens, asked = recipe.tokens, recipe.export
+    return TrainedAs(
+        tokens.max_length,
+        tokens.truncation,
+        beta,
+        bool(_flagged(loaded)),
+        tuple(unlike),
+        tokens.turns,
+        in_order=asked is not None and asked.order == "order_by",
+        given_reference=asked is not None and asked.reference_logps,
+        sampling=_as_rollouts(loaded),
+    )
+
+
+def _as_rollouts(loaded: Loaded) -> tuple[tuple[str, Any], ...]:
+    """How answers were sampled, as GRPO would sample them; () where no score is of sampled answers."""
+    if all(want.score.cost != "sampling" for want in requested_scores(loaded)):
+        return ()
+    sampling = loaded.recipe.sampling
+    named = {
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "max_completion_length": sampling.max_new_tokens,
+    }
+    return tuple(named.items())
 
 
 def _flagged(loaded: Loaded) -> str:

@@ -44,12 +44,15 @@ def parts_of(
     asked: Sequence[str],
     weight: str | None,
     types: Mapping[str, str],
+    by_rank: bool = False,
 ) -> Iterator[Parts]:
-    """The parts of an export. asked: columns of `scored` beside the rows. weight: one that becomes `weight`. types: the sources' Arrow types."""
+    """The parts of an export. asked: columns of `scored` beside the rows. weight: one that becomes `weight`. types: the sources' Arrow types.
+    by_rank: rows in the order of `order_by`.
+    """
     if format == "extend":
         raise ByRows
     beside = list(dict.fromkeys([*asked, *([weight] if weight else [])]))
-    kept, dropped = Selected.both(selection, work, beside)
+    kept, dropped = Selected.both(selection, work, beside, by_rank=by_rank)
     row = kept.first()
     if row is None:
         raise ByRows

@@ -407,7 +407,7 @@ def test_push(tmp_path, monkeypatch):
     export(tmp_path / "out", [pair(1)], push_to_hub="me/curated")
     assert calls[0] == ("me/curated", {"repo_type": "dataset", "private": True, "exist_ok": True})
     assert calls[1]["allow_patterns"] == [
-        *("README.md", "axolotl.yaml", "dataset_info.json", "trainer_args.json"),
+        *("README.md", "axolotl.yaml", "dataset_info.json", "trainer_args.json", "trl_trainers.py"),
         *("data/*", "dropped/*"),
     ]
 

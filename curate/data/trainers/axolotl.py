@@ -80,7 +80,9 @@ def _config(about: About, files: Sequence[str]) -> dict[str, str]:
             "message_field_training": "train",
         }
     entries = [{"path": file, "ds_type": "json", "split": "train", **kind} for file in files]
-    config = ({"rl": "dpo"} if about.sort == PAIRS else {}) | {"datasets": entries}
+    config: dict[str, Any] = ({"rl": "dpo"} if about.sort == PAIRS else {}) | {"datasets": entries}
+    if about.in_order:
+        config |= {"curriculum_sampling": True, "shuffle_merged_datasets": False}
     said = "# Paths are those of this folder: start axolotl here, or put the folder before them.\n"
     return {"axolotl.yaml": said + yaml.safe_dump(config, sort_keys=False)}
 

@@ -31,7 +31,8 @@ class Unfit(Exception):
 class About:
     """What is known of an export as a whole. standard: its rows are texts. all_turns: every assistant turn is trained (tokens.turns: all).
 
-    source: the one source's name, "" where there are several. own: columns beside the texts, as they are called here.
+    source: the one source's name, "" where there are several. in_order: the trainer is not to shuffle the rows. own: columns
+    beside the texts, as they are called here.
     """
 
     sort: str
@@ -39,6 +40,7 @@ class About:
     split: str = "train"
     all_turns: bool = False
     source: str = ""
+    in_order: bool = False
     own: tuple[str, ...] = ()
 
 

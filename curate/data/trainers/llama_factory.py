@@ -127,6 +127,8 @@ def _notes(about: About) -> list[str]:
     notes = [
         f"LLaMA-Factory: `dataset_dir` is this folder, `dataset: {about.split}` (several files: their names in dataset_info.json, in order)."
     ]
+    if about.in_order:
+        notes.append("`disable_shuffling: true` keeps the rows' order in LLaMA-Factory.")
     if about.standard:
         notes.append(
             "LLaMA-Factory puts instructions into its `template`; these rows were measured as plain text, so take `template: empty`."

@@ -56,9 +56,8 @@ def _args(about: About, files: Sequence[str]) -> dict[str, str]:
 
 
 def _notes(about: About) -> list[str]:
-    return [
-        "OpenRLHF: the keys of trainer_args.json are options of its command line (`--input_key prompt …`), their files those of this folder."
-    ]
+    said = "OpenRLHF: the keys of trainer_args.json are options of its command line (`--input_key prompt …`), their files those of this folder."
+    return [said, *(["OpenRLHF shuffles rows: their order is kept in the file alone."] if about.in_order else [])]
 
 
 TRAINER = Trainer(

@@ -81,6 +81,8 @@ def _schema(about: About, own: Mapping[str, pa.DataType]) -> pa.Schema:
 
 def _args(about: About, files: Sequence[str]) -> dict[str, str]:
     args: dict[str, Any] = {"data.train_files": list(files)}
+    if about.in_order:
+        args["data.shuffle"] = False
     if about.sort == PROMPTS:
         args |= {"data.prompt_key": "prompt", "data.reward_fn_key": "data_source"}
     else:
