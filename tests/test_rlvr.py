@@ -201,19 +201,24 @@ def test_the_commands_of_the_docs_write_every_layout(line, measured, command):
     assert [row["answer"] for row in grpo] == [row["reward_model"]["ground_truth"] for row in verl]
     assert verl[0]["prompt"] == [{"role": "user", "content": grpo[0]["prompt"]}] and verl[0]["data_source"] == "rows"
     assert "completion" not in grpo[0]
+    there = curate.run(line.parent / "prompts.yaml", set=["export.layout=verl", "export.to=out/verl"])
+    assert len(there.dataset) == 6 and there.dataset.column_names[0] == "prompt"  # the selection's, in TRL's columns
 
 
 def test_the_starter_runs_as_it_is_written(line, measured, command):
     """`curate init rlvr`, with nothing changed but where the rows and the model are, and a grader that a model of letters can meet."""
     assert command("init", "rlvr", "rl.yaml", "--quiet") == 0
     small = ["sampling.max_new_tokens=6", "sampling.grader={regex: '([a-m])'}", "engine.sampler=transformers"]
-    result = curate.run(
-        line.parent / "rl.yaml",
-        set=["source.path=rows.jsonl", "models.reference=model", *small, "select.where=pass_rate < 0.8"],
-    )
+    places = ["source.path=rows.jsonl", "models.reference=model"]
+    easy_first = ["select.where=pass_rate < 0.8", "select.order_by=pass_rate desc", "export.order=order_by"]
+    result = curate.run(line.parent / "rl.yaml", set=[*places, *small, *easy_first])
     exported = pq.read_table(line.parent / "out" / "rl" / "data" / "train-00000.parquet")
     assert {"prompt", "answer", "pass_rate", "pass_band", "pass_at"} <= set(exported.column_names)
     assert len(exported) == result.exported.n_rows and (line.parent / "out" / "rl_control").is_dir()
+    rates = exported["pass_rate"].to_pylist()
+    assert rates == sorted(rates, reverse=True) and len(set(rates)) > 1
+    args = json.loads((line.parent / "out" / "rl" / "trainer_args.json").read_text())
+    assert args == {"temperature": 1.0, "top_p": 1.0, "max_completion_length": 6, "shuffle_dataset": False}
 
 
 def test_an_equal_control_beside_the_selection(line, measured):

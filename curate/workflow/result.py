@@ -38,8 +38,8 @@ class Result:
 
     @property
     def dataset(self) -> Dataset:
-        """The kept rows: the exported dataset, with its extra columns, if there is one; else the selection's."""
-        if self.exported is not None:
+        """The kept rows: the exported dataset, with its extra columns, if there is one in TRL's layout; else the selection's."""
+        if self.exported is not None and (self.exported.path / "dataset_dict.json").is_file():
             from curate.data.selected import exported_dataset
 
             return exported_dataset(self.exported.path)

@@ -9,6 +9,7 @@ import duckdb
 import numpy as np
 import pytest
 
+from curate.measurements.accuracy import Graded, accuracy
 from curate.scores import DATASET_VALUES, SCORES
 from curate.scores.intervals import wilson
 from curate.scores.rates import BANDS
@@ -84,6 +85,17 @@ def test_values_of_a_set():
     assert by_band == {name: sum(row[5] == name for row in TABLE) / 9 for name in BANDS}
     [at] = DATASET_VALUES["pass_at_values"].compute(COUNTS, params={"k": 8})
     assert (at.name, at.n) == ("pass_at_8", 6)  # of rows with 8 samples or more
+
+
+@pytest.mark.parametrize(
+    ("leave_out", "rates"), [(False, [0.5, 0.0, 1.0]), (True, [2 / 3, nan, 1.0])], ids=["wrong", "leave_out"]
+)
+def test_unfinished_samples_count_as_the_recipe_says(leave_out, rates):
+    """Of the first row's four samples one was cut before it gave an answer, of the second's both."""
+    right, wrong = Graded(True, outcome="right"), Graded(False, outcome="wrong")
+    cut = Graded(False, finished=False, outcome="unfinished", counts=not leave_out)
+    columns = accuracy([[right, right, wrong, cut], [cut, cut], [right]])
+    np.testing.assert_allclose(SCORES["pass_rate"].compute(columns), rates)
 
 
 def test_a_band_has_two_ends():
