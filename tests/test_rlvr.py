@@ -103,7 +103,7 @@ def test_a_score_of_completions_is_refused_before_anything_runs(line, measured):
 
 
 def test_more_samples_than_are_drawn_are_refused(line, measured):
-    with pytest.raises(UsageError, match="k is 9 and sampling.samples 8 of every row"):
+    with pytest.raises(UsageError, match="k is 9 and sampling.samples 8"):
         make_plan(load_recipe(line, set=["scores=[{pass_at: {k: 9}}]"]), progress=Progress(quiet=True))
 
 

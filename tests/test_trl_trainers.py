@@ -171,6 +171,15 @@ def test_sft_weighs_rows_and_counts_tokens(exported, mixins):
     assert loss == pytest.approx(total / tokens / np.mean(data["weight"]), rel=1e-4)
 
 
+def test_both_ways_of_an_export_give_the_same(exported, tmp_path):
+    """Row by row, as here, where the weight is a column of the user's; in tables without it."""
+    curate.run(exported.parent / "recipe.yaml", set=["export.weight=null", f"export.to={tmp_path / 'tables'}"])
+    tables, rows = rows_of(tmp_path / "tables").to_list(), rows_of(exported).to_list()
+    assert tables == [{name: value for name, value in row.items() if name != "weight"} for row in rows]
+    assert "WeightedRows" not in (tmp_path / "tables" / "README.md").read_text()
+    assert "GivenReference" in (tmp_path / "tables" / "README.md").read_text()
+
+
 def test_packed_rows_cannot_be_weighed(exported, mixins):
     class Trainer:
         def __init__(self):

@@ -103,13 +103,13 @@ def completions_are_there(ahead: Ahead) -> None:
 
 def samples_are_enough(ahead: Ahead) -> None:
     """pass@k of fewer than k samples is NULL in every row."""
-    samples = ahead.loaded.recipe.sampling.least  # those of rows that stop early
-    short = [want for want in ahead.plan.wanted if want.score.name == "pass_at" and want.params["k"] > samples]
+    sampling = ahead.loaded.recipe.sampling
+    short = [want for want in ahead.plan.wanted if want.score.name == "pass_at" and want.params["k"] > sampling.least]
     if short and any(step.reads == "sample" for step in ahead.plan.steps):
-        k = short[0].params["k"]
+        k, key = short[0].params["k"], "samples" if isinstance(sampling.samples, int) else "samples.from"
         raise UsageError(
-            f"{short[0].name}: pass_at needs k samples a row; k is {k} and sampling.samples {samples} of every row. Sample more "
-            f"with `--set sampling.samples={k}`, or ask for a smaller k."
+            f"scores: {short[0].name} needs k answers of every row; k is {k} and sampling.{key} {sampling.least}. Sample more with "
+            f"`--set sampling.{key}={k}`, or ask for a smaller k."
         )
 
 

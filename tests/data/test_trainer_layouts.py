@@ -205,6 +205,14 @@ def test_what_a_layout_cannot_carry_is_refused_with_the_row(tmp_path, layout, ro
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("layout", ["llama_factory", "axolotl", "openrlhf", "verl"])
+def test_the_answer_of_a_row_to_train_on_stays_beside_it(tmp_path, layout):
+    result = written(tmp_path, layout, [Example(CHAT[:2], YES, "4")])
+    [file] = (result.path / "data").iterdir()
+    [row] = pq.read_table(file).to_pylist() if layout == "verl" else lines(file)
+    assert row.get("answer", row.get("source_answer")) == "4"
+
+
 def test_columns_of_the_users_own(tmp_path):
     """verl's data_source may be a column; a column that a trainer would take for its own has another name."""
     rows = written(tmp_path, "verl", ROWS["prompts"], data_source="openai/gsm8k", ability="math", index=7)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from curate.data.columns import free_name
 from curate.data.texts import jsonable
 from curate.data.trainers import TRAINERS, check_sort
-from curate.data.trainers.base import About, Row, Trainer, Unfit
+from curate.data.trainers.base import PROMPTS, UNPAIRED, About, Row, Trainer, Unfit
 from curate.data.written import in_files
 from curate.errors import ValidationError
 
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 TEXTS = ("prompt", "chosen", "rejected", "completion", "messages")
-OURS = (*TEXTS, "label", "answer", "tools", "chat_template_kwargs", "row_id")
+OURS = (*TEXTS, "tools", "chat_template_kwargs", "row_id")
+OF_SORTS = {PROMPTS: ("answer",), UNPAIRED: ("label",)}  # elsewhere columns beside the texts like any other
 
 
 def write_layout(
@@ -32,7 +33,7 @@ def write_layout(
     """
     check_sort(layout, about.sort)
     trainer = TRAINERS[layout]
-    called = _called(schema, trainer)
+    called = _called(schema, trainer, about.sort)
     names = tuple(name for name in (*called.values(), *(name for name in schema.names if name == "tools")))
     about = replace(about, own=names)
     rows = Rows(trainer, about, called)
@@ -71,7 +72,7 @@ class Rows:
 
     def _made(self, row: dict[str, Any]) -> dict[str, Any] | None:
         given = {name: _read(row[name]) for name in TEXTS if name in row} | {
-            name: row[name] for name in ("label", "answer", "row_id") if name in row
+            name: row[name] for name in ("row_id", *OF_SORTS.get(self.about.sort, ())) if name in row
         }
         for name in ("tools", "chat_template_kwargs"):
             if row.get(name):
@@ -100,9 +101,9 @@ class Rows:
         )
 
 
-def _called(schema: pa.Schema, trainer: Trainer) -> dict[str, str]:
+def _called(schema: pa.Schema, trainer: Trainer, sort: str) -> dict[str, str]:
     """The columns beside the texts, and what they are called: not as a column of the trainer's own."""
-    beside = [name for name in schema.names if name not in OURS]
+    beside = [name for name in schema.names if name not in (*OURS, *OF_SORTS.get(sort, ()))]
     taken = trainer.fields | set(beside)
     called: dict[str, str] = {}
     for name in beside:
