@@ -37,6 +37,14 @@ ROW_COLUMNS = (  # of the views `rows` and `scored`, whatever was measured
     "position",
 )
 
+RESERVED_SETTINGS = frozenset(  # arguments of transformers' `apply_chat_template` that are no row's to set
+    {
+        *("conversation", "tools", "documents", "chat_template", "add_generation_prompt", "continue_final_message"),
+        *("tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict", "tokenizer_kwargs"),
+        "return_assistant_tokens_mask",
+    }
+)
+
 ID_DIGITS = 20  # 80 bits: one chance in 10**10 of a collision among ten million rows
 
 

@@ -9,9 +9,12 @@ import yaml
 
 import curate
 from curate.console import Progress
+from curate.errors import UsageError
 from curate.passes.thinking import has_tags, opens, split, tags_of
+from curate.report.answers import answers_of, answers_text
+from curate.report.summary import summarise
 from tests.served import Served
-from tests.tiny_models import make_tokenizer
+from tests.tiny_models import make_llama, make_tokenizer
 
 TAGS = ["<think>", "</think>"]
 QUESTION = {"prompt": [{"role": "user", "content": "6 times 7"}], "completion": [{"role": "assistant", "content": "42"}], "answer": "42"}  # fmt: skip
@@ -98,6 +101,18 @@ def test_an_answer_that_was_cut_before_it_is_unfinished(tmp_path, capsys):
         left = curate.run(recipe(tmp_path, server, unfinished="leave_out"))
         assert left.measured == {"kept answers graded anew": 1} and len(server.sampled) <= asked
         assert left.store.sql(COUNTS).rows() == [(3, 2, 2 / 3, 3, 2 / 3)]
+    found = summarise(left.store)
+    assert [(line["answers"], line["cut"], line["unfinished"], line["share"]) for line in found.cut] == [(5, 3, 2, 0.4)]
+    assert (
+        "Answers cut at max_new_tokens" in found.text()
+        and "40.0%" in found.text()
+        and found.to_json()["cut"] == found.cut
+    )
+    shown = answers_text(answers_of(left.store, left.store.row_ids_of()[0], "recipe"), every=True)
+    assert (
+        "  unfinished  [thinks: 6 times 7 is 42, but] (cut)" in shown
+        and "  right       [thinks: 41? No.] It is 42." in shown
+    )
 
 
 def test_thinking_in_a_servers_text_is_told_apart_by_tags_that_the_recipe_names(tmp_path, capsys):
@@ -117,3 +132,80 @@ def test_thinking_in_a_servers_text_is_told_apart_by_tags_that_the_recipe_names(
         assert again.measured == {"kept answers graded anew": 1}
         seen = again.store.sql("SELECT text, reasoning, outcome FROM samples ORDER BY sample").rows()
         assert seen == [(" 42", "41", "right"), (" 41", "42", "wrong"), ("", "6 times 7 is 42", "unfinished")]
+
+
+def test_settings_of_sampling_reach_the_server_and_the_fingerprint(tmp_path):
+    """Beside OpenAI's own arguments; a row's settings of the template count more than the recipe's. Unset they are nowhere."""
+    rows = [QUESTION, {**QUESTION, "answer": "43", "chat_template_kwargs": {"enable_thinking": True}}]
+    settings = {
+        "top_k": 20,
+        "min_p": 0.1,
+        "repetition_penalty": 1.1,
+        "chat_template_kwargs": {"enable_thinking": False, "a": 1},
+    }
+    with Served() as server:
+        store = curate.run(
+            recipe(tmp_path, server, rows, samples=1, extra_body={"thinking_token_budget": 9}, **settings)
+        ).store
+        first, second = sorted(server.sampled, key=lambda r: r["chat_template_kwargs"]["enable_thinking"])
+        assert {key: first[key] for key in settings} == settings and first["thinking_token_budget"] == 9
+        assert second["chat_template_kwargs"] == {"enable_thinking": True, "a": 1}
+        params = store.measured(reads="sample")[-1].params
+        assert params["extra_body"] == {"thinking_token_budget": 9} and settings.items() <= params.items()
+        store = curate.run(recipe(tmp_path, server, rows, samples=1), store=tmp_path / "plain").store
+        assert (
+            not {*settings, "extra_body", "thinking", "unfinished", "thinking_tokens"}
+            & store.measured(reads="sample")[-1].params.keys()
+        )
+
+
+@pytest.mark.parametrize(
+    ("sampling", "words"),
+    [
+        ({"extra_body": {"top_k": 4}}, "'top_k' is sent already, as sampling.top_k"),
+        ({"extra_body": {"n": 4}}, "'n' is sent already, as sampling.samples"),
+        ({"chat_template_kwargs": {"tokenize": True}}, "'tokenize' is not a setting of a chat template"),
+        ({"thinking_tokens": 4}, "a server has a budget of its own"),
+        ({"thinking_tokens": 512}, "has to be below max_new_tokens (8)"),
+        ({"thinking_tags": ["a", "a"]}, "two texts that differ"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(tmp_path, sampling, words):
+    with Served() as server, pytest.raises(UsageError) as error:
+        curate.run(recipe(tmp_path, server, **sampling))
+    assert words in str(error.value)
+
+
+def test_a_local_model_thinks_within_its_budget(tmp_path):
+    """What the prompt opens is told apart, through the line; what needs a server or a template is refused before a model runs."""
+    folder = make_llama(tmp_path / "model", seed=1)
+    tokenizer = make_tokenizer(template=True)
+    tokenizer.chat_template = tokenizer.chat_template.replace("assistant:", "assistant: +")
+    tokenizer.save_pretrained(folder)
+    rows = [{**QUESTION, "prompt": [{"role": "user", "content": f"{i} times 7"}]} for i in range(3)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    raw = {
+        "kind": "sft",
+        "source": "rows.jsonl",
+        "models": {"reference": "model"},
+        "engine": {"sampler": "transformers", "device": "cpu"},
+        "sampling": {"samples": 4, "temperature": 1.0, "max_new_tokens": 10, "grader": "number", "thinking_tokens": 4},
+        "scores": ["accuracy"],
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    with pytest.raises(UsageError, match="what closes the thinking of model is not known"):
+        curate.run(path)
+    store = curate.run(path, set=["sampling.thinking_tags=['+', '=']"]).store
+    samples = store.sql("SELECT reasoning, text, n_tokens, finished FROM samples")
+    assert len(samples) == 12 and samples["reasoning"].null_count() == 0
+    answered = samples.filter(samples["n_tokens"] > 4)
+    assert len(answered) > 6 and answered["text"].str.starts_with("\n\n").sum() > 4
+    assert max(map(len, answered["reasoning"])) <= 5 and samples["n_tokens"].max() <= 10
+    with pytest.raises(UsageError, match="sampling.extra_body is for a server's requests"):
+        curate.run(path, set=["sampling.extra_body={a: 1}"])
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "6", "completion": "7", "answer": "7"}) + "\n")
+    with pytest.raises(UsageError, match="these rows are asked as plain text"):
+        curate.run(
+            path, set=["sampling.chat_template_kwargs={a: 1}", "sampling.thinking_tokens=null"], store=tmp_path / "text"
+        )

@@ -46,13 +46,14 @@ def make_bytes_tokenizer():
 
 def make_llama(
     folder: Path, *, seed: int, head_dim: int = 32, context: int = 128, scale: float = 0.15, layers: int = 2, hidden: int = 64,
-    architecture: str | None = None, template: bool = False, dropout: float = 0.0,
+    architecture: str | None = None, template: bool = False, dropout: float = 0.0, added: tuple[str, ...] = (),
 ) -> Path:  # fmt: skip
     """A saved model with tied embeddings; `scale` (the weights' standard deviation) makes it opinionated enough to tell models apart."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     tokenizer = make_tokenizer(template=template)
+    tokenizer.add_tokens(list(added))
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=96, num_hidden_layers=layers, num_attention_heads=2,
         num_key_value_heads=1, head_dim=head_dim, max_position_embeddings=context, tie_word_embeddings=True, bos_token_id=1,

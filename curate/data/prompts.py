@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from curate.data.records import Problem
 from curate.data.texts import MISSING, describe, holds, jsonable, messages, plain_text, text_or_messages
 from curate.recipe.bounds import json_value
-from curate.rows import Message, Text, text_of
+from curate.rows import RESERVED_SETTINGS, Message, Text, text_of
 
 if TYPE_CHECKING:
     from curate.data.layout import Layout
@@ -38,19 +38,6 @@ BESIDE = (
     "chat_template_kwargs",
 )
 TEMPLATE_ARGS = ("tools", "chat_template_kwargs")
-OF_TEMPLATES = {  # arguments of transformers' apply_chat_template that are no row's to set
-    *(
-        "conversation",
-        "tools",
-        "documents",
-        "chat_template",
-        "add_generation_prompt",
-        "continue_final_message",
-        "tokenize",
-        "padding",
-    ),
-    *("truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"),
-}
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 
 
@@ -84,7 +71,7 @@ def template_args(raw: dict[str, Any], uses: frozenset[str], problems: list[Prob
         if not isinstance(value, kind) or (kind is list and not all(isinstance(item, dict) for item in value)):
             problems.append((name, describe(value), expected))
             continue
-        if kind is dict and (reserved := [key for key in value if key in OF_TEMPLATES]):
+        if kind is dict and (reserved := [key for key in value if key in RESERVED_SETTINGS]):
             problems.append((name, f"with {reserved[0]!r}", "settings of the template itself"))
             continue
         if isinstance(value, dict):

@@ -38,6 +38,14 @@ def has_tags(text: str) -> bool:
     return any(closing in text or text.lstrip().startswith(opening) for opening, closing in KNOWN_TAGS)
 
 
+def without_special(text: str, tokenizer: PreTrainedTokenizerBase, shown: Sequence[str]) -> str:
+    """A text that was decoded with its special tokens, without those that are not `shown`."""
+    for token in tokenizer.all_special_tokens:
+        if token not in shown:
+            text = text.replace(token, "")
+    return text
+
+
 def split(text: str, tags: Sequence[str] | None, *, opened: bool = False) -> tuple[str | None, str]:
     """(reasoning, answer) of a sampled text: None where it has no reasoning, and no answer, "", where the thinking is not closed.
 

@@ -19,6 +19,7 @@ from curate.models.fingerprints import FingerprintCache
 from curate.plan.engines import engine_name
 from curate.plan.kept import Kept
 from curate.plan.rendering import Renderings
+from curate.plan.sampling_checks import check_sampling
 from curate.plan.servers import Servers
 from curate.plan.step import Task
 from curate.recipe.bounds import read_object, read_text
@@ -66,8 +67,11 @@ class Identity:
             params |= direction
         if measurement.reads == "neighbours":
             params["neighbours"] = self._neighbours
-        if measurement.reads == "sample" and (ends := self.ends(checkpoint)):
-            params["end_tokens"] = ends
+        if measurement.reads == "sample":
+            if ends := self.ends(checkpoint):
+                params["end_tokens"] = ends
+            if self.kept.anew:
+                check_sampling(self.recipe.sampling, self.renderings.of(checkpoint), checkpoint.label)
         return task_of(measurement, checkpoint, engine, params)
 
     @cached_property
@@ -156,6 +160,8 @@ def params_of(loaded: Loaded, measurement: Measurement, tokenizer: str, few_shot
             "seed": loaded.recipe.engine.seed,
             "grader": grader(sampling.grader, folder=loaded.folder).fingerprint,
         }
+        further = ("top_k", "min_p", "repetition_penalty", "thinking_tokens", "chat_template_kwargs", "extra_body")
+        params |= {name: value for name in further if (value := getattr(sampling, name))}
         if isinstance(sampling.thinking_tags, list):
             params["thinking"] = sampling.thinking_tags
         if sampling.unfinished != "wrong" and measurement.kind == "sft":

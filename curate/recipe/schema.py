@@ -141,6 +141,21 @@ class Recipe(Strict):
         return self
 
     @model_validator(mode="after")
+    def sampler_takes_it(self) -> Recipe:
+        sampling, of_server = self.sampling, self.engine.sampler == "openai"
+        if sampling.extra_body and not of_server:
+            raise ValueError(
+                f"sampling.extra_body is for a server's requests, and engine.sampler is {self.engine.sampler}; take it out "
+                "(`--set sampling.extra_body={}`), or sample on a server: `--set engine.sampler=openai`"
+            )
+        if sampling.thinking_tokens is not None and of_server:
+            raise ValueError(
+                "sampling.thinking_tokens is for engines that curate runs; a server has a budget of its own, such as vLLM's "
+                "`sampling.extra_body: {thinking_token_budget: 256}`"
+            )
+        return self
+
+    @model_validator(mode="after")
     def server_is_meant(self) -> Recipe:
         if self.server.url and self.engine.sampler == "auto":
             raise ValueError(

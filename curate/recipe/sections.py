@@ -8,6 +8,20 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from curate.recipe.doors import PathText, address
+from curate.rows import RESERVED_SETTINGS
+
+OWN_ARGUMENTS = {  # of a server's requests -> the key of the recipe that says it
+    **{
+        key: f"sampling.{key}"
+        for key in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "stop", "chat_template_kwargs")
+    },
+    **dict.fromkeys(("max_tokens", "max_completion_tokens"), "sampling.max_new_tokens"),
+    "n": "sampling.samples",
+    "seed": "engine.seed",
+    "model": "server.model",
+    **dict.fromkeys(("messages", "prompt", "tools"), "the row's own"),
+    **dict.fromkeys(("logprobs", "stream"), "what every request needs"),
+}
 
 
 class Strict(BaseModel):
@@ -160,13 +174,32 @@ class Sampling(Strict):
     )
     temperature: float = Field(0.8, ge=0, description="0: greedy")
     top_p: float = Field(0.95, gt=0, le=1, description="the share of the probability that is sampled from")
-    max_new_tokens: int = Field(512, ge=1, description="tokens after which an answer is cut")
+    top_k: int | None = Field(None, ge=1, description="only the so many likeliest tokens are sampled from")
+    min_p: float | None = Field(
+        None, gt=0, le=1, description="only tokens of at least this share of the likeliest one's probability are"
+    )
+    repetition_penalty: float | None = Field(
+        None, gt=0, description="above 1: tokens that the prompt or the answer has already are made less likely"
+    )
+    max_new_tokens: int = Field(512, ge=1, description="tokens after which an answer is cut, its thinking among them")
+    thinking_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="tokens after which a model that still thinks has to answer, with the rest of max_new_tokens; a server's: in extra_body",
+    )
     stop: list[str] = Field([], description="texts that end an answer")
     system: str | None = Field(None, description="a system turn before every prompt")
     few_shot: str | None = Field(None, description="text put before every prompt, or a file with it")
     grader: str | dict[str, Any] = Field(
         "gsm8k",
         description="gsm8k, number, math, choice, exact, regex, or module:function of your own (docs/grading.md)",
+    )
+    chat_template_kwargs: dict[str, Any] = Field(
+        {},
+        description="settings of the chat template for every prompt, such as {enable_thinking: false}; a row's own count more",
+    )
+    extra_body: dict[str, Any] = Field(
+        {}, description="further arguments of requests to the server of `server`, such as {thinking_token_budget: 256}"
     )
     thinking_tags: Literal["auto"] | Annotated[list[str], Field(min_length=2, max_length=2)] | None = Field(
         "auto",
@@ -181,7 +214,38 @@ class Sampling(Strict):
         None,
         description="package.module:function of (prompt, answer) or (prompt, answer, row) that gives changed prompts, for limem",
     )
-    later = frozenset({"thinking_tags", "unfinished"})
+    later = frozenset(
+        {
+            *("thinking_tags", "unfinished", "top_k", "min_p", "repetition_penalty", "thinking_tokens"),
+            *("chat_template_kwargs", "extra_body"),
+        }
+    )
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def settings_of_a_template(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if ours := sorted(RESERVED_SETTINGS & value.keys()):
+            raise ValueError(
+                f"{ours[0]!r} is not a setting of a chat template; system turns, tools and texts have keys of their own"
+            )
+        return value
+
+    @field_validator("extra_body")
+    @classmethod
+    def arguments_of_a_server(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for key in sorted(OWN_ARGUMENTS.keys() & value.keys()):
+            raise ValueError(f"{key!r} is sent already, as {OWN_ARGUMENTS[key]}; set that instead")
+        return value
+
+    @model_validator(mode="after")
+    def thinks_before_it_answers(self) -> Sampling:
+        if self.thinking_tokens is not None and self.thinking_tokens >= self.max_new_tokens:
+            raise ValueError(
+                f"thinking_tokens ({self.thinking_tokens}) has to be below max_new_tokens ({self.max_new_tokens}): the rest is for the answer"
+            )
+        if self.thinking_tokens is not None and self.thinking_tags is None:
+            raise ValueError("thinking_tokens needs thinking_tags, which say where a model's thinking ends")
+        return self
 
     @field_validator("thinking_tags")
     @classmethod

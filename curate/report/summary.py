@@ -17,6 +17,7 @@ from curate.console import table, wrapped
 from curate.plan.beta import dpo_beta
 from curate.plan.imported import imported_values
 from curate.recipe.yaml import read_yaml
+from curate.report.cut import cut_answers, cut_lines
 from curate.report.flips import LINES, Flips, comparable, flip_lines, flips_of
 from curate.scores.words import heading
 from curate.store import Store
@@ -36,7 +37,7 @@ class Summary:
     """values: the lines of the view dataset_values. calibration: None where held-out accuracies are not known. flips: one a run of DPO.
 
     scores: a dict for each score of the recipe: name, known (rows that have a value), rows. scored: whether the recipe has been. imported: of
-    `imported_values`.
+    `imported_values`. cut: of `cut_answers`.
     """
 
     recipe: str | None
@@ -47,6 +48,7 @@ class Summary:
     scores: list[dict[str, Any]] = field(default_factory=list)
     scored: bool = False
     imported: list[dict[str, Any]] = field(default_factory=list)
+    cut: list[dict[str, Any]] = field(default_factory=list)
 
     def text(self, *, everything: bool = False) -> str:
         """For people: values under plain headings. everything: the idealised ranking accuracies one by one, too."""
@@ -56,6 +58,8 @@ class Summary:
         parts = self._scores()
         for name in dict.fromkeys(heading(v["name"]) for v in values):
             parts.append([name + ":", *_value_lines([v for v in values if heading(v["name"]) == name], everything)])
+        if self.cut:
+            parts.append(cut_lines(self.cut))
         if self.imported:
             parts.append(_imported_lines(self.imported))
         parts += [flip_lines(flips) for flips in self.flips]
@@ -98,6 +102,7 @@ class Summary:
             "scores": self.scores,
             "values": self.values,
             "imported": _plain(self.imported),
+            "cut": _plain(self.cut),
             "calibration": None if self.calibration is None else _plain(asdict(self.calibration)),
             "flips": [_plain({**asdict(f), "cells": [c._asdict() for c in f.cells]}) for f in self.flips],
         }
@@ -123,9 +128,8 @@ def summarise(store: Store, *, recipe: str | None = None, between: tuple[int, in
     calibration = _calibrate(store, mine, values, threshold)
     scored = name is not None and store.inputs_hash("scores", name) is not None
     of_scores = _known(store, mine) if mine and scored else []
-    return Summary(
-        name, values, calibration, threshold, flips, of_scores, scored, imported_values(store, recipe or name)
-    )
+    imported, cut = imported_values(store, recipe or name), cut_answers(store, recipe or name)
+    return Summary(name, values, calibration, threshold, flips, of_scores, scored, imported, cut)
 
 
 def _known(store: Store, recipe: dict[str, Any]) -> list[dict[str, Any]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,7 @@ from curate.passes.sampling import hf
 from curate.passes.sampling.engines import sampler_identity
 from curate.passes.sampling.hf import HfSampler
 from curate.passes.sampling.open import open_sampler
+from curate.passes.sampling.reasoned import Thinking, sample_reasoned
 from curate.passes.sampling.types import Prompt, Sampling, engine_seed, room
 from curate.passes.tokenizer import load_tokenizer
 from tests.passes.sampled import sampled_rows
@@ -37,14 +40,15 @@ def words(samples):
     return [[(s.text, s.n_tokens, s.finished) for s in row] for row in samples]
 
 
-def test_greedy_equals_generate_row_by_row(models, prompts):
+@pytest.mark.parametrize("penalty", [None, 1.4])
+def test_greedy_equals_generate_row_by_row(models, prompts, penalty):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(models[0]).eval(), load_tokenizer(models[0])
     with HfSampler(models[0]) as sampler:
-        ours = sampler.sample(prompts, Sampling(n=2, temperature=0, max_new_tokens=12))
+        settings = Sampling(n=2, temperature=0, max_new_tokens=12, repetition_penalty=penalty)
+        ours = sampler.sample(prompts, settings)
     for prompt, row in zip(prompts, ours, strict=True):
-        out = model.generate(torch.tensor([prompt.ids]), max_new_tokens=12, do_sample=False, pad_token_id=2)[
-            0, len(prompt.ids) :
-        ]
+        arguments = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 2, "repetition_penalty": penalty}
+        out = model.generate(torch.tensor([prompt.ids]), **arguments)[0, len(prompt.ids) :]
         text = tokenizer.decode(out, skip_special_tokens=True)
         assert [s.text for s in row] == [text, text] and row[0].n_tokens == len(out)
 
@@ -166,6 +170,59 @@ def test_the_nucleus_of_a_hand_table():
     uniform = torch.tensor([0.0, 0.62, 0.63, 0.999], dtype=torch.float64)
     assert hf._draw(logits, Sampling(top_p=0.79), uniform).tolist() == [1, 1, 3, 3]
     assert hf._draw(logits, Sampling(temperature=0), uniform).tolist() == [1, 1, 1, 1]
+    assert hf._draw(logits, Sampling(top_k=2), uniform).tolist() == [1, 1, 3, 3]
+    assert hf._draw(logits, Sampling(min_p=0.55), uniform).tolist() == [1, 1, 3, 3]
+    assert hf._draw(logits, Sampling(min_p=0.7, top_k=3), uniform).tolist() == [1, 1, 1, 1]
+
+
+def test_thinking_is_within_its_budget_and_its_end_is_written(models, prompts):
+    """With `=` closing what the prompt's `+` opened: the first tokens are those without a budget, what is written counts for nothing, and the
+    log-probability is the model's own of what it said.
+    """
+    tokenizer = load_tokenizer(models[0])
+    thinking = Thinking.of(("+", "="), tokenizer, 5)
+    opened = [Prompt(tokenizer(f"{i} is +")["input_ids"], f"{i} is +", None, seed=i) for i in range(6)]
+    settings = Sampling(n=3, temperature=1.0, max_new_tokens=12)
+    with HfSampler(models[0]) as sampler:
+        plain = sampler.sample(opened, replace(settings, with_ids=True))
+        within = sample_reasoned(sampler, opened, settings, thinking)
+        again = sample_reasoned(sampler, opened, settings, thinking)
+        greedy = sample_reasoned(sampler, opened[:1], replace(settings, temperature=0), thinking)[0]
+        forced = checked = 0
+        for prompt, one, other in zip(opened, within, plain, strict=True):
+            for sample, free in zip(one, other, strict=True):
+                early = tokenizer.decode(free.ids[:5], skip_special_tokens=True)
+                if "=" in early or (len(free.ids) <= 5 and free.finished):
+                    continue
+                assert sample.reasoning == early + "\n" and sample.n_tokens <= 12
+                said = [
+                    *prompt.ids,
+                    *free.ids[:5],
+                    *thinking.closing,
+                    *tokenizer(sample.text.removeprefix("\n\n"), add_special_tokens=False)["input_ids"],
+                ]
+                forced += 1
+                if not sample.finished and len(said) == len(prompt.ids) + 12 + 4:
+                    logps = sampler._model.module(torch.tensor([said])).logits[0].double().log_softmax(-1)
+                    checked += 1
+                    at = [i for i in range(len(prompt.ids), len(said)) if not 5 <= i - len(prompt.ids) < 9]
+                    assert sample.logp == pytest.approx(
+                        sum(float(logps[i - 1, said[i]].detach()) for i in at), abs=1e-3
+                    )
+    assert forced > 6 and checked > 3 and within == again and greedy[0] == greedy[1] == greedy[2]
+    assert len({s.text for row in within for s in row}) > 6
+
+
+def test_tags_that_are_special_tokens_are_text(tmp_path):
+    folder = make_llama(tmp_path / "special", seed=1)
+    tokenizer = load_tokenizer(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["?", "!"]})
+    thinking = Thinking.of(("?", "!"), tokenizer)
+    assert thinking.shown == ("?", "!") and Thinking.of(("+", "!"), tokenizer).shown == ("!",)
+    with HfSampler(folder) as sampler:
+        sampler._tokenizer = tokenizer
+        ids = tokenizer("a?b!c</s>", add_special_tokens=False)["input_ids"]
+        assert sampler._text([], ids) == "abc" and sampler._text([], ids, thinking.shown) == "a?b!c"
 
 
 def test_a_real_model_is_sampled_and_keeps_the_space_between_prompt_and_answer(shared):

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections import deque
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -21,11 +22,14 @@ from curate.errors import EngineError, UsageError
 from curate.passes.sampling.engines import sampler_identity
 from curate.passes.sampling.hf import HfSampler
 from curate.passes.sampling.openai import OpenAISampler
+from curate.passes.sampling.reasoned import told_apart
 from curate.passes.sampling.types import Prompt, Sampling
 from curate.passes.tokenizer import load_tokenizer
 from tests.tiny_models import make_llama
 
 CONTEXT = 96
+TAGS = ("<think>", "</think>")  # what the served model thinks in: all up to </think>, as DeepSeek R1's are read
+ASKED = ({"role": "user", "content": "what is 3 plus 4?"},)
 
 
 @pytest.fixture(scope="session")
@@ -34,14 +38,17 @@ def server(tmp_path_factory):
     pytest.importorskip("vllm", reason="vLLM is not installed")
     from curate.passes.sampling.vllm import cpu_environment
 
-    model = make_llama(tmp_path_factory.mktemp("served") / "tiny", seed=1, context=CONTEXT, template=True)
+    model = make_llama(tmp_path_factory.mktemp("served") / "tiny", seed=1, context=CONTEXT, template=True, added=TAGS)
+    tokenizer = load_tokenizer(model)
+    tokenizer.chat_template = tokenizer.chat_template.replace("assistant:", "assistant:<think>")
+    tokenizer.save_pretrained(model)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [
         sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--served-model-name", "tiny", "--dtype", "float32",
         "--enforce-eager", "--host", "127.0.0.1", "--port", str(port), "--max-num-seqs", "32", "--max-model-len", str(CONTEXT),
-        "--no-enable-chunked-prefill",
+        "--no-enable-chunked-prefill", "--reasoning-parser", "deepseek_r1",
     ]  # fmt: skip
     environment = {
         **os.environ, **cpu_environment(), "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1",
@@ -76,21 +83,38 @@ def opened(url, **more):
     return OpenAISampler({"url": url, "concurrency": 8, **more})
 
 
+def as_chat(tokenizer):
+    ids = tokenizer.apply_chat_template(
+        [dict(m) for m in ASKED], add_generation_prompt=True, tokenize=True, return_dict=True
+    )["input_ids"]
+    return Prompt(list(ids), "", ASKED, 5)
+
+
+@pytest.mark.slow
+def test_a_served_thinking_model_has_reasoning_and_answer_apart_within_the_servers_budget(server):
+    """vLLM's reasoning parser and its own budget, asked for by extra_body; top_k, min_p and the penalty are taken too."""
+    prompt = as_chat(load_tokenizer(server[1]))
+    settings = Sampling(n=24, max_new_tokens=16, temperature=1.0, top_k=30, min_p=0.001, repetition_penalty=1.1)
+    with opened(server[0]) as sampler:
+        (free,) = sampler.sample([prompt], settings)
+        (within,) = sampler.sample([prompt], replace(settings, extra_body={"thinking_token_budget": 4}))
+    cut = [s for s in free if s.reasoning and not s.text and not s.finished]
+    assert len(cut) > 4 and all(s.n_tokens == 16 and s.logp < 0 and "</think>" not in s.reasoning for s in cut)
+    answered = [s for s in within if s.text]
+    assert len(answered) > 16 and max(len(s.reasoning or "") for s in answered) in (3, 4)
+
+
 @pytest.mark.slow
 def test_served_greedy_equals_transformers(server, prompts):
     url, model = server
     greedy = Sampling(n=2, temperature=0, max_new_tokens=10)
-    messages = ({"role": "user", "content": "what is 3 plus 4?"},)
-    tokenizer = load_tokenizer(model)
-    ids = tokenizer.apply_chat_template(
-        [dict(m) for m in messages], add_generation_prompt=True, tokenize=True, return_dict=True
-    )["input_ids"]
-    asked = [*prompts, Prompt(list(ids), "", messages, 5)]
+    asked = [*prompts, as_chat(load_tokenizer(model))]
     with opened(url) as sampler, HfSampler(model) as fallback:
         served, ours = sampler.sample(asked, greedy), fallback.sample(asked, greedy)
         assert sampler.notes == [] and sampler.model == "tiny" and sampler.context == CONTEXT
+    ours[-1] = [told_apart(sample, TAGS, opened=True) for sample in ours[-1]]
     for one, other in zip(served, ours, strict=True):
-        assert len(one) == 2 and one[0] == one[1]
+        assert len(one) == 2 and one[0] == one[1] and one[0].reasoning == other[0].reasoning
         assert (one[0].text, one[0].n_tokens, one[0].finished) == (other[0].text, other[0].n_tokens, other[0].finished)
         assert one[0].logp == pytest.approx(other[0].logp, abs=1e-3)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import select
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from curate.errors import EngineError, ModelError
 from curate.passes.forward import load_model, response_logps
 from curate.passes.sampling.engines import sampler_identity
 from curate.passes.sampling.hf import HfSampler
+from curate.passes.sampling.reasoned import Thinking, sample_reasoned
 from curate.passes.sampling.types import Prompt, Sampling
 from curate.passes.sampling.vllm import VllmSampler
 from curate.passes.tokenizer import load_tokenizer
@@ -159,8 +161,20 @@ def test_stop_strings_are_not_in_the_text(engine, models, prompts):
 def test_greedy_equals_transformers(engine, models, prompts):
     engine.use(models[1])
     greedy = Sampling(n=2, temperature=0, max_new_tokens=12)
+    penalised = replace(greedy, repetition_penalty=1.3, top_k=5, min_p=0.01)
+    thinking = Thinking.of(
+        ("+", "="), load_tokenizer(models[1]), 5
+    )  # the budget's second part follows the ids of the first
     with HfSampler(models[1]) as fallback:
-        ours, theirs = engine.sample(prompts, greedy), fallback.sample(prompts, greedy)
+        ours, theirs = (
+            [
+                *sampler.sample(prompts, greedy),
+                *sampler.sample(prompts, penalised),
+                *sample_reasoned(sampler, [replace(p, text=p.text + "+") for p in prompts[:4]], greedy, thinking),
+            ]
+            for sampler in (engine, fallback)
+        )
+    assert any(sample.reasoning for row in ours for sample in row)
     for one, other in zip(ours, theirs, strict=True):
         assert one[0] == one[1]
         assert [(s.text, s.n_tokens, s.finished) for s in one] == [(s.text, s.n_tokens, s.finished) for s in other]

@@ -18,6 +18,7 @@ from curate.rows import Example
 
 if TYPE_CHECKING:
     from curate.jobs.collect.generate import Template
+    from curate.passes.sampling.reasoned import Thinking
     from curate.passes.sampling.types import Prompt
 
     Encode = Callable[[Any, int], Prompt | None]
@@ -120,11 +121,13 @@ def _written(
     from curate.jobs.collect.generate import generate
     from curate.measurements.grading import grader
     from curate.passes.sampling.open import open_sampler
+    from curate.passes.sampling.reasoned import Reasoned
     from curate.passes.sampling.types import Sampling
+    from curate.workflow.runners.prompts import sampling_of
 
     recipe, loaded = asked.loaded.recipe, asked.loaded
     model, base = _generator(asked, generator)
-    answering, writing = _prompts(asked, model, base)
+    answering, writing, thinking = _prompts(asked, model, base)
     s = recipe.sampling
     with open_sampler(
         recipe.engine.sampler,
@@ -141,12 +144,12 @@ def _written(
             asked.take,
             template=template,
             known=Known(asked.known),
-            sampler=sampler,
+            sampler=sampler if thinking is None else Reasoned(sampler, thinking),
             encode=answering,
             encode_plain=writing,
             grader=grader(s.grader, folder=loaded.folder),
             writing=Sampling(1, 1.0, s.top_p, s.max_new_tokens, ("\n\n",)),
-            answering=Sampling(_number(s), s.temperature, s.top_p, s.max_new_tokens, tuple(s.stop)),
+            answering=sampling_of(s, _number(s)),
             agree=agree,
             seed=asked.seed,
         )
@@ -167,29 +170,40 @@ def _generator(asked: Round, name: str | None) -> tuple[str, str | None]:
     return str(model), None if base is None else str(base)
 
 
-def _prompts(asked: Round, model: str, base: str | None) -> tuple[Encode, Encode]:
-    """How a problem becomes a prompt to answer, as the recipe asks its rows, and how a text becomes one to be gone on with."""
+def _prompts(asked: Round, model: str, base: str | None) -> tuple[Encode, Encode, Thinking | None]:
+    """How a problem becomes a prompt to answer, as the recipe asks its rows, how a text becomes one to be gone on with, and how the model thinks
+    before it answers.
+    """
     from curate.models.checkpoints import Checkpoint
     from curate.passes.loading.adapter_config import tokenizer_folder
+    from curate.passes.sampling.reasoned import Thinking
     from curate.passes.sampling.types import Prompt
+    from curate.passes.thinking import tags_of
     from curate.passes.tokenizer import load_tokenizer
     from curate.passes.tokens import encode_prompt
     from curate.plan.identity import few_shot_text
     from curate.plan.rendering import limits_for
+    from curate.workflow.runners.prompts import with_template_settings
 
     tokenizer = load_tokenizer(tokenizer_folder(model, base))
     limits = limits_for(asked.loaded, [row.row for row in asked.hard], Checkpoint(model, "", base=base))
     context = {"system": asked.loaded.recipe.sampling.system, "few_shot": few_shot_text(asked.loaded)}
 
+    sampling = asked.loaded.recipe.sampling
+    through_template = limits.chat or any(not isinstance(row.row.prompt, str) for row in asked.hard)
+    tags = tags_of(tokenizer) if sampling.thinking_tags == "auto" and through_template else sampling.thinking_tags
+    thinking = Thinking.of(tags, tokenizer, sampling.thinking_tokens) if tags not in (None, "auto") else None
+
     def answering(text: Any, seed: int) -> Prompt | None:
-        tokens = encode_prompt(Example(text), tokenizer, limits=limits, **context)
+        row = with_template_settings(Example(text), sampling.chat_template_kwargs)
+        tokens = encode_prompt(row, tokenizer, limits=limits, **context)
         return None if tokens.problem else Prompt(tokens.ids, tokens.text, tokens.messages, seed)
 
     def writing(text: Any, seed: int) -> Prompt | None:
         tokens = encode_prompt(Example(text), tokenizer, limits=replace(limits, chat=False))
         return None if tokens.problem else Prompt(tokens.ids, tokens.text, tokens.messages, seed)
 
-    return answering, writing
+    return answering, writing, thinking
 
 
 def _number(sampling: Any) -> int:

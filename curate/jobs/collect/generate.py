@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from curate.errors import UsageError
 from curate.jobs.collect.pick import Candidate, Known
 from curate.measurements.grading_contract import Grader
+from curate.passes.sampling.reasoned import Reasoned
 from curate.passes.sampling.types import Prompt, Sample, Sampler, Sampling
 from curate.rows import Example, Message, Text, text_of
 
@@ -73,7 +74,7 @@ def generate(
     *,
     template: Template,
     known: Known,
-    sampler: Sampler,
+    sampler: Sampler | Reasoned,
     encode: Callable[[Text, int], Prompt | None],
     encode_plain: Callable[[Text, int], Prompt | None],
     grader: Grader,
@@ -110,7 +111,7 @@ def _problems(
     n: int,
     rng: random.Random,
     template: Template,
-    sampler: Sampler,
+    sampler: Sampler | Reasoned,
     encode: Callable[[Text, int], Prompt | None],
     writing: Sampling,
     known: Known,
@@ -147,7 +148,7 @@ def _answer(
     kept: list[Candidate],
     take: int,
     rng: random.Random,
-    sampler: Sampler,
+    sampler: Sampler | Reasoned,
     encode: Callable[[Text, int], Prompt | None],
     grader: Grader,
     answering: Sampling,

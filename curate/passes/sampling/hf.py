@@ -6,12 +6,11 @@ have ended taken out of the batch. A token is drawn by inverting the cumulative 
     token = min { v : sum_{u <= v} q(u) > U },    q = softmax(logits / temperature) cut by top_p,    U uniform in [0, 1),
 
 with the uniforms of a sample drawn beforehand from (row's seed, number of the sample), so neighbours in the batch change nothing but the
-last bits of the logits. temperature and top_p are transformers' own warpers.
+last bits of the logits. temperature, min_p, top_k and top_p are transformers' own warpers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from curate.errors import EngineError, ModelError
 from curate.passes.loading.adapter_config import tokenizer_folder
 from curate.passes.sampling.engines import hf_engine
 from curate.passes.sampling.types import Prompt, Sample, Sampling, engine_seed, room
+from curate.passes.thinking import without_special
 from curate.passes.tokenizer import context_length, load_tokenizer
 
 CONTEXT_TOKENS = 6  # prompt tokens decoded with the response, so that its first space is kept
@@ -132,7 +132,7 @@ class HfSampler:
         torch.cuda.empty_cache() if str(self._model.device).startswith("cuda") else None
         drawn = []
         for row, prompt in enumerate(prompts):
-            of_row = [self._finish(prompt.ids, ids[row * n + k], logps[row * n + k], sampling.stop) for k in range(n)]
+            of_row = [self._finish(prompt.ids, ids[row * n + k], logps[row * n + k], sampling) for k in range(n)]
             drawn.append(of_row * (sampling.n // n))  # greedy: n times the same
         return drawn
 
@@ -169,10 +169,15 @@ class HfSampler:
             logits = out.logits[:, -1].repeat_interleave(n, 0)  # (B, V)
             mask, positions = mask.repeat_interleave(n, 0), positions[:, -1:].repeat_interleave(n, 0)
             live = np.arange(len(uniforms))  # which sample each batch row is
+            seen = _seen(prompts, logits, sampling)
             for step in range(uniforms.shape[1]):
                 logits = logits.float()
-                chosen = _draw(logits, sampling, torch.from_numpy(uniforms[live, step]).to(device))  # (B,)
+                chosen = _draw(
+                    _penalised(logits, seen, sampling), sampling, torch.from_numpy(uniforms[live, step]).to(device)
+                )  # (B,)
                 chosen_logps = logits.log_softmax(-1).gather(1, chosen[:, None])[:, 0].tolist()
+                if seen is not None:
+                    seen[torch.arange(len(seen)), chosen] = True
                 going = np.ones(len(live), dtype=bool)
                 for at, (sample, token, logp) in enumerate(zip(live, chosen.tolist(), chosen_logps, strict=True)):
                     generated[sample].append(token)
@@ -185,6 +190,7 @@ class HfSampler:
                     kept = torch.from_numpy(np.flatnonzero(going)).to(device)
                     cache.batch_select_indices(kept)
                     chosen, mask, positions, live = chosen[kept], mask[kept], positions[kept], live[going]
+                    seen = None if seen is None else seen[kept]
                 mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
                 positions = positions + 1
                 out = module(
@@ -205,30 +211,65 @@ class HfSampler:
         text = self._text(prompt if len(ids) <= tail else ids[:-tail], ids[-tail:])
         return any(word in text for word in stop)
 
-    def _text(self, before: list[int], ids: list[int]) -> str:
-        """The text of `ids` after `before`, special tokens left out."""
+    def _text(self, before: list[int], ids: list[int], shown: tuple[str, ...] = ()) -> str:
+        """The text of `ids` after `before`, special tokens left out but those that are `shown`."""
         context = list(map(int, before[-CONTEXT_TOKENS:]))
-        head = self._tokenizer.decode(context, skip_special_tokens=True)
-        whole = self._tokenizer.decode(context + ids, skip_special_tokens=True)
-        return whole[len(head) :] if whole.startswith(head) else self._tokenizer.decode(ids, skip_special_tokens=True)
+        head, whole = self._decoded(context, shown), self._decoded(context + ids, shown)
+        return whole[len(head) :] if whole.startswith(head) else self._decoded(ids, shown)
 
-    def _finish(self, prompt: list[int], ids: list[int], logps: list[float], stop: Iterable[str]) -> Sample:
+    def _decoded(self, ids: list[int], shown: tuple[str, ...]) -> str:
+        text = str(self._tokenizer.decode(ids, skip_special_tokens=not shown))
+        return without_special(text, self._tokenizer, shown) if shown else text
+
+    def _finish(self, prompt: list[int], ids: list[int], logps: list[float], sampling: Sampling) -> Sample:
         ended = bool(ids) and ids[-1] in self._stop_ids
-        text = self._text(prompt, ids[:-1] if ended else ids)
-        cuts = [text.index(word) for word in stop if word in text]
+        text = self._text(prompt, ids[:-1] if ended else ids, sampling.shown)
+        cuts = [text.index(word) for word in sampling.stop if word in text]
         if cuts:
             text, ended = text[: min(cuts)], True
-        return Sample(text=text, n_tokens=len(ids), logp=float(np.sum(logps, dtype=np.float64)), finished=ended)
+        logp = float(np.sum(logps, dtype=np.float64))
+        own = tuple(ids) if sampling.with_ids else None
+        return Sample(text=text, n_tokens=len(ids), logp=logp, finished=ended, ids=own)
+
+
+def _seen(prompts: list[list[int]], logits: Any, sampling: Sampling) -> Any:
+    """(B, V) which tokens the prompt of each sample has, for the repetition penalty; None without one."""
+    import torch
+
+    if sampling.repetition_penalty in (None, 1.0):
+        return None
+    seen = torch.zeros(logits.shape, dtype=torch.bool, device=logits.device)
+    n = len(logits) // len(prompts)
+    for row, ids in enumerate(prompts):
+        seen[row * n : (row + 1) * n, torch.as_tensor(list(map(int, ids)), device=logits.device)] = True
+    return seen
+
+
+def _penalised(logits: Any, seen: Any, sampling: Sampling) -> Any:
+    """(B, V) logits, those of tokens that were there divided by the penalty where positive, else multiplied."""
+    if seen is None:
+        return logits
+    penalty = sampling.repetition_penalty
+    return logits.where(~seen, (logits / penalty).where(logits > 0, logits * penalty))
 
 
 def _draw(logits: Any, sampling: Sampling, uniform: Any) -> Any:
     """(B,) tokens from (B, V) float32 logits and (B,) float64 uniforms."""
     import torch
-    from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
+    from transformers.generation.logits_process import (
+        MinPLogitsWarper,
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+    )
 
     if sampling.temperature == 0:
         return logits.argmax(-1)
     scores = TemperatureLogitsWarper(float(sampling.temperature))(None, logits)
+    if sampling.min_p:
+        scores = MinPLogitsWarper(float(sampling.min_p))(None, scores)
+    if sampling.top_k:
+        scores = TopKLogitsWarper(int(sampling.top_k))(None, scores)
     if sampling.top_p < 1:
         scores = TopPLogitsWarper(float(sampling.top_p))(None, scores)
     cumulative = scores.double().softmax(-1).cumsum(-1)  # (B, V)

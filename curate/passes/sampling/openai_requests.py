@@ -68,10 +68,12 @@ class Requests:
                     if prompt.messages:
                         messages = _sent(prompt.messages)
                         answer = await client.chat.completions.create(
-                            messages=messages, **arguments, **_template_arguments(prompt.template_args)
+                            messages=messages, **arguments, **_further(sampling, prompt.template_args)
                         )
                     else:
-                        answer = await client.completions.create(prompt=prompt.text, **arguments)
+                        answer = await client.completions.create(
+                            prompt=prompt.text, **arguments, **_further(sampling, "")
+                        )
             except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
                 if known != self.lacking:
                     if n > 1 and "n" in self.lacking:
@@ -150,12 +152,13 @@ def _sent_call(call: Any, number: int) -> Any:
     return {"id": call.get("id") or f"call_{number}", "type": "function", "function": named}
 
 
-def _template_arguments(template_args: str) -> dict[str, Any]:
-    """What a row gives the template beside its messages, as arguments of the client."""
+def _further(sampling: Sampling, template_args: str) -> dict[str, Any]:
+    """What a row gives the template beside its messages, and what OpenAI's protocol has no name for, as arguments of the client."""
     given = json.loads(template_args) if template_args else {}
     found = {"tools": given["tools"]} if given.get("tools") else {}
     settings = given.get("chat_template_kwargs")
-    return found | ({"extra_body": {"chat_template_kwargs": settings}} if settings else {})
+    body = {**sampling.further, **sampling.extra_body, **({"chat_template_kwargs": settings} if settings else {})}
+    return found | ({"extra_body": body} if body else {})
 
 
 def _text(message: Any) -> str:

@@ -4,7 +4,9 @@ Three engines share these dataclasses and the `Sampler` protocol: vLLM (vllm.py)
 (openai.py) and transformers (hf.py). They agree on:
 
 - temperature 0 is greedy; otherwise softmax(logits / temperature) cut to the smallest set of tokens holding top_p of it (nucleus
-  sampling, Holtzman et al. 2020, arXiv:1904.09751).
+  sampling, Holtzman et al. 2020, arXiv:1904.09751). Before that, in this order: repetition_penalty (logits of tokens that the prompt or the answer
+  has are divided by it where positive, else multiplied: Keskar et al. 2019, arXiv:1909.05858), temperature, min_p (tokens below that share of the
+  likeliest one go: Nguyen et al. 2024, arXiv:2407.01082), top_k.
 - `logp` is summed under the model itself, before temperature and top_p (vLLM's `raw_logprobs`), over every generated token, EOS included.
 - Sampling ends at EOS or at a stop string; neither is part of `text`, and text after them never appears.
 - A row's samples depend on the row's own seed, not on where the row stands.
@@ -13,7 +15,8 @@ Three engines share these dataclasses and the `Sampler` protocol: vLLM (vllm.py)
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -38,13 +41,29 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample: `n` per prompt, at most `max_new_tokens` each."""
+    """How to sample: `n` per prompt, at most `max_new_tokens` each.
+
+    top_k, min_p, repetition_penalty: None for none. extra_body: further arguments of a server's requests. with_ids: samples bring their token ids.
+    shown: special tokens that are text in samples.
+    """
 
     n: int = 1
     temperature: float = 1.0
     top_p: float = 1.0
     max_new_tokens: int = 512
     stop: tuple[str, ...] = ()
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    extra_body: Mapping[str, Any] = field(default_factory=dict)
+    with_ids: bool = False
+    shown: tuple[str, ...] = ()
+
+    @property
+    def further(self) -> dict[str, Any]:
+        """Those of top_k, min_p and repetition_penalty that are set, under the names that vLLM and its server have for them."""
+        given = {"top_k": self.top_k, "min_p": self.min_p, "repetition_penalty": self.repetition_penalty}
+        return {name: value for name, value in given.items() if value is not None}
 
     def __post_init__(self) -> None:
         bounds = [
@@ -74,6 +93,7 @@ class Sample:
     logp: float | None
     finished: bool
     reasoning: str | None = None
+    ids: tuple[int, ...] | None = field(default=None, compare=False, repr=False)
 
 
 class Sampler(Protocol):

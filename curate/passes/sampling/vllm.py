@@ -136,10 +136,16 @@ class VllmSampler:
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             stop=list(sampling.stop),
+            **({"further": sampling.further} if sampling.further else {}),
+            **({"shown": list(sampling.shown)} if sampling.shown else {}),
+            **({"with_ids": True} if sampling.with_ids else {}),
         ) if fits else []  # fmt: skip
         samples: list[list[Sample]] = [[] for _ in prompts]
         for row, outputs in zip(fits, answer, strict=True):
-            drawn = [Sample(*output) for output in outputs]
+            drawn = [
+                Sample(text, n_tokens, logp, finished, ids=tuple(ids[0]) if ids else None)
+                for text, n_tokens, logp, finished, *ids in outputs
+            ]
             samples[row] = drawn * (sampling.n if sampling.temperature == 0 else 1)  # greedy: n times the same
         return samples
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from curate.passes.sampling.process import serve
+from curate.passes.thinking import without_special
 
 
 class Engine:
@@ -54,20 +55,41 @@ class Engine:
         temperature: float,
         top_p: float,
         stop: list[str],
-    ) -> list[list[tuple[str, int, float | None, bool]]]:
-        """Per prompt, n of (text, tokens, summed logp, finished). One generate call; vLLM seeds sample k of a prompt with seed + k."""
+        further: dict[str, Any] | None = None,
+        shown: list[str] | None = None,
+        with_ids: bool = False,
+    ) -> list[list[tuple[Any, ...]]]:
+        """Per prompt, n of (text, tokens, summed logp, finished), with_ids their ids too. One generate call; vLLM seeds sample k of a prompt with
+        seed + k. further: other arguments of SamplingParams. shown: special tokens that are text.
+        """
         from vllm import SamplingParams
 
         self.llm.reset_prefix_cache()  # a repeated shard starts from the same state, so it repeats to the last bit
         parameters = [
-            SamplingParams(n=n, temperature=temperature, top_p=top_p, max_tokens=most, stop=stop, seed=seed, logprobs=0)
+            SamplingParams(
+                n=n,
+                temperature=temperature,
+                top_p=top_p,
+                max_tokens=most,
+                stop=stop,
+                seed=seed,
+                logprobs=0,
+                skip_special_tokens=not shown,
+                **(further or {}),
+            )
             for seed, most in zip(seeds, max_tokens, strict=True)
         ]
         prompts = [{"prompt_token_ids": row} for row in ids]
         outputs = self.llm.generate(prompts, parameters, use_tqdm=False, lora_request=self.adapter)
         return [
             [
-                (o.text, len(o.token_ids), o.cumulative_logprob, o.finish_reason == "stop")
+                (
+                    without_special(o.text, self.llm.get_tokenizer(), shown) if shown else o.text,
+                    len(o.token_ids),
+                    o.cumulative_logprob,
+                    o.finish_reason == "stop",
+                    *([list(o.token_ids)] if with_ids else []),
+                )
                 for o in sorted(output.outputs, key=lambda o: o.index)
             ]
             for output in outputs

@@ -11,19 +11,21 @@ from typing import TYPE_CHECKING, Any
 
 from curate.console import Progress
 from curate.measurements.perturbations import perturbation
-from curate.passes.thinking import has_tags, opens, split
+from curate.passes.thinking import has_tags
 from curate.plan.answers import KeptAnswers, by_prompt, padded
 from curate.plan.embeddings import check_ids
 from curate.plan.identity import few_shot_text
 from curate.plan.row_names import named_rows
 from curate.plan.servers import expected
 from curate.plan.step import Step
-from curate.rows import Example, Row, text_of
+from curate.rows import Example, Row
 from curate.scores.stopping import looks, undecided
 from curate.workflow.runners.base import Runner
+from curate.workflow.runners.prompts import plain_prompt, sampling_of, with_template_settings
 
 if TYPE_CHECKING:
     from curate.measurements.accuracy import Graded, Outcome
+    from curate.passes.sampling.reasoned import Thinking
     from curate.passes.sampling.types import Sample
     from curate.recipe.load import Loaded
     from curate.store import Store
@@ -139,6 +141,8 @@ class SampleRunner(Runner):
         self, rows: Sequence[Row], row_ids: Sequence[str], kept: Sequence[list[Any] | None]
     ) -> tuple[list[list[Graded]], int]:
         """Every row's answers with their grades, and the tokens that were run for them. [] for a row that leaves nothing to sample from."""
+        from curate.passes.sampling.reasoned import told_apart
+
         samples = self.recipe.sampling.samples
         drawn: list[list[Any]] = [[] for _ in rows]
         graded: list[list[Graded]] = [[] for _ in rows]
@@ -146,7 +150,7 @@ class SampleRunner(Runner):
         for n in [samples] if isinstance(samples, int) else looks(samples.least, samples.to):
             tokens += self._draw(rows, row_ids, kept, drawn, going_on, n)
             for i in going_on:
-                graded[i] += [self._graded(self._told_apart(s), rows[i]) for s in drawn[i][len(graded[i]) :]]
+                graded[i] += [self._graded(told_apart(s, self.tags), rows[i]) for s in drawn[i][len(graded[i]) :]]
             if not isinstance(samples, int):
                 going_on = [i for i in going_on if _wants_more(graded[i], samples.band)]
         if not isinstance(samples, int):
@@ -164,7 +168,8 @@ class SampleRunner(Runner):
         n: int,
     ) -> int:
         """Fill `drawn` up to n answers for the rows that want them, from those that are kept first. Returns the tokens that were run."""
-        from curate.passes.sampling.types import Prompt, Sampling
+        from curate.passes.sampling.reasoned import sample_reasoned
+        from curate.passes.sampling.types import Prompt
 
         recipe = self.recipe.sampling
         lacking: dict[int, list[int]] = {}  # number of the first answer to draw -> rows
@@ -179,18 +184,18 @@ class SampleRunner(Runner):
             self._start()
             prompts = {i: self._prompt(rows[i], row_ids[i]) for i in at}
             asked = {i: replace(prompt, first=first) for i, prompt in prompts.items() if isinstance(prompt, Prompt)}
-            sampling = Sampling(n - first, recipe.temperature, recipe.top_p, recipe.max_new_tokens, tuple(recipe.stop))
-            for i, found in zip(asked, self.sampler.sample(list(asked.values()), sampling), strict=True):
-                drawn[i] = drawn[i] + [self._told_apart(s, opened=opens(asked[i].text, self.tags)) for s in found]
+            sampling, thinking = sampling_of(recipe, n - first), self._thinking()
+            answers = sample_reasoned(self.sampler, list(asked.values()), sampling, thinking)
+            for i, found in zip(asked, answers, strict=True):
+                drawn[i] = drawn[i] + found
                 tokens += len(asked[i].ids) + sum(s.n_tokens or 0 for s in found)
         return tokens
 
-    def _told_apart(self, sample: Sample, *, opened: bool = False) -> Sample:
-        """The sample with what it thought beside its answer, where that is in its text still."""
-        if self.tags is None or sample.reasoning is not None:
-            return sample
-        reasoning, answer = split(sample.text, self.tags, opened=opened)
-        return replace(sample, reasoning=reasoning, text=answer)
+    def _thinking(self) -> Thinking | None:
+        from curate.passes.sampling.reasoned import Thinking
+
+        budget = self.recipe.sampling.thinking_tokens
+        return None if self.tags is None else Thinking.of(self.tags, self.tokenizer, budget)
 
     def _graded(self, sample: Sample, row: Row) -> Graded:
         from curate.measurements.accuracy import Graded
@@ -224,8 +229,9 @@ class SampleRunner(Runner):
 
         seed = (int(row_id, 16) ^ self.recipe.engine.seed * 0x9E3779B97F4A7C15) % 2**63
         system = self.recipe.sampling.system
+        row = with_template_settings(row, self.recipe.sampling.chat_template_kwargs)
         if self.tokenizer is None:
-            return _plain_prompt(as_chat(row) if self.chat else row, seed, system, self.few_shot)
+            return plain_prompt(as_chat(row) if self.chat else row, seed, system, self.few_shot)
         limits = self._limits()
         settings = {"system": system, "few_shot": self.few_shot, "limits": limits}
         how = ("prompt", self._tokenizer_id, limits)
@@ -307,15 +313,3 @@ def _wants_more(graded: Sequence[Graded], band: Sequence[float]) -> bool:
     """Whether a row's band is undecided by the answers that count; not where none can be graded, which no number of answers changes."""
     marks = [g.correct for g in graded if g.counts]
     return any(g.correct is not None for g in graded) and undecided(marks, band[0], band[1])
-
-
-def _plain_prompt(row: Row, seed: int, system: str | None, few_shot: str | None) -> Any:
-    """A prompt for a server whose tokenizer is its own."""
-    from curate.passes.chat import with_context
-    from curate.passes.sampling.types import Prompt
-
-    if isinstance(row.prompt, str):
-        parts = [f"{system}\n\n" if system else "", few_shot or "", row.prompt]
-        return Prompt([], "".join(parts), None, seed)
-    messages = with_context(row.prompt, system, few_shot)
-    return Prompt([], "\n".join(map(text_of, messages)), messages, seed, template_args=row.template_args)
