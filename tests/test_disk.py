@@ -122,6 +122,35 @@ def test_a_limit_on_files(model, tmp_path, limit):
     assert curate.run(path).exported.n_rows == 6
 
 
+@pytest.mark.parametrize("limit", [3_000, 100_000, 600_000])
+def test_a_store_that_cannot_be_made_leaves_nothing(tmp_path, limit):
+    """Its file is written when it is closed: whatever part of it was there goes, with its log."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        with pytest.raises(StoreError, match=MESSAGE) as failed:
+            Store(tmp_path / "store", create=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.iterdir()) and "\n" not in str(failed.value)
+    assert Store(tmp_path / "store", create=True).row_ids_of() == []
+
+
+def test_what_was_committed_before_the_file_could_not_be_written_is_taken_in_later(tmp_path):
+    store, before = Store(tmp_path / "store", create=True), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_100_000, before[1]))
+    try:
+        for _ in range(2):
+            with pytest.raises(StoreError, match=MESSAGE):
+                store.add_source("part", "1", map(example, range(1500)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert len(Store(tmp_path / "store").row_ids_of()) == 1500
+    store.add_source("part", "1", map(example, range(1500)))
+    assert sorted(path.name for path in (tmp_path / "store").iterdir()) == ["curate.duckdb", "staging"]
+    assert not list((tmp_path / "store" / "staging").iterdir())
+
+
 def test_what_other_libraries_say_of_a_full_disk():
     told = RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
     failed = ValueError("generating failed")

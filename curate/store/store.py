@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -76,7 +76,13 @@ class Store(StoreResults):
             self.shards.all_pending()  # a new database beside old shards is made again from them, killed meanwhile or not
         except OSError as error:
             raise StoreError(f"{error.filename}: cannot be moved ({error.strerror}).") from None
-        if self.database.create(__version__, views.define):
+        try:
+            made = self.database.create(__version__, views.define)
+        except StoreError:
+            with suppress(OSError):  # what is in it is not ours to remove
+                self.folder.rmdir()
+            raise
+        if made:
             self.ingest()
 
     @contextmanager
