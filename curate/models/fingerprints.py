@@ -18,6 +18,7 @@ from curate.errors import BrokenCheckpoint
 from curate.models.layouts import WEIGHTS, check_folder, weight_files
 from curate.passes.files import write_atomically
 from curate.passes.loading.adapter_config import read_adapter_config
+from curate.passes.loading.own_code import code_files
 from curate.recipe.bounds import json_value, read_object
 from curate.rows import content_id
 
@@ -83,19 +84,27 @@ class FingerprintCache:
         return ends if bytes.fromhex(first) == whole else whole
 
     def tokenizer(self, folder: Path) -> str:
-        """`tokenizer_fingerprint` of a model folder, which is loaded only where a file of it has changed (weights aside)."""
+        """`tokenizer_fingerprint` of a model folder, which is loaded only where a file of it has changed (weights aside). Own code that may run
+        is part of it.
+        """
 
         def loaded() -> str:
             from curate.passes.tokenizer import load_tokenizer, tokenizer_fingerprint
 
             return tokenizer_fingerprint(load_tokenizer(folder))
 
-        return self.kept(f"tokenizer|{folder.resolve()}|{self._tokenizer_state(folder)}", loaded)
+        fingerprint: str = self.kept(f"tokenizer|{folder.resolve()}|{self._tokenizer_state(folder)}", loaded)
+        return content_id(fingerprint, code) if (code := self.own_code(folder)) else fingerprint
+
+    def own_code(self, folder: Path) -> list[str]:
+        """Names and digests of a model's own code, where it may run."""
+        return [f"{file.relative_to(folder).as_posix()}:{self.of(file)}" for file in code_files(folder)]
 
     def _tokenizer_state(self, folder: Path) -> str:
         entries = (*folder.iterdir(), *folder.glob("*/*.jinja"))
         files = sorted(p for p in entries if p.is_file() and not any(p.match(w) for w in WEIGHTS))
-        return content_id(self._transformers(), [(p.relative_to(folder).as_posix(), file_state(p)) for p in files])
+        states = [(p.relative_to(folder).as_posix(), file_state(p)) for p in files]
+        return content_id(self._transformers(), states, *self.own_code(folder))
 
     def _transformers(self) -> str:
         return str(self.once("transformers", lambda: version("transformers")))
@@ -133,7 +142,7 @@ class FingerprintCache:
         """`context_length` of a model folder, its config read by transformers only where it has changed."""
         from curate.passes.tokenizer import context_length
 
-        state = content_id(self._transformers(), file_state(folder / "config.json"))
+        state = content_id(self._transformers(), file_state(folder / "config.json"), *self.own_code(folder))
         return self.kept(
             f"positions|{folder.resolve()}|{state}",
             lambda: str(context_length(folder) or ""),
@@ -180,7 +189,7 @@ def file_state(path: Path) -> str:
 
 def weights_fingerprint(path: Path, cache: FingerprintCache | None = None, *, base: Path | None = None) -> str:
     """20 hex digits over a model folder's config and weights, or over an adapter's and those of the base it sits on; names and places
-    do not enter.
+    do not enter. Over its own code, too, where that may run.
 
     Raises BrokenCheckpoint where a file is missing, unreadable, or half-written.
     """
@@ -193,6 +202,8 @@ def weights_fingerprint(path: Path, cache: FingerprintCache | None = None, *, ba
             digest.update(f"adapter:{weights_fingerprint(base, cache)}\n{adapter}\n".encode())
         for file in [path / "config.json"] * (base is None) + weight_files(path):
             digest.update(f"{file.name}:{cache.of(file)}\n".encode())
+        for code in cache.own_code(path):
+            digest.update(f"{code}\n".encode())
     except OSError as error:
         raise BrokenCheckpoint(
             f"{path.name}: {Path(error.filename or path).name} cannot be read ({error.strerror})."

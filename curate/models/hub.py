@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from curate.errors import ModelError
+from curate.passes.loading.own_code import runs_own_code
 
 HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 
@@ -16,7 +17,7 @@ def fetch_snapshot(repo: str, revision: str | None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RevisionNotFoundError
 
     name = f"{repo}@{revision}" if revision else repo
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", *(["*.py"] if runs_own_code() else [])]
     try:
         snapshot = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
         if not any(snapshot.glob("*.safetensors")):

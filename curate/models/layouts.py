@@ -16,6 +16,7 @@ from curate.errors import BrokenCheckpoint, ModelError, OtherLayout, UsageError,
 from curate.models.other_formats import other_weights, training_state
 from curate.passes.loading import adapter_config, header
 from curate.passes.loading.adapter_config import is_adapter, read_adapter_config
+from curate.passes.loading.own_code import code_files, runs_own_code
 from curate.recipe.bounds import read_object
 
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
@@ -148,14 +149,7 @@ def names_in(path: Path) -> list[str]:
 
 def check_config(path: Path, config: dict[str, Any]) -> None:
     """ModelError for a model that cannot be measured whatever its weights are: its own code, an encoder-decoder, a classifier."""
-    auto_map = config.get("auto_map") or {}
-    if auto_map and not _is_native(config):
-        module = str(next(iter(auto_map.values())) if isinstance(auto_map, dict) else auto_map).split(".")[0]
-        raise ModelError(
-            f"{path.name}: this model brings its own code ({module.split('--')[-1]}.py, named by auto_map in its config.json; model_type "
-            f"{config.get('model_type')!r} is not one of transformers' own). curate runs no code out of a model's folder.\n"
-            "  Name a model of an architecture that transformers has, or upgrade transformers if it has this one by now."
-        )
+    _check_own_code(path, config)
     if config.get("is_encoder_decoder"):
         raise ModelError(
             f"{path.name}: an encoder-decoder ({config.get('model_type')}); rows are measured on causal language models, which read prompt and "
@@ -172,6 +166,50 @@ def check_config(path: Path, config: dict[str, Any]) -> None:
         raise ModelError(
             f"{path.name}: {names[0]} is {task}, it has no language model's head. Name the causal language model that is trained or measured."
         )
+
+
+def _check_own_code(path: Path, config: dict[str, Any]) -> None:
+    """ModelError for a model whose own code nobody has allowed, and for code that lies in another repository, so that its fingerprint misses it."""
+    modules = own_modules(config)
+    if runs_own_code():
+        elsewhere = next((name for name in (*modules, *own_modules(_tokenizer_config(path))) if "--" in name), None)
+        if elsewhere is not None:
+            raise ModelError(
+                f"{path.name}: its code is not in its folder but in another repository ({elsewhere.replace('--', ', ')}.py), where it can change. "
+                "Copy that file into the folder, and name it there in auto_map of config.json without the repository."
+            )
+    elif modules and not _is_native(config):
+        raise ModelError(
+            f"{path.name}: this model brings its own code ({modules[0].split('--')[-1]}.py, named by auto_map in its config.json; model_type "
+            f"{config.get('model_type')!r} is not one of transformers' own). curate runs no code out of a model's folder that nobody allowed.\n"
+            "  Name a model of an architecture that transformers has, upgrade transformers if it has this one by now, or, where you have read the "
+            "code and trust it, set models.trust_remote_code: true."
+        )
+
+
+def own_modules(config: dict[str, Any]) -> list[str]:
+    """The modules that a config's auto_map names, without their classes; of another repository as owner/name--module."""
+    auto_map = config.get("auto_map") or {}
+    values = auto_map.values() if isinstance(auto_map, dict) else [auto_map]
+    names = [name for value in values for name in (value if isinstance(value, list | tuple) else [value]) if name]
+    return list(dict.fromkeys(str(name).rpartition(".")[0] or str(name) for name in names))
+
+
+def _tokenizer_config(path: Path) -> dict[str, Any]:
+    try:
+        return read_object(path / "tokenizer_config.json")
+    except (OSError, ValueError):  # whoever loads the tokenizer says it
+        return {}
+
+
+def own_code_notes(folders: Iterable[str | Path | None]) -> list[str]:
+    """A sentence for each model folder whose code runs."""
+    notes = []
+    for folder in dict.fromkeys(Path(one) for one in folders if one):
+        if files := code_files(folder):
+            names = listed(file.relative_to(folder).as_posix() for file in files)
+            notes.append(f"models.trust_remote_code: Python code out of {folder.name} is run ({names}).")
+    return list(dict.fromkeys(notes))
 
 
 def _is_native(config: dict[str, Any]) -> bool:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from curate.errors import ModelError
 from curate.passes.chat import as_chat as as_chat
 from curate.passes.descriptions import describe_folder, first_line
+from curate.passes.loading.own_code import runs_own_code
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -20,7 +21,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(str(path), trust_remote_code=runs_own_code())
     except Exception as problem:  # OSError, ValueError, KeyError, ImportError, and json's and tokenizers' own
         raise ModelError(
             f"{path}: wanted a folder or hub id with a tokenizer (tokenizer.json, tokenizer_config.json), "
@@ -58,7 +59,7 @@ def context_length(path: str | Path) -> int | None:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
+        config = AutoConfig.from_pretrained(str(path), trust_remote_code=runs_own_code())
     except Exception as problem:
         raise ModelError(
             f"{path}: wanted a folder or hub id with a model's config.json, found {describe_folder(path)}.\n"

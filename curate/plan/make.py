@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from curate.models.fingerprints import FingerprintCache
+from curate.models.layouts import own_code_notes
 from curate.plan.answers import KeptAnswers
 from curate.plan.beta import beta_of, deviation_text
 from curate.plan.bind import Binder, Place
@@ -75,6 +76,7 @@ def make_plan(
     plan.chat_only = servers.chat_only
     plan.of_server, plan.doubts = [*servers.notes, *of_addresses(store, loaded)], servers.doubts
     plan.of_models = check_models(plan, identity.renderings, store, names) if kept.anew else []
+    plan.of_models += own_code_notes(plan.roles.folders)
     return plan
 
 

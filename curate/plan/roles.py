@@ -34,6 +34,11 @@ class Roles:
     skipped: tuple[str, ...] = ()
     warmup: Checkpoint | None = None
 
+    @property
+    def folders(self) -> list[str]:
+        """Where the whole models are, of an adapter its base."""
+        return [one.base or one.path for one in (self.reference, self.policy, *self.series) if one is not None]
+
     def of(self, role: str, over: str | None) -> tuple[Checkpoint, ...]:
         """The checkpoints whose column a need means."""
         if role == "policy":

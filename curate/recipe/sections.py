@@ -61,6 +61,10 @@ class Models(Strict):
         False,
         description="true: weights that are pickles (pytorch_model.bin) are read, as tensors alone; safetensors need no leave",
     )
+    trust_remote_code: bool = Field(
+        False,
+        description="true: Python code that a model's folder brings (auto_map in its config.json) is run; read it first",
+    )
     on_broken_checkpoint: Literal["error", "skip"] = Field(
         "error", description="skip: a broken or half-written checkpoint is named and left out"
     )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from curate.console import Progress
 from curate.errors import UsageError, ValidationError, did_you_mean
+from curate.models.layouts import own_code_notes
 from curate.passes.chat import as_chat
 from curate.plan.beta import asks_for_beta, beta_of, deviation_text
 from curate.plan.rendering import card_notes, measured_as, styles_of
@@ -364,6 +365,7 @@ def _card_head(loaded: Loaded, store: Store, selection: Selection, sources: list
             travelling(note, folder)
             for note in [
                 f"Made by curate {__version__}; `curate explain {store.folder.name} <row_id>` says why a row was kept or dropped.",
+                *own_code_notes(roles.folders),
                 *card_notes(
                     measured_as(store, loaded.name),
                     loaded.recipe.tokens.chat,

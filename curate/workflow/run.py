@@ -12,6 +12,7 @@ from typing import Any
 
 from curate.console import Progress
 from curate.errors import CurateError, UsageError, disk_trouble
+from curate.passes.loading.own_code import allowing_own_code
 from curate.plan.imported import check_imported_names
 from curate.plan.kept import open_kept
 from curate.plan.notes import beyond_positions, unmeasurable_rows
@@ -50,7 +51,7 @@ def run_steps(loaded: Loaded, steps: Sequence[str], *, progress: Progress, comma
     """Some steps of a recipe, in their order; the run's version and outcome are kept in the store."""
     _check_steps(loaded, steps, command)
     requested_scores(loaded)  # a misspelt score is said before anything is read
-    with loaded.placed(), kept_open():
+    with loaded.placed(), kept_open(), allowing_own_code(loaded.recipe.models.trust_remote_code):
         return _run_noted(loaded, steps, progress, command)
 
 
@@ -89,7 +90,7 @@ def _run_noted(loaded: Loaded, steps: Sequence[str], progress: Progress, command
 def make_plan(loaded: Loaded, *, progress: Progress) -> Plan:
     """What a run would measure. Rows are read into the store (that is cheap, and done once); no model is run."""
     requested_scores(loaded)
-    with loaded.placed(), kept_open():
+    with loaded.placed(), kept_open(), allowing_own_code(loaded.recipe.models.trust_remote_code):
         return _plan_checked(loaded, progress)
 
 

@@ -34,6 +34,7 @@ from curate.jobs.collect.pick import Candidate
 from curate.models.checkpoints import Checkpoint, find_checkpoints
 from curate.models.fingerprints import FingerprintCache
 from curate.passes.files import write_atomically
+from curate.passes.loading.own_code import allowing_own_code
 from curate.recipe.bounds import own_object
 from curate.recipe.load import Loaded, load_recipe
 from curate.recipe.sources import Source
@@ -112,7 +113,8 @@ def grow(
             if number == rounds + 1 or not line["hard"]:
                 break
             if not (folder / "collected.json").is_file():
-                _collect(loaded, folder, run, out / f"round-{number + 1}", number, take, seed, collect)
+                with allowing_own_code(loaded.recipe.models.trust_remote_code):
+                    _collect(loaded, folder, run, out / f"round-{number + 1}", number, take, seed, collect)
             line |= own_object(folder / "collected.json")
             progress.say(f"round {number}: {line['hard']:,} hard rows, {line['collected']:,} like them collected")
             if not line["collected"]:

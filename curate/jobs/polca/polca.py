@@ -18,6 +18,7 @@ from curate.jobs.polca.decomposition import Decomposition
 from curate.jobs.polca.measured import Measuring
 from curate.jobs.polca.result import Audit, DirectionClusters
 from curate.models.fingerprints import FingerprintCache
+from curate.passes.loading.own_code import allowing_own_code
 from curate.plan.roles import find_roles
 from curate.recipe.load import Loaded, load_recipe
 from curate.rows import Row, text_of
@@ -46,7 +47,7 @@ def audit(
     loaded = load_recipe(recipe, set=set, store=store)
     _check(loaded, smallest, tolerance)
     kept = Store(loaded.store, create=True, on_wait=progress.say, on_damage=progress.warn)
-    with kept.measuring():
+    with kept.measuring(), allowing_own_code(loaded.recipe.models.trust_remote_code):
         sources = read_sources(loaded, kept, progress)
         row_ids = kept.row_ids_of(sources["train"], kind="sft", role="train")
         rows = list(kept.iter_rows(row_ids))

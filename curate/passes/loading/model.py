@@ -41,6 +41,7 @@ from curate.passes.loading.facts import (
     rope_limit,
     with_adapters,
 )
+from curate.passes.loading.own_code import runs_own_code
 
 
 def load_model(path: str | Path, *, base: str | Path | None = None, dtype: str = "auto", device: str = "auto") -> Model:
@@ -61,14 +62,14 @@ def load_model(path: str | Path, *, base: str | Path | None = None, dtype: str =
     kind = find_dtype(dtype, chosen)
     packing.register()
     try:
-        config = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
+        config = AutoConfig.from_pretrained(str(path), trust_remote_code=runs_own_code())
         text = config.get_text_config()
         # sdpa ignores soft-caps and sinks, so their plain path is eager
         eager = getattr(text, "attn_logit_softcapping", None) is not None or text.model_type == "gpt_oss"
         options = {"attn_implementation": "eager"} if eager else {}
         with weights.quiet():
             module, report = AutoModelForCausalLM.from_pretrained(
-                str(path), dtype=kind, output_loading_info=True, trust_remote_code=False, **options
+                str(path), dtype=kind, output_loading_info=True, trust_remote_code=runs_own_code(), **options
             )
     except Exception as problem:  # OSError, ValueError, KeyError, ImportError, safetensors' and json's own
         raise ModelError(

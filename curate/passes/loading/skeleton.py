@@ -9,6 +9,7 @@ from typing import Any
 from curate.errors import ModelError
 from curate.passes.descriptions import describe_folder, first_line
 from curate.passes.loading.adapter import Adapter, Factors
+from curate.passes.loading.own_code import runs_own_code
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,8 @@ def skeleton(path: str | Path, *, base: str | Path | None = None) -> Skeleton:
     try:
         with torch.device("meta"):
             module = AutoModelForCausalLM.from_config(
-                AutoConfig.from_pretrained(str(whole), trust_remote_code=False), trust_remote_code=False
+                AutoConfig.from_pretrained(str(whole), trust_remote_code=runs_own_code()),
+                trust_remote_code=runs_own_code(),
             )
     except Exception as problem:  # OSError, ValueError, KeyError, and the model's own
         raise ModelError(

@@ -17,6 +17,7 @@ import torch
 
 from curate.errors import ModelError
 from curate.passes.descriptions import describe_folder, first_line
+from curate.passes.loading.own_code import runs_own_code
 from curate.recipe.bounds import read_object
 
 # Keys of a config that may differ between checkpoints of one model.
@@ -107,7 +108,7 @@ def _same_architecture(module: Any, folder: Path, path: str | Path) -> None:
             )
         return
     try:
-        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False).to_dict()
+        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=runs_own_code()).to_dict()
     except Exception as problem:
         raise ModelError(
             f"{path}: unreadable config.json ({type(problem).__name__}: {first_line(problem)})."
@@ -156,7 +157,7 @@ def _copy_through_transformers(module: Any, folder: Path, path: str | Path) -> N
     try:
         with quiet():
             other, report = type(module).from_pretrained(
-                str(folder), dtype=module.dtype, output_loading_info=True, trust_remote_code=False
+                str(folder), dtype=module.dtype, output_loading_info=True, trust_remote_code=runs_own_code()
             )
     except Exception as problem:
         raise ModelError(

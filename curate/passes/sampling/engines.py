@@ -9,6 +9,7 @@ from typing import Any
 from curate.errors import EngineError, ModelError, UsageError
 from curate.passes.descriptions import describe_folder, first_line
 from curate.passes.loading.adapter_config import vllm_refusal
+from curate.passes.loading.own_code import runs_own_code
 from curate.passes.sampling.vllm_facts import (
     cpu_head_sizes,
     head_sizes,
@@ -92,7 +93,7 @@ def read_config(model_path: str | Path) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(str(model_path), trust_remote_code=False)
+        return AutoConfig.from_pretrained(str(model_path), trust_remote_code=runs_own_code())
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
             f"{model_path}: wanted a folder or hub id with a model's config.json, found {describe_folder(model_path)}.\n"

@@ -25,6 +25,7 @@ from curate.passes.loading.adapter_config import (
     tensor_names,
     tokenizer_folder,
 )
+from curate.passes.loading.own_code import runs_own_code
 from curate.passes.sampling.engines import (
     TORCHVISION_BROKEN,
     TORCHVISION_HINT,
@@ -223,6 +224,8 @@ class VllmSampler:
             "max_num_batched_tokens": memory.max_num_batched_tokens,
             "enforce_eager": memory.eager or self._device == "cpu",
         }
+        if runs_own_code():
+            settings["trust_remote_code"] = True
         if self._tokenizer != self._path:
             settings["tokenizer"] = self._tokenizer
         if self._rank:
