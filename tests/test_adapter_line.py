@@ -225,13 +225,16 @@ def test_each_subject_is_sampled_by_the_engine_that_takes_it(place, monkeypatch)
     monkeypatch.setattr(engines, "choose_sampler", choose)
     monkeypatch.setattr("curate.passes.sampling.open.open_sampler", opened)
     runner = SampleRunner(load_recipe(recipe(place, "sampled", [], models={"reference": "base"})), Progress(quiet=True))
+    runner.probe = SimpleNamespace(
+        started=lambda *_: log.append("noise"), swapped=lambda *_: log.append("compared"), notes=[]
+    )
     runner.checkpoints = [Checkpoint(base, "0"), Checkpoint(one, "1", base=base), Checkpoint(other, "2", base=base)]
     for at in (0, 1, 2, 0):
         task = SimpleNamespace(measured=SimpleNamespace(params={"tokenizer": "t"}, engine=""))
         runner.use(SimpleNamespace(checkpoint=runner.checkpoints[at], tasks=(task,), reads="sample", blocks=()))
         runner._start()  # as the first answer that has to be drawn does
     assert log == [
-        ("vllm", base, [one]), one, "closed", ("transformers", other, [other]), "closed", ("vllm", base, [one])
+        ("vllm", base, [one]), "noise", one, "compared", "closed", ("transformers", other, [other]), "closed", ("vllm", base, [one]), "noise"
     ]  # fmt: skip
 
 

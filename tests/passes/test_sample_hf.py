@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from curate.errors import EngineError, UsageError
@@ -16,6 +18,7 @@ from curate.passes.sampling.engines import sampler_identity
 from curate.passes.sampling.hf import HfSampler
 from curate.passes.sampling.open import open_sampler
 from curate.passes.sampling.reasoned import Thinking, sample_reasoned
+from curate.passes.sampling.swap_probe import SwapProbe
 from curate.passes.sampling.types import Prompt, Sampling, engine_seed, room
 from curate.passes.tokenizer import load_tokenizer
 from tests.passes.sampled import sampled_rows
@@ -142,6 +145,30 @@ def test_weights_are_swapped_in_place(models, prompts):
         np.testing.assert_allclose(found, response_logps(model, rows)[:, 0], rtol=0, atol=1e-4)
         model.use(models[0])
         assert np.abs(found - response_logps(model, rows)[:, 0]).max() > 0.01
+
+
+def test_a_swap_that_left_the_weights_before_is_an_error_with_both_numbers(models, monkeypatch):
+    """Of weights that differ by a ten-thousandth too; what torch cannot load is said."""
+    near = models[0].parent / "near"
+    shutil.copytree(models[0], near)
+    with HfSampler(models[0]) as sampler:
+        probe = SwapProbe()
+        probe.started(sampler, str(models[0]), None)
+        probe.swapped(sampler, str(models[0]), None, "checkpoint-1")
+        assert probe.noise < 1e-5
+        weights = load_file(near / "model.safetensors")
+        norm = next(name for name in weights if name.endswith("norm.weight") and "layers" not in name)
+        save_file({**weights, norm: weights[norm] * 1.002}, near / "model.safetensors", {"format": "pt"})
+        for other in (models[1], near):
+            with pytest.raises(
+                EngineError, match=r"checkpoint-2: .* log-probability -\d.* there, and -\d.* by the checkpoint itself"
+            ):
+                probe.swapped(sampler, str(other), None, "checkpoint-2")
+        monkeypatch.setattr("curate.passes.sampling.swap_probe.free_memory", lambda: 10)
+        probe.swapped(sampler, str(models[1]), None, "checkpoint-2")
+        assert probe.notes == [
+            "weights in the engine were not compared with torch's: 0.0 GB do not fit into memory beside it"
+        ]
 
 
 def test_short_memory_means_smaller_batches_and_is_said(models, prompts, monkeypatch):

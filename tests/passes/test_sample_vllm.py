@@ -23,6 +23,7 @@ from curate.passes.forward import load_model, response_logps
 from curate.passes.sampling.engines import sampler_identity
 from curate.passes.sampling.hf import HfSampler
 from curate.passes.sampling.reasoned import Thinking, sample_reasoned
+from curate.passes.sampling.swap_probe import SwapProbe
 from curate.passes.sampling.types import Prompt, Sampling
 from curate.passes.sampling.vllm import VllmSampler
 from curate.passes.tokenizer import load_tokenizer
@@ -215,6 +216,12 @@ def test_a_swapped_engine_equals_a_fresh_one(engine, second, models, prompts, le
     assert [[s.text for s in row] for row in fresh] == [[s.text for s in row] for row in swapped]
     one, other = ([s.logp for row in rows for s in row] for rows in (fresh, swapped))
     np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)
+    probe = SwapProbe()
+    probe.started(second, str(models[1]), None)
+    probe.swapped(engine, str(models[1]), None, "right")
+    assert probe.noise < 1e-4 and probe.notes == []
+    with pytest.raises(EngineError, match="stale or damaged weights"):
+        probe.swapped(engine, str(models[0]), None, "stale")
 
 
 def test_adapters_as_adapters_on_one_engine(second, adapters, models, lengths, prompts):

@@ -42,6 +42,7 @@ class SampleRunner(Runner):
     def __init__(self, loaded: Loaded, progress: Progress, store: Store | None = None):
         super().__init__(loaded, progress)
         from curate.measurements.grading import grader
+        from curate.passes.sampling.swap_probe import SwapProbe
 
         self.sampler: Any = None
         self.step: Step | None = None  # whose weights the sampler is to have; None: it has them
@@ -53,6 +54,7 @@ class SampleRunner(Runner):
         self.kept = KeptAnswers(store) if store is not None else None
         self.said = Counter[str]()
         self.label = "the model"
+        self.probe = SwapProbe()
         self.tags: Sequence[str] | None = None  # what opens and closes the model's thinking
         self.enough = Counter[str]()  # where rows are sampled until their band is decided: rows, answers, undecided
         self.lost = Counter[str]()  # rows that were not asked, by why; or whose prompt lost a turn's text
@@ -85,6 +87,8 @@ class SampleRunner(Runner):
         name, why = choose_sampler(engine.sampler, model, base=base, device=engine.device)
         if self.sampler is not None and self.sampler.name == name:
             self.sampler.use(step.checkpoint.path, base=base)
+            if name == "vllm":  # transformers' weights are torch's own, and a server is asked who it is
+                self.probe.swapped(self.sampler, step.checkpoint.path, base, self.label)
             return
         self.close()  # an engine that does not take these weights: the plan knows them under the other's name
         self.progress.say(why[:1].upper() + why[1:])
@@ -102,6 +106,8 @@ class SampleRunner(Runner):
             server=self.recipe.server.model_dump(),
             expected=expected(self.loaded, step.tasks[0].measured.engine) if name == "openai" else None,
         )
+        if name == "vllm" and len(self.checkpoints) > 1:  # weights will be swapped
+            self.probe.started(self.sampler, step.checkpoint.path, base)
 
     def run(
         self, rows: list[Row], row_ids: Sequence[str], measurements: list[Any]
@@ -256,7 +262,8 @@ class SampleRunner(Runner):
         notes: list[str] = [] if self.sampler is None else self.sampler.notes
         said, most = self.said, self.recipe.sampling.max_new_tokens
         self.said = Counter()
-        found = list(dict.fromkeys(notes))
+        found = [*dict.fromkeys(notes), *self.probe.notes]
+        self.probe.notes = []
         for what, n in sorted(self.lost.items()):
             left = "the chat template leaves out the text of their"
             found.append(f"{n:,} rows: {what if ' ' in what else f'{left} {what} turn'}.")
