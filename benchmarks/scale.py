@@ -1,12 +1,14 @@
 """What a recipe costs beside its models, by the number of rows: reading, planning, scoring, selecting, exporting, and a run that finds nothing to do.
 
-    python benchmarks/scale.py                          100,000 and a million rows, some minutes
-    python benchmarks/scale.py --rows 10000000          ten million
+    python benchmarks/scale.py                                     100,000 and a million rows, half an hour, most of it for the rivals
+    python benchmarks/scale.py --rows 100000 1000000 10000000      ten million, too
+    python benchmarks/scale.py --rows 1000000 --without datasets   without a rival
     python benchmarks/scale.py --rows 100000 --profile  where the time goes, step by step
 
 The rows are made up: preference pairs with a prompt of about 100 characters, responses of about 200, two columns of the user's own. They go through
 curate's own reader. No model is run: what the plan says is missing is written into the store's tables as SQL makes it up, one line a row and
-measurement, two in a hundred of them NULL. Every step is a process of its own: CPU seconds (of all its threads), seconds, peak memory.
+measurement, two in a hundred of them NULL. Every step is a process of its own: CPU seconds (of all its threads), seconds, peak memory (VmHWM, which
+a new program begins at nothing; what the system says of a child that ended holds its parent's peak, too).
 
 Beside it `datasets` (batched) and polars select by the same rule from a Parquet file of the same rows with their scores, and write the same
 files: the kept rows as a save_to_disk folder and as Parquet, the dropped ones with a reason.
@@ -15,6 +17,7 @@ files: the kept rows as a save_to_disk folder and as Parquet, the dropped ones w
 from __future__ import annotations
 
 import argparse
+import atexit
 import json
 import os
 import shutil
@@ -222,18 +225,25 @@ class Cost:
 
     def __init__(self, *given: str):
         start = time.perf_counter()
-        with tempfile.TemporaryFile() as out:
-            process = subprocess.Popen([sys.executable, __file__, *given], stdout=out)
+        with tempfile.NamedTemporaryFile() as peak, tempfile.TemporaryFile() as out:
+            process = subprocess.Popen([sys.executable, __file__, *given, "--peak", peak.name], stdout=out)
             _, status, usage = os.wait4(process.pid, 0)
             out.seek(0)
             self.said = out.read().decode()
+            told = peak.read().decode()
         if status:
             raise SystemExit(f"{' '.join(given)} failed")
         self.cpu, self.wall = usage.ru_utime + usage.ru_stime, time.perf_counter() - start
-        self.peak = usage.ru_maxrss / 1024
+        self.peak = float(told) if told else usage.ru_maxrss / 1024
 
 
-def measure(rows: int, rounds: int, profile: bool) -> dict[str, tuple[float, float, float]]:
+def own_peak() -> float:
+    """MB, of this process' memory since it began this program."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
+
+
+def measure(rows: int, rounds: int, profile: bool, rivals: list[str]) -> dict[str, tuple[float, float, float]]:
     """step -> CPU seconds, seconds, peak MB at this number of rows; medians of the rounds where a step can be repeated."""
     found: dict[str, list[Cost]] = {}
     with tempfile.TemporaryDirectory() as kept:
@@ -262,14 +272,14 @@ def measure(rows: int, rounds: int, profile: bool) -> dict[str, tuple[float, flo
             ask("select + export: export", "--step", "export", f"--set=select.where={WHERE} AND {number} = {number}")
             if number == 0:
                 export_scored(recipe)
-            for name in RIVALS:
+            for name in rivals:
                 for left in (folder / f"out-{name}", folder / "cache"):
                     shutil.rmtree(left, ignore_errors=True)
                 ask(name, "--rival", name)
         ask("run, after other settings", "--step", "run")
         for _ in range(rounds):
             ask("run, nothing changed", "--step", "run")
-        check_alike(folder)
+        check_alike(folder, rivals)
     return {
         title: tuple(statistics.median(getattr(cost, what) for cost in costs) for what in ("cpu", "wall", "peak"))  # type: ignore[misc]
         for title, costs in found.items()
@@ -290,12 +300,12 @@ def export_scored(recipe: Path) -> None:
         )
 
 
-def check_alike(folder: Path) -> None:
-    """The three kept the same rows."""
+def check_alike(folder: Path, rivals: list[str]) -> None:
+    """All kept the same rows."""
     import polars as pl
 
     ours = pl.read_parquet(folder / "out" / "data" / "*.parquet", columns=["row_id"])
-    for name in RIVALS:
+    for name in rivals:
         other = pl.read_parquet(folder / f"out-{name}" / "data" / "*.parquet", columns=["row_id"])
         if not ours.equals(other):
             raise SystemExit(f"{name} keeps {len(other):,} rows, curate {len(ours):,}; not the same ones")
@@ -306,7 +316,8 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[100_000, 1_000_000])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--profile", action="store_true", help="where the time goes, of every step")
-    for name in ("folder", "step", "rival"):
+    parser.add_argument("--without", choices=list(RIVALS), nargs="+", default=[], help="rivals that are left out")
+    for name in ("folder", "step", "rival", "peak"):
         parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
     parser.add_argument("--set", action="append", default=[], help=argparse.SUPPRESS)
     parser.add_argument("--fill", action="store_true", help=argparse.SUPPRESS)
@@ -317,14 +328,15 @@ def main() -> None:
     from curate.console import table
 
     tables = {}
+    rivals = [name for name in RIVALS if name not in given.without]
     for rows in given.rows:
-        tables[rows] = measure(rows, given.rounds, given.profile)
+        tables[rows] = measure(rows, given.rounds, given.profile, rivals)
         lines = [
             (title, *(f"{value:,.1f}" for value in cost[:2]), f"{cost[2]:,.0f}") for title, cost in tables[rows].items()
         ]
         print(f"\n{rows:,} rows\n" + table(lines, head=("step", "CPU s", "s", "peak MB")), flush=True)
         ours = sum(tables[rows][f"select + export: {part}"][0] for part in ("select", "export"))
-        for name in RIVALS:
+        for name in rivals:
             print(f"select + export: {name} takes {tables[rows][name][0] / ours:.2f} times curate's CPU time")
     if len(given.rows) > 1:
         print(slopes(tables))
@@ -349,6 +361,8 @@ def slopes(tables: dict[int, dict[str, tuple[float, float, float]]]) -> str:
 def inside(given: argparse.Namespace) -> None:
     """What a process of ours does."""
     folder = Path(given.folder)
+    if given.peak and Path("/proc/self/status").is_file():
+        atexit.register(lambda: Path(given.peak).write_text(str(own_peak())))
 
     def work() -> None:
         if given.fill:

@@ -191,14 +191,22 @@ class Columns:
             return values
         return np.where(trained if values.ndim == 2 else trained[:, -1], values, np.nan)
 
+    def _read_with(self, fingerprints: Sequence[str], column: str) -> list[str]:
+        """The columns that are read when one is: all that the plan takes of just these fingerprints, since finding the rows is what takes long."""
+        bound = {name for (_, name, _), given in self.plan.bindings.items() if set(given) == set(fingerprints)}
+        there = {name for f in fingerprints if f in self._of for name in self.names.get(self._of[f].measurement, ())}
+        new = {name for name in bound & there if not any((f, name) in self._at for f in fingerprints)}
+        return sorted(new | {column})
+
     def _read(self, fingerprints: tuple[str, ...], column: str) -> np.ndarray:
         """(rows, K) float64. "" for a checkpoint that lacks it. What one series has read is not read again for another."""
         key = (*fingerprints, column)
         if key not in self._known:
             new = list(dict.fromkeys(f for f in fingerprints if f and (f, column) not in self._at))
             if new:
-                self._known[(*new, column)] = read = self.store.series(new, [column], self.row_ids)[column]
-                self._at |= {(f, column): (read, k) for k, f in enumerate(new)}
+                for name, read in self.store.series(new, self._read_with(new, column), self.row_ids).items():
+                    self._known[(*new, name)] = read
+                    self._at |= {(f, name): (read, k) for k, f in enumerate(new)}
         if key not in self._known:
             nothing = np.full((len(self.row_ids), 1), np.nan)
             places = [self._at[f, column] if f else (nothing, 0) for f in fingerprints]
