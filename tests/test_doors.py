@@ -153,9 +153,9 @@ def test_a_text_that_travels_has_no_folders_of_the_machine(tmp_path):
 
 
 def test_sources_of_one_name_are_both_named_in_a_card():
-    from curate.workflow.export import _named_sources
+    from curate.workflow.export_card import named_sources
 
-    assert _named_sources([("…/x", "1"), ("…/x", "2"), ("y", "3")]) == {"…/x": "1", "…/x (2)": "2", "y": "3"}
+    assert named_sources([("…/x", "1"), ("…/x", "2"), ("y", "3")]) == {"…/x": "1", "…/x (2)": "2", "y": "3"}
 
 
 @pytest.mark.parametrize("to", ["", ".", "/", "..", "x/..", "rows.jsonl"])

@@ -210,6 +210,7 @@ def test_the_starter_runs_as_it_is_written(line, measured, command):
     assert command("init", "rlvr", "rl.yaml", "--quiet") == 0
     small = ["sampling.max_new_tokens=6", "sampling.grader={regex: '([a-m])'}", "engine.sampler=transformers"]
     places = ["source.path=rows.jsonl", "models.reference=model"]
+    small += ["sampling.top_k=30"]
     easy_first = ["select.where=pass_rate < 0.8", "select.order_by=pass_rate desc", "export.order=order_by"]
     result = curate.run(line.parent / "rl.yaml", set=[*places, *small, *easy_first])
     exported = pq.read_table(line.parent / "out" / "rl" / "data" / "train-00000.parquet")
@@ -218,7 +219,7 @@ def test_the_starter_runs_as_it_is_written(line, measured, command):
     rates = exported["pass_rate"].to_pylist()
     assert rates == sorted(rates, reverse=True) and len(set(rates)) > 1
     args = json.loads((line.parent / "out" / "rl" / "trainer_args.json").read_text())
-    assert args == {"temperature": 1.0, "top_p": 1.0, "max_completion_length": 6, "shuffle_dataset": False}
+    assert args == {"temperature": 1.0, "top_p": 1.0, "max_completion_length": 6, "top_k": 30, "shuffle_dataset": False}
 
 
 def test_an_equal_control_beside_the_selection(line, measured):

@@ -11,21 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 from curate.console import Progress
 from curate.errors import UsageError, ValidationError, did_you_mean
-from curate.models.layouts import own_code_notes
 from curate.passes.chat import as_chat
-from curate.plan.beta import asks_for_beta, beta_of, deviation_text
-from curate.plan.rendering import card_notes, measured_as, styles_of
-from curate.plan.requests import requested_scores
-from curate.recipe.doors import travelling
+from curate.plan.rendering import measured_as
 from curate.recipe.load import Loaded
 from curate.recipe.select import Export
-from curate.scores.flags import ADVICE
 from curate.store.sql import quote
 from curate.workflow.current import export_hash, exported, mark_of
-from curate.workflow.read import noted, source_types
+from curate.workflow.export_card import card, card_head, prints, trained_as
+from curate.workflow.read import source_types
 
 if TYPE_CHECKING:
-    from curate.data import Card, ExportResult, ExportRow
+    from curate.data import ExportResult, ExportRow
     from curate.data.parts import Parts
     from curate.plan.roles import Roles
     from curate.store import Selection, Store
@@ -75,7 +71,7 @@ def _export(
     from curate.data.export import Files, export, export_parts
     from curate.workflow.export_tables import ByRows, parts_of
 
-    to, head = loaded.resolve(asked.to), _card_head(loaded, store, selection, sources, roles)
+    to, head = loaded.resolve(asked.to), card_head(loaded, store, selection, sources, roles)
     made_of = export_hash(
         loaded, selection, asked, of_selection, [asdict(head), [one.number for one in store.imports()]]
     )
@@ -94,12 +90,12 @@ def _export(
     files = Files(asked.layout, asked.rows_per_file, _source_name(sources), by_rank, hidden)
     common: dict[str, Any] = {
         "split": loaded.recipe.source.split if loaded.recipe.source else "train",
-        "card": _card(head, loaded, store, selection, sources),
+        "card": card(head, loaded, store, selection, sources),
         "sources": [loaded.resolve(name) for name in sources],
         "resample": asked.resample,
         "seed": loaded.recipe.engine.seed,
         "push_to_hub": asked.push_to_hub,
-        "trainer": _trained_as(loaded),
+        "trainer": trained_as(loaded),
         "mark": lambda result, folder: mark_of(made_of, result, folder),
         "files": files,
     }
@@ -168,63 +164,6 @@ def _columns(loaded: Loaded, store: Store) -> list[str]:
     if asked.columns == "scores":
         return [request.name for request in loaded.recipe.scores]
     return list(asked.columns) if isinstance(asked.columns, list) else []
-
-
-def _trained_as(loaded: Loaded) -> Any:
-    from curate.data import TrainedAs
-
-    recipe = loaded.recipe
-    beta = beta_of(recipe) if asks_for_beta(recipe) else None
-    unlike = [] if beta is None else deviation_text(requested_scores(loaded), beta)
-    tokens, asked = recipe.tokens, recipe.export
-    return TrainedAs(
-        tokens.max_length,
-        tokens.truncation,
-        beta,
-        bool(_flagged(loaded)),
-        tuple(unlike),
-        tokens.turns,
-        in_order=asked is not None and asked.order == "order_by",
-        given_reference=asked is not None and asked.reference_logps,
-        sampling=_as_rollouts(loaded),
-    )
-
-
-def _as_rollouts(loaded: Loaded) -> tuple[tuple[str, Any], ...]:
-    """How answers were sampled, as GRPO would sample them; () where no score is of sampled answers."""
-    if all(want.score.cost != "sampling" for want in requested_scores(loaded)):
-        return ()
-    sampling = loaded.recipe.sampling
-    named = {
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "max_completion_length": sampling.max_new_tokens,
-    }
-    return tuple(named.items())
-
-
-def _flagged(loaded: Loaded) -> str:
-    """The name of the column that counts a pair's signs of squeezing, "" where the recipe scores none."""
-    found = {request.score: request.name for request in loaded.recipe.scores}
-    return found.get("squeezing_prone") or found.get("squeezing_weight", "")
-
-
-def _advice(loaded: Loaded, store: Store, selection: Selection) -> list[str]:
-    """How many kept pairs are squeezing-prone, and what to do, in the order that retraining has shown so far."""
-    column = _flagged(loaded)
-    if not column:
-        return []
-    sign = "> 0" if column == {r.score: r.name for r in loaded.recipe.scores}.get("squeezing_prone") else "< 1"
-    n = store.sql(
-        f"SELECT count(*) AS n FROM scored s JOIN selections d USING (row_id) WHERE d.selection = ? AND d.kept AND s.{quote(column)} {sign}",
-        [selection.name],
-        recipe=loaded.name,
-        names_columns=True,
-    )["n"][0]
-    steps = "; ".join(f"({i}) {text}" for i, text in enumerate(ADVICE, 1))
-    return [
-        f"{n:,} of the kept pairs are squeezing-prone (a ranking, not a forecast of how far). In this order: {steps}."
-    ]
 
 
 class Beside:
@@ -301,76 +240,4 @@ def _check_weights(name: str, loaded: Loaded, store: Store, selection: Selection
 
 
 def _types(store: Store, sources: Sequence[str]) -> dict[str, str]:
-    return source_types(store, {name: key for name, key in _prints(store).items() if name in sources})
-
-
-def _named_sources(found: Sequence[tuple[str, str]]) -> dict[str, str]:
-    """name -> what it is; names that are the same without their folders are numbered."""
-    named: dict[str, str] = {}
-    for name, what in found:
-        free = next(n for n in (name, *(f"{name} ({i})" for i in range(2, len(found) + 2))) if n not in named)
-        named[free] = what
-    return named
-
-
-def _card(head: Card, loaded: Loaded, store: Store, selection: Selection, sources: Sequence[str]) -> Card:
-    """The card with what is counted over the rows."""
-    from curate.data import distribution
-
-    names = [request.name for request in loaded.recipe.scores]
-    picked = ", ".join(map(quote, names)) or "NULL"
-    frame = store.sql(f"SELECT {picked} FROM scored WHERE role = 'train'", recipe=loaded.name, names_columns=True)
-    scores = {
-        name: distribution(frame[name].cast(float).fill_null(math.nan).to_numpy())
-        for name in names
-        if name in frame.columns
-    }
-    known = _prints(store)
-    of_sources = noted(store, "train", {name: known[name] for name in sources if name in known})
-    more = [travelling(note, loaded.folder) for note in (*_advice(loaded, store, selection), *of_sources)]
-    return replace(head, scores=scores, notes=[*head.notes, *more])
-
-
-def _prints(store: Store) -> dict[str, str]:
-    """The training sources and their fingerprints."""
-    return {s["source"]: s["fingerprint"] for s in store.sources() if s["role"] == "train"}
-
-
-def _card_head(loaded: Loaded, store: Store, selection: Selection, sources: list[str], roles: Roles) -> Card:
-    """What the card says of sources, models, recipe and counts."""
-    from curate import __version__
-    from curate.data import Card
-
-    source = loaded.recipe.source
-    known = _prints(store)
-    about = f"revision {source.revision}" if source and source.revision else None
-    models = {
-        role: checkpoint
-        for role, checkpoint in (("reference", roles.reference), ("policy", roles.policy))
-        if checkpoint
-    }
-    models |= {f"checkpoint {s.label}": s for s in roles.series}
-    counts = {"rows": selection.counts["rows"], "kept": selection.counts["kept"]}
-    counts |= {f"dropped: {step}": n for step, n in selection.counts["dropped_by"].items()}
-    folder = loaded.folder
-    return Card(
-        title=f"{selection.name}, curated",
-        sources=_named_sources(
-            [(travelling(name, folder), about or f"fingerprint {known.get(name, 'unknown')}") for name in sources]
-        ),
-        models={role: f"{checkpoint.label} (weights {checkpoint.fingerprint})" for role, checkpoint in models.items()},
-        recipe=travelling(loaded.text, folder),
-        counts=counts,
-        notes=[
-            travelling(note, folder)
-            for note in [
-                f"Made by curate {__version__}; `curate explain {store.folder.name} <row_id>` says why a row was kept or dropped.",
-                *own_code_notes(roles.folders),
-                *card_notes(
-                    measured_as(store, loaded.name),
-                    loaded.recipe.tokens.chat,
-                    styles_of(store, sources, loaded.recipe.kind),
-                ),
-            ]
-        ],
-    )
+    return source_types(store, {name: key for name, key in prints(store).items() if name in sources})
