@@ -18,6 +18,7 @@ from curate.passes import forward
 from curate.passes.gradients import backward
 from curate.passes.loading.model import load_model
 from curate.passes.tokens import Encoded, Limits, encode
+from curate.plan.rendered_rows import ENDS, look, lost_text
 from tests.tiny_models import make_bytes_tokenizer, make_llama, make_tokenizer
 
 CALLS = "{% for c in m.tool_calls or [] %}<call>{{ c.function.name }} {{ c.function.arguments | tojson }}</call>{% endfor %}"
@@ -225,6 +226,21 @@ def test_turns_without_markers_are_found_by_rendering_or_refused(tmp_path, token
     assert called.problem is None
     tokenizer.chat_template = TEMPLATES["mistral"]
     assert "renders turn 3 otherwise" in encode(rows[2], tokenizer, Limits(turns="all")).problem
+
+
+def test_a_prompt_that_ends_otherwise_before_an_answer_is_said(tmp_path, tokenizer):
+    """Its boundary is TRL's; what the model is asked with and is not trained after is counted."""
+    _, rows = rows_of(tmp_path, "sft", ["plain", "tools"])
+    tokenizer.chat_template = TEMPLATES["opens thinking"]
+    counts = look(rows, tokenizer, chat=False)
+    assert counts["the prompt ends with '<|assistant|><think>\\n'"] == 2
+    told = " ".join(lost_text(counts, 2, 2, "R1"))
+    assert (
+        "ends the prompt with '<|assistant|><think>\\n' where an answer is to come" in told and "in 2 of 2 rows" in told
+    )
+    for name in ("chatml", "llama3", "gemma"):
+        tokenizer.chat_template = TEMPLATES[name]
+        assert not any(what.startswith(ENDS) for what in look(rows, tokenizer, chat=False))
 
 
 def test_every_pass_counts_the_turns_alone(tmp_path):

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from curate.errors import BrokenCheckpoint, ModelError
 from curate.models.layouts import read_config
 from curate.plan.embeddings import check_tokenizer
-from curate.plan.rendering import LOOKED_AT, Renderings, look, lost_text
+from curate.plan.rendered_rows import LOOKED_AT, look, lost_text
+from curate.plan.rendering import Renderings
 
 if TYPE_CHECKING:
     from curate.models.checkpoints import Checkpoint

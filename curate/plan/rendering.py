@@ -8,19 +8,16 @@ Rows of messages always go through the template. What was measured as messages i
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from curate.errors import ModelError, UsageError
-from curate.passes.chat import DATE, Refused, Template, as_chat, left_out, render, turns
-from curate.rows import Pair, Row
+from curate.passes.chat import DATE, Template
+from curate.rows import Row
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from curate.measurements import Measurement
     from curate.models.checkpoints import Checkpoint
     from curate.models.fingerprints import FingerprintCache
@@ -30,7 +27,6 @@ if TYPE_CHECKING:
 
 QUESTIONS = {"question_answer", "prompts"}  # the formats that auto asks as a chat
 OF_MESSAGES = {"messages", "sharegpt", "implicit", "sharegpt_preference"}  # formats without plain text
-LOOKED_AT = 1000  # rows that a plan renders to see what the template leaves out
 
 
 @dataclass(frozen=True)
@@ -249,71 +245,3 @@ def card_notes(measured: dict[str, Any], rule: str, styles: Collection[str]) -> 
 def styles_of(store: Store, sources: list[str], kind: str) -> set[str]:
     """The styles of the rows of some sources: standard (plain text), conversational (messages)."""
     return store.styles(sources or None, kind)
-
-
-def look(
-    rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, *, chat: bool, first: dict[str, int] | None = None
-) -> Counter[str]:
-    """How many rows the template leaves text out of (by whose turn it is: reply, system, user, …), or refuses (by what it says).
-
-    first: learns at which of the rows each of these occurs first.
-    """
-    counts: Counter[str] = Counter()
-    for i, row in enumerate(rows):
-        if chat:
-            row = as_chat(row)
-        if isinstance(row.prompt, str):
-            continue
-        replies = (row.chosen, row.rejected) if isinstance(row, Pair) else (row.completion,)
-        lost: set[str] = set()
-        try:
-            for reply in replies:
-                messages = () if reply is None else turns(reply)
-                text = render(
-                    tokenizer,
-                    (*row.prompt, *messages),
-                    generation_prompt=reply is None,
-                    template_args=row.template_args,
-                )
-                lost |= {*left_out(row.prompt, text), *left_out(messages, text, of_reply=True)}
-        except Refused as refused:
-            lost = {str(refused)}
-        counts.update(lost)
-        for what in lost if first is not None else ():
-            first.setdefault(what, i)  # type: ignore[union-attr]
-    return counts
-
-
-def lost_text(counts: Counter[str], n: int, rows: int, model: str, first: Mapping[str, str] | None = None) -> list[str]:
-    """What `look` found, in sentences. n: rows looked at, of so many rows. first: the name of the first row of each, where it is known."""
-    part = f"of {n:,} rows" if n == rows else f"of {n:,} rows looked at (of {rows:,})"
-    notes = []
-    for what, count in sorted(counts.items()):
-        if what == "reply":
-            notes.append(
-                f"The chat template of {model} leaves out text of the reply in {count:,} {part}: the rest alone is measured, and a training on these "
-                "rows would see no more. Take a template that keeps it (chat_template.jinja beside the tokenizer); pairs that differ in nothing "
-                "else get NULL and a token_problem."
-            )
-        elif what.startswith("reply: "):
-            notes.append(
-                f"The chat template of {model} leaves out `{what.removeprefix('reply: ')}` of the reply in {count:,} {part}: it is neither "
-                "measured nor trained on. Take a template that renders it (chat_template.jinja beside the tokenizer)."
-            )
-        elif ": " in what and not what.startswith("the chat template refuses"):
-            role, _, key = what.partition(": ")
-            notes.append(
-                f"The chat template of {model} leaves out `{key}` of earlier {role} turns in {count:,} {part}: neither the model that is "
-                "measured nor one trained on them sees it."
-            )
-        elif what.startswith("the chat template refuses"):
-            notes.append(
-                f"{count:,} {part} cannot be measured: {what}."
-                + (f" The first is {first[what]}." if first and what in first else "")
-            )
-        else:
-            notes.append(
-                f"The chat template of {model} leaves out text of {'an' if what[0] in 'aeiou' else 'a'} {what} turn in {count:,} {part}: neither the "
-                "model that is measured nor one trained on them sees it."
-            )
-    return notes

@@ -171,6 +171,7 @@ def test_greedy_equals_transformers(engine, models, prompts):
             [
                 *sampler.sample(prompts, greedy),
                 *sampler.sample(prompts, penalised),
+                *sampler.sample(prompts, replace(greedy, shown=("<unk>",))),
                 *sample_reasoned(sampler, [replace(p, text=p.text + "+") for p in prompts[:4]], greedy, thinking),
             ]
             for sampler in (engine, fallback)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from curate.console import Progress
-from curate.plan.rendering import LOOKED_AT, lost_text
+from curate.plan.rendered_rows import LOOKED_AT, lost_text
 from curate.plan.step import Step
 from curate.rows import Row
 from curate.workflow.runners.base import TEXT, Runner
