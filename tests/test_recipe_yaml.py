@@ -8,7 +8,7 @@ import yaml
 from curate.errors import UsageError
 from curate.measurements.grading import grader
 from curate.recipe.load import load_recipe
-from curate.recipe.yaml import plain, read_yaml
+from curate.recipe.yaml import plain_scalar, read_yaml
 
 #  written without quotes -> meant
 MEANT = [
@@ -21,7 +21,7 @@ MEANT = [
 
 @pytest.mark.parametrize(("written", "meant"), MEANT)
 def test_words_without_quotes(written, meant):
-    assert plain(written) == meant and type(plain(written)) is type(meant)
+    assert plain_scalar(written) == meant and type(plain_scalar(written)) is type(meant)
     assert read_yaml(f"a: [{written or '~'}]")[0] == {"a": [meant]}
     assert read_yaml(f"a: '{written}'")[0] == read_yaml(f"a: !!str {written or chr(39) * 2}")[0] == {"a": written}
 

@@ -115,9 +115,9 @@ def check(
     from curate.report.checked import checked_text
     from curate.store.checking import check as read_whole
 
-    found = read_whole(store, repair=repair, say=progress_of(quiet).say)
-    out(to_json(found) if json else checked_text(found))
-    if found.unmended:
+    checked = read_whole(store, repair=repair, say=progress_of(quiet).say)
+    out(to_json(checked) if json else checked_text(checked))
+    if checked.unmended:
         raise typer.Exit(1)
 
 

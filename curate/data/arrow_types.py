@@ -35,10 +35,10 @@ def types_in_file(path: Path) -> dict[str, str]:
     return types_of(pq.read_schema(path))
 
 
-def read_types(told: Mapping[str, str]) -> dict[str, pa.DataType]:
+def read_types(written: Mapping[str, str]) -> dict[str, pa.DataType]:
     import pyarrow as pa
 
-    return {name: pa.ipc.read_schema(pa.py_buffer(base64.b64decode(text)))[0].type for name, text in told.items()}
+    return {name: pa.ipc.read_schema(pa.py_buffer(base64.b64decode(text)))[0].type for name, text in written.items()}
 
 
 def _holds_bytes(kind: pa.DataType) -> bool:

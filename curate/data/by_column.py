@@ -58,10 +58,10 @@ def turned(table: dict[str, Any]) -> list[dict[str, Any]] | None:
         return _turned_dicts(table)
     if any(is_message(cell) for value in values if isinstance(value, list) for cell in value):
         return None  # a row of messages
-    found = turned_lists(table)
-    if len(table) == 1 and found and (len(found) == 1 or is_wrapped(table)):
+    lists = turned_lists(table)
+    if len(table) == 1 and lists and (len(lists) == 1 or is_wrapped(table)):
         return None
-    return found
+    return lists
 
 
 def is_wrapped(value: dict[str, Any]) -> bool:

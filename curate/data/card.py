@@ -120,8 +120,8 @@ def card_text(
     existing = existing or ""
     head, body = split_head(existing)
     opening, closing = ("---\n", "---\n\n")
-    if found := HEAD.match(existing):
-        opening, closing = found[1], found[3] if found[3].endswith("\n") else found[3] + "\n"
+    if opened := HEAD.match(existing):
+        opening, closing = opened[1], opened[3] if opened[3].endswith("\n") else opened[3] + "\n"
     tags = ["curate", trainer, *(["preference", "dpo"] if kind == "preference" else ["sft"])]
     size = next((name for limit, name in SIZES if n_rows < limit), "n>10M")
     more = dict(card.head) | ({"license": card.license} if card.license else {})

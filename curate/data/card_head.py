@@ -25,8 +25,8 @@ class NotYaml(ValueError):
 
 def split_head(text: str) -> tuple[str, str]:
     """(the head's YAML, the body). "" and the whole text where a card has no head."""
-    found = HEAD.match(text)
-    return (found[2], text[found.end() :]) if found else ("", text)
+    head = HEAD.match(text)
+    return (head[2], text[head.end() :]) if head else ("", text)
 
 
 def merged_head(
@@ -130,8 +130,8 @@ def _with_tags(text: str, node: yaml.Node, tags: Sequence[str]) -> str:
 
 def _only(text: str, node: yaml.Node, size: str) -> str:
     """The key `size_categories` as it is where it says this size and no other."""
-    said = [item.value for item in node.value] if isinstance(node, yaml.SequenceNode) else [node.value]
-    return text if said == [size] else _listed("size_categories", [size])
+    values = [item.value for item in node.value] if isinstance(node, yaml.SequenceNode) else [node.value]
+    return text if values == [size] else _listed("size_categories", [size])
 
 
 def _with_split(text: str, node: yaml.Node, split: str, path: str) -> str:
@@ -162,8 +162,8 @@ def _with_split(text: str, node: yaml.Node, split: str, path: str) -> str:
 def _is_ours(config: yaml.Node, split: str, path: str) -> bool:
     """Whether a configuration has our split, and no other of an export."""
     files = _files(config)
-    told = [(_value(f, "split"), _value(f, "path")) for f in files]
-    return [(s, p) for s, p in told if p and OURS.fullmatch(p)] == [(split, path)]
+    listed = [(_value(f, "split"), _value(f, "path")) for f in files]
+    return [(s, p) for s, p in listed if p and OURS.fullmatch(p)] == [(split, path)]
 
 
 def _configuration(split: str, path: str, dash: str = "", default: yaml.Node | None = None) -> str:
@@ -190,8 +190,8 @@ def _files(config: yaml.Node | None) -> list[yaml.Node]:
 def _value(node: yaml.Node, key: str) -> str | None:
     """A mapping's text under a key, as it is written."""
     pairs = node.value if isinstance(node, yaml.MappingNode) else ()
-    found = next((value for at, value in pairs if at.value == key), None)
-    return found.value if isinstance(found, yaml.ScalarNode) else None
+    first = next((value for at, value in pairs if at.value == key), None)
+    return first.value if isinstance(first, yaml.ScalarNode) else None
 
 
 def _serialized(node: yaml.Node) -> str:
@@ -204,10 +204,10 @@ def _serialized(node: yaml.Node) -> str:
         ]
         inside = ", ".join(parts)
         return f"{{{inside}}}" if isinstance(node, yaml.MappingNode) else f"[{inside}]"
-    plain = str(node.value)
+    text = str(node.value)
     if isinstance(node, yaml.ScalarNode) and node.style in ('"', "'", "|", ">"):
-        return json.dumps(plain, ensure_ascii=False)
-    return json.dumps(plain, ensure_ascii=False) if re.search(r"[\[\]{},]|: | #", plain) else plain
+        return json.dumps(text, ensure_ascii=False)
+    return json.dumps(text, ensure_ascii=False) if re.search(r"[\[\]{},]|: | #", text) else text
 
 
 def _dash(text: str, item: yaml.Node) -> int:

@@ -48,11 +48,11 @@ class Columns:
     def check(self, names: Iterable[str], source: str) -> None:
         """UsageError where a named column is not in the source. Settles what a column is called whose name is ours here."""
         present = list(names)
-        wanted = [
+        missing = [
             *self.plain.items(),
             *((field, ours) for ours, (_, fields) in self.templates.items() for field in fields),
         ]
-        for theirs, ours in wanted:
+        for theirs, ours in missing:
             if theirs not in present:
                 hint = did_you_mean(theirs, present, sentence=True, before=" ")
                 raise UsageError(

@@ -93,14 +93,14 @@ def split_message_pair(
         check_last_turn(conversation, column, problems)
     if problems:
         return None
-    shared = shared_turns(list(map(_said, chosen)), list(map(_said, rejected)), is_reply=is_assistant)
+    shared = shared_turns(list(map(_role_and_text, chosen)), list(map(_role_and_text, rejected)), is_reply=is_assistant)
     if shared is None:
         problems.append(("rejected", *NOT_SHARED))
         return None
     return chosen[:shared], chosen[shared:], rejected[shared:]
 
 
-def _said(message: Message) -> Message:
+def _role_and_text(message: Message) -> Message:
     """What a turn says, without what is noted about it (ids, times, ratings)."""
     return {key: message[key] for key in SAYS if key in message}
 

@@ -243,8 +243,8 @@ def write_export(
         notes=notes, trainer=files.layout, end=end,
     )  # fmt: skip
     result = ExportResult(target, n_rows, n_dropped, layout, tuple(schema.names), other, tuple(notes), tuple(warnings))
-    said = "An export of curate: the next export to this folder replaces it."
-    (staging / MARK).write_text(f"{said}\n{mark(result, staging)}", encoding="utf-8")
+    text = "An export of curate: the next export to this folder replaces it."
+    (staging / MARK).write_text(f"{text}\n{mark(result, staging)}", encoding="utf-8")
     carry_over(target, staging)
     return result
 

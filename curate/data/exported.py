@@ -194,11 +194,11 @@ def asked_columns(record: ExportRow) -> dict[str, Any]:
 def renamed(own: Collection[str], ours: Collection[str]) -> dict[str, str]:
     """The user's columns whose names are taken in the export, and a name for each that no row of it has. ours: the export's own columns."""
     taken = TAKEN.union(ours)
-    found: dict[str, str] = {}
+    names: dict[str, str] = {}
     for name in own:
         if name in taken:
-            found[name] = free_name(name, {*taken, *own, *found.values()})
-    return found
+            names[name] = free_name(name, {*taken, *own, *names.values()})
+    return names
 
 
 def both_responses(records: Iterator[ExportRow]) -> Iterator[ExportRow]:
@@ -239,12 +239,12 @@ class Weights:
         if not (self.given or needed):
             return
         if self._wrong:
-            told = "; ".join(
+            faults = "; ".join(
                 f"{why} in {len(ids):,} (row {', row '.join(ids[:3])}{', …' if len(ids) > 3 else ''})"
                 for why, ids in self._wrong.items()
             )
             raise ValidationError(
-                f"weights are numbers of at least 0, one for each of the {self._rows:,} rows; found: {told}. Leave such rows out, or take "
+                f"weights are numbers of at least 0, one for each of the {self._rows:,} rows; found: {faults}. Leave such rows out, or take "
                 "another column."
             )
         if self.total <= 0:

@@ -80,19 +80,19 @@ def json_line(line: bytes, number: int) -> RawRow:
     try:
         row = json_value(line.decode("utf-8"))
     except json.JSONDecodeError as error:
-        found = f"line {number} is not JSON ({error.msg.removesuffix(' at')} at character {error.colno})"
+        fault = f"line {number} is not JSON ({error.msg.removesuffix(' at')} at character {error.colno})"
     except UnicodeDecodeError:
-        found = f"line {number} is not UTF-8"
+        fault = f"line {number} is not UTF-8"
     except ValueError as error:  # too deep, or a number of thousands of digits
-        found = f"line {number} cannot be read ({str(error).partition(';')[0]})"
+        fault = f"line {number} cannot be read ({str(error).partition(';')[0]})"
     else:
         if not isinstance(row, dict):
             return not_an_object(row)
         by_column = turned(row)
         if by_column is None:
             return row
-        found = f"a table by columns ({len(by_column)} rows under {', '.join(list(by_column[0])[:4]) if by_column else 'no names'})"
-    return "", found, "one JSON object a line"
+        fault = f"a table by columns ({len(by_column)} rows under {', '.join(list(by_column[0])[:4]) if by_column else 'no names'})"
+    return "", fault, "one JSON object a line"
 
 
 def not_an_object(value: Any) -> Problem:
@@ -123,7 +123,7 @@ def json_file(path: Path, name: str) -> Iterator[Line]:
         yield None, row
 
 
-def one_object(path: Path, name: str, found: str) -> list[dict[str, Any]]:
+def one_object(path: Path, name: str, fault: str) -> list[dict[str, Any]]:
     """The rows of a file that is one JSON object: a table by columns, or a single row that is written over several lines."""
     try:
         with open_bytes(path) as file:
@@ -137,7 +137,7 @@ def one_object(path: Path, name: str, found: str) -> list[dict[str, Any]]:
         raise
     except ValueError as error:
         value = None
-        found = found if isinstance(error, json.JSONDecodeError | UnicodeDecodeError) else str(error).partition(";")[0]
+        fault = fault if isinstance(error, json.JSONDecodeError | UnicodeDecodeError) else str(error).partition(";")[0]
     if isinstance(value, dict):
         rows = turned(value)
         if rows is not None:
@@ -145,11 +145,11 @@ def one_object(path: Path, name: str, found: str) -> list[dict[str, Any]]:
         lists = [key for key, inside in value.items() if isinstance(inside, list)]
         if not lists or TEXTS & set(value):
             return [value]
-        found = f"one object with the keys {listed(value)}"
+        fault = f"one object with the keys {listed(value)}"
     else:
         lists = []
     raise ValidationError(
-        f"{name}: neither a JSON array of rows, nor one JSON object a line, nor a table by columns ({found}). If the rows are inside an object, "
+        f"{name}: neither a JSON array of rows, nor one JSON object a line, nor a table by columns ({fault}). If the rows are inside an object, "
         f"take them out: `jq -c '.{lists[0] if lists else 'data'}[]' {name} > rows.jsonl`. A table by columns is turned round by "
         "pandas' to_json(orient='records', lines=True)."
     )

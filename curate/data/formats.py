@@ -55,14 +55,14 @@ def layouts(
     """
     columns = set(names)
     spare = columns - (set(spent) - set(named))
-    found: list[Layout] = []
+    layouts_read: list[Layout] = []
 
     def first(*candidates: str) -> str:
         return next((name for name in candidates if name in columns), "")
 
     def add(name: str, convert: Any, prompt: str = "", reply: str = "", *more: str) -> None:
         used = {prompt, reply, *more} & columns | beside_prompt(name, prompt, head, named) & {*spare, *TEMPLATE_ARGS}
-        found.append(Layout(name, convert, prompt, reply, frozenset(used)))
+        layouts_read.append(Layout(name, convert, prompt, reply, frozenset(used)))
 
     def majority(column: str, is_so: Callable[[Any], bool]) -> bool:
         values = [row[column] for row in head if row.get(column) is not None]
@@ -105,7 +105,7 @@ def layouts(
                 add("question_answer", question_answer, prompt, "answer")
     if (prompt := first("prompt", "question")) and (reply := first("answer", "final_answer")):
         add("prompts", prompts, prompt, reply)
-    return sorted(found, key=lambda layout: -len(layout.uses & set(named)))
+    return sorted(layouts_read, key=lambda layout: -len(layout.uses & set(named)))
 
 
 def same_style(prompt: Text, *replies: Text) -> tuple[Text, ...]:
@@ -122,8 +122,8 @@ def check_prompt(prompt: Text, column: str, problems: list[Problem]) -> None:
 
 
 def check_reply(reply: Text, column: str, problems: list[Problem]) -> None:
-    said = reply if isinstance(reply, str) else text_of(reply[-1])
-    if not said.strip() and (isinstance(reply, str) or not says_besides(reply[-1])):
+    text = reply if isinstance(reply, str) else text_of(reply[-1])
+    if not text.strip() and (isinstance(reply, str) or not says_besides(reply[-1])):
         problems.append((column, "blank", "a reply"))
     elif not isinstance(reply, str) and check_last_turn(reply, column, problems) and not is_assistant(reply[0]):
         problems.append(

@@ -19,8 +19,8 @@ def class_names(features: Any) -> Labels:
             return {}
     if not isinstance(features, Mapping):
         return {}
-    found = {str(column): _names(feature) for column, feature in features.items() if isinstance(column, str)}
-    return {column: names for column, names in found.items() if names}
+    by_column = {str(column): _names(feature) for column, feature in features.items() if isinstance(column, str)}
+    return {column: names for column, names in by_column.items() if names}
 
 
 def _names(feature: Any) -> list[str]:

@@ -35,23 +35,23 @@ class Notes:
     def left_out(self, prompt_column: str = "") -> list[str]:
         """What rows hold that is not measured, or is measured twice."""
         column = prompt_column or "prompt"
-        found = [*self._keys(), *self._beside(column)]
+        notes = [*self._keys(), *self._beside(column)]
         if n := self.seen["system turn"]:
-            found.append(
+            notes.append(
                 f"In {n:,} rows the column `system` is the prompt's system turn, so all rows are messages. For a model without a chat template "
                 f'put it into the text: `columns: {{prompt: "{{system}}\\n{{{column}}}"}}`.'
             )
-        for what, said in REPEATS.items():
+        for what, note in REPEATS.items():
             if n := self.seen[f"repeats:{what}"]:
-                found.append(
-                    f"In {n:,} rows {said} with the whole prompt, which is then measured and trained on twice. If that is not meant, cut it off."
+                notes.append(
+                    f"In {n:,} rows {note} with the whole prompt, which is then measured and trained on twice. If that is not meant, cut it off."
                 )
         for name in self._of("binary:"):
-            found.append(
+            notes.append(
                 f"Column `{name}` holds bytes (images, audio) in {self.seen['binary:' + name]:,} rows. They are not kept: an export says only "
                 "how many they were."
             )
-        return found
+        return notes
 
     def _of(self, prefix: str) -> list[str]:
         return sorted(trait.removeprefix(prefix) for trait in self.seen if trait.startswith(prefix))
@@ -61,53 +61,53 @@ class Notes:
         return [f"Text parts have keys that are neither measured nor exported: {', '.join(names)}."] if names else []
 
     def _beside(self, column: str) -> list[str]:
-        found = []
+        notes = []
         for name in self._of("beside:"):
             n = self.seen["beside:" + name]
             if name in MEDIA:
-                found.append(
+                notes.append(
                     f"{n:,} rows have something in `{name}`, which no pass reads: what is measured is of the text alone."
                 )
             elif name in ("tools", "functions"):
-                found.append(
+                notes.append(
                     f"{n:,} rows have `{name}`, which the chat template is not given: what is measured is of the prompt without them. If they are "
                     f"tools of rows in messages: `columns: {{tools: {name}}}`."
                 )
             else:
-                found.append(
+                notes.append(
                     f"{n:,} rows have something in `{name}`, which is not part of the prompt. If it should be: "
                     f'`columns: {{prompt: "{{{name}}}\\n{{{column}}}"}}`.'
                 )
-        return found
+        return notes
 
     def all(self, n_distinct: int, prompt_column: str) -> list[str]:
         """Everything, a sentence each."""
-        seen, found = self.seen, self.left_out(prompt_column)
+        seen, notes = self.seen, self.left_out(prompt_column)
         if unpaired := seen["desirable"] + seen["undesirable"]:
-            found.append(
+            notes.append(
                 f"{unpaired} rows are unpaired preferences (KTO): {seen['desirable']} desirable, {seen['undesirable']} undesirable. "
                 "Target likelihoods (target_logp, target_nll) can be measured on them; scores of pairs cannot."
             )
         repeated = [count for count in self.prompts.values() if count > 1]
         if repeated:
-            found.append(
+            notes.append(
                 f"{len(repeated)} prompts occur in more than one row: {sum(repeated)} of {n_distinct} distinct rows, the commonest in "
                 f"{max(repeated)} of them."
             )
         if seen["several turns"]:
-            found.append(f"{seen['several turns']} rows have a reply of several turns; all of it counts as the reply.")
+            notes.append(f"{seen['several turns']} rows have a reply of several turns; all of it counts as the reply.")
         if seen["glued"]:
-            found.append(
+            notes.append(
                 f"In {seen['glued']} rows prompt and reply follow each other without white space, as they are. If that is not meant, end the "
                 f'prompt with a template: `columns: {{prompt: "{{{prompt_column}}}\\n"}}`.'
             )
         if seen["standard"] and seen["conversational"]:
-            found.append(
+            notes.append(
                 f"{seen['standard']} rows are text, {seen['conversational']} are messages; an export takes one style."
             )
         if 0 < seen["no answer"] < n_distinct - unpaired:
-            found.append(f"{seen['no answer']} rows have no answer to grade against.")
-        return found
+            notes.append(f"{seen['no answer']} rows have no answer to grade against.")
+        return notes
 
 
 REPEATS = {
@@ -125,22 +125,22 @@ def prompt_key(prompt: Text) -> int:
 
 def traits(row: Row) -> list[str]:
     """What the notes count of a row's texts."""
-    found: list[str] = [row.style]
+    names: list[str] = [row.style]
     replies = [reply for reply in ((row.chosen, row.rejected) if isinstance(row, Pair) else (row.completion,)) if reply]
     if any(
         any(header in reply for header in HH_HEADERS) if isinstance(reply, str) else len(reply) > 1 for reply in replies
     ):
-        found.append("several turns")
+        names.append("several turns")
     texts = [reply for reply in replies if isinstance(reply, str)]
     if isinstance(row.prompt, str) and not row.prompt[-1].isspace() and any(not text[0].isspace() for text in texts):
-        found.append("glued")
+        names.append("glued")
     if isinstance(row, Example) and row.label is not None:
-        found.append("desirable" if row.label else "undesirable")
+        names.append("desirable" if row.label else "undesirable")
     elif isinstance(row, Example) and row.answer is None:
-        found.append("no answer")
+        names.append("no answer")
     if repeats := repeated_prompt(row):
-        found.append(f"repeats:{repeats}")
-    return found
+        names.append(f"repeats:{repeats}")
+    return names
 
 
 def repeated_prompt(row: Row) -> str:

@@ -96,15 +96,15 @@ def unpacked(value: Any) -> Any:
         text = value.strip()
         if text[:1] + text[-1:] not in ("[]", "{}") or not ("role" in text or "from" in text):
             return value
-        found: Any = None
+        read: Any = None
         with suppress(ValueError, RecursionError):
-            found = json_value(text)
-        if found is None and PRINTED.match(text):
+            read = json_value(text)
+        if read is None and PRINTED.match(text):
             with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
-                found = ast.literal_eval(text)
-        found = unpacked(found) if isinstance(found, dict) else found
-        whole = isinstance(found, list) and bool(found) and all(map(is_message, found))
-        return found if whole or is_message(found) else value
+                read = ast.literal_eval(text)
+        read = unpacked(read) if isinstance(read, dict) else read
+        whole = isinstance(read, list) and bool(read) and all(map(is_message, read))
+        return read if whole or is_message(read) else value
     if isinstance(value, list) and value and isinstance(value[0], str) and value[0].lstrip().startswith("{"):
         turns = [unpacked(item) for item in value]  # each message as JSON text: `datasets` has such a type
         return turns if all(map(is_message, turns)) else value
@@ -121,16 +121,16 @@ def without_padding(value: Any) -> Any:
 
 def unread_keys(value: Any) -> list[str]:
     """Keys of the text parts of messages that hold something and that nobody reads, as often as they occur."""
-    found = []
+    notes = []
     for message in value if isinstance(value, (list, tuple)) else [value]:
         if isinstance(message, dict) and is_message(message):
             parts = message.get("content")
             for part in parts if isinstance(parts, list) else ():
                 if isinstance(part, dict):
-                    found += [
+                    notes += [
                         f"content.{key}" for key, held in part.items() if key not in ("type", "text") and holds(held)
                     ]
-    return found
+    return notes
 
 
 def holds(value: Any) -> bool:
@@ -154,7 +154,7 @@ def messages(value: Any, column: str, problems: list[Problem]) -> tuple[Message,
     if not value:
         problems.append((column, "an empty list", "messages"))
         return None
-    found: list[Message] = []
+    turns: list[Message] = []
     for position, item in enumerate(value, start=1):
         wrong = _wrong_message(item, position)
         if wrong:
@@ -167,8 +167,8 @@ def messages(value: Any, column: str, problems: list[Problem]) -> tuple[Message,
         }
         if not item.keys() <= TURN_KEYS:
             turn |= {str(k): jsonable(v) for k, v in item.items() if k not in TURN_KEYS and holds(v)}
-        found.append(turn)
-    return tuple(found)
+        turns.append(turn)
+    return tuple(turns)
 
 
 def says_besides(message: Mapping[str, Any]) -> bool:

@@ -76,10 +76,10 @@ class TrainedAs:
 
 def write_trainer_args(folder: Path, trained: TrainedAs, layout: str) -> list[str]:
     """Write the arguments that the installed TRL's class has. Returns what a reader of the card should know of them."""
-    found = trained.args(layout)
-    if found is None:
+    written = trained.args(layout)
+    if written is None:
         return []
-    config, args = found
+    config, args = written
     known = fields_of(config)
     kept = {name: value for name, value in args.items() if known is None or name in known}
     (folder / FILE).write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
@@ -113,9 +113,11 @@ def _declared(package: str, file: Path, name: str) -> set[str] | None:
         if not (Path(folder) / file).is_file():
             continue
         tree = ast.parse((Path(folder) / file).read_text(encoding="utf-8"))
-        found = next((n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == name), None)
-        if found is not None:
-            return {n.target.id for n in found.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)}
+        definition = next((n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == name), None)
+        if definition is not None:
+            return {
+                n.target.id for n in definition.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)
+            }
     return None
 
 

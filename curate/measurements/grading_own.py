@@ -10,7 +10,7 @@ from typing import Any
 
 from curate.errors import UsageError
 from curate.measurements.grading_contract import Grader, NoVerdict
-from curate.recipe.objects import load_object, places, source_version
+from curate.recipe.objects import load_object, n_positional, source_version
 from curate.rows import Row
 
 
@@ -26,7 +26,7 @@ def grader_of_your_own(spec: str, settings: Any, folder: str | Path | None) -> G
         raise UsageError(f"grader {spec!r}: threshold is {threshold!r}, expected a number.")
     function = load_object(spec, what="grader", folder=folder)
     try:
-        takes_row = places(function, 2, 3) == 3
+        takes_row = n_positional(function, 2, 3) == 3
     except TypeError:
         raise UsageError(f"grader {spec!r}: expected a function of (text, answer) or (text, answer, row).") from None
 

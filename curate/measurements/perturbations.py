@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from curate.errors import UsageError
-from curate.recipe.objects import load_object, places, source_version
+from curate.recipe.objects import load_object, n_positional, source_version
 from curate.rows import Example, Text, text_of
 
 
@@ -58,7 +58,7 @@ def perturbation(spec: str, *, folder: str | Path | None = None) -> Perturbation
     """The function that a recipe names. folder: where its module is looked for too. UsageError where it is not there, or takes something else."""
     function = load_object(spec, what="perturb", folder=folder)
     try:
-        takes_row = places(function, 2, 3) == 3
+        takes_row = n_positional(function, 2, 3) == 3
     except TypeError:
         raise UsageError(
             f"perturb {spec!r}: expected a function of (prompt, answer) or (prompt, answer, row)."

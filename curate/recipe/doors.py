@@ -24,13 +24,13 @@ def address(written: str) -> Address:
     """https://user:password@host/v1 as https://host/v1, which knows its login. ValueError where a login may be left in it."""
     if re.search(r"[?&][^=&]*(key|token|secret|password)[^=&]*=", written, re.IGNORECASE):  # nor is a key said
         raise ValueError("a key stands in the address. Put it into the environment variable that server.key_env names")
-    found = LOGIN.search(written)
+    login = LOGIN.search(written)
     result = Address(LOGIN.sub(r"\1", written))
     if "@" in result:  # the address itself is not said: it may hold a password
         raise ValueError(
             "an @ is left in the address. Write https://user:password@host/v1, with / # ? @ of a password as %2F %23 %3F %40"
         )
-    result.login = getattr(written, "login", "") or (found[2] if found else "")
+    result.login = getattr(written, "login", "") or (login[2] if login else "")
     return result
 
 

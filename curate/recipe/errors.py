@@ -28,7 +28,7 @@ def lines_of(node: Any, path: tuple[Any, ...] = ()) -> dict[tuple[Any, ...], int
     return found
 
 
-def found(value: Any) -> str:
+def shown_value(value: Any) -> str:
     """A value as a message shows it: its beginning, and its type."""
     if value is None:
         return "nothing"
@@ -71,15 +71,15 @@ def _line(
         return f"{where}: {key!r} is not a key of a recipe; {hint}"
     if first["type"] == "missing":
         return f"{where}: {key!r} is missing."
-    texts = list(dict.fromkeys(_said(item) for item in items))
+    texts = list(dict.fromkeys(_sentence(item) for item in items))
     text = " or ".join([texts[0], *(t.removeprefix("input should be ") for t in texts[1:])])
     hidden = isinstance(first["input"], dict | list) or path == ("server", "url")  # an address may hold a password
     value = None if hidden else first["input"]
-    shown = f"; found {found(value)}" if value is not None else ""
+    shown = f"; found {shown_value(value)}" if value is not None else ""
     return f"{where}: {key + ': ' if key else ''}{text}{shown}."
 
 
-def _said(item: Any) -> str:
+def _sentence(item: Any) -> str:
     """Pydantic's message without the names of our classes."""
     text = re.sub(r"a valid dictionary( or instance of \w+)?", "a mapping", item["msg"].removeprefix("Value error, "))
     return text[:1].lower() + text[1:]

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from curate.errors import CurateError, UsageError, did_you_mean
 from curate.recipe.bounds import WHOLE, read_text
 from curate.recipe.doors import without_login
-from curate.recipe.errors import explained, found, lines_of
+from curate.recipe.errors import explained, lines_of, shown_value
 from curate.recipe.schema import Recipe
 from curate.recipe.yaml import as_written, compose, is_text_wanted, overriding, read_yaml
 
@@ -110,8 +110,9 @@ def load_recipe(
             where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
             raise UsageError(f"{path}{where}: not valid YAML: {getattr(error, 'problem', None) or error}.") from None
         if not isinstance(raw, dict):
+            start = f" {START}" if raw is None else ""
             raise UsageError(
-                f"{path}: a recipe is a mapping with `kind: preference` or `kind: sft`; found {found(raw)}. {START if raw is None else ''}".rstrip()
+                f"{path}: a recipe is a mapping with `kind: preference` or `kind: sft`; found {shown_value(raw)}.{start}"
             )
     for key, value, words in _overrides(set):
         at = _put(raw, key, value)
@@ -159,7 +160,7 @@ def _put(raw: dict[str, Any], dotted: str, value: Any) -> tuple[Any, ...]:
             at.append(int(key))
             continue
         if not isinstance(here, dict):
-            raise UsageError(f"--set {dotted}: {'.'.join(path[:i])} is {found(here)}, it has no key {key!r}.")
+            raise UsageError(f"--set {dotted}: {'.'.join(path[:i])} is {shown_value(here)}, it has no key {key!r}.")
         if key in ("source", "heldout") and isinstance(here.get(key), str | list):
             here[key] = {"path": here[key]}
         if here.get(key) is None:
@@ -172,7 +173,7 @@ def _put(raw: dict[str, Any], dotted: str, value: Any) -> tuple[Any, ...]:
     if isinstance(here, dict):
         here[last] = value
         return (*at, last)
-    raise UsageError(f"--set {dotted}: {'.'.join(path)} is {found(here)}, it has no key {last!r}.")
+    raise UsageError(f"--set {dotted}: {'.'.join(path)} is {shown_value(here)}, it has no key {last!r}.")
 
 
 def _copy(value: Any) -> Any:

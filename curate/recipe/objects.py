@@ -27,16 +27,16 @@ def load_object(spec: str, *, what: str, folder: str | Path | None = None) -> An
     if not attribute or not all(part.isidentifier() for part in (*module_name.split("."), *attribute.split("."))):
         raise UsageError(f"{what} {spec!r}: a {what} of your own is named `package.module:object`.")
     module = _import(module_name, spec, what, folder)
-    found: Any = module
+    value: Any = module
     for part in attribute.split("."):
-        if not hasattr(found, part):
-            hint = did_you_mean(part, [n for n in dir(found) if not n.startswith("__")], sentence=True, before=" ")
+        if not hasattr(value, part):
+            hint = did_you_mean(part, [n for n in dir(value) if not n.startswith("__")], sentence=True, before=" ")
             raise UsageError(f"{what} {spec!r}: module {module_name!r} ({_where(module)}) has no {part!r}.{hint}")
-        found = getattr(found, part)
-    return found
+        value = getattr(value, part)
+    return value
 
 
-def places(function: Any, least: int, most: int) -> int:
+def n_positional(function: Any, least: int, most: int) -> int:
     """How many positional arguments to call a function with: `most` where it has places for them, else `least`. TypeError where it takes neither."""
     try:
         signature = inspect.signature(function)
@@ -65,8 +65,8 @@ def _version_of(code: Any) -> str:
 
 
 def _import(module_name: str, spec: str, what: str, folder: str | Path | None) -> Any:
-    places = [str(Path(place).resolve()) for place in (*([folder] if folder else []), ".")]
-    added = [place for place in dict.fromkeys(places) if place not in sys.path]
+    folders = [str(Path(place).resolve()) for place in (*([folder] if folder else []), ".")]
+    added = [place for place in dict.fromkeys(folders) if place not in sys.path]
     sys.path.extend(added)
     importlib.invalidate_caches()
     try:
@@ -74,7 +74,7 @@ def _import(module_name: str, spec: str, what: str, folder: str | Path | None) -
     except ModuleNotFoundError as error:
         if error.name and (module_name == error.name or module_name.startswith(error.name + ".")):
             raise UsageError(
-                f"{what} {spec!r}: there is no module {error.name!r}, neither on Python's path nor in {', '.join(dict.fromkeys(places))}."
+                f"{what} {spec!r}: there is no module {error.name!r}, neither on Python's path nor in {', '.join(dict.fromkeys(folders))}."
             ) from None
         raise UsageError(
             f"{what} {spec!r}: importing {module_name!r} failed: {error}. Install what it imports."

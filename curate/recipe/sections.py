@@ -79,9 +79,9 @@ class Models(Strict):
         repo, revisions = str(value.get("repo")), value.get("revisions")
         known = value.keys() == {"repo", "revisions"} and re.fullmatch(r"[\w.-]+/[\w.-]+", repo)
         if not known or not revisions or not isinstance(revisions, list):
-            found = ", ".join(f"{key}: {given}" for key, given in value.items())
+            listed = ", ".join(f"{key}: {given}" for key, given in value.items())
             raise ValueError(
-                f"revisions of a hub repository are {{repo: owner/name, revisions: [step1000, step2000]}}; found {{{found}}}"
+                f"revisions of a hub repository are {{repo: owner/name, revisions: [step1000, step2000]}}; found {{{listed}}}"
             )
         return {"repo": repo, "revisions": [str(r) for r in revisions]}
 

@@ -58,8 +58,8 @@ class Loader(Shallow):
         except (ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError) as error:
             shown = f"{node.value[:40]!r}" if isinstance(node.value, str) else "this"
             kind = "a number" if node.tag == PLAIN else node.tag.rpartition(":")[2]
-            said = f"{shown} cannot be read as {kind} ({str(error).partition(';')[0][:80]})"
-            raise yaml.constructor.ConstructorError(None, None, said, node.start_mark) from None
+            message = f"{shown} cannot be read as {kind} ({str(error).partition(';')[0][:80]})"
+            raise yaml.constructor.ConstructorError(None, None, message, node.start_mark) from None
 
     def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
         """Scalars without quotes or a tag of their own are told apart in `plain`."""
@@ -89,20 +89,20 @@ class Loader(Shallow):
         super().flatten_mapping(node)
 
 
-Loader.add_constructor(PLAIN, lambda loader, node: plain(node.value))
+Loader.add_constructor(PLAIN, lambda loader, node: plain_scalar(node.value))
 
 
-def plain(text: str) -> Any:
+def plain_scalar(text: str) -> Any:
     """What a scalar without quotes means."""
     if text.lower() in WORDS and text in (text.lower(), text.upper(), text.capitalize()):
         return WORDS[text.lower()]
     if text in ("", "~"):
         return None
-    found = NUMBER.fullmatch(text)
-    if found is None or (found["float"] and re.match(r"[-+]?0[0-9]", text)):  # 012, 00.5: a name
+    number = NUMBER.fullmatch(text)
+    if number is None or (number["float"] and re.match(r"[-+]?0[0-9]", text)):  # 012, 00.5: a name
         return text
     bare = text.replace("_", "")
-    if found["int"]:
+    if number["int"]:
         return int(bare, 0)
     return float(bare.lower().replace(".inf", "inf").replace(".nan", "nan"))
 
@@ -183,7 +183,7 @@ def _written(node: yaml.Node, path: Path) -> Any:
     elif isinstance(node, yaml.SequenceNode):
         for i, value in enumerate(node.value):
             yield from _written(value, (*path, i))
-    elif node.tag == PLAIN and not isinstance(plain(node.value), str):
+    elif node.tag == PLAIN and not isinstance(plain_scalar(node.value), str):
         yield path, node.value
 
 
@@ -219,7 +219,7 @@ def overriding(entry: str) -> tuple[str, Any, dict[Path, str]]:
     if not sign or not key:
         raise UsageError(f"--set {entry}: expected key=value, such as --set select.keep.share=0.5.")
     try:
-        found, written = read_yaml(value)
+        values, written = read_yaml(value)
     except yaml.YAMLError:
         raise UsageError(f"--set {entry}: {value!r} is not a YAML value; quote it.") from None
-    return key.strip(), found, written
+    return key.strip(), values, written

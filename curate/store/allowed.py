@@ -139,11 +139,11 @@ def _unrepeated(tree: Any, columns: set[str]) -> Iterator[str]:
 
 
 def _cte_names(tree: Any) -> set[str]:
-    found: set[str] = set()
+    names: set[str] = set()
     for node in _nodes(tree):
         if isinstance(node.get("cte_map"), dict):
-            found |= {str(entry.get("key", "")).lower() for entry in node["cte_map"].get("map", [])}
-    return found
+            names |= {str(entry.get("key", "")).lower() for entry in node["cte_map"].get("map", [])}
+    return names
 
 
 def _nodes(tree: Any) -> Iterator[Node]:

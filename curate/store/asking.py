@@ -49,10 +49,14 @@ def _fetched(con: Connection, text: str, params: Any) -> pa.Table | None:
 def _as_duckdb(message: str) -> Exception:
     """DuckDB's own error of a message such as `Conversion Error: …`."""
     kind = "".join(word.capitalize() for word in message.partition(" Error:")[0].split())
-    found = getattr(duckdb, f"{kind}Exception", None)
+    kind_of_error = getattr(duckdb, f"{kind}Exception", None)
     if kind == "OutOfMemory":
         return UsageError(f"the answer takes more memory than there is. {FEWER}")
-    return found(message) if isinstance(found, type) and issubclass(found, duckdb.Error) else duckdb.DataError(message)
+    return (
+        kind_of_error(message)
+        if isinstance(kind_of_error, type) and issubclass(kind_of_error, duckdb.Error)
+        else duckdb.DataError(message)
+    )
 
 
 def stoppable(con: Connection, work: Callable[[], Answer]) -> Answer:

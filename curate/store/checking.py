@@ -157,16 +157,16 @@ class _Check:
                 self._take_in(store, path, "the database does not have it", [])
         for one in measured:
             with store.database.read() as con:
-                found = compare(con, one, of[one.fingerprint])
-            self._settle(store, found, of[one.fingerprint])
+                compared = compare(con, one, of[one.fingerprint])
+            self._settle(store, compared, of[one.fingerprint])
 
-    def _settle(self, store: Store, found: Compared, files: list[Path]) -> None:
+    def _settle(self, store: Store, compared: Compared, files: list[Path]) -> None:
         """Say, and mend, what shards and database have not alike."""
-        fingerprint = found.measured.fingerprint
-        lines = set(found.uncovered)
+        fingerprint = compared.measured.fingerprint
+        lines = set(compared.uncovered)
         for path in files:
-            if path in found.other and not has_checksum(path):
-                why = f"it has other values than the database in {found.other[path]:,} rows, and no checksum"
+            if path in compared.other and not has_checksum(path):
+                why = f"it has other values than the database in {compared.other[path]:,} rows, and no checksum"
                 if self.repair:
                     import pyarrow.parquet as pq
 
@@ -178,30 +178,30 @@ class _Check:
                     )
                 else:
                     self._problem(path, why)
-            elif path in found.other:
+            elif path in compared.other:
                 self._take_in(
-                    store, path, f"the database has other values in {found.other[path]:,} of its rows", [fingerprint]
+                    store, path, f"the database has other values in {compared.other[path]:,} of its rows", [fingerprint]
                 )
-            elif path in found.lost:
+            elif path in compared.lost:
                 self._take_in(store, path, "the database does not have all of its rows", [fingerprint])
             elif self.repair and not has_checksum(path):
                 content = path.read_bytes()
                 path.rename(path.with_name(named_with(path.stem, checksum(content))))
                 self.found.without_checksum -= 1
-        if not found.uncovered and not (lines and self.repair):
+        if not compared.uncovered and not (lines and self.repair):
             return
         where = self.shards.folder / fingerprint.split("-")[0]
-        why = f"{len(found.uncovered):,} rows of {found.measured.measurement} {found.measured.checkpoint} are in the database alone"
+        why = f"{len(compared.uncovered):,} rows of {compared.measured.measurement} {compared.measured.checkpoint} are in the database alone"
         if not self.repair:
             self._problem(where, why)
             return
         numbers = [number_of(path) for path in where.glob("*.parquet")]
         with store.database.read() as con:
             written = comparing.write_again(
-                con, self.shards, found.measured, sorted(lines), max(numbers, default=-1) + 1
+                con, self.shards, compared.measured, sorted(lines), max(numbers, default=-1) + 1
             )
         self.shards.ingested(written)
-        if found.uncovered:
+        if compared.uncovered:
             self._problem(where, why, "written to shards again")
 
     def _take_in(self, store: Store, path: Path, why: str, fingerprints: list[str]) -> None:

@@ -38,7 +38,7 @@ def fingerprint_of(path: Path) -> str:
 
 def compare(con: Connection, measured: Measured, files: Sequence[Path]) -> Compared:
     """What the database has of a measurement, beside these whole shards of it."""
-    found, table = Compared(measured), table_of(measured.measurement)
+    compared, table = Compared(measured), table_of(measured.measurement)
     there = columns_of(con, table)
     shapes: dict[tuple[str, ...], list[tuple[Path, pa.Table]]] = defaultdict(list)
     for file in files:
@@ -54,7 +54,7 @@ def compare(con: Connection, measured: Measured, files: Sequence[Path]) -> Compa
         con.register("shard_rows", together.append_column("shard_number", numbers))
         for row_id, number, known, same in _lines(con, measured.fingerprint, table, there, together.schema):
             if not known:
-                found.lost += [alike[number][0]] if alike[number][0] not in found.lost else []
+                compared.lost += [alike[number][0]] if alike[number][0] not in compared.lost else []
             elif same:
                 agreeing.add(row_id)
             else:
@@ -62,12 +62,12 @@ def compare(con: Connection, measured: Measured, files: Sequence[Path]) -> Compa
         con.unregister("shard_rows")
     for row_id, file in differing:
         if row_id not in agreeing:  # of a row that was measured twice one shard agrees
-            found.other[file] = found.other.get(file, 0) + 1
+            compared.other[file] = compared.other.get(file, 0) + 1
     if there or files:
         con.register("shard_rows", pa.concat_tables(ids))
-        found.uncovered = _uncovered(con, measured.fingerprint, table)
+        compared.uncovered = _uncovered(con, measured.fingerprint, table)
         con.unregister("shard_rows")
-    return found
+    return compared
 
 
 def _lines(

@@ -10,7 +10,7 @@ import duckdb
 
 from curate.errors import DamagedStore, StoreError, disk_trouble
 
-SAID_OF_DAMAGE = (
+WORDS_OF_DAMAGE = (
     "corrupt",
     "checksum",
     "not a valid duckdb",
@@ -37,12 +37,12 @@ def explain(error: duckdb.Error, path: Path, *, opening: bool = False) -> Except
 
     opening: no query is under way, so that what DuckDB calls an error of its own is one of the file.
     """
-    said = said_of(error, path)
+    message = duckdb_message(error, path)
     first = str(error).splitlines()[0]
     if (full := disk_trouble(error)) is not None:
         return StoreError(f"{path}: {full}")
     if (
-        any(words in said for words in SAID_OF_DAMAGE)
+        any(words in message for words in WORDS_OF_DAMAGE)
         or isinstance(error, duckdb.SerializationException)
         or (opening and isinstance(error, duckdb.InternalException | duckdb.FatalException))
     ):
@@ -56,7 +56,7 @@ def explain(error: duckdb.Error, path: Path, *, opening: bool = False) -> Except
     return error
 
 
-def said_of(error: duckdb.Error, path: Path) -> str:
+def duckdb_message(error: duckdb.Error, path: Path) -> str:
     """DuckDB's words in lower case, without the names of files, which may hold any word."""
     text = str(error)
     for name in (str(path), str(path.resolve()), str(path.parent), str(path.parent.resolve())):

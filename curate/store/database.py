@@ -24,7 +24,7 @@ from uuid import uuid4
 import duckdb
 
 from curate.errors import DamagedStore, StoreError
-from curate.store.damage import explain, explained, mend, said_of
+from curate.store.damage import duckdb_message, explain, explained, mend
 from curate.store.engines import attached
 from curate.store.locks import process_alive
 from curate.store.openings import Opened, connections, held, kept, let_go, waiting
@@ -248,7 +248,7 @@ class Database:
             self._lock.release()
 
     def _connect(self, opened: ExitStack, read_only: bool, patience: float) -> Connection:
-        start, pause, said = time.monotonic(), 0.005, False
+        start, pause, has_said = time.monotonic(), 0.005, False
         while True:
             try:
                 return opened.enter_context(attached(self.path, read_only=read_only))
@@ -259,7 +259,7 @@ class Database:
                 ) from None
             except duckdb.Error as error:
                 text = str(error)
-                if "could not set lock" not in said_of(error, self.path):  # "block" is another word
+                if "could not set lock" not in duckdb_message(error, self.path):  # "block" is another word
                     raise explain(error, self.path, opening=True) from None
             holder = re.search(r"PID (\d+)", text)
             who = f"process {holder[1]}" if holder else "another process"
@@ -269,9 +269,9 @@ class Database:
                     f"{self.path}: {who} has had it open for {waited:.0f} s. "
                     "Close it there (a notebook or a DuckDB shell, perhaps), then run this again."
                 )
-            if waited > 1 and not said and self.on_wait:
+            if waited > 1 and not has_said and self.on_wait:
                 self.on_wait(f"waiting for {self.path}: {who} has it open")
-                said = True
+                has_said = True
             time.sleep(pause)
             pause = min(pause * 1.6, 0.25)
 

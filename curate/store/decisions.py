@@ -60,9 +60,9 @@ class Reasons(Sequence[Reason]):
     def columns(self) -> dict[str, pa.Array]:
         """rule, reason, value, cut as Arrow columns, NULL where there is none."""
         codes = pa.array(self.codes)
-        told = {name: [kind[i] for kind in self.kinds] for i, name in enumerate(("rule", "reason"))}
+        columns = {name: [kind[i] for kind in self.kinds] for i, name in enumerate(("rule", "reason"))}
         texts = {
-            name: pa.DictionaryArray.from_arrays(codes, pa.array(words, pa.string())) for name, words in told.items()
+            name: pa.DictionaryArray.from_arrays(codes, pa.array(words, pa.string())) for name, words in columns.items()
         }
         return texts | {
             "value": pa.array(self.value, mask=~self.has_value),

@@ -9,22 +9,24 @@ from curate.store.imports import VALUES, Import
 from curate.store.sql import literal, literals, quote
 
 
-def shown(found: Sequence[Import]) -> dict[str, list[str]]:
+def shown(imports: Sequence[Import]) -> dict[str, list[str]]:
     """column -> the fingerprints whose values `scored` shows, the latest import's last: those that name no run and no checkpoint, else the only
     one there is. A column of several checkpoints is in `trajectories` alone.
     """
-    plain: dict[str, list[str]] = {}
+    without_run: dict[str, list[str]] = {}
     placed: dict[str, set[str]] = {}
-    for one in found:
+    for one in imports:
         for column in one.columns if one.fingerprints else ():
             if one.per_row:
-                prints = plain.setdefault(column, [])
+                prints = without_run.setdefault(column, [])
                 prints[:] = [*(p for p in prints if p not in one.fingerprints), *one.fingerprints]
             else:
                 placed.setdefault(column, set()).update(one.fingerprints)
-    names = dict.fromkeys(column for one in found for column in one.columns)
+    names = dict.fromkeys(column for one in imports for column in one.columns)
     lone = {column: list(prints) for column, prints in placed.items() if len(prints) == 1}
-    return {column: plain.get(column) or lone[column] for column in names if column in plain or column in lone}
+    return {
+        column: without_run.get(column) or lone[column] for column in names if column in without_run or column in lone
+    }
 
 
 def shown_table(columns: Mapping[str, Sequence[str]]) -> str:
@@ -43,6 +45,6 @@ def shown_table(columns: Mapping[str, Sequence[str]]) -> str:
     return f"SELECT row_id, {', '.join(picked)} FROM {table} WHERE fingerprint IN ({every}) GROUP BY row_id"
 
 
-def worst_ends(found: Sequence[Import]) -> dict[str, Literal["high", "low"]]:
+def worst_ends(imports: Sequence[Import]) -> dict[str, Literal["high", "low"]]:
     """column -> the end that its import called bad, the latest that did."""
-    return {column: end for one in found for column, end in one.worst.items()}
+    return {column: end for one in imports for column, end in one.worst.items()}

@@ -134,12 +134,16 @@ def ensure(con: Connection) -> list[Import]:
 
 
 def write(
-    con: Connection, one: Import, measured: Sequence[Measured], values: pa.Table | None, said: Sequence[DatasetValue]
+    con: Connection,
+    one: Import,
+    measured: Sequence[Measured],
+    values: pa.Table | None,
+    dataset_values: Sequence[DatasetValue],
 ) -> tuple[Import, tuple[int, ...]]:
     """Keep an import. Returns it with its number, and the numbers of earlier ones that it replaces whole: they are gone then."""
     earlier = ensure(con)
     number = max([old.number for old in earlier], default=0) + 1
-    one = replace(one, number=number, values_origin=f"import:{number}:{one.origin}" if said else "")
+    one = replace(one, number=number, values_origin=f"import:{number}:{one.origin}" if dataset_values else "")
     for record in measured:
         remember(con, record)
     if values is not None:
@@ -153,8 +157,8 @@ def write(
     gone = [old.number for old in earlier if old.fingerprints and values is not None and _covered(con, old, one)]
     for old in gone:
         con.execute(f"DELETE FROM data.imported_lines WHERE {NUMBER} = ?", [old])
-    if said:
-        gone += _replace_dataset_values(con, one, said, earlier)
+    if dataset_values:
+        gone += _replace_dataset_values(con, one, dataset_values, earlier)
     for old in gone:
         con.execute("DELETE FROM data.imports WHERE number = ?", [old])
     outdate(con, one.fingerprints)
@@ -174,14 +178,14 @@ def _covered(con: Connection, old: Import, new: Import) -> bool:
 
 
 def _replace_dataset_values(
-    con: Connection, one: Import, said: Sequence[DatasetValue], earlier: Sequence[Import]
+    con: Connection, one: Import, dataset_values: Sequence[DatasetValue], earlier: Sequence[Import]
 ) -> list[int]:
     """The values of the same name, run and checkpoint go, and with them the imports that have none left."""
-    rows = [[one.values_origin, *asdict(value).values()] for value in said]
-    names = ", ".join(asdict(said[0]))
+    rows = [[one.values_origin, *asdict(value).values()] for value in dataset_values]
+    names = ", ".join(asdict(dataset_values[0]))
     marks = ", ".join("?" * len(rows[0]))
     same = "name = ? AND run = ? AND checkpoint = ? AND step IS NOT DISTINCT FROM ?"
-    for value in said:
+    for value in dataset_values:
         con.execute(
             f"DELETE FROM data.dataset_values WHERE starts_with(origin, 'import:') AND {same}",
             [value.name, value.run, value.checkpoint, value.step],
@@ -191,7 +195,7 @@ def _replace_dataset_values(
     ]
     for old in same_file:  # the file again: what it no longer says is gone
         con.execute(
-            f"DELETE FROM data.dataset_values WHERE origin = ? AND name IN ({literals(v.name for v in said)})",
+            f"DELETE FROM data.dataset_values WHERE origin = ? AND name IN ({literals(v.name for v in dataset_values)})",
             [old.values_origin],
         )
     for row in rows:

@@ -113,15 +113,15 @@ def _is_constant(tree: Node) -> bool:
 
 def ambiguous(con: Connection, tree: Node, own: Mapping[str, Sequence[OwnColumn]]) -> Iterator[str]:
     """A sentence for each name that a statement uses by itself and that two columns could be meant by."""
-    said = set()
+    noted = set()
     for part, scope in syntax.parts(tree):
         name = syntax.column_of(part, scope)
         if name is None:
             continue
         table = _table_with(con, name, scope, own)
         both = [c for c in own.get(table or "", ()) if c.taken_by and c.name.lower() == name.lower()]
-        if table and both and (name.lower(), table) not in said:
-            said.add((name.lower(), table))
+        if table and both and (name.lower(), table) not in noted:
+            noted.add((name.lower(), table))
             yield _both(name, table, both)
 
 
@@ -181,12 +181,12 @@ def _refuse_text(con: Connection, operand: Node, table: str, key: str) -> None:
     if operand.get("class") in ("CONSTANT", "SUBQUERY", "LAMBDA") or _says_text(operand):
         return
     shown = syntax.text_of(con, operand)
-    told = numbers_in(con, shown, table)
-    if told is None:
+    texts = numbers_in(con, shown, table)
+    if texts is None:
         return
     raise UsageError(
-        f"{key}: {shown} is text, and {told.how_many} of its values are numbers: as text, '10' comes before '9'. "
-        f"Write `{told.cast}` (or `{shown}::VARCHAR` where the order of text is meant)."
+        f"{key}: {shown} is text, and {texts.how_many} of its values are numbers: as text, '10' comes before '9'. "
+        f"Write `{texts.cast}` (or `{shown}::VARCHAR` where the order of text is meant)."
     )
 
 
@@ -214,8 +214,8 @@ def numbers_in(con: Connection, shown: str, table: str) -> Numbers | None:
     known, numbers, commas = counts
     if not numbers or 2 * numbers < known:
         return None
-    plain = f"replace({shown}, ',', '')" if commas else shown
-    cast = f"{plain}::DOUBLE" if numbers == known else f"TRY_CAST({plain} AS DOUBLE)"
+    without_commas = f"replace({shown}, ',', '')" if commas else shown
+    cast = f"{without_commas}::DOUBLE" if numbers == known else f"TRY_CAST({without_commas} AS DOUBLE)"
     return Numbers("all" if numbers == known else f"{numbers:,} of {known:,}", cast)
 
 

@@ -45,11 +45,11 @@ class ViewFacts:
         self.made: set[str] = set()  # the views that are made already, on this connection
         self.name, self.scores_table, uses, plain = _recipe(con, recipe)
         self.only = _condition(con, recipe, sources)
-        wanted = literals(dict.fromkeys([*uses, *plain]))
+        visible = literals(dict.fromkeys([*uses, *plain]))
         self.measured = [
             Placed(*line)
             for line in con.execute(
-                f"SELECT {PLACED} FROM data.measured WHERE reads = 'import' OR fingerprint IN ({wanted})"
+                f"SELECT {PLACED} FROM data.measured WHERE reads = 'import' OR fingerprint IN ({visible})"
             ).fetchall()
         ]
         self.measured.sort(key=lambda m: (m.created, m.fingerprint))

@@ -40,16 +40,16 @@ class OwnColumn:
         return f"{value} AS {quote(self.shown)}"
 
 
-def own_columns(found: Mapping[str, Sequence[str]], taken: Mapping[str, str] | Iterable[str]) -> list[OwnColumn]:
+def own_columns(columns: Mapping[str, Sequence[str]], taken: Mapping[str, str] | Iterable[str]) -> list[OwnColumn]:
     """found: the user's columns in their order -> their types. taken: the names of the view's other columns, in lower case
     (-> as they are written).
     """
     holders = dict(taken) if isinstance(taken, Mapping) else {name: name for name in taken}
     shown: dict[str, str] = {}
-    for name in found:  # who can keep a name keeps it, before anyone is called user_…
+    for name in columns:  # who can keep a name keeps it, before anyone is called user_…
         if name.lower() not in holders:
             holders[name.lower()] = shown[name] = name
-    for name in found:
+    for name in columns:
         if name not in shown:
             other = f"user_{name}"
             while other.lower() in holders:
@@ -59,7 +59,7 @@ def own_columns(found: Mapping[str, Sequence[str]], taken: Mapping[str, str] | I
     taken_by = {name: "" if name in kept else holders[name.lower()] for name in shown}
     return [
         OwnColumn(name, shown[name], _kind(types), taken_by[name], taken_by[name] in kept)
-        for name, types in found.items()
+        for name, types in columns.items()
     ]
 
 

@@ -130,20 +130,20 @@ def positions(con: Connection, row_ids: Sequence[str]) -> np.ndarray:
     return result
 
 
-def rows_at(con: Connection, wanted: np.ndarray) -> list[Row | None]:
+def rows_at(con: Connection, positions: np.ndarray) -> list[Row | None]:
     """Row objects at these positions, in this order. The range of positions is named, so that DuckDB skips the rest of the texts."""
-    if not len(wanted):
+    if not len(positions):
         return []
     listed, params = "wanted_positions", []
-    if len(wanted) <= FEW:
+    if len(positions) <= FEW:
         listed = "(SELECT unnest(?::BIGINT[]) AS position, unnest(range(?)) AS i)"
-        params = [wanted.tolist(), len(wanted)]
+        params = [positions.tolist(), len(positions)]
     else:
-        con.register(listed, pa.table({"i": pa.array(np.arange(len(wanted))), "position": pa.array(wanted)}))
+        con.register(listed, pa.table({"i": pa.array(np.arange(len(positions))), "position": pa.array(positions)}))
     lines = con.execute(
         "SELECT i, kind, style, prompt, chosen, rejected, completion, answer, label, template_args FROM data.rows "
         f"JOIN {listed} USING (position) WHERE position BETWEEN ? AND ? ORDER BY i",
-        [*params, int(wanted.min()), int(wanted.max())],
+        [*params, int(positions.min()), int(positions.max())],
     ).fetchall()
     return [_row(*values[1:]) for values in lines]
 
@@ -194,10 +194,10 @@ def run(con: Connection, text: str, params: Sequence[Any] | Mapping[str, Any] | 
 
     try:
         allowed.check_query(con, text)
-        found = answer(con, text, params)
-        if found is None:
+        result = answer(con, text, params)
+        if result is None:
             raise UsageError("expected a query that returns rows, such as SELECT row_id FROM rows LIMIT 5.")
-        frame = pl.from_arrow(found)
+        frame = pl.from_arrow(result)
         assert isinstance(frame, pl.DataFrame)
         return frame
     except duckdb.Error as error:
@@ -274,14 +274,14 @@ def explain(con: Connection, error: duckdb.Error) -> UsageError | None:
 
 def _in_words(error: duckdb.Error, first: str) -> str:
     """The first line of DuckDB's error without the name of its class, and what to write instead."""
-    _, sign, said = first.partition(" Error: ")
+    _, sign, message = first.partition(" Error: ")
     if not sign or isinstance(error, duckdb.ParserException):
         return first
-    said = said.replace("STRING_LITERAL", "text").replace("INTEGER_LITERAL", "a number").removesuffix("!")
+    message = message.replace("STRING_LITERAL", "text").replace("INTEGER_LITERAL", "a number").removesuffix("!")
     cast = " A text column that holds numbers is compared as `column::DOUBLE`." if "VARCHAR and type" in first else ""
     if isinstance(error, duckdb.ConversionException):
         cast = " Write a value of the column's type, or TRY_CAST(… AS DOUBLE), which is NULL where that fails."
-    return f"{said[:1].lower()}{said[1:].removesuffix('.')}.{cast}"
+    return f"{message[:1].lower()}{message[1:].removesuffix('.')}.{cast}"
 
 
 def find_row(con: Connection, text: str, folder: str) -> str:

@@ -88,10 +88,10 @@ class StoreResults(StoreReader):
         with self.database.write() as con:
             recipes.note(con, f"made of {recipe}", json.dumps(record))
 
-    def note_source(self, source: str, role: Role, fingerprint: str, said: Mapping[str, Any]) -> None:
+    def note_source(self, source: str, role: Role, fingerprint: str, note: Mapping[str, Any]) -> None:
         """Keep what reading a source in has found, as `noted_of` gives it back; it stands for this content and way of reading alone."""
         with self.database.write() as con:
-            recipes.note(con, f"notes of {role} {source} {fingerprint}", json.dumps(said))
+            recipes.note(con, f"notes of {role} {source} {fingerprint}", json.dumps(note))
 
     def write_scores(
         self,

@@ -41,7 +41,7 @@ def stored_runs(
     """
     uses = None if recipe is None else set(recipe["uses"])
     having = store.known_columns([*columns, *optional])
-    places: dict[str, dict[int, tuple[str, dict[str, str]]]] = {}
+    labels: dict[str, dict[int, tuple[str, dict[str, str]]]] = {}
     called = {} if recipe is None else store.places(recipe["name"])
     for m in store.measured():
         if not (uses is None or m.fingerprint in uses or m.reads == "import"):
@@ -50,10 +50,10 @@ def stored_runs(
             if step is None:
                 continue
             for column in having.get(m.fingerprint, ()):
-                places.setdefault(run, {}).setdefault(step, (checkpoint, {}))[1][column] = m.fingerprint
+                labels.setdefault(run, {}).setdefault(step, (checkpoint, {}))[1][column] = m.fingerprint
     row_ids = store.row_ids_of(sources, kind=kind, role="train") or store.row_ids_of(sources, kind=kind)
-    found = []
-    for run, at in sorted(places.items()):
+    runs = []
+    for run, at in sorted(labels.items()):
         steps = [s for s in sorted(at) if set(columns) <= at[s][1].keys()]
         if not steps:
             continue
@@ -64,5 +64,5 @@ def stored_runs(
             continue
         kept = [s for s, k in zip(steps, known, strict=True) if k]
         values = {c: v[:, known] for c, v in values.items()}
-        found.append(StoredRun(run, tuple(kept), tuple(at[s][0] or str(s) for s in kept), row_ids, values))
-    return found
+        runs.append(StoredRun(run, tuple(kept), tuple(at[s][0] or str(s) for s in kept), row_ids, values))
+    return runs

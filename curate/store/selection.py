@@ -109,12 +109,12 @@ class Selection:
             ids = part["row_id"].to_list()
             rows = self.store.iter_rows(ids, batch=BATCH)
             with self.store.database.read() as con:
-                found = _occurrences(con, ids, self.sources(con))
+                grouped = _occurrences(con, ids, self.sources(con))
             for row, line in zip(rows, part.iter_rows(named=True), strict=True):
                 row_id = line["row_id"]
                 asked = {n: line[f"+{n}"] for n in names}
                 reason = str(Reason(line["rule"] or "", line["reason"], line["value"], line["cut"]))
-                occurrences: list[Occurrence] = found.get(row_id) or [(None, None, {})]
+                occurrences: list[Occurrence] = grouped.get(row_id) or [(None, None, {})]
                 for source, index, own in occurrences[1:] if skip_first else occurrences[:1] if first else occurrences:
                     why = (
                         f"duplicate of {row_id}, which is kept from {occurrences[0][0]}:{occurrences[0][1]}"
@@ -132,8 +132,8 @@ class Selection:
         own = [column for column in self.store.frame(recipe=self.recipe).own["scored"] if not column.imported]
         kept = {c.name for c in own if not c.taken_by}
         names = [n for n in names if n not in kept]
-        wanted = {n.lower() for n in names}
-        return names, {c.name: c.shown for c in own if c.taken_by and c.name.lower() in wanted}
+        asked = {n.lower() for n in names}
+        return names, {c.name: c.shown for c in own if c.taken_by and c.name.lower() in asked}
 
     def sources(self, con: Connection) -> list[str] | None:
         """The names of the sources whose training rows were decided on; None for all."""
@@ -142,22 +142,22 @@ class Selection:
         roles = one(con, "SELECT value FROM data.meta WHERE key = ?", [f"roles of {self.recipe}"])
         if roles:  # a held-out file of this recipe may be another's to train on
             return list(json.loads(roles[0]).get("train") or []) or None
-        found = one(con, "SELECT sources FROM data.recipes WHERE name = ?", [self.recipe])
-        return list(found[0]) if found and found[0] else None
+        recipe = one(con, "SELECT sources FROM data.recipes WHERE name = ?", [self.recipe])
+        return list(recipe[0]) if recipe and recipe[0] else None
 
 
 def _occurrences(con: Connection, row_ids: Sequence[str], sources: list[str] | None) -> dict[str, list[Occurrence]]:
     """row_id -> its training occurrences in reading order: source, index, the user's columns."""
     ids_view(con, row_ids)
     narrowed = "" if sources is None else "AND list_contains(?, o.source)"
-    found = query.dicts(
+    lines = query.dicts(
         con,
         "SELECT o.row_id, o.source, o.index, o.columns FROM data.occurrences o JOIN wanted_ids USING (row_id) "
         f"WHERE o.role = 'train' {narrowed} ORDER BY o.seq",
         [] if sources is None else [sources],
     )
     result: dict[str, list[Occurrence]] = {}
-    for line in found:
+    for line in lines:
         result.setdefault(line["row_id"], []).append(
             (line["source"], line["index"], json.loads(line["columns"] or "{}"))
         )
@@ -172,9 +172,9 @@ def find_selection(store: StoreReader, name: str | None = None) -> Selection:
     chosen.sort(key=lambda s: "control_of" in json.loads(s["spec"] or "{}"))  # a control is nobody's latest selection
     if not chosen:
         names = ", ".join(s["name"] for s in known)
-        wanted = f"no selection {name!r}" if name is not None else "no selection"
+        asked = f"no selection {name!r}" if name is not None else "no selection"
         hint = f"There are: {names}." if names else "Make one with `curate select RECIPE`."
-        raise UsageError(f"{store.folder}: {wanted} in this store. {hint}")
+        raise UsageError(f"{store.folder}: {asked} in this store. {hint}")
     first = chosen[0]
     spec, counts = json.loads(first["spec"] or "{}"), json.loads(first["counts"])
     return Selection(store, first["name"], first["recipe"], spec, counts, first["created"])

@@ -64,13 +64,13 @@ def arrow_column(values: Any) -> pa.Array:
         return pa.array(array)
     if array.dtype.kind in "UT":
         return pa.array(array.tolist(), pa.string())
-    found = [None if v is None or (isinstance(v, float) and not np.isfinite(v)) else v for v in array.tolist()]
-    known = {type(v) for v in found if v is not None}
+    cleaned = [None if v is None or (isinstance(v, float) and not np.isfinite(v)) else v for v in array.tolist()]
+    known = {type(v) for v in cleaned if v is not None}
     if known <= {bool, np.bool_}:
-        return pa.array(found, pa.bool_() if known else pa.float64())
+        return pa.array(cleaned, pa.bool_() if known else pa.float64())
     if known <= {int, float, bool}:
-        return pa.array([None if v is None else float(v) for v in found], pa.float64())
-    return pa.array([None if v is None else clean_text(str(v)) for v in found], pa.string())
+        return pa.array([None if v is None else float(v) for v in cleaned], pa.float64())
+    return pa.array([None if v is None else clean_text(str(v)) for v in cleaned], pa.string())
 
 
 def clean_text(text: str) -> str:

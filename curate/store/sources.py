@@ -161,8 +161,8 @@ def _beyond_text(row: Pair | Example, texts: Sequence[Text | None]) -> str | Non
     """The row's `template_args`; "{}" where its messages alone hold more than roles and texts; None where all is roles and texts."""
     if row.template_args:
         return row.template_args
-    plain = all(text is None or isinstance(text, str) or all(map(is_plain, text)) for text in texts)
-    return None if plain else "{}"
+    is_plain_text = all(text is None or isinstance(text, str) or all(map(is_plain, text)) for text in texts)
+    return None if is_plain_text else "{}"
 
 
 def json_columns(columns: Mapping[str, Any], types: dict[str, Shape]) -> str | None:
@@ -289,12 +289,12 @@ def _ingest(con: Connection, staging: Path, source: str, role: str, *, replace: 
     start = "(SELECT coalesce(max(seq), -1) + 1 FROM data.occurrences)"
     if replace:
         con.execute("DELETE FROM data.occurrences WHERE source = ? AND role = ?", [source, role])
-        wanted = ""
+        new_alone = ""
     else:
-        wanted = f"WHERE row_id NOT IN (SELECT row_id FROM data.occurrences WHERE source = {literal(source)})"
+        new_alone = f"WHERE row_id NOT IN (SELECT row_id FROM data.occurrences WHERE source = {literal(source)})"
     con.execute(
         f"INSERT INTO data.occurrences (seq, row_id, source, index, role, columns) "
-        f"SELECT {start} + n, row_id, ?, index, ?, columns FROM {staged} {wanted}",
+        f"SELECT {start} + n, row_id, ?, index, ?, columns FROM {staged} {new_alone}",
         [source, role],
     )
     con.execute("DROP TABLE first_seen")

@@ -210,21 +210,21 @@ class Store(StoreResults):
         one: Import,
         measured: Sequence[Measured],
         values: Any = None,
-        said: Sequence[DatasetValue] = (),
+        dataset_values: Sequence[DatasetValue] = (),
         *,
         keys: Sequence[Any] = (),
         kind: str = "sft",
     ) -> tuple[Import, tuple[int, ...]]:
         """Keep an import, all of it or nothing. Returns it with its number, and the numbers of the earlier ones that it replaces whole.
 
-        values: a pyarrow table with fingerprint, row_id and the columns, NULL = unknown, a line a fingerprint and row. said: dataset values.
-        keys: ids of rows that only the file knows, of this kind; they are added first.
+        values: a pyarrow table with fingerprint, row_id and the columns, NULL = unknown, a line a fingerprint and row.
+        dataset_values: those that the file gives. keys: ids of rows that only the file knows, of this kind; they are added first.
         """
         staging = sources.foreign_staged(self.folder, one.origin, keys, kind=kind) if keys else nullcontext()
         with staging as staged, self.database.write() as con:
             if staged is not None:
                 sources.ingest_foreign(con, staged, one.origin)
-            numbered = imports.write(con, one, measured, values, said)
+            numbered = imports.write(con, one, measured, values, dataset_values)
             self.database.before_commit(views.define)
         return numbered
 

@@ -122,13 +122,13 @@ def _tables(table: Any, ctes: frozenset[str]) -> Iterator[tuple[str, str | None]
 
 
 def _cte_names(node: Any) -> frozenset[str]:
-    found: set[str] = set()
+    names: set[str] = set()
     if isinstance(node, list):
         for item in node:
-            found |= _cte_names(item)
+            names |= _cte_names(item)
     elif isinstance(node, dict):
         if isinstance(node.get("cte_map"), dict):
-            found |= {str(entry.get("key", "")).lower() for entry in node["cte_map"].get("map", [])}
+            names |= {str(entry.get("key", "")).lower() for entry in node["cte_map"].get("map", [])}
         for value in node.values():
-            found |= _cte_names(value)
-    return frozenset(found)
+            names |= _cte_names(value)
+    return frozenset(names)

@@ -35,8 +35,8 @@ MEASURED = (
 
 def table_of(measurement: str) -> str:
     """The table of a measurement, such as m_likelihood; a user's `package.module:name` keeps a hash of its full name."""
-    plain = re.sub(r"\W+", "_", measurement.lower())
-    return f"m_{plain}" if plain == measurement else f"m_{plain}_{content_id(measurement)[:6]}"
+    name = re.sub(r"\W+", "_", measurement.lower())
+    return f"m_{name}" if name == measurement else f"m_{name}_{content_id(measurement)[:6]}"
 
 
 def columns_of(con: Connection, table: str) -> dict[str, str]:

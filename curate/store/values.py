@@ -49,14 +49,14 @@ def known_columns(con: Connection, names: Sequence[str] | None) -> dict[str, lis
     result: dict[str, list[str]] = {}
     for (measurement,) in con.execute("SELECT DISTINCT measurement FROM data.measured ORDER BY 1").fetchall():
         table = table_of(measurement)
-        wanted = [c for c in columns_of(con, table) if names is None or c in names]
-        if not wanted:
+        listed = [c for c in columns_of(con, table) if names is None or c in names]
+        if not listed:
             continue
-        counts = ", ".join(f"count({quote(c)}) > 0" for c in wanted)
+        counts = ", ".join(f"count({quote(c)}) > 0" for c in listed)
         for fingerprint, *known in con.execute(
             f"SELECT fingerprint, {counts} FROM data.{quote(table)} GROUP BY 1"
         ).fetchall():
-            result.setdefault(fingerprint, []).extend(c for c, k in zip(wanted, known, strict=True) if k)
+            result.setdefault(fingerprint, []).extend(c for c, k in zip(listed, known, strict=True) if k)
     return result
 
 

@@ -245,10 +245,10 @@ def _followed(facts: ViewFacts) -> dict[str, list[str]]:
             key = (m.measurement, m.run, m.checkpoint, m.step, m.model_fingerprint, m.reads == "import")
             if key not in last or last[key].created < m.created:
                 last[key] = m
-    found: dict[str, list[str]] = {}
+    columns: dict[str, list[str]] = {}
     for m in sorted(last.values(), key=lambda m: m.measurement):
-        found.setdefault(m.measurement, []).append(m.fingerprint)
-    return found
+        columns.setdefault(m.measurement, []).append(m.fingerprint)
+    return columns
 
 
 def _trajectories(facts: ViewFacts, called: str) -> str:

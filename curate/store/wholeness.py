@@ -74,8 +74,10 @@ def fault_of(path: Path) -> str | None:
         raise StoreError(f"{path}: cannot be read ({error.strerror}). Check that you may read it.") from None
     named = NAME.fullmatch(path.name)
     if named is not None and named["crc"] is not None:
-        found = checksum(content)
-        return None if found == named["crc"] else f"its checksum is {found}, and was {named['crc']} when it was written"
+        actual = checksum(content)
+        return (
+            None if actual == named["crc"] else f"its checksum is {actual}, and was {named['crc']} when it was written"
+        )
     try:
         return _fault_without_checksum(path, content, named)
     except UNREADABLE as error:

@@ -70,17 +70,17 @@ def series_of(
             run, checkpoint, step = called[min(before, len(called) - 1)]
             place = _Place(step is None, number if step is None else step, checkpoint)
             runs.setdefault(run, {}).setdefault(place, {})[column] = fingerprint
-    return [_series(run, places, sorted(columns)) for run, places in sorted(runs.items())]
+    return [_series(run, by_step, sorted(columns)) for run, by_step in sorted(runs.items())]
 
 
-def _series(run: str, places: Mapping[_Place, Mapping[str, str]], columns: Sequence[str]) -> Series:
-    order = sorted(places)
+def _series(run: str, labels: Mapping[_Place, Mapping[str, str]], columns: Sequence[str]) -> Series:
+    order = sorted(labels)
     nobody_knows = all(place.has_no_step for place in order)  # then their order stands for the steps
     return Series(
         run,
         tuple(None if place.has_no_step and not nobody_knows else place.step for place in order),
         tuple(place.checkpoint or str(place.step) for place in order),
-        {column: [places[place].get(column) for place in order] for column in columns},
+        {column: [labels[place].get(column) for place in order] for column in columns},
         tuple((place.checkpoint, None if place.has_no_step else place.step) for place in order),
     )
 
@@ -209,8 +209,8 @@ class Columns:
                     self._at |= {(f, name): (read, k) for k, f in enumerate(new)}
         if key not in self._known:
             nothing = np.full((len(self.row_ids), 1), np.nan)
-            places = [self._at[f, column] if f else (nothing, 0) for f in fingerprints]
-            self._known[key] = np.stack([values[:, k] for values, k in places], 1)
+            tables = [self._at[f, column] if f else (nothing, 0) for f in fingerprints]
+            self._known[key] = np.stack([values[:, k] for values, k in tables], 1)
         return self._known[key]
 
 

@@ -35,8 +35,8 @@ def control_of(rows: Candidates, spec: SelectSpec, decisions: Decisions) -> Deci
         drawn[index[cost <= most]] = True
     rank[order[drawn[order]]] = np.arange(1, int(drawn.sum()) + 1)
     how = "at random, matched in length" if spec.control == "length_matched" else "at random"
-    for which, said in ((drawn, "control: drawn"), (~drawn, "control: not among those drawn")):
-        deciding.reasons.set(deciding.left & which, "control", f"{said} {how} (seed {spec.seed})")
+    for which, reason in ((drawn, "control: drawn"), (~drawn, "control: not among those drawn")):
+        deciding.reasons.set(deciding.left & which, "control", f"{reason} {how} (seed {spec.seed})")
     deciding.notes.clear()  # the selection's own say it
     names = np.array([deciding.names[g] for g in rows.groups], object)
     by_group = {name: int((drawn & (names == name)).sum()) for name in deciding.names.values()}

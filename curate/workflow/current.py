@@ -94,28 +94,28 @@ def export_hash(loaded: Loaded, selection: Selection, asked: Export, of_selectio
     return content_id(__version__, trl, json.dumps(made, sort_keys=True, default=str))
 
 
-def exported(target: Path, made_of: str) -> ExportResult | None:
+def exported(target: Path, inputs_hash: str) -> ExportResult | None:
     """The export that is there, if it was made of this and nothing of it has changed since."""
     from curate.data import ExportResult
     from curate.data.replace import MARK
 
     try:
-        _, _, told = (target / MARK).read_text(encoding="utf-8").partition("\n")
-        kept = json.loads(told) if told.strip() else {}
+        _, _, written = (target / MARK).read_text(encoding="utf-8").partition("\n")
+        kept = json.loads(written) if written.strip() else {}
     except (OSError, ValueError):
         return None
-    there = kept.get("of") == made_of and (target / "README.md").is_file()
+    there = kept.get("of") == inputs_hash and (target / "README.md").is_file()
     if not there or not all(_stat(target / name) == stat for name, stat in kept["files"].items()):
         return None
-    said = {**kept["result"], "path": target}
-    given: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in said.items()}
+    values = {**kept["result"], "path": target}
+    given: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     return ExportResult(**given)
 
 
-def mark_of(made_of: str, result: ExportResult, folder: Path) -> str:
+def mark_of(inputs_hash: str, result: ExportResult, folder: Path) -> str:
     """What `exported` reads in the mark. folder: where the files lie now."""
-    told = {name: value for name, value in asdict(result).items() if name != "path"}
-    return json.dumps({"of": made_of, "result": told, "files": files_of(folder)}) + "\n"
+    values = {name: value for name, value in asdict(result).items() if name != "path"}
+    return json.dumps({"of": inputs_hash, "result": values, "files": files_of(folder)}) + "\n"
 
 
 def files_of(folder: Path) -> dict[str, list[int]]:

@@ -83,8 +83,8 @@ def coded(groups: Sequence[str | None]) -> tuple[np.ndarray, list[str | None]]:
     """(rows,) a number for each row's group, and the groups by number, in the order of their first rows."""
     if len(groups) and groups.count(None) == len(groups):
         return np.zeros(len(groups), np.int32), [None]
-    found = pa.array(groups, pa.string()).dictionary_encode("encode")
-    return found.indices.to_numpy(), found.dictionary.to_pylist()
+    encoded = pa.array(groups, pa.string()).dictionary_encode("encode")
+    return encoded.indices.to_numpy(), encoded.dictionary.to_pylist()
 
 
 def grouped(rows: Candidates, left: np.ndarray) -> dict[str | None, np.ndarray]:
@@ -143,8 +143,8 @@ class _Deciding:
         if held is None:
             return
         dropped = 0
-        for what, said in EXCLUDED.items():
-            dropped += self.drop(np.array([h == what for h in held], bool), "exclude", f"exclude: {said}")
+        for what, reason in EXCLUDED.items():
+            dropped += self.drop(np.array([h == what for h in held], bool), "exclude", f"exclude: {reason}")
         if not dropped:
             self.notes.append("exclude: heldout drops no row: no prompt of the held-out set is among these rows.")
 
@@ -271,11 +271,11 @@ class _Deciding:
         everything = kind == "share" and amount == 1
         by = self._by()
         text = "kept: no rule drops it" if everything else f"kept: within keep {limit}{of}{by}"
-        for rows, said, counted in (
+        for rows, reason, counted in (
             (index[:n_kept], text, cost[:n_kept]),
             (index[n_kept:], f"beyond keep {limit}{of}{by}", cost[n_kept:]),
         ):
-            self.reasons.set(rows, "keep", said, *(() if everything else (counted, float(most))))
+            self.reasons.set(rows, "keep", reason, *(() if everything else (counted, float(most))))
         name = f"{self.spec.group} {self.names[group]}: " if self.spec.group else ""
         if not n_kept and amount:
             why = f"; its first row has {cost[0]:,.0f} tokens" if kind == "tokens" else ""

@@ -29,20 +29,20 @@ class Encodings:
         if key in self._kept:
             kept: Found = self._kept[key]
             return kept
-        found = encode()
-        size = _size(found)
+        encoding = encode()
+        size = _size(encoding)
         if size <= self.left:
             self.left -= size
-            self._kept[key] = found
-        return found
+            self._kept[key] = encoding
+        return encoding
 
 
-def _size(found: Any) -> int:
+def _size(encoding: Any) -> int:
     """Bytes of an Encoded, an EncodedPair or PromptTokens, about."""
-    if found is None:
+    if encoding is None:
         return OVERHEAD
-    if hasattr(found, "chosen"):
-        return _size(found.chosen) + _size(found.rejected)
-    if isinstance(found.ids, np.ndarray):
-        return OVERHEAD + int(found.ids.nbytes)
-    return OVERHEAD + 36 * len(found.ids) + 4 * len(found.text)
+    if hasattr(encoding, "chosen"):
+        return _size(encoding.chosen) + _size(encoding.rejected)
+    if isinstance(encoding.ids, np.ndarray):
+        return OVERHEAD + int(encoding.ids.nbytes)
+    return OVERHEAD + 36 * len(encoding.ids) + 4 * len(encoding.text)

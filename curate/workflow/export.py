@@ -37,25 +37,25 @@ def export_selection(
     sources: list[str],
     roles: Roles,
     *,
-    made_of: str = "",
+    inputs_hash: str = "",
     progress: Progress | None = None,
 ) -> ExportResult:
     """Write the kept rows where the recipe says, the dropped ones beside them; the control to <to>_control, where the recipe exports it.
 
-    made_of: the hash of what the selection is of; an export that is of the same is left as it is. Raises ValidationError where nothing is kept.
+    inputs_hash: the hash of what the selection is of; an export that is of the same is left as it is. Raises ValidationError where nothing is kept.
     """
     asked = loaded.recipe.export
     assert asked is not None
     progress = progress or Progress(quiet=True)
-    result = _export(loaded, store, selection, sources, asked, roles, made_of, progress)
+    result = _export(loaded, store, selection, sources, asked, roles, inputs_hash, progress)
     if not asked.control:
         return result
     control = selection.control
     assert control is not None
     beside = asked.model_copy(update={"to": f"{asked.to.rstrip('/')}_control", "push_to_hub": None})
-    drawn = _export(loaded, store, control, sources, beside, roles, made_of, progress)
-    said = f"The control, {drawn.n_rows:,} rows, is in {drawn.path}."
-    return replace(result, notes=(*result.notes, said))
+    drawn = _export(loaded, store, control, sources, beside, roles, inputs_hash, progress)
+    note = f"The control, {drawn.n_rows:,} rows, is in {drawn.path}."
+    return replace(result, notes=(*result.notes, note))
 
 
 def _export(
@@ -72,10 +72,10 @@ def _export(
     from curate.workflow.export_tables import ByRows, parts_of
 
     to, head = loaded.resolve(asked.to), card_head(loaded, store, selection, sources, roles)
-    made_of = export_hash(
+    inputs_hash = export_hash(
         loaded, selection, asked, of_selection, [asdict(head), [one.number for one in store.imports()]]
     )
-    if of_selection and not asked.push_to_hub and (there := exported(to.absolute(), made_of)) is not None:
+    if of_selection and not asked.push_to_hub and (there := exported(to.absolute(), inputs_hash)) is not None:
         progress.say(f"The export in {there.path} is up to date.")
         return there
     columns = _columns(loaded, store)
@@ -96,7 +96,7 @@ def _export(
         "seed": loaded.recipe.engine.seed,
         "push_to_hub": asked.push_to_hub,
         "trainer": trained_as(loaded),
-        "mark": lambda result, folder: mark_of(made_of, result, folder),
+        "mark": lambda result, folder: mark_of(inputs_hash, result, folder),
         "files": files,
     }
     types = _types(store, sources)
@@ -189,11 +189,11 @@ def _rows(
     from curate.data import ExportRow
 
     for row in selected:
-        found = beside.of(row.row_id)
+        beside_row = beside.of(row.row_id)
         value = None
         if weight:
-            value = (row.columns if weight in beside.own else found).get(weight)
-        asked = {name: found[name] for name in columns if name in found}
+            value = (row.columns if weight in beside.own else beside_row).get(weight)
+        asked = {name: beside_row[name] for name in columns if name in beside_row}
         shown = as_chat(row.row) if chat and row.row is not None else row.row
         yield ExportRow(
             shown, row.row_id, row.columns, None if value is None else float(value), row.reason, asked=asked
@@ -203,34 +203,34 @@ def _rows(
 def _check_weights(name: str, loaded: Loaded, store: Store, selection: Selection) -> None:
     """UsageError where a column holds no numbers; ValidationError where a kept row has none, a negative one, or all are 0."""
     column = quote(name)
-    found = store.sql(
+    wrong_weights = store.sql(
         f"SELECT s.source, s.index, s.{column} AS weight FROM scored s JOIN selections d USING (row_id) WHERE d.selection = ? AND d.kept "
         "ORDER BY s.position",
         [selection.name],
         recipe=loaded.name,
     )
-    if not (found["weight"].dtype.is_numeric() or str(found["weight"].dtype) in ("Boolean", "Null")):
+    if not (wrong_weights["weight"].dtype.is_numeric() or str(wrong_weights["weight"].dtype) in ("Boolean", "Null")):
         raise UsageError(
             f"export.weight: the column {name!r} holds text, expected numbers. Write them without quotes in the source, or name another column."
         )
-    weights = [None if w is None or math.isnan(w) else float(w) for w in found["weight"]]
+    weights = [None if w is None or math.isnan(w) else float(w) for w in wrong_weights["weight"]]
     wrong: dict[str, list[str]] = {}
-    for source, index, weight in zip(found["source"], found["index"], weights, strict=True):
+    for source, index, weight in zip(wrong_weights["source"], wrong_weights["index"], weights, strict=True):
         why = "unknown" if weight is None else "infinite" if math.isinf(weight) else "below 0" if weight < 0 else ""
         if why:
             wrong.setdefault(why, []).append(f"{source}, row {index + 1}" + (f": {weight:g}" if weight else ""))
     if wrong:
         finite = (
             f"isfinite({column}::DOUBLE) AND "
-            if any(w is not None and not math.isfinite(w) for w in found["weight"])
+            if any(w is not None and not math.isfinite(w) for w in wrong_weights["weight"])
             else ""
         )
-        told = "; ".join(
+        faults = "; ".join(
             f"{why} in {len(places):,} ({', '.join(places[:3])}{', …' if len(places) > 3 else ''})"
             for why, places in wrong.items()
         )
         raise ValidationError(
-            f"export.weight: {name!r} cannot weight {sum(map(len, wrong.values())):,} of the {len(weights):,} kept rows: {told}. A weight is a "
+            f"export.weight: {name!r} cannot weight {sum(map(len, wrong.values())):,} of the {len(weights):,} kept rows: {faults}. A weight is a "
             f"number of at least 0. Leave these rows out with select.where: '{column} IS NOT NULL AND {finite}{column} >= 0', or name another column."
         )
     if weights and not any(weights):

@@ -92,15 +92,15 @@ def _open(loaded: Loaded, source: Source, role: Role, store: Store, kept: Kept |
     from curate.data.reading import VERSION
 
     question = f"{role} source {source.path}"
-    found: dict[str, Reading] = {}
+    readings: dict[str, Reading] = {}
 
     def fingerprints() -> list[list[str]]:
-        found["reading"] = open_rows(loaded, source, _setting(role), digest_of=_digests(store).source)
-        return [[info.name, info.fingerprint] for info in found["reading"].sources]
+        readings["reading"] = open_rows(loaded, source, _setting(role), digest_of=_digests(store).source)
+        return [[info.name, info.fingerprint] for info in readings["reading"].sources]
 
     infos = (kept or Kept()).ask(question, fingerprints)
-    if role == "train" and found:
-        loaded.formats = found["reading"].formats_of_all
+    if role == "train" and readings:
+        loaded.formats = readings["reading"].formats_of_all
     settings = [
         loaded.recipe.kind,
         source.on_bad_row,
@@ -112,8 +112,8 @@ def _open(loaded: Loaded, source: Source, role: Role, store: Store, kept: Kept |
         VERSION,
     ]
     prints = {name: content_id(fingerprint, *settings) for name, fingerprint in infos}
-    if kept is None or found:
-        return Opening(prints, found.get("reading"))
+    if kept is None or readings:
+        return Opening(prints, readings.get("reading"))
     read_in = {s["source"] for s in store.sources() if s["role"] == role}
     prints = {name: key for name, key in prints.items() if name in read_in}  # `limit` may end before a list's last file
     gone = [name for name in prints if not loaded.resolve(name).exists()] or list(prints)
@@ -164,19 +164,21 @@ def _read_source(
         for name, group in itertools.groupby(pieces, key=lambda piece: piece.source):
             seen.add(name)
             notes = Notes()
-            found = store.add_source(name, prints[name], _counted(group, count, notes), role=role, waits=waits)
-            said: dict[str, Any] = {
+            ingested = store.add_source(name, prints[name], _counted(group, count, notes), role=role, waits=waits)
+            note: dict[str, Any] = {
                 "lines": reading.notes(),
                 "traits": dict(notes.seen),
                 "prompt": reading.prompt_column,
-                "bad": found.bad,
+                "bad": ingested.bad,
                 "types": reading.types(name),
             }
-            store.note_source(name, role, prints[name], said)
-            good += found.records
-            again = f", {found.duplicates:,} of them occur more than once (measured once)" if found.duplicates else ""
-            bad = f", bad rows left out: {found.bad:,} (`curate validate` names them)" if found.bad else ""
-            progress.say(f"{name}: {found.records:,} rows, {found.new_rows:,} new to the store{again}{bad}")
+            store.note_source(name, role, prints[name], note)
+            good += ingested.records
+            again = (
+                f", {ingested.duplicates:,} of them occur more than once (measured once)" if ingested.duplicates else ""
+            )
+            bad = f", bad rows left out: {ingested.bad:,} (`curate validate` names them)" if ingested.bad else ""
+            progress.say(f"{name}: {ingested.records:,} rows, {ingested.new_rows:,} new to the store{again}{bad}")
     if not good:
         list(
             reading.good("drop", setting=setting, target=target)
@@ -198,18 +200,18 @@ def noted(store: Store, role: Role, prints: Mapping[str, str], *, counts: bool =
     lines: dict[str, None] = {}
     notes, bad, column = Notes(), 0, ""
     for name, fingerprint in prints.items():
-        found = store.noted_of(name, role, fingerprint)
-        lines |= dict.fromkeys(found.get("lines", ()))
-        notes.seen.update(found.get("traits", {}))
-        bad, column = bad + found.get("bad", 0), column or found.get("prompt", "")
+        note = store.noted_of(name, role, fingerprint)
+        lines |= dict.fromkeys(note.get("lines", ()))
+        notes.seen.update(note.get("traits", {}))
+        bad, column = bad + note.get("bad", 0), column or note.get("prompt", "")
     left_out = [f"Bad rows left out: {bad:,} (`curate validate` names them)."] if bad and counts else []
     return [*left_out, *lines, *notes.left_out(column)]
 
 
 def source_types(store: Store, sources: Mapping[str, str]) -> dict[str, str]:
     """The Arrow types of columns that all of these training sources have alike. sources: name -> fingerprint."""
-    found = [store.noted_of(name, "train", fingerprint).get("types", {}) for name, fingerprint in sources.items()]
-    first, *others = found or [{}]
+    types = [store.noted_of(name, "train", fingerprint).get("types", {}) for name, fingerprint in sources.items()]
+    first, *others = types or [{}]
     return {name: kind for name, kind in first.items() if all(other.get(name) == kind for other in others)}
 
 
@@ -267,19 +269,19 @@ def validate_rows(loaded: Loaded) -> dict[str, Validation]:
     """The recipe's rows by their section: source, heldout, targets.NAME."""
     from curate.data import validate_reading
 
-    recipe, found = loaded.recipe, {}
+    recipe, validated = loaded.recipe, {}
     ids: dict[str, set[bytes]] = {"source": set(), "heldout": set()}
     formats: dict[str, dict[str, str]] = {}
     for role, name, rows in (("train", "source", recipe.source), ("heldout", "heldout", recipe.heldout)):
         if rows is not None:
             reading = open_rows(loaded, rows, name)
             formats[role] = reading.formats()
-            found[name] = validate_reading(reading, ids=ids[name])
+            validated[name] = validate_reading(reading, ids=ids[name])
     for name, target in recipe.targets.items():
-        found[f"targets.{name}"] = validate_reading(open_rows(loaded, target, f"targets.{name}", kind=target.kind))
+        validated[f"targets.{name}"] = validate_reading(open_rows(loaded, target, f"targets.{name}", kind=target.kind))
     lines = said_otherwise(loaded, formats)
     if both := len(ids["source"] & ids["heldout"]):
         lines.append(in_both_roles(both, len(ids["heldout"])))
-    last = list(found)[-1]
-    found[last] = replace(found[last], notes=(*found[last].notes, *lines))
-    return found
+    last = list(validated)[-1]
+    validated[last] = replace(validated[last], notes=(*validated[last].notes, *lines))
+    return validated

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class Result:
     """What a run did. selection is None where the recipe selects nothing; values are the dataset-level ones, with intervals.
 
-    said: whether the lines of progress told the plan's notes already, so that the text does not repeat them.
+    notes_shown: whether the lines of progress told the plan's notes already, so that the text does not repeat them.
     """
 
     store: Store
@@ -34,7 +34,7 @@ class Result:
     selection: Selection | None = None
     exported: ExportResult | None = None
     report: Path | None = None  # until there is a report
-    said: bool = False
+    notes_shown: bool = False
 
     @property
     def dataset(self) -> Dataset:
@@ -51,7 +51,7 @@ class Result:
         return f"<Result of {self.recipe!r} in {self.store.folder}>\n{self.text()}"
 
     def text(self) -> str:
-        lines = self.plan.left_out() if self.plan and not self.said else []
+        lines = self.plan.left_out() if self.plan and not self.notes_shown else []
         if self.measured:
             lines.append("Measured " + ", ".join(f"{n:,} rows ({name})" for name, n in self.measured.items()) + ".")
         elif self.plan is not None and self.plan.steps and not self.plan.missing:

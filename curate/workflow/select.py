@@ -26,6 +26,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from curate.store.decisions import Decisions, Reason
+from curate.store.openings import kept_open
 from curate.workflow.control import control_of
 from curate.workflow.decide import Candidates, decide, whole
 from curate.workflow.select_checks import check_select, check_worst
@@ -54,6 +55,7 @@ def select(store: Store, spec: SelectSpec, **known: Any) -> Decisions:
     return select_with_control(store, spec, **known)[0]
 
 
+@kept_open()  # one opening for all that is asked
 def select_with_control(
     store: Store,
     spec: SelectSpec,

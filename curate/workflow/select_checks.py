@@ -104,8 +104,8 @@ def check_worst(name: str, worst: Mapping[str, str], available: Sequence[str]) -
     if name not in worst:
         if name in available:
             raise UsageError(f"select.drop_worst: which end of {name!r} is bad? It is no score, so say it: {say}.")
-        if told := _not_there(name):
-            raise UsageError(f"select.drop_worst: {told}")
+        if message := _not_there(name):
+            raise UsageError(f"select.drop_worst: {message}")
         hint = did_you_mean(name, [*worst, *available], f"this recipe has {', '.join(worst) or 'none'}.", cutoff=0.5)
         raise UsageError(f"select.drop_worst: {name!r} is not a score of this recipe; {hint}")
     if worst[name] not in ("high", "low"):

@@ -93,12 +93,12 @@ def worst_ends(store: Store, wanted: Sequence[RequestedScore]) -> dict[str, str]
     return {**store.worst_ends(), **{want.name: want.score.worst for want in wanted}}
 
 
-def group_names(spec: SelectSpec, found: Iterable[str | None]) -> dict[str | None, str]:
+def group_names(spec: SelectSpec, values: Iterable[str | None]) -> dict[str | None, str]:
     """What a recipe and a message call each group: its text; rows without one are NULL, in brackets where that is some row's text.
 
     A budget called None is theirs where no row has that text: earlier recipes call them so.
     """
-    groups = dict.fromkeys(found)
+    groups = dict.fromkeys(values)
     names: dict[str | None, str] = {group: group for group in groups if group is not None}
     if None in groups:
         null = "NULL"
@@ -109,9 +109,9 @@ def group_names(spec: SelectSpec, found: Iterable[str | None]) -> dict[str | Non
     return names
 
 
-def check_groups(spec: SelectSpec, found: Iterable[str | None]) -> None:
+def check_groups(spec: SelectSpec, groups: Iterable[str | None]) -> None:
     """UsageError for a group that no row is of, or that has no budget."""
-    budgets, names, column = spec.budgets, set(group_names(spec, found).values()), spec.group
+    budgets, names, column = spec.budgets, set(group_names(spec, groups).values()), spec.group
     if not isinstance(spec.per, Mapping):
         return
     strange = sorted(set(budgets) - names)

@@ -108,7 +108,7 @@ class Steps:
         plan.of_references = check_references(loaded, store, plan)
         for note in plan.notes():
             (self.progress.warn if note in plan.doubts else self.progress.say)(note)
-        self.result.said = not self.progress.quiet
+        self.result.notes_shown = not self.progress.quiet
         noted = self._scores_noted()
         check_all(loaded, store, plan, self.sources, is_selected=noted is not None and self._selection_is_current())
         if not store.recipes():  # nobody's views to keep: whoever reads meanwhile sees what is done so far
@@ -232,13 +232,19 @@ class Steps:
         from curate.workflow.export import export_selection
 
         loaded, result = self.loaded, self.result
-        made_of = selection_hash(loaded, self._scores_hash())
+        inputs_hash = selection_hash(loaded, self._scores_hash())
         if result.selection is None:
             result.selection = self.store.selection(loaded.name)
-            check_current(loaded, self.store, "selection", made_of, "select")
+            check_current(loaded, self.store, "selection", inputs_hash, "select")
         train = self.sources.get("train", [])
         result.exported = export_selection(
-            loaded, self.store, result.selection, train, self.plan.roles, made_of=made_of, progress=self.progress
+            loaded,
+            self.store,
+            result.selection,
+            train,
+            self.plan.roles,
+            inputs_hash=inputs_hash,
+            progress=self.progress,
         )
         for note in result.exported.notes:
             (self.progress.warn if note in result.exported.warnings else self.progress.say)(note)

@@ -56,16 +56,16 @@ def with_thresholds(store: Store, plan: Plan, train: Columns, heldout: Columns |
     chosen: dict[str, float | dict[str, float]] = {}
     values: list[DatasetValue] = []
     if "auto" in asked:
-        found = _calibration(store, train, heldout)
-        chosen["auto"] = found.threshold
-        values.append(_value("premem_threshold", found))
-        notes = [*_said(found, ""), *notes]
+        calibration = _calibration(store, train, heldout)
+        chosen["auto"] = calibration.threshold
+        values.append(_value("premem_threshold", calibration))
+        notes = [*_lines(calibration, ""), *notes]
     if "auto_per_group" in asked:
         per = _one_column([p["per"] for p in params if p["threshold"] == "auto_per_group"])
         of = {name: _calibration(store, train, heldout, Group(per, name)) for name in _groups(train, per)}
         chosen["auto_per_group"] = {group: c.threshold for group, c in of.items()}
         values += [_value(f"premem_threshold_{group}", c) for group, c in of.items()]
-        notes = [line for group, c in of.items() for line in _said(c, f" of group {group}")]
+        notes = [line for group, c in of.items() for line in _lines(c, f" of group {group}")]
     wanted = [
         replace(want, params={**want.params, "threshold": chosen[want.params["threshold"]]})
         if "per" in want.params and isinstance(want.params.get("threshold"), str)
@@ -136,10 +136,10 @@ def calibrates(wanted: Iterable[RequestedScore]) -> bool:
 def imported_accuracies(store: Store) -> dict[tuple[str, int | None], float]:
     """(run, step) -> held-out accuracy that was imported."""
     names = ", ".join(f"'{name}'" for name in IMPORTED)
-    found = store.sql(
+    answer = store.sql(
         f"SELECT run, step, value FROM data.dataset_values WHERE starts_with(origin, 'import:') AND name IN ({names}) AND value IS NOT NULL"
     )
-    return {(run, step): value for run, step, value in found.rows()}
+    return {(run, step): value for run, step, value in answer.rows()}
 
 
 def _one_column(named: list[str]) -> str:
@@ -154,8 +154,8 @@ def _one_column(named: list[str]) -> str:
 
 
 def _groups(train: Columns, per: str) -> list[str]:
-    found = train.own(per, False)
-    if found is None:
+    groups = train.own(per, False)
+    if groups is None:
         have = [
             c
             for c in train.store.sql("SELECT * FROM occurrences LIMIT 0").columns
@@ -166,7 +166,7 @@ def _groups(train: Columns, per: str) -> list[str]:
             f"threshold: auto_per_group: the source has no column {per!r}; {hint} Name a task, a topic or a length class: "
             "`{threshold: auto_per_group, per: COLUMN}`."
         )
-    return np.unique(group_names(found)).tolist()
+    return np.unique(group_names(groups)).tolist()
 
 
 def _value(name: str, c: Calibration) -> DatasetValue:
@@ -176,15 +176,15 @@ def _value(name: str, c: Calibration) -> DatasetValue:
     return DatasetValue(name, c.threshold, low, high, c.in_sample.n)
 
 
-def _said(c: Calibration, where: str) -> list[str]:
+def _lines(c: Calibration, where: str) -> list[str]:
     runs = max(len(c.left_out), 1)
-    told = f"τ{where} = {c.threshold:.4g} nats/token, calibrated on {c.in_sample.n} checkpoints of {runs} run{'s' * (runs > 1)}"
-    told += f": R² about y = x {c.in_sample.r2:.3f}"
+    text = f"τ{where} = {c.threshold:.4g} nats/token, calibrated on {c.in_sample.n} checkpoints of {runs} run{'s' * (runs > 1)}"
+    text += f": R² about y = x {c.in_sample.r2:.3f}"
     others = c.leave_one_run_out
     if others is None:
-        return [told + ".", *(f"Note: {note}." for note in c.notes)]
+        return [text + ".", *(f"Note: {note}." for note in c.notes)]
     low, high = min(c.left_out.values()), max(c.left_out.values())
-    lines = [f"{told}; {others.r2:.3f} with τ from the other runs ({low:.4g} to {high:.4g})."]
+    lines = [f"{text}; {others.r2:.3f} with τ from the other runs ({low:.4g} to {high:.4g})."]
     if others.r2 < c.in_sample.r2 - LOOSE or high > WIDE * low:
         lines.append(
             f"This τ{where} does not transfer from run to run: do not use it for a run without held-out accuracies."
@@ -205,8 +205,8 @@ def floors(store: Store, train: Columns, *, per: str, lengths: bool) -> list[str
     groupings: list[Any] = []
     own = train.own(per, False)
     if own is None:
-        found = dict(store.sql("SELECT row_id, source FROM rows").rows())
-        own = np.array([found.get(row_id) or "" for row_id in train.row_ids], dtype=object)
+        sources = dict(store.sql("SELECT row_id, source FROM rows").rows())
+        own = np.array([sources.get(row_id) or "" for row_id in train.row_ids], dtype=object)
     groupings.append(own)
     tokens = train.column("", "completion_tokens", None, None) if lengths else None
     if tokens is not None and np.isfinite(tokens).any():

@@ -60,13 +60,13 @@ class Imported:
         return "\n".join(self.notes)
 
     def __str__(self) -> str:
-        places = "" if self.per_row else f" over {self.checkpoints:,} checkpoints of {self.runs:,} runs"
+        series = "" if self.per_row else f" over {self.checkpoints:,} checkpoints of {self.runs:,} runs"
         names = ", ".join(self.columns)
         if not self.rows:
             text = f"{self.file}: {self.values:,} dataset values ({names}) over {self.checkpoints:,} checkpoints of {self.runs:,} runs."
         else:
             new = f" ({self.new_rows:,} of them known only by the file's ids)" if self.new_rows else ""
-            text = f"{self.file}: {names} for {self.rows:,} rows{new}{places}, {self.lines:,} lines."
+            text = f"{self.file}: {names} for {self.rows:,} rows{new}{series}, {self.lines:,} lines."
         return counted("\n".join([text, *self.notes]))
 
 
@@ -94,10 +94,10 @@ def import_file(
     path = Path(file)
     check_names(mapping, on)
     joins = sides(path, on, mapping) if on else None
-    wanted = {**mapping, **({"on": joins[1]} if joins else {})}
-    table = read_table(path, wanted)
+    columns_of_file = {**mapping, **({"on": joins[1]} if joins else {})}
+    table = read_table(path, columns_of_file)
     how = next((k for k in ROWS if k in mapping), "on" if joins else "")
-    places = read_places(table, mapping)
+    labels = read_places(table, mapping)
     columns = convert(
         table, {k: v for k, v in mapping.items() if k not in (*PLACES, *ROWS)}, text=text, of_rows=bool(how)
     )
@@ -108,9 +108,9 @@ def import_file(
     ends = check_worst(worst or {}, columns)
     ours, theirs = joins or ("", mapping.get(how, ""))
     if how:
-        check_lines(table, theirs, places)
+        check_lines(table, theirs, labels)
     else:
-        check_places(table, places)
+        check_places(table, labels)
     origin = source or "/".join(path.resolve().parts[-2:])
     needs_rows = bool(joins) or how in ("index", "row_id")
     made = not isinstance(store, Store) and not (Path(store) / "curate.duckdb").exists()
@@ -119,16 +119,16 @@ def import_file(
         0, table.shown, str(path.resolve()), origin, "", tuple(columns), ends, not any(k in mapping for k in PLACES), n_lines=len(table.frame)
     )  # fmt: skip
     if not how:
-        return _import_values(store, table, one, places, columns, made)
+        return _import_values(store, table, one, labels, columns, made)
     joined = find_rows(store, table, how, theirs, ours=ours, source=source, origin=origin, new_rows=new_rows)
-    return _import_rows(store, table, one, places, columns, joined, kind, made)
+    return _import_rows(store, table, one, labels, columns, joined, kind, made)
 
 
 def _import_rows(
     store: Store,
     table: Table,
     one: Import,
-    places: pl.DataFrame,
+    labels: pl.DataFrame,
     columns: dict[str, np.ndarray],
     joined: Found,
     kind: str | None,
@@ -137,7 +137,7 @@ def _import_rows(
     """Values of rows into the store. joined: the rows of the lines. made: whether the store was made for them."""
     check_columns(store, columns)
     kind = kind or ("preference" if any(c.startswith(("chosen_", "rejected_")) for c in columns) else "sft")
-    measured, values = lines_of(table, places, columns, joined, one.origin)
+    measured, values = lines_of(table, labels, columns, joined, one.origin)
     one = Import(
         **{
             **vars(one),
@@ -150,10 +150,10 @@ def _import_rows(
     if joined.foreign:
         ids = list(dict.fromkeys(joined.row_ids))
         new = int((store.positions(ids) < 0).sum())
-    notes = [*joined.notes, *notes_of(store, one, places, columns)]
+    notes = [*joined.notes, *notes_of(store, one, labels, columns)]
     kept, replaced = store.write_import(one, measured, values, keys=joined.foreign, kind=kind)
-    notes += _said(store, kept, replaced, made)
-    runs, checkpoints = places["run"].n_unique(), places.n_unique()
+    notes += _notes(store, kept, replaced, made)
+    runs, checkpoints = labels["run"].n_unique(), labels.n_unique()
     return Imported(
         one.file,
         one.origin,
@@ -171,19 +171,19 @@ def _import_rows(
 
 
 def _import_values(
-    store: Store, table: Table, one: Import, places: pl.DataFrame, columns: dict[str, np.ndarray], made: bool
+    store: Store, table: Table, one: Import, labels: pl.DataFrame, columns: dict[str, np.ndarray], made: bool
 ) -> Imported:
     """Dataset values into the store, of a file whose lines are about no rows."""
-    said = dataset_values(places, columns)
-    kept, replaced = store.write_import(one, [], said=said)
-    runs, checkpoints = places["run"].n_unique(), places.n_unique()
-    notes = _said(store, kept, replaced, made)
+    values = dataset_values(labels, columns)
+    kept, replaced = store.write_import(one, [], dataset_values=values)
+    runs, checkpoints = labels["run"].n_unique(), labels.n_unique()
+    notes = _notes(store, kept, replaced, made)
     return Imported(
-        one.file, one.origin, one.n_lines, 0, 0, runs, checkpoints, one.columns, len(said), kept.number, tuple(notes)
+        one.file, one.origin, one.n_lines, 0, 0, runs, checkpoints, one.columns, len(values), kept.number, tuple(notes)
     )
 
 
-def _said(store: Store, kept: Import, replaced: Sequence[int], made: bool) -> list[str]:
+def _notes(store: Store, kept: Import, replaced: Sequence[int], made: bool) -> list[str]:
     notes = []
     if any(number != kept.number for number in replaced):
         notes.append(f"It replaces import {' and '.join(map(str, replaced))}.")

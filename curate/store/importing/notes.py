@@ -63,10 +63,10 @@ def _score_names(text: str) -> list[str]:
     return [ScoreRequest.read(entry).name for entry in (yaml.safe_load(text) or {}).get("scores", [])]
 
 
-def notes_of(store: Store, one: Import, places: pl.DataFrame, columns: Mapping[str, np.ndarray]) -> list[str]:
+def notes_of(store: Store, one: Import, labels: pl.DataFrame, columns: Mapping[str, np.ndarray]) -> list[str]:
     """Sentences about values that are unknown, that were there already, or that stand where nobody looks for them."""
 
-    notes = [*_unknown(columns), *_order(places)]
+    notes = [*_unknown(columns), *_order(labels)]
     ours = numeric_names()
     others = [c for c in columns if c not in ours]
     if others and len(one.fingerprints) > 1:
@@ -107,11 +107,11 @@ def _unknown(columns: Mapping[str, np.ndarray]) -> list[str]:
     return [f"Unknown (empty, NaN or infinite, kept as NULL): {shown}."]
 
 
-def _order(places: pl.DataFrame) -> list[str]:
+def _order(labels: pl.DataFrame) -> list[str]:
     """Checkpoints without a step that can be read stand in the order of their names."""
     notes = []
-    for run in places["run"].unique(maintain_order=True).to_list():
-        of_run = places.filter(pl.col("run") == run).unique()
+    for run in labels["run"].unique(maintain_order=True).to_list():
+        of_run = labels.filter(pl.col("run") == run).unique()
         names = sorted(of_run.filter(pl.col("step").is_null())["checkpoint"].to_list(), key=natural)
         if len(of_run) > 1 and names:
             shown = ", ".join(names[:4]) + (", …" if len(names) > 4 else "")

@@ -78,11 +78,11 @@ def find_rows(
     )
 
 
-def check_lines(table: Table, column: str, places: pl.DataFrame) -> None:
+def check_lines(table: Table, column: str, labels: pl.DataFrame) -> None:
     """ValidationError for a line that names no row, and for two that are about the same row, run and checkpoint."""
     keys = text_of(table.frame[column])
     table.refuse(keys.is_null().to_numpy(), column, "which row the line is about, not an empty cell")
-    lines = places.with_columns(keys.alias("key"))
+    lines = labels.with_columns(keys.alias("key"))
     twice = lines.is_duplicated()
     if twice.any():
         first = int(twice.arg_max() or 0)

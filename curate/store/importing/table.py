@@ -62,7 +62,7 @@ class Table:
         return f"{value!r} ({type(value).__name__})"
 
 
-def read_table(path: Path, wanted: Mapping[str, str]) -> Table:
+def read_table(path: Path, columns: Mapping[str, str]) -> Table:
     """Read the columns of a file that `wanted` (ours -> theirs) names. UsageError: no such file, type or column; ValidationError: not readable."""
     shown = path.as_posix()
     if not path.is_file():
@@ -74,13 +74,13 @@ def read_table(path: Path, wanted: Mapping[str, str]) -> Table:
     kind = file_type(path)
     if not kind:
         raise UsageError(f"{shown}: expected {', '.join(FILE_TYPES)} (all but parquet also .gz).")
-    picked = set(wanted.values())
+    picked = set(columns.values())
     lines: list[int | None] = []
     names, frame = _parquet(path, picked) if kind == ".parquet" else _text(path, picked, lines)
-    for ours, theirs in wanted.items():
+    for ours, theirs in columns.items():
         if theirs not in names:
             raise UsageError(_no_column(shown, ours, theirs, names))
-    if wanted and not len(frame):
+    if columns and not len(frame):
         raise ValidationError(f"{shown}: no rows in this file.")
     return Table(path, shown, names, frame, lines)
 
@@ -96,14 +96,14 @@ def _no_column(shown: str, ours: str, theirs: str, names: list[str]) -> str:
     return f"{shown}: no column {theirs!r} (wanted for {ours}). {hint}"
 
 
-def _parquet(path: Path, wanted: Collection[str]) -> tuple[list[str], pl.DataFrame]:
+def _parquet(path: Path, columns: Collection[str]) -> tuple[list[str], pl.DataFrame]:
     try:
         names = list(pl.read_parquet_schema(path))
-        frame = pl.read_parquet(path, columns=[n for n in names if n in wanted] or names[:1])
+        frame = pl.read_parquet(path, columns=[n for n in names if n in columns] or names[:1])
     except (pl.exceptions.PolarsError, OSError) as error:
         what = (str(error).splitlines() or ["it is empty"])[0]
         raise ValidationError(f"{path.as_posix()}: not readable as parquet ({what}).") from None
-    plain: list[pl.Series] = []
+    columns_read: list[pl.Series] = []
     for column in frame.iter_columns():
         dtype: Any = column.dtype
         if dtype in (pl.Categorical, pl.Enum):
@@ -118,21 +118,21 @@ def _parquet(path: Path, wanted: Collection[str]) -> tuple[list[str], pl.DataFra
             column = column.cast(pl.Float64)
         elif dtype.is_temporal():
             column = column.cast(pl.String)
-        plain.append(_without_blanks(column))
-    return names, pl.DataFrame(plain)
+        columns_read.append(_without_blanks(column))
+    return names, pl.DataFrame(columns_read)
 
 
-def _text(path: Path, wanted: Collection[str], lines: list[int | None]) -> tuple[list[str], pl.DataFrame]:
+def _text(path: Path, asked: Collection[str], lines: list[int | None]) -> tuple[list[str], pl.DataFrame]:
     """The rows of a text file: of csv every cell is text, of json each has the type it was written with. lines: is filled."""
     shown = path.as_posix()
     names: dict[str, None] = {}
-    columns: dict[str, list[Any]] = {name: [] for name in wanted}
+    columns: dict[str, list[Any]] = {name: [] for name in asked}
     n = 0
     for index, line, row in rows_of_file(path, shown):
         lines.append(line)
         if not isinstance(row, dict):
-            _, found, expected = row
-            raise ValidationError(f"{shown}, {row_in_file(index, line)}: {found}, expected {expected}.")
+            _, value, expected = row
+            raise ValidationError(f"{shown}, {row_in_file(index, line)}: {value}, expected {expected}.")
         names.update(dict.fromkeys(row))
         for name, values in columns.items():
             values.append(row.get(name))
@@ -203,11 +203,11 @@ def numbers(table: Table, column: str, *, why: str = "") -> np.ndarray:
 
 def _parsed(series: pl.Series) -> tuple[np.ndarray, np.ndarray]:
     """Text as numbers, and which cells are none. true and false are 1 and 0; NaN and infinities, however written, are unknown."""
-    plain = series.str.strip_chars().str.to_lowercase()
-    unknown = plain.is_null() | plain.str.contains(r"^[+-]?(nan|inf|infinity)$").fill_null(True)
-    plain = plain.replace({"true": "1", "false": "0"})
-    good = plain.str.contains(PLAIN).fill_null(False)
-    numeric = pl.select(pl.when(good).then(plain)).to_series().cast(pl.Float64, strict=False)
+    lowered = series.str.strip_chars().str.to_lowercase()
+    unknown = lowered.is_null() | lowered.str.contains(r"^[+-]?(nan|inf|infinity)$").fill_null(True)
+    lowered = lowered.replace({"true": "1", "false": "0"})
+    good = lowered.str.contains(PLAIN).fill_null(False)
+    numeric = pl.select(pl.when(good).then(lowered)).to_series().cast(pl.Float64, strict=False)
     values: np.ndarray = numeric.fill_null(float("nan")).to_numpy().copy()
     return values, (~good & ~unknown).to_numpy()
 

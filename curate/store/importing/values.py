@@ -18,12 +18,12 @@ from curate.store.importing.rows import Found
 from curate.store.importing.table import GROUPED, Table, numbers, step_of, steps_of, text_of, values_of
 
 
-def check_places(table: Table, places: pl.DataFrame) -> None:
+def check_places(table: Table, labels: pl.DataFrame) -> None:
     """ValidationError where two lines about datasets are about the same run and checkpoint."""
-    twice = places.is_duplicated()
+    twice = labels.is_duplicated()
     if twice.any():
         first = int(twice.arg_max() or 0)
-        same = places.with_row_index().filter(pl.all_horizontal(pl.col(n).eq_missing(places[n][first]) for n in PLACES))
+        same = labels.with_row_index().filter(pl.all_horizontal(pl.col(n).eq_missing(labels[n][first]) for n in PLACES))
         raise ValidationError(
             f"{table.at(first)} and {table.at(same['index'][1]).removeprefix(table.shown + ', ')} are about the same run and checkpoint. "
             "If a line is about a row of data, say which with row= or --on; else map what tells them apart with run= or checkpoint=."
@@ -55,14 +55,14 @@ def read_places(table: Table, mapping: Mapping[str, str]) -> pl.DataFrame:
             )
         of = {name: step_of(name) for name in checkpoint.unique().to_list()}
         steps = pl.Series([of[name] for name in checkpoint.to_list()], dtype=pl.Int64)
-    places = pl.DataFrame({"run": run.alias("run"), "checkpoint": checkpoint.alias("checkpoint"), "step": steps})
-    _check_steps(table, places)
-    return places
+    labels = pl.DataFrame({"run": run.alias("run"), "checkpoint": checkpoint.alias("checkpoint"), "step": steps})
+    _check_steps(table, labels)
+    return labels
 
 
-def _check_steps(table: Table, places: pl.DataFrame) -> None:
+def _check_steps(table: Table, labels: pl.DataFrame) -> None:
     """Two checkpoints of one run at the same step cannot be put in order."""
-    distinct = places.unique(maintain_order=True).filter(pl.col("step").is_not_null())
+    distinct = labels.unique(maintain_order=True).filter(pl.col("step").is_not_null())
     twice = distinct.filter(pl.struct("run", "step").is_duplicated())
     if len(twice):
         run, first, step = twice.row(0)
@@ -107,15 +107,15 @@ def _with_meaning(table: Table, mapping: Mapping[str, str], ours: str, theirs: s
 
 
 def lines_of(
-    table: Table, places: pl.DataFrame, columns: Mapping[str, np.ndarray], joined: Found, origin: str
+    table: Table, labels: pl.DataFrame, columns: Mapping[str, np.ndarray], joined: Found, origin: str
 ) -> tuple[list[Measured], Any]:
     """One fingerprint a run and checkpoint, and a pyarrow table of all values; every column stands in the measurement `imported`."""
     import pyarrow as pa
 
     from curate.store.shards import arrow_column
 
-    places = places[joined.lines]
-    distinct = places.unique(maintain_order=True)
+    labels = labels[joined.lines]
+    distinct = labels.unique(maintain_order=True)
     order = sorted(
         range(len(distinct)),
         key=lambda i: (distinct["run"][i], distinct["step"][i] or 0, natural(distinct["checkpoint"][i])),
@@ -134,7 +134,7 @@ def lines_of(
         for run, checkpoint, step in distinct[order].iter_rows()
     ]
     prints = distinct[order].with_columns(pl.Series("fingerprint", [m.fingerprint for m in measured]))
-    lines = places.join(prints, on=list(PLACES), how="left", nulls_equal=True, maintain_order="left")
+    lines = labels.join(prints, on=list(PLACES), how="left", nulls_equal=True, maintain_order="left")
     keys = pl.DataFrame({"fingerprint": lines["fingerprint"], "row_id": joined.row_ids})
     kept = _once(table, keys, columns, joined)
     taken = {name: values[joined.lines][kept] for name, values in columns.items()}
@@ -169,12 +169,12 @@ def _alike(a: Any, b: Any) -> bool:
     return bool(both_unknown or a == b)
 
 
-def dataset_values(places: pl.DataFrame, columns: Mapping[str, np.ndarray]) -> list[DatasetValue]:
+def dataset_values(labels: pl.DataFrame, columns: Mapping[str, np.ndarray]) -> list[DatasetValue]:
     """A value for every line and column; n, low and high belong to the one other column, if there is one."""
     names = [name for name in columns if name not in ("n", "low", "high")]
     about = {key: columns[key] for key in ("low", "high") if key in columns and len(names) == 1}
     result = []
-    for i, (run, checkpoint, step) in enumerate(places.iter_rows()):
+    for i, (run, checkpoint, step) in enumerate(labels.iter_rows()):
         n = columns["n"][i] if "n" in columns and not np.isnan(columns["n"][i]) else None
         low, high = (
             None if key not in about or np.isnan(about[key][i]) else float(about[key][i]) for key in ("low", "high")

@@ -82,7 +82,7 @@ class Runner:
 
         limits = self._limits()
         how = (self._tokenizer_id, limits)
-        found = [self.encodings.of(how, row.row_id, partial(encode, row, self.tokenizer, limits)) for row in rows]
+        encodings = [self.encodings.of(how, row.row_id, partial(encode, row, self.tokenizer, limits)) for row in rows]
         if self.embeddings is not None:
-            check_ids(found, self.embeddings, self.tokenizer)
-        return found
+            check_ids(encodings, self.embeddings, self.tokenizer)
+        return encodings

@@ -51,7 +51,7 @@ class DirectionRunner(ForwardRunner):
         super().__init__(loaded, progress)
         assert plan.directions is not None
         self.store, self.plan, self.directions = store, plan, plan.directions
-        self.said: list[str] = []
+        self.new_notes: list[str] = []
         self.gradients = MeanGradients(self.directions, progress, encode=self._encode, reference=self._reference)
         self.cosines: dict[str, tuple[list[Measurement], Cosines]] = {}  # by P's step
         # the store is ours alone while we measure
@@ -89,13 +89,13 @@ class DirectionRunner(ForwardRunner):
         budget = self.recipe.engine.token_budget
         columns: dict[str, Any] = {}
         runs = 0
-        wanted = {m.name for m in measurements}
+        names = {m.name for m in measurements}
         for alike, cosines in self.cosines.values():
-            if wanted & {m.name for m in alike}:
+            if names & {m.name for m in alike}:
                 runs += 3  # a backward
-                found = cosines.of(encoded, token_budget=budget)  # (rows, all groups of all of them)
+                values = cosines.of(encoded, token_budget=budget)  # (rows, all groups of all of them)
                 ends = np.cumsum([len(m.columns) for m in alike])[:-1]
-                for m, own in zip(alike, np.split(found, ends, axis=1)):
+                for m, own in zip(alike, np.split(values, ends, axis=1)):
                     columns |= dict(zip(m.columns, m.function(own)))
         for m in measurements:
             if m.name not in self.ready:
@@ -113,8 +113,8 @@ class DirectionRunner(ForwardRunner):
         return columns, None, runs * forward.tokens_to_run(encoded)
 
     def notes(self) -> list[str]:
-        said, self.said = self.said, []
-        return list(dict.fromkeys(said))
+        notes, self.new_notes = self.new_notes, []
+        return list(dict.fromkeys(notes))
 
     def _say_once(self) -> None:
         """What somebody who reads the numbers has to know: another precision than elsewhere, checkpoints that all weigh the same."""
@@ -123,7 +123,7 @@ class DirectionRunner(ForwardRunner):
         engine = self.recipe.engine
         asked = engine_identity(dtype=engine.dtype, device=engine.device).split()[3]  # torch, version, device, dtype
         if asked != self.dtype:
-            self.said.append(
+            self.new_notes.append(
                 f"Along directions the model runs in {self.dtype}, not {asked}: a difference of two {asked} numbers is noise."
             )
         series = self.plan.roles.series
@@ -132,7 +132,7 @@ class DirectionRunner(ForwardRunner):
         )
         if targets and len(series) > 1 and any(s.rate is None for s in series):
             unknown = next(s for s in series if s.rate is None)
-            self.said.append(
+            self.new_notes.append(
                 f"influence adds up {len(series)} checkpoints with equal weights: {unknown.label} has no learning rate in a trainer_state.json."
             )
 
@@ -149,8 +149,8 @@ class DirectionRunner(ForwardRunner):
         if not self.directions.has_margins(self.step.checkpoint):
             return None
         names = ["chosen_logp", "rejected_logp"]
-        found = self.store.columns(self.plan.bindings["", "chosen_logp", None][0], names, row_ids)
-        return np.stack([found[name] for name in names], 1)
+        columns = self.store.columns(self.plan.bindings["", "chosen_logp", None][0], names, row_ids)
+        return np.stack([columns[name] for name in names], 1)
 
     # ---- making directions --------------------------------------------------------------------------------------------------------------
 
@@ -160,21 +160,21 @@ class DirectionRunner(ForwardRunner):
         from curate.passes.gradients.mean import load_vector, precondition, save_vector
 
         direction, files = _about(task), self.directions
-        kept, said = files.file(task.fingerprint), files.file(task.fingerprint, "json")
-        noted = _noted(said)
+        kept, note = files.file(task.fingerprint), files.file(task.fingerprint, "json")
+        noted = _noted(note)
         if noted is not None and (direction.step == "sgd" or self.gradients.is_there(kept)):
             v = self.gradients.of(direction.of) if direction.step == "sgd" else load_vector(kept)
             return v, noted["epsilon"]
         x = self.gradients.of(direction.of)
         at = x if direction.step != "sign" or direction.of == "head" else self.gradients.of("step")
         v = precondition(x, direction.step, at, self._moments() if direction.step == "adam" else None)
-        found: Epsilon | None = None
+        epsilon: Epsilon | None = None
         if direction.of != "head":
             with Line(self.model, v) as line:
-                found = choose_epsilon(line, self._sample(), token_budget=self.recipe.engine.token_budget)
-            self.said.append(f"{task.measurement.name} along {self.gradients.named(direction.of)}: {found}")
-            if not found.error <= ROUGH:
-                self.said.append(
+                epsilon = choose_epsilon(line, self._sample(), token_budget=self.recipe.engine.token_budget)
+            self.new_notes.append(f"{task.measurement.name} along {self.gradients.named(direction.of)}: {epsilon}")
+            if not epsilon.error <= ROUGH:
+                self.new_notes.append(
                     f"{task.measurement.name}: float32 is not exact enough along it; take its ranks with care."
                 )
         if direction.step != "sgd":
@@ -182,12 +182,12 @@ class DirectionRunner(ForwardRunner):
             v = load_vector(kept)  # from the disk as it is used: several directions need not fit into memory together
         written = {"name": task.measurement.name, "model": self.step.checkpoint.label} | (
             {"epsilon": None}
-            if found is None
-            else {"epsilon": found.value, "error": found.error, "spearman": found.rank, "rows": found.rows}
+            if epsilon is None
+            else {"epsilon": epsilon.value, "error": epsilon.error, "spearman": epsilon.rank, "rows": epsilon.rows}
         )
-        with write_atomically(said) as new:
+        with write_atomically(note) as new:
             new.write_text(json.dumps(written))
-        return v, found.value if found else None
+        return v, epsilon.value if epsilon else None
 
     def _sample(self) -> list[Any]:
         """Encoded training rows that ε is checked on: CHECKED of them, or all where none of those can be measured."""
@@ -204,10 +204,10 @@ class DirectionRunner(ForwardRunner):
         from curate.passes.gradients.mean import load_vector
         from curate.plan.directions import MOMENTS
 
-        found = self.directions.optimizer(self.step.checkpoint)
-        if isinstance(found, Path):
-            return second_moments(found, self.model.module)
-        return load_vector(Path(found.path) / MOMENTS)
+        moments = self.directions.optimizer(self.step.checkpoint)
+        if isinstance(moments, Path):
+            return second_moments(moments, self.model.module)
+        return load_vector(Path(moments.path) / MOMENTS)
 
     def _with_targets(self, measurements: list[Measurement], kind: str) -> Cosines:
         """What takes rows' cosines with the mean gradient of every group of these measurements' targets, P of one kind."""
@@ -222,13 +222,13 @@ class DirectionRunner(ForwardRunner):
             ones = {name: x.new_ones(()).expand(x.shape) for name, x in load_vector(files[0]).items()}
             scale = precondition(ones, "adam", {}, self._moments())
         vectors = [partial(load_vector, file) for file in files]
-        found = Cosines(self.model, vectors, scale=scale, parameters=self.recipe.gradients.parameters)
-        times = math.ceil(len(files) / found.together)
+        cosines = Cosines(self.model, vectors, scale=scale, parameters=self.recipe.gradients.parameters)
+        times = math.ceil(len(files) / cosines.together)
         if times > 1:
             self.progress.say(
-                f"{found.together} of the {len(files)} targets' gradients fit into memory at a time: the rows are run {times} times."
+                f"{cosines.together} of the {len(files)} targets' gradients fit into memory at a time: the rows are run {times} times."
             )
-        return found
+        return cosines
 
     def _warm_up(self, step: Step, checkpoint: Checkpoint) -> None:
         """Train the reference for a few steps; its weights and Adam's second moments into the checkpoint's folder, whole or not at all."""
@@ -266,10 +266,10 @@ def _about(task: Task) -> Direction:
     return task.measurement.direction
 
 
-def _noted(said: Path) -> dict[str, Any] | None:
+def _noted(file: Path) -> dict[str, Any] | None:
     """What was noted of a direction when it was made; None where that is not there, or damaged: it is made again."""
     try:
-        noted: dict[str, Any] = json.loads(said.read_text(encoding="utf-8"))
+        noted: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         return noted if noted["epsilon"] is None or noted["epsilon"] > 0 else None
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -108,9 +108,9 @@ class NeighboursRunner(ForwardRunner):
     def notes(self) -> list[str]:
         if not self.lonely:
             return []
-        said = f"{self.lonely:,} of {self.seen:,} rows: no neighbour, or none that fits into max_length; neighbour_nll is NULL there."
+        note = f"{self.lonely:,} of {self.seen:,} rows: no neighbour, or none that fits into max_length; neighbour_nll is NULL there."
         self.lonely = self.seen = 0
-        return [said]
+        return [note]
 
 
 class BackwardRunner(ForwardRunner):

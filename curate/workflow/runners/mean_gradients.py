@@ -97,12 +97,12 @@ class MeanGradients:
             if known:
                 budget = self.directions.recipe.engine.token_budget
                 if of == "head":
-                    found = accumulate_head(self.model, encoded, weigh, token_budget=budget)
+                    sums = accumulate_head(self.model, encoded, weigh, token_budget=budget)
                     count(known)
                 else:
                     over = self.directions.recipe.gradients.parameters
-                    found = accumulate(self.model, encoded, weigh, token_budget=budget, parameters=over, count=count)
-                total = {name: total[name].add_(x) for name, x in found.items()} if total else found
+                    sums = accumulate(self.model, encoded, weigh, token_budget=budget, parameters=over, count=count)
+                total = {name: total[name].add_(x) for name, x in sums.items()} if total else sums
             n += known
             count(len(encoded) - known)
             tokens += forward.tokens_to_run(encoded) * (1 if of == "head" else 3)
@@ -139,8 +139,8 @@ class MeanGradients:
             return
         ids = self.directions.rows
         for i in range(0, len(ids), CHUNK):
-            found = zip(ids[i : i + CHUNK], self.directions.store.iter_rows(ids[i : i + CHUNK]), strict=True)
-            rows_of = {row_id: row for row_id, row in found if row is not None}
+            chunk = zip(ids[i : i + CHUNK], self.directions.store.iter_rows(ids[i : i + CHUNK]), strict=True)
+            rows_of = {row_id: row for row_id, row in chunk if row is not None}
             encoded = self.encode(list(rows_of.values()))
             if of == "chosen":
                 yield encoded, fixed_weights(*weights["chosen"])

@@ -53,29 +53,29 @@ class TokensRunner(Runner):
 
     def notes(self) -> list[str]:
         limit, policy = self.recipe.tokens.max_length, self.recipe.tokens.truncation
-        found = []
+        notes = []
         if self.truncated:
-            found.append(
+            notes.append(
                 f"{self.truncated:,} of {self.seen:,} rows ({self.truncated / self.seen:.0%}) are longer than max_length {limit}; "
                 f"truncation {policy} {'leaves them unmeasured' if policy == 'drop' else 'cuts them'}."
             )
         if self.prompts:
-            found.append(
+            notes.append(
                 f"{self.prompts:,} rows are prompts without a completion: answers to them are sampled and graded, what is measured on a "
                 "completion is NULL."
             )
         if self.problems:
-            found.append(
+            notes.append(
                 f"{self.problems:,} rows cannot be measured; the column token_problem of `scored` says why. A rule of `select` that uses their "
                 "scores treats them by select.unknown; `where: token_problem IS NULL` leaves them out whatever the rules use."
             )
         if self.alike:
-            found.append(
+            notes.append(
                 f"{self.alike:,} pairs are cut where their responses are still the same: their gap of 0 says nothing. Raise tokens.max_length, or "
                 "leave them out."
             )
         if self.seen > LOOKED_AT:  # else the plan has said it
-            found += lost_text(self.left_out, self.seen, self.seen, self.name)
+            notes += lost_text(self.left_out, self.seen, self.seen, self.name)
         self.truncated = self.problems = self.prompts = self.seen = self.alike = 0
         self.left_out.clear()
-        return found
+        return notes
