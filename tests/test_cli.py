@@ -7,7 +7,6 @@ Most commands run through `main()` in this process, which is what the installed 
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -19,6 +18,7 @@ import pytest
 import yaml
 
 from curate.cli import main
+from tests import forked
 from tests.tiny_models import make_llama
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -116,11 +116,6 @@ def done(tmp_path_factory, model) -> Path:
     write_rows(folder / "pairs.jsonl", pairs(10))
     curate.run(write_recipe(folder / "recipe.yaml", model))
     return folder / "recipe.yaml"
-
-
-def in_a_process(*args: object, **more) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "curate", *map(str, args)]
-    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False, **more)
 
 
 # ---- every command ------------------------------------------------------------------------------------------------------------------------
@@ -443,8 +438,7 @@ def test_schedule_says_tonights_mistake_now(curate, done):
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_ctrl_c_keeps_what_is_measured_and_says_so(done, tmp_path, name):
     """The interrupt comes after the first forward shard was written, as Ctrl-C does; systemd and Kubernetes send SIGTERM."""
-    script = tmp_path / "driver.py"
-    script.write_text(
+    code = (
         "import os, signal, sys\n"
         "from curate import Store; from curate.plan import step\n"
         "step.SHARD_ROWS['forward'] = 4\n"
@@ -459,15 +453,7 @@ def test_ctrl_c_keeps_what_is_measured_and_says_so(done, tmp_path, name):
         "main()\n"
     )
     store = tmp_path / "store"
-    command = [sys.executable, str(script), "run", str(done), "--store", str(store)]
-    said = subprocess.run(
-        command,
-        cwd=REPOSITORY,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    said = forked.run(code, "run", done, "--store", store)
     assert said.returncode == 128 + signal.Signals[name]
     assert said.stderr.strip().endswith("Stopped. What was measured is kept; the same command goes on from there.")
     from curate import Store
@@ -505,4 +491,4 @@ def test_a_store_that_another_client_has_open_is_waited_for(done, tmp_path, monk
         with pytest.raises(StoreError, match=f"process {other.pid} has had it open"):
             Store(store, patience=0.1)
         other.stdin.close()
-    assert in_a_process("sql", store, "SELECT count(*) AS n FROM rows", "--csv").stdout == "n\n10\n"
+    assert forked.curate("sql", store, "SELECT count(*) AS n FROM rows", "--csv").stdout == "n\n10\n"

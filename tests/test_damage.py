@@ -22,6 +22,7 @@ from curate.rows import Example
 from curate.store import Measured, Store
 from curate.store.checking import check
 from curate.store.wholeness import fault_of, has_checksum, number_of, stem_of
+from tests import forked
 
 ROWS = [Example(f"question {i} " + "x" * (i % 50), f"answer {i}") for i in range(60)]
 IDS = [row.row_id for row in ROWS]
@@ -305,7 +306,7 @@ def test_a_kill_while_a_database_is_made_again_loses_nothing(whole, folder):
         "import os, signal, sys; from curate.store import Store, store\n"
         "store.Store.ingest = lambda self: os.kill(os.getpid(), signal.SIGKILL)\nStore(sys.argv[1], create=True)"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(folder)], cwd=Path(__file__).parent.parent)
+    done = forked.run(code, folder)
     assert done.returncode == -9 and (folder / "curate.duckdb").exists()
     store = Store(folder)
     with store.measuring():
@@ -337,15 +338,11 @@ def test_what_is_derived_is_checked_too(folder):
 
 
 def test_the_command(folder):
-    def run(*args: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "curate", "check", str(folder), *args]
-        return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
-
     victim = shards_of(folder)[0]
     damage(victim, 1)
-    bad = run()
+    bad = forked.curate("check", folder)
     assert bad.returncode == 1 and victim.name in bad.stdout and "--repair" in bad.stdout and not bad.stderr
-    mended = run("--repair", "--json")
+    mended = forked.curate("check", folder, "--repair", "--json")
     assert mended.returncode == 0 and "damaged/" in json.loads(mended.stdout)["problems"][0]["done"]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import curate
 from curate.errors import UsageError
 from pipelines.filter_preferences import filter_preferences, shortened
 from pipelines.prioritize_sft import prioritize_sft
+from tests import forked
 from tests.tiny_models import make_llama
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -124,9 +124,7 @@ def test_prioritising_without_the_flag_is_refused(sft):
 @pytest.mark.parametrize("name", ["filter_preferences", "prioritize_sft"])
 def test_as_a_job_it_exits_as_the_command_line_does(name, tmp_path):
     script = REPOSITORY / "pipelines" / f"{name}.py"
-    done = subprocess.run(
-        [sys.executable, script, tmp_path / "none.yaml"], capture_output=True, text=True, cwd=tmp_path
-    )
+    done = forked.run(script, tmp_path / "none.yaml", cwd=tmp_path)
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.startswith("UsageError: ")

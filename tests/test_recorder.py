@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +12,7 @@ import pytest
 import curate
 from curate.console import Progress
 from curate.errors import UsageError
+from tests import forked
 from tests.tiny_models import make_llama
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -271,11 +269,11 @@ def test_a_resumed_training_goes_on_with_the_settings_of_its_run(base, examples,
 
 CRASHING = """
 import os, signal, sys
-sys.path.insert(0, {repository!r})
 import curate
 from pathlib import Path
 from transformers import TrainerCallback
 from tests.test_recorder import recipe, trainer_of
+from tests import forked
 
 class Crash(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
@@ -290,8 +288,7 @@ trainer_of("sft", base, data, out / "run", [Crash(), recorder], save_strategy="n
 
 def test_a_training_that_is_killed_loses_one_recording_at_most(base, examples, tmp_path):
     """Killed at the end of step 3, before the recorder's turn: steps 0, 1 and 2 are there for the next command."""
-    code = textwrap.dedent(CRASHING.format(repository=str(REPOSITORY)))
-    done = subprocess.run([sys.executable, "-c", code, base, examples, tmp_path], capture_output=True, text=True)
+    done = forked.run(CRASHING, base, examples, tmp_path)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert [run["outcome"] for run in curate.Store(tmp_path / "store").status()["runs"]] == ["killed"]  # not running
     found = curate.run(recipe("sft", examples, tmp_path / "store"))

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from curate.jobs.demo import task, training
 from curate.jobs.demo.line import one_thread
 from curate.models.checkpoints import single_model
 from curate.rows import Example, content_id
+from tests import forked
 
 RECIPE = """
 kind: sft
@@ -156,7 +156,7 @@ def test_a_second_process_in_the_same_folder_is_refused(made):
 
     def train(data: Path, out: Path, number: int) -> None:
         if number == 1:
-            said.append(subprocess.run([sys.executable, script, *words.split()], capture_output=True, text=True))
+            said.append(forked.run(script, *words.split()))
         trainer(data, out, number)
 
     lines = grow(made, made / "both", train)
@@ -174,13 +174,12 @@ def test_a_trainer_that_a_killed_job_left_behind_keeps_the_folder(made, tmp_path
     )
     script = Path(__file__).resolve().parents[2] / "pipelines" / "prioritize_sft.py"
     words = f"{made / 'sft.yaml'} --rounds 1 --take 8 --pool {made / 'pool.jsonl'} --out {tmp_path / 'out'}"
-    job = subprocess.Popen(
-        [sys.executable, script, *words.split(), "--train", f"{sys.executable} {tmp_path / 't.py'} {{data}} {{out}}"]
-    )
+    command = f"{sys.executable} {tmp_path / 't.py'} {{data}} {{out}}"
+    job = forked.start(script, *words.split(), "--train", command, files=[tmp_path / "stdout", tmp_path / "stderr"])
     trainer = int((tmp_path / "pid").read_text())
     try:
         job.kill()
-        job.wait()
+        job.join()
         with pytest.raises(CurateError, match=f"process {job.pid} runs rounds .* or a trainer that it left behind"):
             with rounds._alone(tmp_path / "out"):
                 pass

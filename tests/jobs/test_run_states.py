@@ -6,7 +6,6 @@ import itertools
 import json
 import math
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from curate.errors import ModelError, UsageError
 from curate.jobs.run_states.states import Run, convergence_step, held_out, holm, run_states, standardised, visit_test
 from curate.jobs.run_states.weights import STATISTICS, checkpoint_tensors, weight_statistics
 from pipelines.run_states import labels, main, report, states_of_sweep
+from tests import forked
 from tests.sweeps import ROUND, STRAIGHT, write_sweep
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -127,7 +127,7 @@ def job(monkeypatch, capsys):
 
 def test_as_a_job_it_exits_as_the_command_line_does(tmp_path):
     script = REPOSITORY / "pipelines" / "run_states.py"
-    done = subprocess.run([sys.executable, script, "none"], capture_output=True, text=True, cwd=tmp_path)
+    done = forked.run(script, "none", cwd=tmp_path)
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.startswith("ModelError: ") and "Traceback" not in done.stderr
 

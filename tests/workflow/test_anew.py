@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
@@ -23,6 +20,7 @@ from curate.passes import forward
 from curate.recipe.load import load_recipe
 from curate.workflow import run
 from curate.workflow.run import make_plan
+from tests import forked
 from tests.workflow.pairs import pairs, scored, write_rows
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
@@ -193,11 +191,8 @@ DRIVER = """
 @pytest.mark.parametrize(("how", "at"), [("before the rename", 7), ("after the rename", 12)])
 def test_killed_at_any_moment_the_same_recipe_goes_on(recipe, tmp_path, monkeypatch, how, at):
     """40 rows in shards of 8: 5 token shards, then likelihood and hidden for each of 5 forward shards."""
-    path, log, script = recipe(select=None, export=None), tmp_path / "log", tmp_path / "driver.py"
-    script.write_text(textwrap.dedent(DRIVER))
-    command = [sys.executable, str(script), how, str(at), str(log), str(path)]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    path, log = recipe(select=None, export=None), tmp_path / "log"
+    done = forked.run(textwrap.dedent(DRIVER), how, at, log, path)
     assert done.returncode == -signal.SIGKILL, done.stderr
     kept = len(list((tmp_path / "store" / "shards").glob("*/*.parquet")))
     assert kept == (at - 1 if how == "before the rename" else at)

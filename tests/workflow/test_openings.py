@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import threading
 from contextlib import suppress
-from pathlib import Path
 
 import duckdb
 import pytest
@@ -17,6 +14,7 @@ import curate
 from curate.errors import StoreError
 from curate.store import database, views
 from curate.store.openings import kept_open, let_go, waiting
+from tests import forked
 from tests.tiny_models import make_llama
 
 PAIRS = [{"prompt": f"{i} + 1 =", "chosen": f" {i + 1}", "rejected": f" {i * 7}?"} for i in range(10)]
@@ -99,9 +97,7 @@ def test_other_processes_read_meanwhile_and_another_thread_writes_afterwards(tmp
     with kept_open():
         store.measured()
         code = f"import curate; print(curate.Store({str(store.folder)!r}).sources())"
-        done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(curate.__file__).parents[1]
-        )
+        done = forked.run(code)
         assert done.stdout.strip() == "[]", done.stderr
     thread = threading.Thread(target=store.log_throughput, args=("key", 10, 1.0))
     thread.start()
@@ -111,9 +107,7 @@ def test_other_processes_read_meanwhile_and_another_thread_writes_afterwards(tmp
 
 def written_by_another_process(store) -> bool:
     code = f"import curate; curate.Store({str(store.folder)!r}, patience=0.1).log_throughput('key', 10, 1.0)"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(curate.__file__).parents[1]
-    )
+    done = forked.run(code)
     return done.returncode == 0
 
 
