@@ -15,7 +15,6 @@ import pytest
 import curate
 import curate.plan.missing
 from curate.errors import UsageError
-from curate.rows import Example
 from tests.forked import exit_code
 from tests.tiny_models import make_llama
 
@@ -106,28 +105,3 @@ def test_a_server_without_an_address_is_said_before_anything_runs(tmp_path):
         curate.run(recipe, set=["engine.sampler=openai"])
     store = curate.Store(recipe.parent / "store")
     assert len(store.sql("SELECT * FROM rows")) == 11 and not list((recipe.parent / "store").rglob("shards/*/*"))
-
-
-def test_log_probs_of_vllm_and_torch_agree_on_the_demos_model():
-    """What the engine says of the answers that it drew, against the forward pass, on the demo's own questions: 1e-4 relative."""
-    import curate.jobs.demo
-    from curate.jobs.demo import task
-    from curate.passes.forward import load_model, response_logps
-    from curate.passes.sampling.open import open_sampler
-    from curate.passes.sampling.types import Prompt, Sampling
-    from curate.passes.tokenizer import load_tokenizer
-    from curate.passes.tokens import encode_prompt
-    from tests.passes.sampled import sampled_rows
-
-    base = Path(curate.jobs.demo.__file__).parent / "base"
-    tokenizer = load_tokenizer(base)
-    problems = task.splits(seed=3, train=24, test=1, pool=1)["train"]
-    asked = [encode_prompt(Example(p.prompt, p.completion, p.answer), tokenizer) for p in problems]
-    # half of each question: of a whole one the model is so sure that every sum is 0
-    prompts = [Prompt(p.ids[: len(p.ids) // 2], p.text, None, seed=i) for i, p in enumerate(asked)]
-    with open_sampler("vllm", base, dtype="float32", max_length=256) as sampler:
-        rows, sampled = sampled_rows(sampler, tokenizer, prompts, Sampling(temperature=0, max_new_tokens=64))
-    with load_model(base, dtype="float32") as model:
-        measured = response_logps(model, rows)[:, 0]
-    assert len(rows) > 12 and np.median(measured) < -1
-    np.testing.assert_allclose(sampled, measured, rtol=1e-4)

@@ -16,8 +16,35 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")  # a training writes these beside the tokenizer
+KEPT = 4  # tokenizers
+_kept: dict[tuple[object, ...], PreTrainedTokenizerBase] = {}  # the one that was asked for last stands at the end
+
+
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder or hub id. ModelError, with what was found there, when it cannot be read."""
+    """The tokenizer of a model folder or hub id; whoever asks gets the same object as long as the folder's files are the same, so nobody sets
+    anything of it. ModelError, with what was found there, when it cannot be read.
+    """
+    key = _files_of(Path(path))
+    tokenizer = _kept.pop(key) if key in _kept else _load(path)
+    if key:
+        _kept[key] = tokenizer
+        while len(_kept) > KEPT:
+            del _kept[next(iter(_kept))]
+    return tokenizer
+
+
+def _files_of(folder: Path) -> tuple[object, ...]:
+    """What changes when somebody changes a folder's tokenizer: its small files. () for a hub id."""
+    try:
+        entries = [*folder.iterdir(), *folder.glob("*/*.jinja")]
+        files = sorted((str(file), file.stat()) for file in entries if not file.name.endswith(WEIGHTS))
+    except OSError:
+        return ()
+    return (str(folder.resolve()), *((name, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for name, s in files))
+
+
+def _load(path: str | Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
 
@@ -14,7 +12,7 @@ from curate.passes.sampling.engines import choose_sampler, refusal, sampler_iden
 from curate.passes.sampling.open import open_sampler
 from curate.passes.sampling.types import engine_seed
 from curate.passes.sampling.vllm_facts import cpu_head_sizes, vllm_architectures
-from tests.conftest import REPOSITORY
+from tests import forked
 
 CONFIG = {
     "model_type": "llama",
@@ -75,7 +73,7 @@ def test_the_installed_vllm_is_read_without_importing_it(model):
     assert {32, 64, 128} <= sizes and not {8, 16} & sizes
     assert {"LlamaForCausalLM", "Qwen2ForCausalLM"} <= known and not known & set(dropped)
     code = f"import sys; from curate.passes.sampling.engines import refusal; refusal({str(model())!r}); sys.exit('vllm' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=REPOSITORY)
+    assert forked.run(code).returncode == 0
 
 
 def test_the_wrong_build_is_named(model, monkeypatch):
