@@ -66,7 +66,7 @@ def small(tmp_path_factory):
     """The whole line with fewer rows, a smaller batch, and transformers sampling: real all the same."""
     out = tmp_path_factory.mktemp("demo") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(task, "splits", functools.partial(task.splits, train=120, test=24, pool=40))
+        patch.setattr(task, "splits", functools.partial(task.splits, train=60, test=16, pool=30))
         patch.setattr(training, "train_sft", functools.partial(training.train_sft, batch=8))
         line.prepare(out, seed=0)
         for name in line.RECIPES:
