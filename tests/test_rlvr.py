@@ -222,6 +222,29 @@ def test_the_starter_runs_as_it_is_written(line, measured, command):
     assert args == {"temperature": 1.0, "top_p": 1.0, "max_completion_length": 6, "top_k": 30, "shuffle_dataset": False}
 
 
+def test_imported_counts_have_pass_rates_and_say_nothing_of_rollouts(line, tmp_path, command):
+    """`curate import … correct=c samples=n`: a band of counts, and no settings of a sampling that was another's."""
+    (line.parent / "counts.csv").write_text("index,c,n,ckpt\n0,1,5,a\n1,5,5,a\n")
+    recipe = {
+        "kind": "sft", "store": str(tmp_path / "store"), "source": {"path": str(line.parent / "rows.jsonl"), "format": "prompts", "limit": 2},
+        "scores": ["pass_rate"], "select": {"where": "pass_rate BETWEEN .2 AND .8"}, "export": {"to": str(tmp_path / "out")},
+    }  # fmt: skip
+    with pytest.raises(UsageError, match="nothing was imported"):
+        curate.run(recipe)
+    named = [
+        "--source",
+        str(line.parent / "rows.jsonl"),
+        "--map",
+        "row=index",
+        "checkpoint=ckpt",
+        "correct=c",
+        "samples=n",
+    ]
+    assert command("import", str(tmp_path / "store"), "counts.csv", *named, "--quiet") == 0
+    result = curate.run(recipe)
+    assert result.exported.n_rows == 1 and not (tmp_path / "out" / "trainer_args.json").exists()
+
+
 def test_an_equal_control_beside_the_selection(line, measured):
     """`export.control: random` needs no `select.control`, and draws from all rows, those that `where` drops too."""
     result = curate.run(

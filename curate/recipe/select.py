@@ -147,7 +147,7 @@ class Export(Strict):
     )
     weight: str | None = Field(None, description="a column of `scored` that becomes the column `weight`")
     resample: int | None = Field(
-        None, ge=1, description="so many rows, drawn in proportion to their weight (TRL's trainers take no weights)"
+        None, ge=1, description="so many rows, drawn in proportion to their weight, for trainers that take no weights"
     )
     push_to_hub: str | None = Field(None, description="also to this hub dataset")
     control: bool | Literal["random"] = Field(

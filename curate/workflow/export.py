@@ -95,7 +95,7 @@ def _export(
         "resample": asked.resample,
         "seed": loaded.recipe.engine.seed,
         "push_to_hub": asked.push_to_hub,
-        "trainer": trained_as(loaded),
+        "trainer": trained_as(loaded, store),
         "mark": lambda result, folder: mark_of(inputs_hash, result, folder),
         "files": files,
     }

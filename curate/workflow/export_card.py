@@ -113,7 +113,7 @@ def _advice(loaded: Loaded, store: Store, selection: Selection) -> list[str]:
     ]
 
 
-def trained_as(loaded: Loaded) -> Any:
+def trained_as(loaded: Loaded, store: Store) -> Any:
     from curate.data import TrainedAs
 
     recipe = loaded.recipe
@@ -129,13 +129,14 @@ def trained_as(loaded: Loaded) -> Any:
         tokens.turns,
         in_order=asked is not None and asked.order == "order_by",
         given_reference=asked is not None and asked.reference_logps,
-        sampling=_as_rollouts(loaded),
+        sampling=_as_rollouts(loaded, store),
     )
 
 
-def _as_rollouts(loaded: Loaded) -> tuple[tuple[str, Any], ...]:
-    """How answers were sampled, as GRPO would sample them; () where no score is of sampled answers."""
-    if all(want.score.cost != "sampling" for want in requested_scores(loaded)):
+def _as_rollouts(loaded: Loaded, store: Store) -> tuple[tuple[str, Any], ...]:
+    """How answers were sampled, as GRPO would sample them; () where none were, or where counts were imported."""
+    uses = {use for recipe in store.recipes() if recipe["name"] == loaded.name for use in recipe["uses"] or ()}
+    if not any(measured.fingerprint in uses for measured in store.measured(reads="sample")):
         return ()
     sampling = loaded.recipe.sampling
     named: dict[str, Any] = {
