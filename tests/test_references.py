@@ -144,7 +144,9 @@ def test_answers_that_are_cut_or_empty_are_said(recipe):
     progress = Progress(quiet=True)
     progress.say = lines.append
     curate.run(recipe(*GOOD), progress=progress)
-    assert any("4 of 4 answers of model did not end within max_new_tokens 2" in line for line in lines), lines
+    assert any(
+        "4 of 4 answers of model were cut at max_new_tokens 2" in line and "Raise it" in line for line in lines
+    ), lines
 
 
 @pytest.mark.parametrize(

@@ -95,8 +95,10 @@ def test_an_answer_that_was_cut_before_it_is_unfinished(tmp_path, capsys):
         assert store.sql(COUNTS).rows() == [(5, 2, 0.4, 3, 0.4)]
         told = " ".join(capsys.readouterr().err.split())
         assert (
-            "2 of 5 answers of policy were cut before they gave an answer: unfinished, and wrong for accuracy" in told
+            "3 of 5 answers of policy were cut at max_new_tokens 8 (n_unfinished); 2 of them before they gave an answer"
+            in told
         )
+        assert "unfinished, and wrong for accuracy (sampling.unfinished); the others are graded as they stand." in told
         asked = len(server.requests)
         left = curate.run(recipe(tmp_path, server, unfinished="leave_out"))
         assert left.measured == {"kept answers graded anew": 1} and len(server.sampled) <= asked

@@ -86,6 +86,11 @@ def write_trainer_args(folder: Path, trained: TrainedAs, layout: str) -> list[st
     shown = ", ".join(f"{name}={value!r}" for name, value in kept.items())
     does = "samples" if config == "GRPOConfig" else "trains"
     notes = [f"`{config}(output_dir=..., **json.load(open('{FILE}')))` {does} as it was measured: {shown}."]
+    if config == "SFTConfig" and layout.startswith("messages") and trained.turns == "last":
+        notes = [
+            f"`{config}(output_dir=..., **json.load(open('{FILE}')))` trains every token of these conversations, and the last reply alone was "
+            f"measured: `export.format: trl` has prompts and completions, of which TRL trains the completions. {shown}."
+        ]
     if config == "DPOConfig":
         notes += trained.unlike
     left = sorted(set(args) - set(kept))

@@ -53,3 +53,13 @@ def test_without_trl_it_is_written_for_the_version_we_know(tmp_path, monkeypatch
 def test_no_settings_for_what_neither_trainer_takes(tmp_path):
     folder = exported(tmp_path / "out", Example("p", None, answer="5"), trainer=TrainedAs(96, "drop"))
     assert not (folder / "trainer_args.json").exists()
+
+
+def test_conversations_train_more_than_their_last_reply_and_that_is_said(tmp_path):
+    """TRL trains all tokens of `messages`; all assistant turns alone where those were measured."""
+    row = Example(({"role": "user", "content": "a"},), ({"role": "assistant", "content": "b"},))
+    last = exported(tmp_path / "last", row, format="messages", trainer=TrainedAs(96, "drop"))
+    assert settings(last) == {"max_length": 96} and "trains every token" in (last / "README.md").read_text()
+    every = exported(tmp_path / "all", row, format="messages", trainer=TrainedAs(96, "drop", turns="all"))
+    assert settings(every) == {"max_length": 96, "assistant_only_loss": True}
+    assert "trains as it was measured" in " ".join((every / "README.md").read_text().split())

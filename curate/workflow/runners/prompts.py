@@ -1,4 +1,4 @@
-"""What is asked of a sampling engine: the recipe's settings, a row's prompt where the tokenizer is the engine's own."""
+"""What is asked of a sampling engine: the recipe's settings, a row's prompt for a server's own tokenizer; and what is said of answers that it cut."""
 
 from __future__ import annotations
 
@@ -50,3 +50,21 @@ def plain_prompt(row: Row, seed: int, system: str | None, few_shot: str | None) 
         return Prompt([], "".join(parts), None, seed)
     messages = with_context(row.prompt, system, few_shot)
     return Prompt([], "\n".join(map(text_of, messages)), messages, seed, template_args=row.template_args)
+
+
+def cut_notes(counts: Mapping[str, int], model: str, recipe: RecipeSampling) -> list[str]:
+    """What is said of answers that were cut. counts: of `answers`, of those `cut`, and of those of them that are `unfinished`."""
+    answers, cut, unfinished = counts["answers"], counts["cut"], counts["unfinished"]
+    if not cut:
+        return []
+    counted = "left out of n_samples and accuracy" if recipe.unfinished == "leave_out" else "wrong for accuracy"
+    graded = [
+        f"{unfinished:,} of them before they gave an answer: unfinished, and {counted} (sampling.unfinished)"
+    ] * bool(unfinished)
+    graded += [f"{'the others' if unfinished else 'all'} are graded as they stand"] * (unfinished < cut)
+    text = f"{cut:,} of {answers:,} answers of {model} were cut at max_new_tokens {recipe.max_new_tokens} (n_unfinished); {'; '.join(graded)}."
+    if 10 * cut < 9 * answers:
+        return [text]
+    return [
+        f"Warning: {text} Raise it with `--set sampling.max_new_tokens=…`, or say where an answer ends: `sampling.stop`."
+    ]

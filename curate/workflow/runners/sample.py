@@ -21,7 +21,7 @@ from curate.plan.step import Step
 from curate.rows import Example, Row
 from curate.scores.stopping import looks, undecided
 from curate.workflow.runners.base import Runner
-from curate.workflow.runners.prompts import plain_prompt, sampling_of, with_template_settings
+from curate.workflow.runners.prompts import cut_notes, plain_prompt, sampling_of, with_template_settings
 
 if TYPE_CHECKING:
     from curate.measurements.accuracy import Graded, Outcome
@@ -260,7 +260,7 @@ class SampleRunner(Runner):
 
     def notes(self) -> list[str]:
         notes: list[str] = [] if self.sampler is None else self.sampler.notes
-        said, most = self.said, self.recipe.sampling.max_new_tokens
+        said = self.said
         self.said = Counter()
         found = [*dict.fromkeys(notes), *self.probe.notes]
         self.probe.notes = []
@@ -279,22 +279,7 @@ class SampleRunner(Runner):
                 f"Warning: {said['tagged']:,} of {said['answers']:,} answers of {self.label} hold their thinking (</think>), and are graded with it: "
                 '`--set sampling.thinking_tags=\'["<think>", "</think>"]\'`, so that graders see the answer alone.'
             )
-        if 10 * said["cut"] >= 9 * said["answers"] > 0:
-            found.append(
-                f"Warning: {said['cut']:,} of {said['answers']:,} answers of {self.label} did not end within max_new_tokens {most}. Raise it "
-                "with `--set sampling.max_new_tokens=…`, or say where an answer ends: `sampling.stop`."
-            )
-        elif said["cut"]:
-            found.append(
-                f"{said['cut']:,} of {said['answers']:,} answers of {self.label} were cut at max_new_tokens {most}, and are graded as they "
-                "stand (n_unfinished)."
-            )
-        if said["unfinished"]:
-            out = self.recipe.sampling.unfinished == "leave_out"
-            found.append(
-                f"{said['unfinished']:,} of {said['answers']:,} answers of {self.label} were cut before they gave an answer: unfinished, and "
-                f"{'left out of n_samples and accuracy' if out else 'wrong for accuracy'} (sampling.unfinished)."
-            )
+        found += cut_notes(said, self.label, self.recipe.sampling)
         return found
 
     def _saved(self) -> list[str]:
