@@ -74,7 +74,7 @@ def test_every_score_has_a_line_in_plain_words():
     assert PLAIN.keys() == SCORES.keys()
     for name, text in PLAIN.items():
         assert SCORES[name].plain == text
-        assert re.match(r"(High|1|0 hard|By how many|Where it stands|The group)", text), name
+        assert re.match(r"(High|1|0 hard|0 all wrong|By how many|Where it stands|The group)", text), name
         assert (
             text.endswith(".") and len(text) <= 150 and not re.search(r"[⟨Σσπβτ∇‖±²]|logp|NLL|eNTK|CHES|nll|EOS", text)
         ), name
@@ -107,9 +107,10 @@ def test_dataset_values_stand_under_plain_headings(scored, monkeypatch, capsys):
     assert "idealised_ranking_accuracy_ln_b0.01" in every and "--all" not in every
     assert len(json.loads(said(monkeypatch, capsys, "summary", scored / "store", "--json"))["values"]) == 20
     of_ours = ("ranking_accuracy_ln", "heldout_idealised_ranking_accuracy_max", "squeezing_prone_two", "flips_wrong_right", "premem_threshold_a",
-               "premem_zeros_fluent", "map_hard", "heldout_accuracy", "target_nll", "phase_learned")  # fmt: skip
+               "premem_zeros_fluent", "map_hard", "heldout_accuracy", "target_nll", "phase_learned",
+               "pass_rate_mixed", "pass_at_8", "heldout_pass_band_inside")  # fmt: skip
     assert all(heading(name) != OTHER for name in of_ours) and heading("mine") == OTHER
-    assert len(DATASET_VALUES) == 10  # a new one gets a heading
+    assert len(DATASET_VALUES) == 13  # a new one gets a heading
 
 
 def test_a_summary_tells_not_scored_from_nothing_known(tmp_path, monkeypatch, capsys):

@@ -67,7 +67,7 @@ PLAIN = {
     "difficulty": "High: about half of the model's answers are right, so that RL can tell good from bad. Near 0: all right or all wrong.",
     "pass_rate": "High: most of the model's answers are right. RL by comparing answers learns nothing where it is 0 or 1.",
     "pass_rate_low": "High: the model answers it right at least this often, as far as the sampled answers tell.",
-    "pass_rate_high": "Low: the model answers it right at most this often, as far as the sampled answers tell.",
+    "pass_rate_high": "High: the model may answer it right as often as this, as far as the sampled answers tell. Low: surely seldom.",
     "pass_at": "High: of k answers by the model, one is likely right.",
     "pass_band": "0 all wrong, 1 below the band, 2 inside, 3 above, 4 all right, 5 too few answers to tell; a name, not an amount.",
     "premem_accuracy": "High: the model answered it right before it had memorised the given solution, so it has understood it.",
