@@ -155,7 +155,7 @@ class Head:
         statistics = {"logp": logp, "lse": lse, "gap": own - best, "other_logp": best - lse}
         statistics["top_logp"] = torch.maximum(logp, best - lse)
         if "rank" in names:
-            statistics["rank"] = sums["rank"]
+            statistics["rank"] = torch.where(logp.isnan(), torch.nan, sums["rank"])  # nothing compares with NaN
         if "top_token" in names:
             statistics["top_token"] = torch.where(own >= best, tokens, sums["best_token"])
         pi = logp.exp()
@@ -190,7 +190,8 @@ class Head:
             for block in blocks:
                 z = _hide(self.logits(h, block), tokens[part], block)
                 count[part] += (z < limit[part, None].to(z.dtype)).sum(1)
-        return count / len(self.weight)
+        known = torch.isfinite(first["logp"]) & torch.isfinite(first["square"])  # no count where there is no distribution
+        return torch.where(known, count / len(self.weight), torch.nan)
 
 
 def _pieces(n: int, size: int) -> list[slice]:

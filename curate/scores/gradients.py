@@ -2,10 +2,11 @@
 
     K++ = ⟨g+, g+⟩   K+− = ⟨g+, g−⟩   K−− = ⟨g−, g−⟩      g± = ∇_θ logp(y±)      ‖g+ − g−‖² = K++ − 2K+− + K−−
     one step of gradient descent:  Δlogp+ ≈ s(K++ − K+−)   Δlogp− ≈ s(K+− − K−−)   Δmargin ≈ s‖g+ − g−‖² ≥ 0
-    s = ηβ(1 − a), a = σ(β·margin), ½ at the reference: s = ηβ/2
+    s = ηβ(1 − a), a = σ(β·margin), ½ at the reference: s = ηβ/2; a rises with the margin, so steps shrink on the way
+
 
     displacement_share ρ = (K++ − K+−)/‖g+ − g−‖²          change of logp+ per nat of margin gained
-    steps_to_flip = max(gap, 0)/(s‖g+ − g−‖²)             flip_cost = −ρ·max(gap, 0)          gap = logp− − logp+
+    steps_to_flip = (c + (e^{βc} − 1)/β)/(ηβ‖g+ − g−‖²)   flip_cost = −ρ·c                    c = max(logp− − logp+, 0)
 
 First order: a ranking of pairs, not a forecast of a long run's level. Plain gradient descent: AdamW's steps are another size.
 Source: Ren & Sutherland 2024, arXiv:2407.10490.
@@ -135,6 +136,7 @@ def gradient_cosine(entk_cc: Array, entk_cr: Array, entk_rr: Array) -> Array:
 
 @score(
     needs=(*KERNEL, *LOGPS),
+    version=2,
     kind="preference",
     unit="steps",
     worst="high",
@@ -153,10 +155,15 @@ def steps_to_flip(
 ) -> Array:
     """Steps of gradient descent on this pair alone until its log-probabilities tie, 0 where it is ranked right, (rows,).
 
-    NULL where one is unknown, or where it is ranked wrong and the two gradients are the same.
+    With kernels that stay as they are the margin's change m obeys dm/dt = ηβ‖g+ − g−‖²σ(−βm), from 0 to the gap c: t = (c + (e^{βc} − 1)/β)/
+    (ηβ‖g+ − g−‖²), which is 2c/(ηβ‖g+ − g−‖²) as long as βc is small. Real kernels change on the way, so at large βc this tells the
+    order of magnitude. NULL where one is unknown, where the steps are more than numbers can hold, or where it is ranked wrong and the two
+    gradients are the same.
     """
     missing = np.maximum(gap(chosen_logp, rejected_logp), 0.0)
-    steps = ratio(missing, step(beta, learning_rate) * distance(entk_cc, entk_cr, entk_rr))
+    with np.errstate(over="ignore"):
+        way = missing + np.expm1(beta * missing) / beta
+    steps = ratio(way, beta * learning_rate * distance(entk_cc, entk_cr, entk_rr))
     known = ~np.isnan(entk_cc + entk_cr + entk_rr)
     return np.where((missing == 0) & known, 0.0, steps)
 

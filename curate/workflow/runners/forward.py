@@ -29,11 +29,14 @@ class ForwardRunner(Runner):
     def __init__(self, loaded: Loaded, progress: Progress):
         super().__init__(loaded, progress)
         self.model: Any = None
+        self.step: Step
+        self.measured = self.without_value = 0  # rows of this step that can be measured, and those of them without a finite value
 
     def use(self, step: Step) -> None:
         from curate.passes.forward import load_model
 
         super().use(step)
+        self.step = step
         if self.model is not None:
             try:
                 self.model.use(step.checkpoint.path, base=step.checkpoint.base)
@@ -51,7 +54,32 @@ class ForwardRunner(Runner):
 
         encoded = self._encode(rows)
         columns = forward.measure(self.model, encoded, measurements, token_budget=self.recipe.engine.token_budget)
+        self._count_without_value(encoded, columns)
         return columns, None, forward.tokens_to_run(encoded, without_prompt=any(m.without_prompt for m in measurements))
+
+    def _count_without_value(self, encoded: Sequence[Any], columns: Mapping[str, Any]) -> None:
+        """Count the rows that tokens were run of and nothing finite came back. ModelError where no row of the checkpoint has a value: nothing of it
+        is to be kept.
+        """
+        measurable = np.array([row.problem is None for row in encoded], bool)
+        finite = np.zeros(len(encoded), bool)
+        for values in columns.values():
+            finite |= np.isfinite(values)
+        self.without_value += int((measurable & ~finite).sum())
+        self.measured += int(measurable.sum())
+        if self.measured and self.without_value == self.measured and self.step.missing == self.step.rows:
+            raise ModelError(
+                f"{self.step.checkpoint.label}: the model gives no finite number for any of {self.measured:,} rows. Its weights are damaged, or its "
+                "activations are larger than its numbers can be: try another engine.dtype. Nothing of this is kept."
+            )
+
+    def notes(self) -> list[str]:
+        lost, measured = self.without_value, self.measured
+        self.without_value = self.measured = 0
+        if not lost:
+            return super().notes()
+        said = f"{lost:,} of {measured:,} rows: the model ({self.step.checkpoint.label}) gives no finite number; what is measured of them is NULL."
+        return [*super().notes(), said]
 
     def close(self) -> None:
         if self.model is not None:
@@ -134,4 +162,5 @@ class BackwardRunner(ForwardRunner):
             token_budget=self.recipe.engine.token_budget,
             parameters=self.recipe.gradients.parameters,
         )
+        self._count_without_value(encoded, columns)
         return columns, None, forward.tokens_to_run(encoded)
