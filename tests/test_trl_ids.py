@@ -5,6 +5,7 @@ all of them (`assistant_only_loss`), both truncations, with tools and reasoning.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -292,9 +293,8 @@ def test_the_line_measures_all_turns_and_exports_them_as_they_train(tmp_path, mo
     make_llama(tmp_path / "model", seed=0, context=512)
     tokenizer.chat_template = MARKED
     tokenizer.save_pretrained(tmp_path / "model")
-    last = curate.run(recipe(tmp_path))
     every = curate.run(recipe(tmp_path, tokens={"turns": "all"}))
-    assert all("turns" not in m.params for m in last.store.measured() if m.fingerprint not in _prints(every))
+    assert all(m.params["turns"] == "all" for m in every.store.measured())
     by_turns = every.store.sql("SELECT target_nll, prompt_tokens, completion_tokens FROM scored ORDER BY position")
     encoded = [
         encode(row, tokenizer, Limits(1024, turns="all")) for row in rows_of(tmp_path, "sft", ["plain", "system"])[1]
@@ -325,8 +325,5 @@ def test_the_line_measures_all_turns_and_exports_them_as_they_train(tmp_path, mo
     tokenizer.chat_template = CHATML
     unmarked = Rendering(False, False, True, template_of(tokenizer), turns="all")
     assert unmarked.params(MEASUREMENTS["target_likelihood"])["turns"] == "all, by rendering"
+    assert "turns" not in replace(unmarked, turns="last").params(MEASUREMENTS["likelihood"])
     assert "has no {% generation %}" in "".join(unmarked.notes("model", "auto"))
-
-
-def _prints(result):
-    return {m.fingerprint for m in result.store.measured() if m.params.get("turns")}

@@ -190,7 +190,9 @@ class Head:
             for block in blocks:
                 z = _hide(self.logits(h, block), tokens[part], block)
                 count[part] += (z < limit[part, None].to(z.dtype)).sum(1)
-        known = torch.isfinite(first["logp"]) & torch.isfinite(first["square"])  # no count where there is no distribution
+        known = torch.isfinite(first["logp"]) & torch.isfinite(
+            first["square"]
+        )  # no count where there is no distribution
         return torch.where(known, count / len(self.weight), torch.nan)
 
 

@@ -30,7 +30,9 @@ class ForwardRunner(Runner):
         super().__init__(loaded, progress)
         self.model: Any = None
         self.step: Step
-        self.measured = self.without_value = 0  # rows of this step that can be measured, and those of them without a finite value
+        self.measured = self.without_value = (
+            0  # rows of this step that can be measured, and those of them without a finite value
+        )
 
     def use(self, step: Step) -> None:
         from curate.passes.forward import load_model
