@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,6 @@ from curate.workflow.read import source_types
 
 if TYPE_CHECKING:
     from curate.data import ExportResult, ExportRow
-    from curate.data.parts import Parts
     from curate.plan.roles import Roles
     from curate.store import Selection, Store
 
@@ -100,32 +99,22 @@ def _export(
         "files": files,
     }
     types = _types(store, sources)
-
-    def fill(work: Path) -> AbstractContextManager[Parts]:
-        return parts_of(
-            selection,
-            work,
-            format=asked.format,
-            chat=chat,
-            asked=beside,
-            weight=asked.weight,
-            types=types,
-            by_rank=by_rank,
-        )
-
-    try:
-        if asked.weight in own:
-            raise ByRows
-        return export_parts(to, fill, **common)
-    except ByRows:
-        of_rows = Beside(loaded, store, [*columns, *beside, *([asked.weight] if asked.weight else [])])
-        kept, dropped = (
-            _rows(rows, weight, [*columns, *beside], of_rows, chat=chat)
-            for rows, weight in ((selection.kept(by_rank=by_rank), asked.weight), (selection.dropped(), None))
-        )
-        return export(
-            to, kept, dropped, format=asked.format, types=types, as_json=selection.holds_more_than_text, **common
-        )
+    if asked.weight not in own:
+        by_tables: dict[str, Any] = {
+            "format": asked.format,
+            "chat": chat,
+            "asked": beside,
+            "weight": asked.weight,
+            "types": types,
+        }
+        with suppress(ByRows):
+            return export_parts(to, lambda work: parts_of(selection, work, by_rank=by_rank, **by_tables), **common)
+    of_rows = Beside(loaded, store, [*columns, *beside, *([asked.weight] if asked.weight else [])])
+    kept, dropped = (
+        _rows(rows, weight, [*columns, *beside], of_rows, chat=chat)
+        for rows, weight in ((selection.kept(by_rank=by_rank), asked.weight), (selection.dropped(), None))
+    )
+    return export(to, kept, dropped, format=asked.format, types=types, as_json=selection.holds_more_than_text, **common)
 
 
 def _source_name(sources: Sequence[str]) -> str:

@@ -144,13 +144,7 @@ class HfSampler:
 
         module, device = self._model.module, self._model.device
         n = len(uniforms) // len(prompts)
-        width = max(map(len, prompts))
-        tokens = torch.zeros(len(prompts), width, dtype=torch.long)
-        mask = torch.zeros(len(prompts), width, dtype=torch.long)
-        for row, ids in enumerate(prompts):
-            tokens[row, width - len(ids) :] = torch.as_tensor(list(map(int, ids)))
-            mask[row, width - len(ids) :] = 1
-        tokens, mask = tokens.to(device), mask.to(device)
+        tokens, mask = (padded.to(device) for padded in _padded(prompts))
         generated: list[list[int]] = [[] for _ in range(len(uniforms))]
         logps: list[list[float]] = [[] for _ in range(len(uniforms))]
         limits = np.repeat(rooms, n)
@@ -159,11 +153,7 @@ class HfSampler:
             out = module(
                 input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1
             )
-            cache = out.past_key_values
-            if cache is None or not hasattr(cache, "batch_repeat_interleave"):
-                raise ModelError(
-                    f"{type(module).__name__}: wanted a model with a KV cache, found {type(cache).__name__}. Sample it through a server."
-                )
+            cache = _cache_of(module, out)
             if n > 1:
                 cache.batch_repeat_interleave(n)
             logits = out.logits[:, -1].repeat_interleave(n, 0)  # (B, V)
@@ -230,6 +220,29 @@ class HfSampler:
         logp = float(np.sum(logps, dtype=np.float64))
         own = tuple(ids) if sampling.with_ids else None
         return Sample(text=text, n_tokens=len(ids), logp=logp, finished=ended, ids=own)
+
+
+def _padded(prompts: list[list[int]]) -> tuple[Any, Any]:
+    """Two (prompts, longest) long tensors: the tokens, padded at the left, and 1 where they are."""
+    import torch
+
+    width = max(map(len, prompts))
+    tokens = torch.zeros(len(prompts), width, dtype=torch.long)
+    mask = torch.zeros(len(prompts), width, dtype=torch.long)
+    for row, ids in enumerate(prompts):
+        tokens[row, width - len(ids) :] = torch.as_tensor(list(map(int, ids)))
+        mask[row, width - len(ids) :] = 1
+    return tokens, mask
+
+
+def _cache_of(module: Any, out: Any) -> Any:
+    """The keys and values of a forward pass; ModelError for a model that keeps none by row."""
+    cache = out.past_key_values
+    if cache is None or not hasattr(cache, "batch_repeat_interleave"):
+        raise ModelError(
+            f"{type(module).__name__}: wanted a model with a KV cache, found {type(cache).__name__}. Sample it through a server."
+        )
+    return cache
 
 
 def _seen(prompts: list[list[int]], logits: Any, sampling: Sampling) -> Any:
