@@ -50,7 +50,8 @@ scores: [pass_rate, pass_rate_low, pass_rate_high, {pass_at: {k: 4}}, {pass_at: 
 @pytest.fixture(scope="module")
 def line(tmp_path_factory):
     folder = tmp_path_factory.mktemp("rlvr")
-    rows = [{"prompt": f"{word} says", "answer": word[0], "level": i} for i, word in enumerate(WORDS)]
+    rows = [{"prompt": f"{word} says", "answer": word[0], "level": i, "w": i + 1} for i, word in enumerate(WORDS)]
+    rows[4]["w"] = None
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "recipe.yaml").write_text(RECIPE)
     (folder / "prompts.yaml").write_text(
@@ -210,11 +211,15 @@ def test_the_starter_runs_as_it_is_written(line, measured, command):
     assert command("init", "rlvr", "rl.yaml", "--quiet") == 0
     small = ["sampling.max_new_tokens=6", "sampling.grader={regex: '([a-m])'}", "engine.sampler=transformers"]
     places = ["source.path=rows.jsonl", "models.reference=model"]
-    small += ["sampling.top_k=30"]
+    small += ["sampling.top_k=30", "sampling.system=Be brief.", "sampling.stop=['!!']"]
     easy_first = ["select.where=pass_rate < 0.8", "select.order_by=pass_rate desc", "export.order=order_by"]
     result = curate.run(line.parent / "rl.yaml", set=[*places, *small, *easy_first])
     exported = pq.read_table(line.parent / "out" / "rl" / "data" / "train-00000.parquet")
     assert {"prompt", "answer", "pass_rate", "pass_band", "pass_at"} <= set(exported.column_names)
+    before, ends = result.exported.warnings  # what pass rates are of, and the export does not have
+    assert (
+        "sampled with sampling.system before every prompt" in before and "with sampling.stop, which no setting" in ends
+    )
     assert len(exported) == result.exported.n_rows and (line.parent / "out" / "rl_control").is_dir()
     rates = exported["pass_rate"].to_pylist()
     assert rates == sorted(rates, reverse=True) and len(set(rates)) > 1
@@ -254,6 +259,15 @@ def test_an_equal_control_beside_the_selection(line, measured):
     kept = set(result.store.sql("SELECT row_id FROM scored WHERE pass_rate = 0")["row_id"])
     control = pq.read_table(line.parent / "out" / "chosen_control" / "data" / "train-00000.parquet")
     assert len(control) == result.exported.n_rows == 6 and not set(control["row_id"].to_pylist()) <= kept
+    lacking = ["select.where=coalesce(w, 0) > 0", "export.control=random", "export.weight=w"]
+    with pytest.raises(ValidationError, match="its control is not: .* unknown in 1 .* select.control=random"):
+        curate.run(
+            line.parent / "prompts.yaml", set=[*lacking, "select.keep.rows=11"]
+        )  # no row of `where` is without a weight
+    result = curate.run(line.parent / "prompts.yaml", set=[*lacking, "select.control=random", "export.control=true"])
+    [unread] = result.exported.warnings
+    assert "trainer of these rows takes no weights" in unread
+    assert not (line.parent / "out" / "prompts" / "trl_trainers.py").exists()
     with pytest.raises(UsageError, match="export.control"):
         load_recipe(line, set=["export={to: out, control: random}"])
     with pytest.raises(UsageError, match="select.control is length_matched"):

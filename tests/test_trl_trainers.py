@@ -25,6 +25,11 @@ scores: [ranking_gap, implicit_reward_gap]
 select: {order_by: level desc}
 export: {to: out, columns: scores, order: order_by, reference_logps: true, weight: w}
 """
+STALE = {
+    "chosen_logp": -1,
+    "rejected_logp": -2,
+    "reference_score_chosen": -8,
+}  # columns of the user's, measured elsewhere
 SETTINGS = {
     "per_device_train_batch_size": 2, "learning_rate": 0.0, "num_train_epochs": 1, "logging_steps": 1, "use_cpu": True, "bf16": False,
     "gradient_checkpointing": False, "dataloader_pin_memory": False, "report_to": "none", "save_strategy": "no", "disable_tqdm": True,
@@ -41,6 +46,7 @@ def exported(tmp_path_factory):
             "rejected": "no " + "x" * i,
             "level": i * 5 % 7,
             "w": [1, 0, 2.5, 0.5, 3, 1][i],
+            **STALE,
         }
         for i, word in enumerate(WORDS)
     ]

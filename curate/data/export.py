@@ -225,15 +225,16 @@ def write_export(
         notes.append(f"{drawn}; do not weight them again.")
     if trainer is not None and files.layout == "trl":
         notes += write_trainer_args(staging, trainer, layout)
-    mixins = [
-        *(["GivenReference"] if files.reference is not None else []),
-        *(["WeightedRows"] if parts.total and resample is None else []),
-    ]
-    if mixins and files.layout == "trl":
+    mixins, unread = read_beside(files, layout, weights=bool(parts.total) and resample is None)
+    if mixins:
         shutil.copyfile(trl_trainers.__file__, staging / MIXINS)
         notes.append(
-            f"{MIXINS} has {' and '.join(mixins)}, which make TRL's trainers use these columns: its first lines say how."
+            f"{MIXINS} has {' and '.join(mixins)}, with which TRL's trainers use these columns: its first lines say how."
         )
+    if trainer is not None and layout.startswith("trl prompts"):
+        unread += trainer.asked_behind
+    notes += unread
+    warnings += unread
     shutil.rmtree(staging / "work")
     n_dropped, kind = left.n_rows, parts.kind
     end = "parquet" if files.layout == "trl" or TRAINERS[files.layout].schema is not None else "jsonl"
@@ -247,6 +248,30 @@ def write_export(
     (staging / MARK).write_text(f"{text}\n{mark(result, staging)}", encoding="utf-8")
     carry_over(target, staging)
     return result
+
+
+def read_beside(files: Files, layout: str, *, weights: bool) -> tuple[list[str], list[str]]:
+    """The mixins with which TRL's trainers read what stands beside these rows; and a sentence for each of it that no trainer reads."""
+    mixins, unread = [], []
+    if files.layout == "trl":
+        title = "TRL's trainer of these rows"
+        weighed = layout.startswith(("trl preference", "prompt/completion", "messages"))
+    else:
+        title, weighed = TRAINERS[files.layout].title, False
+    if files.reference is not None and files.layout == "trl":
+        mixins.append("GivenReference")
+    elif files.reference is not None:
+        unread.append(
+            f"{title} does not read the reference's log-probabilities from these files: it needs its reference model all the same."
+        )
+    if weights and weighed:
+        mixins.append("WeightedRows")
+    elif weights:
+        unread.append(
+            f"{title} takes no weights: the column `weight` changes nothing in its training. `--set export.resample=N` draws N rows in proportion "
+            "to it instead."
+        )
+    return mixins, unread
 
 
 def column_notes(kept: Part, other: Mapping[str, str]) -> list[str]:

@@ -18,10 +18,11 @@ if TYPE_CHECKING:
 
 TEMPLATE_ARGS = ("tools", "chat_template_kwargs")  # columns of rows in messages that TRL gives the chat template
 TEXTS = ("prompt", "chosen", "rejected", "completion", "messages", "label")
-# Columns that TRL refuses, or takes for its own (TRL 1.16, dpo_trainer and sft_trainer).
+# Columns that TRL refuses, or takes for its own (TRL 1.16, dpo_trainer and sft_trainer), and what fairseq2 takes for the reference's scores.
 OF_TRAINERS = (
     "text conversations image images input_ids labels attention_mask position_ids completion_mask assistant_masks seq_lengths "
-    "prompt_ids chosen_ids rejected_ids completion_ids ref_chosen_logps ref_rejected_logps tools chat_template_kwargs"
+    "prompt_ids chosen_ids rejected_ids completion_ids ref_chosen_logps ref_rejected_logps tools chat_template_kwargs "
+    "reference_score_chosen reference_score_rejected"
 )
 SIDE = "side"  # of an export of both responses: which one a row has
 TAKEN = frozenset((*TEXTS, "row_id", *OF_TRAINERS.split()))

@@ -29,7 +29,8 @@ class TrainedAs:
 
     unlike: sentences on what was measured or scored otherwise than these settings train. turns: whether the last assistant turn of an SFT row was
     measured or all of them (tokens.turns). in_order: the rows are not to be shuffled. given_reference: the rows have the reference's
-    log-probabilities. sampling: how answers were sampled, in GRPOConfig's names, where they were.
+    log-probabilities. sampling: how answers were sampled, in GRPOConfig's names, where they were. asked_behind: sentences on what stood before the
+    prompts then, and is not in these rows.
     """
 
     max_length: int | None
@@ -41,6 +42,7 @@ class TrainedAs:
     in_order: bool = False
     given_reference: bool = False
     sampling: tuple[tuple[str, Any], ...] = ()
+    asked_behind: tuple[str, ...] = ()
 
     def args(self, layout: str) -> tuple[str, dict[str, Any]] | None:
         """The configuration class that trains on an export of this layout, and its arguments; None for layouts that neither takes.

@@ -129,14 +129,14 @@ def columns_exist(ahead: Ahead, staged: str) -> None:
     worst = worst_ends(store, plan.wanted)
     frame = check_select(store, spec_of(ahead.loaded), worst=worst, planned=planned, recipe=staged)
     if recipe.export is not None:
-        check_columns(recipe.export, frame.columns)
+        check_columns(recipe.export, frame)
 
 
 def _export_columns_exist(loaded: Loaded, store: Store) -> None:
     from curate.workflow.export import check_columns
 
     if loaded.recipe.export is not None:
-        check_columns(loaded.recipe.export, store.sql("SELECT * FROM scored LIMIT 0", recipe=loaded.name).columns)
+        check_columns(loaded.recipe.export, store.frame(recipe=loaded.name))
 
 
 def export_can_be_written(ahead: Ahead) -> None:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from curate.data import ExportResult, ExportRow
     from curate.plan.roles import Roles
     from curate.store import Selection, Store
+    from curate.store.misread import Frame
 
 
 REFERENCE = ("chosen_logp", "rejected_logp")  # columns of `scored` that export.reference_logps is of
@@ -52,7 +53,12 @@ def export_selection(
     control = selection.control
     assert control is not None
     beside = asked.model_copy(update={"to": f"{asked.to.rstrip('/')}_control", "push_to_hub": None})
-    drawn = _export(loaded, store, control, sources, beside, roles, inputs_hash, progress)
+    try:
+        drawn = _export(loaded, store, control, sources, beside, roles, inputs_hash, progress)
+    except ValidationError as error:
+        raise ValidationError(
+            f"The selection is exported to {result.path}, its control is not: {error}{_of_all(loaded)}"
+        ) from error
     note = f"The control, {drawn.n_rows:,} rows, is in {drawn.path}."
     return replace(result, notes=(*result.notes, note))
 
@@ -117,6 +123,16 @@ def _export(
     return export(to, kept, dropped, format=asked.format, types=types, as_json=selection.holds_more_than_text, **common)
 
 
+def _of_all(loaded: Loaded) -> str:
+    """What else to do about rows of a control that `select.where` does not keep out of it."""
+    if loaded.recipe.select is None or loaded.recipe.select.control != "random_of_all":
+        return ""
+    return (
+        " This control is drawn from all rows, those that select.where drops too; to draw it from those that where keeps: `--set "
+        "select.control=random --set export.control=true`."
+    )
+
+
 def _source_name(sources: Sequence[str]) -> str:
     """What a trainer may call the source: a hub dataset's name, a file's without its ending; "" where there are several."""
     if len(sources) != 1:
@@ -130,15 +146,18 @@ def _own_of(loaded: Loaded, store: Store) -> set[str]:
     return {column.name for column in own if not column.taken_by and not column.imported}
 
 
-def check_columns(asked: Export, known: Sequence[str]) -> None:
-    """UsageError for an extra column or a weight that `scored` does not have; the nearest is named."""
+def check_columns(asked: Export, scored: Frame) -> None:
+    """UsageError for an extra column or a weight that `scored` does not have, the nearest is named; and for reference log-probabilities that are
+    not measured, whatever columns of the user's are called so.
+    """
+    known, users = scored.columns, {column.shown for column in scored.own["scored"]}
     named = asked.columns if isinstance(asked.columns, list) else []
     for key, name in [*(("columns", n) for n in named), *([("weight", asked.weight)] if asked.weight else [])]:
         if name not in known:
             raise UsageError(
                 f"export.{key}: {name!r} is not a column of `scored`" + did_you_mean(name, known, ".", before="; ")
             )
-    if asked.reference_logps and not set(REFERENCE) <= set(known):
+    if asked.reference_logps and not set(REFERENCE) <= set(known) - users:
         raise UsageError(
             "export.reference_logps: the reference's log-probabilities (chosen_logp, rejected_logp) are not measured: name models.reference, and a "
             "score that reads them, such as ranking_gap."
@@ -149,7 +168,7 @@ def _columns(loaded: Loaded, store: Store) -> list[str]:
     """The extra columns that the recipe asks for."""
     asked = loaded.recipe.export
     assert asked is not None
-    check_columns(asked, store.sql("SELECT * FROM scored LIMIT 0", recipe=loaded.name).columns)
+    check_columns(asked, store.frame(recipe=loaded.name))
     if asked.columns == "scores":
         return [request.name for request in loaded.recipe.scores]
     return list(asked.columns) if isinstance(asked.columns, list) else []

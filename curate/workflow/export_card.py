@@ -130,6 +130,7 @@ def trained_as(loaded: Loaded, store: Store) -> Any:
         in_order=asked is not None and asked.order == "order_by",
         given_reference=asked is not None and asked.reference_logps,
         sampling=_as_rollouts(loaded, store),
+        asked_behind=_asked_behind(loaded, store),
     )
 
 
@@ -147,6 +148,26 @@ def _as_rollouts(loaded: Loaded, store: Store) -> tuple[tuple[str, Any], ...]:
     further = ("top_k", "min_p", "repetition_penalty", "chat_template_kwargs")
     named |= {name: value for name in further if (value := getattr(sampling, name))}
     return tuple(named.items())
+
+
+def _asked_behind(loaded: Loaded, store: Store) -> tuple[str, ...]:
+    """What answers were sampled with that neither the exported prompts have nor a trainer's settings say."""
+    if not _as_rollouts(loaded, store):
+        return ()
+    sampling = loaded.recipe.sampling
+    before = [f"sampling.{key}" for key in ("system", "few_shot") if getattr(sampling, key)]
+    ends = [f"sampling.{key}" for key in ("stop", "thinking_tokens", "extra_body") if getattr(sampling, key)]
+    notes = []
+    if before:
+        notes.append(
+            f"Answers were sampled with {' and '.join(before)} before every prompt, which these prompts do not have: put the same before them in the "
+            "training, or other prompts are trained than those whose pass rates were measured."
+        )
+    if ends:
+        notes.append(
+            f"Answers were sampled with {', '.join(ends)}, which no setting here says: the training has to be told."
+        )
+    return tuple(notes)
 
 
 def _flagged(loaded: Loaded) -> str:
