@@ -11,8 +11,11 @@ import curate
 from curate.console import Progress
 from curate.errors import UsageError
 from curate.measurements import MEASUREMENTS
-from curate.passes.thinking import has_tags, opens, split, tags_of
+from curate.passes.chat import template_of
+from curate.passes.sampling.reasoned import Thinking
+from curate.passes.thinking import has_tags, opens, split, tags_of, without_special
 from curate.plan.identity import params_of
+from curate.plan.rendering import Rendering
 from curate.recipe.load import load_recipe
 from curate.report.answers import answers_of, answers_text
 from curate.report.summary import summarise
@@ -57,6 +60,40 @@ def test_tags_are_those_of_the_template_or_the_vocabulary():
     assert tags_of(tokenizer) == ("[THINK]", "[/THINK]")
     assert opens("<|assistant|><think>\n", TAGS) and not opens("<think></think>\n\n", TAGS) and not opens("a", None)
     assert has_tags("a</think>b") and has_tags(" <think>") and not has_tags("a <think>")
+
+
+def test_of_answers_that_an_earlier_curate_graded_no_share_of_unfinished_ones_is_said(tmp_path):
+    """Their outcome was not kept: those that were cut are wrong, or unfinished."""
+    import duckdb
+
+    with Served() as server:
+        server.says = lambda prompt, k: ANSWERS[k]
+        store = curate.run(recipe(tmp_path, server)).store
+    with duckdb.connect(str(store.folder / "curate.duckdb")) as con:
+        con.execute("UPDATE data.samples SET outcome = NULL")
+    found = summarise(curate.Store(store.folder))
+    assert [(line["cut"], line["unfinished"], line["share"]) for line in found.cut] == [(3, None, None)]
+    assert "- of answers that an earlier curate graded" in found.text()
+    known = store.sql("SELECT outcome FROM samples WHERE finished ORDER BY sample")
+    assert known["outcome"].to_list() == ["right", "wrong"]
+
+
+def test_tags_are_shown_that_the_vocabulary_alone_marks_as_special():
+    """Such tokens have no name (Magistral's [THINK], Llama 3's <|eot_id|>), and a decoded text leaves them out too."""
+    from tokenizers import AddedToken
+
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens([AddedToken(token, special=True) for token in (*TAGS, "<|end|>")])
+    shown = Thinking.of(TAGS, tokenizer).shown
+    assert (
+        shown == tuple(TAGS)
+        and without_special("<think>a</think>b<|end|></s>", tokenizer, shown) == "<think>a</think>b"
+    )
+    tokenizer.chat_template = "{{ messages[0].content }}<think>"
+    params = Rendering(False, False, True, template_of(tokenizer)).params(MEASUREMENTS["accuracy"])
+    assert (
+        params["thinking_shown"] and params["thinking_opened"]
+    )  # answers that were kept without them are no such answers
 
 
 def recipe(tmp_path, server, rows=(QUESTION,), **sampling):
@@ -122,21 +159,36 @@ def test_an_answer_that_was_cut_before_it_is_unfinished(tmp_path, capsys):
 
 def test_thinking_in_a_servers_text_is_told_apart_by_tags_that_the_recipe_names(tmp_path, capsys):
     """Without them they are graded with it, as ever, and that is said; with them the kept answers are graded anew."""
-    texts = ["<think>41</think> 42", "<think>42</think> 41", "<think>6 times 7 is 42"]
+    texts = [
+        "<think>41</think> 42",
+        "<think>42</think> 41",
+        "<think>6 times 7 is 42",
+        "So 42, but",
+    ]  # the last opened by the server's template
     with Served() as server:
-        server.says = lambda prompt, k: (texts[k], None, "length" if k == 2 else "stop")
+        server.says = lambda prompt, k: (texts[k], None, "length" if k > 1 else "stop")
         rows = [{"prompt": "6 times 7", "completion": " 42", "answer": "42"}]
-        store = curate.run(recipe(tmp_path, server, rows, samples=3), progress=Progress()).store
+        store = curate.run(recipe(tmp_path, server, rows, samples=4), progress=Progress()).store
         assert store.sql("SELECT outcome FROM samples ORDER BY sample")["outcome"].to_list() == [
             "right",
             "wrong",
             "right",
+            "right",
         ]
-        assert "3 of 3 answers of policy hold their thinking (</think>)" in " ".join(capsys.readouterr().err.split())
-        again = curate.run(recipe(tmp_path, server, rows, samples=3, thinking_tags=TAGS))
+        assert "3 of 4 answers of policy hold their thinking (</think>)" in " ".join(capsys.readouterr().err.split())
+        again = curate.run(recipe(tmp_path, server, rows, samples=4, thinking_tags=TAGS))
         assert again.measured == {"kept answers graded anew": 1}
         seen = again.store.sql("SELECT text, reasoning, outcome FROM samples ORDER BY sample").rows()
-        assert seen == [(" 42", "41", "right"), (" 41", "42", "wrong"), ("", "6 times 7 is 42", "unfinished")]
+        assert seen == [
+            (" 42", "41", "right"),
+            (" 41", "42", "wrong"),
+            ("", "6 times 7 is 42", "unfinished"),
+            ("", "So 42, but", "unfinished"),
+        ]
+        drawn = curate.run(
+            recipe(tmp_path, server, rows, samples=4, thinking_tags=TAGS), store=tmp_path / "drawn"
+        ).store
+        assert drawn.sql("SELECT text, reasoning, outcome FROM samples ORDER BY sample").rows() == seen
 
 
 def test_settings_of_sampling_reach_the_server_and_the_fingerprint(tmp_path):
@@ -198,6 +250,12 @@ def test_a_local_model_thinks_within_its_budget(tmp_path):
     path.write_text(yaml.safe_dump(raw))
     with pytest.raises(UsageError, match="what closes the thinking of model is not known"):
         curate.run(path)
+    untold = curate.run(path, set=["sampling.thinking_tags=null", "sampling.thinking_tokens=null"])
+    unlimited = curate.run(path, set=["sampling.thinking_tags=['+', '=']", "sampling.thinking_tokens=null"])
+    assert (
+        unlimited.measured["sample"] == untold.measured["sample"] == 3
+    )  # a kept text does not say that the prompt opens its thinking
+    assert unlimited.store.sql("SELECT count(reasoning) FROM samples").rows() == [(12,)]
     store = curate.run(path, set=["sampling.thinking_tags=['+', '=']"]).store
     samples = store.sql("SELECT reasoning, text, n_tokens, finished FROM samples")
     assert len(samples) == 12 and samples["reasoning"].null_count() == 0

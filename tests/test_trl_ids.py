@@ -20,6 +20,7 @@ from curate.passes.gradients import backward
 from curate.passes.loading.model import load_model
 from curate.passes.tokens import Encoded, Limits, encode
 from curate.plan.rendered_rows import ENDS, look, lost_text
+from curate.rows import Example
 from tests.tiny_models import make_bytes_tokenizer, make_llama, make_tokenizer
 
 CALLS = "{% for c in m.tool_calls or [] %}<call>{{ c.function.name }} {{ c.function.arguments | tojson }}</call>{% endfor %}"
@@ -225,6 +226,15 @@ def test_turns_without_markers_are_found_by_rendering_or_refused(tmp_path, token
         and "{% generation %}" in thinking.problem
     )
     assert called.problem is None
+    greeted = Example(
+        (OTHER, ASKED), (OTHER,)
+    )  # its first turn stands behind the template's words for it, which do not count
+    for name, end in (("chatml", "<|im_end|>\n"), ("llama3", "<|eot_id|>"), ("gemma", "<end_of_turn>\n")):
+        tokenizer.chat_template = TEMPLATES[name]
+        every = encode(greeted, tokenizer, Limits(turns="all"))
+        assert tokenizer.decode(every.ids[every.counted]) == f"Who knows.{end}" * 2
+    tokenizer.chat_template = TEMPLATES["opens thinking"]
+    assert "begins with a turn of the assistant's" in encode(greeted, tokenizer, Limits(turns="all")).problem
     tokenizer.chat_template = TEMPLATES["mistral"]
     assert "renders turn 3 otherwise" in encode(rows[2], tokenizer, Limits(turns="all")).problem
 

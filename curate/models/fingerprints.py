@@ -114,7 +114,7 @@ class FingerprintCache:
         from curate.passes.chat import template_from_json, template_to_json
 
         settings = [model / name for name in ("generation_config.json", "config.json")]
-        about = content_id(self._tokenizer_state(folder), [file_state(f) if f.is_file() else "" for f in settings], 4)
+        about = content_id(self._tokenizer_state(folder), [file_state(f) if f.is_file() else "" for f in settings], 5)
 
         def looked() -> str:
             from curate.passes.chat import template_of

@@ -14,7 +14,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from curate.errors import ModelError
-from curate.passes.thinking import opens, tags_of
+from curate.passes.thinking import special_tokens, tags_of
 from curate.rows import Example, Message, Pair, Row, Text, text_of
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ QUESTIONS: tuple[
 )
 REASONING = ("reasoning_content", "reasoning", "thinking")  # keys of what a turn thinks before its content
 MARKERS = re.compile(r"\{%-?\s*generation\s*-?%\}")  # as TRL looks for them
+PROMPT_END = 80  # characters of a prompt that are kept: more than any tag has
 THOUGHT = "<think>\nfirst seven\n</think>\nlast eight"
 
 
@@ -48,8 +49,8 @@ class Template:
     conversation of ours: refuses is then what it says of the plainest one. dated: whether it asks for today's date.
     keeps_reasoning: whether the text between <think> and </think> of a reply is in what it renders. eos: the tokenizer's own end token. stops: the
     tokens that end an answer when it is sampled: eos, and those of the model's generation settings. marks_turns: whether it says itself, by
-    {% generation %}, which text is the assistant's. thinks_in: what opens and closes the model's thinking. opens_thinking: whether the generation
-    prompt opens it.
+    {% generation %}, which text is the assistant's. thinks_in: what opens and closes the model's thinking. prompt_end: how a prompt
+    ends where an answer is to come. special: the tokens that a decoded text leaves out.
     """
 
     end: str | None
@@ -60,7 +61,8 @@ class Template:
     refuses: str | None = None
     marks_turns: bool = False
     thinks_in: tuple[str, str] | None = None
-    opens_thinking: bool = False
+    prompt_end: str = ""
+    special: tuple[str, ...] = ()
 
 
 def as_chat(row: Row) -> Row:
@@ -180,7 +182,7 @@ def template_of(tokenizer: PreTrainedTokenizerBase, stops: Sequence[int] = ()) -
         reply = shown(*before, Message(role="assistant", content="last eight"))
         if reply is not None:
             break
-    tags, asked = tags_of(tokenizer), shown(*before, generation_prompt=True)
+    asked = shown(*before, generation_prompt=True)
     end = None if reply is None else closing_token(tokenizer, ids_of(tokenizer, reply))
     thought = shown(*before, Message(role="assistant", content=THOUGHT))
     ends = dict.fromkeys((*([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []), *stops))
@@ -192,8 +194,9 @@ def template_of(tokenizer: PreTrainedTokenizerBase, stops: Sequence[int] = ()) -
         stops=tuple(str(tokenizer.convert_ids_to_tokens(i)) for i in ends if 0 <= i < len(tokenizer)),
         refuses=refused[0] if reply is None else None,
         marks_turns=marks_turns(tokenizer),
-        thinks_in=tags,
-        opens_thinking=opens(asked or "", tags),
+        thinks_in=tags_of(tokenizer),
+        prompt_end=(asked or "")[-PROMPT_END:],
+        special=tuple(sorted(special_tokens(tokenizer))),
     )
 
 
@@ -203,12 +206,14 @@ def ids_of(tokenizer: PreTrainedTokenizerBase, rendered: str) -> list[int]:
 
 
 def template_to_json(template: Template | None) -> str:
-    return json.dumps(None if template is None else {**template.__dict__, "stops": list(template.stops)})
+    return json.dumps(None if template is None else template.__dict__)
 
 
 def template_from_json(text: str) -> Template | None:
     fields = json.loads(text)
-    tuples = {name: tuple(fields[name]) for name in ("stops", "thinks_in") if fields and fields[name] is not None}
+    tuples = {
+        name: tuple(fields[name]) for name in ("stops", "thinks_in", "special") if fields and fields[name] is not None
+    }
     return None if fields is None else Template(**{**fields, **tuples})
 
 

@@ -38,11 +38,16 @@ def has_tags(text: str) -> bool:
     return any(closing in text or text.lstrip().startswith(opening) for opening, closing in KNOWN_TAGS)
 
 
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+    """Every token that a decoded text leaves out: those with a name, and those that the vocabulary marks as special."""
+    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    return {*tokenizer.all_special_tokens, *(str(token) for token in added if token.special)}
+
+
 def without_special(text: str, tokenizer: PreTrainedTokenizerBase, shown: Sequence[str]) -> str:
     """A text that was decoded with its special tokens, without those that are not `shown`."""
-    for token in tokenizer.all_special_tokens:
-        if token not in shown:
-            text = text.replace(token, "")
+    for token in special_tokens(tokenizer).difference(shown):
+        text = text.replace(token, "")
     return text
 
 

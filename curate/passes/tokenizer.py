@@ -41,7 +41,11 @@ def _files_of(folder: Path) -> tuple[object, ...]:
         files = sorted((str(file), file.stat()) for file in entries if not file.name.endswith(WEIGHTS))
     except OSError:
         return ()
-    return (str(folder.resolve()), *((name, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for name, s in files))
+    return (
+        str(folder.resolve()),
+        runs_own_code(),
+        *((name, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for name, s in files),
+    )
 
 
 def _load(path: str | Path) -> PreTrainedTokenizerBase:

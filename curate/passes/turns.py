@@ -64,8 +64,8 @@ def _by_rendering(
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before = rendered(i, generation_prompt=True) if i else []
         whole = rendered(i + 1, generation_prompt=False)
+        before = rendered(i, generation_prompt=True) if i else _opening(whole, rendered(1, generation_prompt=True))
         if common_prefix(whole, ids) < len(whole):
             raise Refused(
                 f"the chat template renders turn {i + 1} otherwise once other turns follow it, so where it stands is not known (tokens.turns: all); "
@@ -73,6 +73,20 @@ def _by_rendering(
             )
         spans.append(np.arange(common_prefix(before, ids), len(whole)))
     return np.unique(np.concatenate(spans)) if spans else np.zeros(0, int)
+
+
+def _opening(whole: list[int], asked: list[int]) -> list[int]:
+    """What stands before the text of a first turn that is the assistant's, where there is no conversation to render up to it: all up to the
+    template's words for a turn of the assistant's. whole: the turn. asked: the turn with the generation prompt behind it.
+    """
+    words = asked[len(whole) :] if asked[: len(whole)] == whole else []
+    for end in range(len(words), len(whole) + 1) if words else ():
+        if whole[end - len(words) : end] == words:
+            return whole[:end]
+    raise Refused(
+        "the conversation begins with a turn of the assistant's, and where its text begins is not known (tokens.turns: all); "
+        "take a template with {% generation %} around what the assistant says"
+    )
 
 
 def one_bos(ids: list[int], bos: int | None) -> list[int]:

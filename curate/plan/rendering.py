@@ -8,13 +8,14 @@ Rows of messages always go through the template. What was measured as messages i
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from curate.errors import ModelError, UsageError
 from curate.passes.chat import DATE, Template
+from curate.passes.thinking import opens
 from curate.rows import Row
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ class Rendering:
     """How rows become text for one tokenizer. chat: rows of plain text go through the template. messages: there are rows of messages too.
 
     plain: there are rows of plain text. template: what is known of the tokenizer's, None where it has none (or where a server has it).
-    turns: tokens.turns. finds_tags: whether the template's own tags tell a model's thinking from its answer (sampling.thinking_tags: auto).
+    turns: tokens.turns. tags: sampling.thinking_tags.
     """
 
     chat: bool
@@ -43,7 +44,7 @@ class Rendering:
     template: Template | None = None
     pairs: bool = False
     turns: Turns = "last"
-    finds_tags: bool = True
+    tags: Sequence[str] | Literal["auto"] | None = "auto"
 
     def params(self, measurement: Measurement) -> dict[str, Any]:
         """What a measurement's values depend on here, beyond the tokenizer. Empty where rows are rendered as they were before 2026-11."""
@@ -57,10 +58,13 @@ class Rendering:
             params["template_end"] = "none" if self.template.refuses is None else "unknown"
         if self.pairs and not self.template.keeps_reasoning:
             params["same_tokens"] = "unknown"
-        if measurement.reads == "sample" and self.finds_tags and self.template.thinks_in is not None:
-            params["thinking"] = list(self.template.thinks_in)
-            if self.template.opens_thinking:  # an answer's text alone does not say that it begins in it
+        tags = self.template.thinks_in if self.tags == "auto" else self.tags
+        if measurement.reads == "sample" and tags is not None:
+            params["thinking"] = list(tags)
+            if opens(self.template.prompt_end, tags):  # an answer's text alone does not say that it begins in it
                 params["thinking_opened"] = True
+            if set(tags) & set(self.template.special):  # a text that was decoded without them does not have them
+                params["thinking_shown"] = True
         if self.turns == "all" and measurement.reads != "sample":
             params["turns"] = "all" if self.template.marks_turns else "all, by rendering"
         return params
@@ -158,8 +162,8 @@ class Renderings:
         plain, messages = "standard" in self.styles, "conversational" in self.styles
         messages = messages or bool(self.loaded.recipe.targets)
         pairs, turns = self.loaded.recipe.kind == "preference", self.loaded.recipe.tokens.turns
-        finds_tags = self.loaded.recipe.sampling.thinking_tags == "auto"
-        return Rendering(chat and plain, plain, messages, template, pairs, turns, finds_tags)
+        tags = self.loaded.recipe.sampling.thinking_tags
+        return Rendering(chat and plain, plain, messages, template, pairs, turns, tags)
 
     def _questions(self) -> bool:
         """Whether the recipe's rows are questions with answers, by the format that they were read in."""

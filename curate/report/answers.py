@@ -36,7 +36,8 @@ def answers_text(answers: Sequence[dict[str, Any]], *, every: bool) -> list[str]
         if answer["checkpoint"] != checkpoint:
             checkpoint = answer["checkpoint"]
             lines.append(f"answers of {checkpoint}:")
-        grade, thought = answer["outcome"] or "-", str(answer["reasoning"] or "").strip()
+        grade = answer["outcome"] or ("-" if answer["correct"] is None else "wrong")
+        thought = str(answer["reasoning"] or "").strip()
         cut = "" if answer["finished"] else " (cut)"
         text = str(answer["text"] or "").strip()
         if thought and (every or not text):

@@ -82,7 +82,7 @@ def _bodies(facts: ViewFacts) -> dict[str, Callable[[], str]]:
         "trajectories": lambda: _narrowed(_trajectories(facts, called), near),
         "samples": lambda: _narrowed(
             "SELECT s.row_id, n.run, n.checkpoint, n.step, s.sample, s.text, s.correct, s.n_tokens, s.logp, s.finished, s.reasoning, "
-            "coalesce(s.outcome, CASE WHEN s.correct THEN 'right' WHEN NOT s.correct THEN 'wrong' END) AS outcome "
+            "coalesce(s.outcome, CASE WHEN s.correct THEN 'right' WHEN NOT s.correct AND s.finished THEN 'wrong' END) AS outcome "
             f"FROM data.samples s JOIN ({called}) n USING (fingerprint) WHERE s.fingerprint IN ({literals(facts.uses)}) "
             "AND s.fingerprint NOT IN (SELECT fingerprint FROM data.measured WHERE measurement = 'perturbed')",  # of other problems
             near,

@@ -197,7 +197,8 @@ def _prompts(asked: Round, model: str, base: str | None) -> tuple[Encode, Encode
     def answering(text: Any, seed: int) -> Prompt | None:
         row = with_template_settings(Example(text), sampling.chat_template_kwargs)
         tokens = encode_prompt(row, tokenizer, limits=limits, **context)
-        return None if tokens.problem else Prompt(tokens.ids, tokens.text, tokens.messages, seed)
+        args = row.template_args
+        return None if tokens.problem else Prompt(tokens.ids, tokens.text, tokens.messages, seed, template_args=args)
 
     def writing(text: Any, seed: int) -> Prompt | None:
         tokens = encode_prompt(Example(text), tokenizer, limits=replace(limits, chat=False))

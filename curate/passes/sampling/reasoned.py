@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from curate.passes.sampling.types import Prompt, Sample, Sampler, Sampling
-from curate.passes.thinking import opens, split
+from curate.passes.thinking import opens, special_tokens, split
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,23 +26,30 @@ LATER = 1 << 20  # number of the first answer of second parts: streams that no f
 @dataclass(frozen=True)
 class Thinking:
     """How a model thinks. tags: what opens and closes it. tokens: after so many it has to answer (None: no budget). closing: ids of the text that is
-    written to close it. shown: those of the tags that are special tokens, which are otherwise no text.
+    written to close it. shown: those of the tags that are special tokens, which are otherwise no text. unseen: a server's template
+    ends the prompt, with what is not known: an answer that was cut before either tag is taken to have begun in its thinking.
     """
 
     tags: tuple[str, str]
     tokens: int | None = None
     closing: tuple[int, ...] = ()
     shown: tuple[str, ...] = ()
+    unseen: bool = False
 
     @classmethod
     def of(cls, tags: Sequence[str], tokenizer: PreTrainedTokenizerBase | None, tokens: int | None = None) -> Thinking:
         """tokenizer: None where the model is a server's, whose text has the tags or has not."""
         opening, closing = tags
         if tokenizer is None:
-            return cls((opening, closing), tokens)
+            return cls((opening, closing), tokens, unseen=True)
         ids = tokenizer(_written(closing), add_special_tokens=False, verbose=False)["input_ids"]
-        shown = tuple(tag for tag in (opening, closing) if tag in tokenizer.all_special_tokens)
+        special = special_tokens(tokenizer)
+        shown = tuple(tag for tag in (opening, closing) if tag in special)
         return cls((opening, closing), tokens, tuple(ids), shown)
+
+    def begins(self, prompt: str, sample: Sample) -> bool:
+        """Whether an answer without an opening tag has begun in the model's thinking."""
+        return opens(prompt, self.tags) or (self.unseen and not sample.finished)
 
 
 def sample_reasoned(
@@ -57,7 +64,7 @@ def sample_reasoned(
     else:
         drawn = _within(sampler, prompts, sampling, thinking)
     return [
-        [told_apart(sample, thinking.tags, opened=opens(prompt.text, thinking.tags)) for sample in of_prompt]
+        [told_apart(s, thinking.tags, opened=thinking.begins(prompt.text, s)) for s in of_prompt]
         for prompt, of_prompt in zip(prompts, drawn, strict=True)
     ]
 

@@ -56,6 +56,7 @@ class SampleRunner(Runner):
         self.label = "the model"
         self.probe = SwapProbe()
         self.tags: Sequence[str] | None = None  # what opens and closes the model's thinking
+        self.of_server = False  # whose template is not known: `Thinking.unseen`
         self.enough = Counter[str]()  # where rows are sampled until their band is decided: rows, answers, undecided
         self.lost = Counter[str]()  # rows that were not asked, by why; or whose prompt lost a turn's text
 
@@ -66,7 +67,8 @@ class SampleRunner(Runner):
 
     def use(self, step: Step) -> None:
         self.step, self.label = step, step.checkpoint.label
-        self.tags = step.tasks[0].measured.params.get("thinking")
+        params = step.tasks[0].measured.params
+        self.tags, self.of_server = params.get("thinking"), params.get("tokenizer") == "server"
 
     def _start(self) -> None:
         """The engine with the weights of the step's checkpoint: nothing is started, and no tokenizer read, for answers that are kept."""
@@ -156,7 +158,11 @@ class SampleRunner(Runner):
         for n in [samples] if isinstance(samples, int) else looks(samples.least, samples.to):
             tokens += self._draw(rows, row_ids, kept, drawn, going_on, n)
             for i in going_on:
-                graded[i] += [self._graded(told_apart(s, self.tags), rows[i]) for s in drawn[i][len(graded[i]) :]]
+                apart = (
+                    told_apart(s, self.tags, opened=self.of_server and not s.finished)
+                    for s in drawn[i][len(graded[i]) :]
+                )
+                graded[i] += [self._graded(s, rows[i]) for s in apart]
             if not isinstance(samples, int):
                 going_on = [i for i in going_on if _wants_more(graded[i], samples.band)]
         if not isinstance(samples, int):
