@@ -108,6 +108,18 @@ def test_more_samples_than_are_drawn_are_refused(line, measured):
         make_plan(load_recipe(line, set=["scores=[{pass_at: {k: 9}}]"]), progress=Progress(quiet=True))
 
 
+def test_scores_alone_refuse_pass_at_of_the_rows_that_went_on(adaptive, command, capsys):
+    """Of rows that are sampled until their band is decided, the undecided alone have k answers: a mean over these is of a choice by answers."""
+    store = adaptive[0].store.folder
+    assert (
+        command(
+            "score", "recipe.yaml", "--set", f"store={store}", "--set", ADAPTIVE, "--set", "scores=[{pass_at: {k: 4}}]"
+        )
+        == 2
+    )
+    assert "k is 4 and sampling.samples.from 2" in capsys.readouterr().err
+
+
 ADAPTIVE = "sampling.samples={from: 2, to: 8, until: band, band: [0.7, 0.9]}"
 ANSWERS = "SELECT row_id, sample, text, correct FROM samples ORDER BY ALL"
 

@@ -102,10 +102,16 @@ def completions_are_there(ahead: Ahead) -> None:
 
 
 def samples_are_enough(ahead: Ahead) -> None:
-    """pass@k of fewer than k samples is NULL in every row."""
-    sampling = ahead.loaded.recipe.sampling
-    short = [want for want in ahead.plan.wanted if want.score.name == "pass_at" and want.params["k"] > sampling.least]
-    if short and any(step.reads == "sample" for step in ahead.plan.steps):
+    check_samples(ahead.loaded, ahead.plan)
+
+
+def check_samples(loaded: Loaded, plan: Plan) -> None:
+    """UsageError for pass@k of fewer than k samples, which is NULL in every row, or in those that were sampled no longer: a choice of rows by
+    their answers.
+    """
+    sampling = loaded.recipe.sampling
+    short = [want for want in plan.wanted if want.score.name == "pass_at" and want.params["k"] > sampling.least]
+    if short and any(step.reads == "sample" for step in plan.steps):
         k, key = short[0].params["k"], "samples" if isinstance(sampling.samples, int) else "samples.from"
         raise UsageError(
             f"scores: {short[0].name} needs k answers of every row; k is {k} and sampling.{key} {sampling.least}. Sample more with "

@@ -18,7 +18,7 @@ from curate.plan.step import RequestedScore
 from curate.recipe.load import Loaded
 from curate.store import DatasetValue, Store
 from curate.store.openings import kept_open
-from curate.workflow.checks import check_all
+from curate.workflow.checks import check_all, check_samples
 from curate.workflow.current import is_selected, note_scores, scores_noted
 from curate.workflow.inputs import Sources, check_current, scores_hash, selection_hash
 from curate.workflow.publish import Decided, Scored, register, stage
@@ -155,6 +155,7 @@ class Steps:
         from curate.workflow.thresholds import with_thresholds
 
         store, plan, kind = self.store, self.plan, self.loaded.recipe.kind
+        check_samples(self.loaded, plan)
         _check_measured(self.loaded, store, plan)
         whole = not plan.missing or bool(self.result.measured)
         if not whole:
