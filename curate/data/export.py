@@ -14,18 +14,19 @@ Written beside `to` and exchanged with it in one step, so that a kill leaves the
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from curate.data import trl_trainers
 from curate.data.arrow_types import read_types
 from curate.data.card import Card, write_card
-from curate.data.exported import SIDE, TAKEN, ExportRow
+from curate.data.export_notes import bytes_warnings, column_notes, read_beside
+from curate.data.exported import ExportRow
 from curate.data.hub import first_line
-from curate.data.parts import Part, Parts, resampled
+from curate.data.parts import Parts, resampled
 from curate.data.reference_logps import with_reference
 from curate.data.replace import MARK, carry_over, check_split, check_target, replace_folder
 from curate.data.spooled import spooled
@@ -37,7 +38,11 @@ from curate.data.written import write_dataset, write_parquet
 from curate.errors import CurateError, UsageError, ValidationError, disk_trouble
 from curate.recipe.bounds import read_text
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+
 ExportFormat = Literal["trl", "prompt_completion", "messages", "extend", "prompts"]
+OF_CURATE = "An export of curate: the next export to this folder replaces it."
 
 
 @dataclass(frozen=True)
@@ -111,20 +116,10 @@ def export(
         check_target(Path(to), sources)
         raise UsageError(f"export.format: '{format}' is none of {', '.join(known)}.")
 
-    def fill(work: Path) -> AbstractContextManager[Parts]:
-        return spooled(
-            work,
-            iter(records),
-            iter(dropped),
-            format,
-            read_types(types or {}),
-            needs_weights=resample is not None,
-            as_json=as_json,
-        )
-
+    fits = {"needs_weights": resample is not None, "as_json": as_json}
     return export_parts(
         to,
-        fill,
+        lambda work: spooled(work, iter(records), iter(dropped), format, read_types(types or {}), **fits),
         split=split,
         card=card,
         sources=sources,
@@ -195,24 +190,12 @@ def write_export(
 ) -> ExportResult:
     """Writes the export into `staging`: rows, dropped rows, trainer's settings, card, and what else was in `target`."""
     kept, left, layout = parts.kept, parts.dropped, parts.layout
-    rows, schema = kept.tables(), kept.schema()
-    if files.reference is not None:
-        rows, schema = with_reference(rows, schema, files.reference)
-    if resample is not None:
-        rows = resampled(rows, kept.n_rows, resample, parts.total, seed)
+    rows, schema = _rows_of(parts, files.reference, resample, seed)
     notes: list[str] = []
     if files.layout == "trl":
         n_rows = write_dataset(rows, schema, staging, split, files.rows_per_file)
     else:
-        sort, _, style = layout.rpartition(", ")
-        about = About(
-            sort,
-            style == "standard",
-            split,
-            trainer is not None and trainer.turns == "all",
-            files.source,
-            files.in_order,
-        )
+        about = _about(layout, split, trainer, files)
         n_rows, notes = write_layout(files.layout, rows, schema, staging, about, files.rows_per_file)
     write_parquet(left.tables(), left.schema(), staging / "dropped" / "dropped-00000.parquet")
     other = {
@@ -221,11 +204,14 @@ def write_export(
     warnings = bytes_warnings(kept)
     notes += [*column_notes(kept, other), *warnings]
     if resample is not None:
-        drawn = f"{n_rows:,} rows were drawn from {kept.n_rows:,} in proportion to `weight` (seed {seed})"
-        notes.append(f"{drawn}; do not weight them again.")
+        notes.append(
+            f"{n_rows:,} rows were drawn from {kept.n_rows:,} in proportion to `weight` (seed {seed}); do not weight them again."
+        )
     if trainer is not None and files.layout == "trl":
         notes += write_trainer_args(staging, trainer, layout)
-    mixins, unread = read_beside(files, layout, weights=bool(parts.total) and resample is None)
+    mixins, unread = read_beside(
+        files.layout, layout, reference=files.reference is not None, weights=bool(parts.total) and resample is None
+    )
     if mixins:
         shutil.copyfile(trl_trainers.__file__, staging / MIXINS)
         notes.append(
@@ -236,71 +222,36 @@ def write_export(
     notes += unread
     warnings += unread
     shutil.rmtree(staging / "work")
-    n_dropped, kind = left.n_rows, parts.kind
     end = "parquet" if files.layout == "trl" or TRAINERS[files.layout].schema is not None else "jsonl"
     layout = layout if files.layout == "trl" else f"{layout}, for {TRAINERS[files.layout].title}"
     write_card(
-        staging / "README.md", card, existing=existing, split=split, n_rows=n_rows, n_dropped=n_dropped, kind=kind, layout=layout,
+        staging / "README.md", card, existing=existing, split=split, n_rows=n_rows, n_dropped=left.n_rows, kind=parts.kind, layout=layout,
         notes=notes, trainer=files.layout, end=end,
     )  # fmt: skip
-    result = ExportResult(target, n_rows, n_dropped, layout, tuple(schema.names), other, tuple(notes), tuple(warnings))
-    text = "An export of curate: the next export to this folder replaces it."
-    (staging / MARK).write_text(f"{text}\n{mark(result, staging)}", encoding="utf-8")
+    result = ExportResult(
+        target, n_rows, left.n_rows, layout, tuple(schema.names), other, tuple(notes), tuple(warnings)
+    )
+    (staging / MARK).write_text(f"{OF_CURATE}\n{mark(result, staging)}", encoding="utf-8")
     carry_over(target, staging)
     return result
 
 
-def read_beside(files: Files, layout: str, *, weights: bool) -> tuple[list[str], list[str]]:
-    """The mixins with which TRL's trainers read what stands beside these rows; and a sentence for each of it that no trainer reads."""
-    mixins, unread = [], []
-    if files.layout == "trl":
-        title = "TRL's trainer of these rows"
-        weighed = layout.startswith(("trl preference", "prompt/completion", "messages"))
-    else:
-        title, weighed = TRAINERS[files.layout].title, False
-    if files.reference is not None and files.layout == "trl":
-        mixins.append("GivenReference")
-    elif files.reference is not None:
-        unread.append(
-            f"{title} does not read the reference's log-probabilities from these files: it needs its reference model all the same."
-        )
-    if weights and weighed:
-        mixins.append("WeightedRows")
-    elif weights:
-        unread.append(
-            f"{title} takes no weights: the column `weight` changes nothing in its training. `--set export.resample=N` draws N rows in proportion "
-            "to it instead."
-        )
-    return mixins, unread
+def _rows_of(
+    parts: Parts, reference: Collection[str] | None, resample: int | None, seed: int
+) -> tuple[Iterator[pa.Table], pa.Schema]:
+    """The rows to write: the kept ones, with the reference's log-probabilities where these are asked for, drawn by weight where that is."""
+    rows, schema = parts.kept.tables(), parts.kept.schema()
+    if reference is not None:
+        rows, schema = with_reference(rows, schema, reference)
+    if resample is not None:
+        rows = resampled(rows, parts.kept.n_rows, resample, parts.total, seed)
+    return rows, schema
 
 
-def column_notes(kept: Part, other: Mapping[str, str]) -> list[str]:
-    """What became of the user's columns: the names that they have here instead (`other`), and those that are kept as text."""
-    as_text = kept.texts_of_several()
-    return [
-        *(_renamed(old, new) for old, new in sorted(other.items())),
-        *(f"Column `{name}` holds values of several types and is kept as text." for name in as_text),
-    ]
-
-
-def bytes_warnings(kept: Part) -> list[str]:
-    """A sentence for each column whose bytes are not here."""
-    return [
-        f"Column `{name}` held bytes (images, audio), which the store does not keep: here it says only how many they were. Join them again by "
-        "a column of yours before you train."
-        for name in sorted(kept.without_bytes())
-    ]
-
-
-def _renamed(old: str, new: str) -> str:
-    """Why a column of the user's has another name in the export."""
-    why = {
-        "row_id": "`row_id` is the row's id in the store",
-        "weight": "`weight` is what the row counts in training",
-        "reason": "`reason` says in dropped/ why a row was dropped",
-        SIDE: f"`{SIDE}` says which response the row has",
-    }.get(old, f"a trainer would take `{old}` for its own" if old in TAKEN else f"`{old}` is what curate has measured")
-    return f"Column `{old}` is called `{new}` here: {why}."
+def _about(layout: str, split: str, trainer: TrainedAs | None, files: Files) -> About:
+    sort, _, style = layout.rpartition(", ")
+    all_turns = trainer is not None and trainer.turns == "all"
+    return About(sort, style == "standard", split, all_turns, files.source, files.in_order)
 
 
 def old_card(file: Path) -> str | None:
