@@ -128,5 +128,9 @@ def test_settings_that_no_score_reads_are_named(model, tmp_path):
     assert note.startswith(
         "Not used by any score of this recipe: sampling.samples, gradients.parameters, forecast.warmup_steps, targets.refusals, models.policy."
     )
+    idle = {"temperature": 0, "top_k": 5, "min_p": 0.1, "unfinished": "leave_out"}
+    path = write(tmp_path, model, scores=["on_policy_gap"], sampling=idle, engine={"sampler": "transformers"})
+    (note,) = make_plan(load_recipe(path), progress=Progress(quiet=True)).unused
+    assert all(f"sampling.{key} (" in note for key in ("top_k", "min_p", "unfinished"))
     path = write(tmp_path, model, models=unused["models"], scores=["implicit_reward_gap"])
     assert make_plan(load_recipe(path), progress=Progress(quiet=True)).unused == []

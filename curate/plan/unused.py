@@ -11,6 +11,7 @@ from curate.plan.beta import has_beta
 if TYPE_CHECKING:
     from curate.plan.plan import Plan
     from curate.recipe.load import Loaded
+    from curate.recipe.schema import Recipe
 
 
 def unused_settings(loaded: Loaded, plan: Plan) -> list[str]:
@@ -26,6 +27,8 @@ def unused_settings(loaded: Loaded, plan: Plan) -> list[str]:
             unused.append("server.url")
     elif recipe.server.url and recipe.engine.sampler != "openai":
         unused.append(f"server.url (engine.sampler is {recipe.engine.sampler})")
+    if "sample" in passes:
+        unused += _idle(recipe)
     if recipe.tokens.turns != "last" and passes <= {"sample"}:
         unused.append("tokens.turns")
     if not gradients:
@@ -43,6 +46,17 @@ def unused_settings(loaded: Loaded, plan: Plan) -> list[str]:
     return [
         f"Not used by any score of this recipe: {', '.join(unused)}. `curate scores NAME` says what a score needs; leave out what is not meant."
     ]
+
+
+def _idle(recipe: Recipe) -> list[str]:
+    """Settings of sampling that others leave nothing to do."""
+    sampling, idle = recipe.sampling, []
+    if sampling.temperature == 0:
+        given = [key for key in ("top_k", "min_p") if getattr(sampling, key) is not None]
+        idle += [f"sampling.{key} (at temperature 0 the likeliest token is taken)" for key in given]
+    if recipe.kind == "preference" and sampling.unfinished != "wrong":
+        idle.append("sampling.unfinished (answers to pairs are not graded)")
+    return idle
 
 
 def _changed(section: str, given: BaseModel) -> list[str]:

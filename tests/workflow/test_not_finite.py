@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 import curate
 from curate.console import Progress
 from curate.errors import ModelError
+from curate.measurements import MEASUREMENTS
+from curate.passes.tokens import Encoded
+from curate.recipe.load import load_recipe
+from curate.workflow.runners.forward import ForwardRunner
 from tests.tiny_models import make_llama
 from tests.workflow.pairs import pairs, write_rows
 
@@ -62,3 +68,41 @@ def test_rows_without_a_value_are_counted_and_null(spoil, capsys):
         )
     n = sum(row["chosen_logp"] is None and row["rejected_logp"] is None for row in rows)
     assert f"{n} of 6 rows: the model (model) gives no finite number" in capsys.readouterr().err
+
+
+def test_answers_without_a_distribution_are_no_wrong_answers(spoil, capsys):
+    """Sampled with transformers: unknown where some rows have none, an error where all have."""
+
+    def recipe(characters):
+        folder = spoil(characters).parent
+        rows = [{"prompt": f"{name} has 2 and 3:", "completion": " 5", "answer": "5"} for name in ("ivy", "ann", "bob")]
+        (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        sampling = {"samples": 2, "max_new_tokens": 2, "grader": "number", "stop": ["v"]}
+        raw = {"kind": "sft", "source": "rows.jsonl", "models": {"reference": "model"}, "scores": ["accuracy"]}
+        raw |= {
+            "engine": {"sampler": "transformers", "device": "cpu"},
+            "sampling": sampling,
+            "store": f"of_{len(characters)}",
+        }
+        (folder / "recipe.yaml").write_text(json.dumps(raw))
+        return folder / "recipe.yaml"
+
+    store = curate.run(recipe("v"), progress=Progress()).store
+    known = store.sql("SELECT accuracy IS NOT NULL AS known, n_samples FROM scored ORDER BY position").rows()
+    assert known == [(False, None), (True, 2), (True, 2)]
+    assert "1 row: the model (model) gives no finite number" in capsys.readouterr().err
+    with pytest.raises(ModelError, match="gives no finite number for any of 3 prompts"):
+        curate.run(recipe("abcdefghijklmnopqrstuvwxyz"), progress=Progress(quiet=True))
+
+
+def test_a_measurement_of_the_users_own_may_have_no_value(tmp_path):
+    """Nor need those of prompts alone: a prompt without a user's turn has no question."""
+    write_rows(tmp_path / "pairs.jsonl", pairs(2))
+    raw = {"kind": "preference", "source": "pairs.jsonl", "models": {"reference": "model"}, "scores": SCORES}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(raw))
+    runner = ForwardRunner(load_recipe(tmp_path / "recipe.yaml"), Progress(quiet=True))
+    own = replace(MEASUREMENTS["likelihood"], function=lambda batch: {})
+    nothing = {column: np.full(2, np.nan) for m in (own, MEASUREMENTS["angles"]) for column in m.columns}
+    rows = [Encoded(np.arange(1, 9, dtype=np.int32), 4)] * 2
+    runner._count_without_value(rows, nothing, [own, MEASUREMENTS["angles"]])
+    assert runner.notes() == [] and runner.measured == 0

@@ -56,17 +56,23 @@ class ForwardRunner(Runner):
 
         encoded = self._encode(rows)
         columns = forward.measure(self.model, encoded, measurements, token_budget=self.recipe.engine.token_budget)
-        self._count_without_value(encoded, columns)
+        self._count_without_value(encoded, columns, measurements)
         return columns, None, forward.tokens_to_run(encoded, without_prompt=any(m.without_prompt for m in measurements))
 
-    def _count_without_value(self, encoded: Sequence[Any], columns: Mapping[str, Any]) -> None:
+    def _count_without_value(
+        self, encoded: Sequence[Any], columns: Mapping[str, Any], measurements: Sequence[Any]
+    ) -> None:
         """Count the rows that tokens were run of and nothing finite came back. ModelError where no row of the checkpoint has a value: nothing of it
-        is to be kept.
+        is to be kept. Of prompts alone, and by measurements of the user's own, NULL can be what was measured.
         """
+        ours = [m for m in measurements if not m.prompt_only and m.function.__module__.startswith("curate.")]
+        numbers = [column for m in ours for column in m.columns]
+        if not numbers:
+            return
         measurable = np.array([row.problem is None for row in encoded], bool)
         finite = np.zeros(len(encoded), bool)
-        for values in columns.values():
-            finite |= np.isfinite(values)
+        for column in numbers:
+            finite |= np.isfinite(columns[column])
         self.without_value += int((measurable & ~finite).sum())
         self.measured += int(measurable.sum())
         if self.measured and self.without_value == self.measured and self.step.missing == self.step.rows:
@@ -164,5 +170,5 @@ class BackwardRunner(ForwardRunner):
             token_budget=self.recipe.engine.token_budget,
             parameters=self.recipe.gradients.parameters,
         )
-        self._count_without_value(encoded, columns)
+        self._count_without_value(encoded, columns, measurements)
         return columns, None, forward.tokens_to_run(encoded)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,7 @@ from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from curate.console import Progress
+from curate.errors import ModelError
 from curate.measurements.perturbations import perturbation
 from curate.passes.thinking import has_tags
 from curate.plan.answers import KeptAnswers, by_prompt, padded
@@ -56,6 +58,11 @@ class SampleRunner(Runner):
         self.label = "the model"
         self.probe = SwapProbe()
         self.tags: Sequence[str] | None = None  # what opens and closes the model's thinking
+        self.whole, self.asked, self.broken = (
+            True,
+            0,
+            0,
+        )  # of a step: whether it has all rows; prompts that were asked, and without a finite answer
         self.of_server = False  # whose template is not known: `Thinking.unseen`
         self.enough = Counter[str]()  # where rows are sampled until their band is decided: rows, answers, undecided
         self.lost = Counter[str]()  # rows that were not asked, by why; or whose prompt lost a turn's text
@@ -68,6 +75,8 @@ class SampleRunner(Runner):
     def use(self, step: Step) -> None:
         self.step, self.label = step, step.checkpoint.label
         params = step.tasks[0].measured.params
+        self.whole = step.missing == step.rows
+        self.asked = self.broken = 0
         self.tags, self.of_server = params.get("thinking"), params.get("tokenizer") == "server"
 
     def _start(self) -> None:
@@ -198,10 +207,23 @@ class SampleRunner(Runner):
             asked = {i: replace(prompt, first=first) for i, prompt in prompts.items() if isinstance(prompt, Prompt)}
             sampling, thinking = sampling_of(recipe, n - first), self._thinking()
             answers = sample_reasoned(self.sampler, list(asked.values()), sampling, thinking)
+            self.asked += len(asked)
             for i, found in zip(asked, answers, strict=True):
-                drawn[i] = drawn[i] + found
+                drawn[i] = drawn[i] + ([] if self._is_broken(found) else found)
                 tokens += len(asked[i].ids) + sum(s.n_tokens or 0 for s in found)
+        if self.broken and self.broken == self.asked and self.whole:
+            raise ModelError(
+                f"{self.label}: the model gives no finite number for any of {self.asked:,} prompts. Its weights are damaged, or its activations are "
+                "larger than its numbers can be: try another engine.dtype. Nothing of this is kept."
+            )
         return tokens
+
+    def _is_broken(self, answers: Sequence[Sample]) -> bool:
+        """Whether the model had no distribution to draw an answer from: what came out is no answer, right or wrong."""
+        broken = any(s.logp is not None and not math.isfinite(s.logp) for s in answers)
+        self.broken += broken
+        self.said["broken"] += broken
+        return broken
 
     def _thinking(self) -> Thinking | None:
         from curate.passes.sampling.reasoned import Thinking
@@ -274,6 +296,10 @@ class SampleRunner(Runner):
             left = "the chat template leaves out the text of their"
             found.append(f"{n:,} rows: {what if ' ' in what else f'{left} {what} turn'}.")
         self.lost.clear()
+        if said["broken"]:
+            found.append(
+                f"{said['broken']:,} rows: the model ({self.label}) gives no finite number; what is sampled of them is NULL."
+            )
         found += self._saved()
         if 2 * said["empty"] > said["answers"]:
             found.append(
