@@ -231,7 +231,8 @@ def test_each_subject_is_sampled_by_the_engine_that_takes_it(place, monkeypatch)
     runner.checkpoints = [Checkpoint(base, "0"), Checkpoint(one, "1", base=base), Checkpoint(other, "2", base=base)]
     for at in (0, 1, 2, 0):
         task = SimpleNamespace(measured=SimpleNamespace(params={"tokenizer": "t"}, engine=""))
-        runner.use(SimpleNamespace(checkpoint=runner.checkpoints[at], tasks=(task,), reads="sample", blocks=()))
+        of = {"tasks": (task,), "reads": "sample", "blocks": (), "missing": 1, "rows": 1}
+        runner.use(SimpleNamespace(checkpoint=runner.checkpoints[at], **of))
         runner._start()  # as the first answer that has to be drawn does
     assert log == [
         ("vllm", base, [one]), "noise", one, "compared", "closed", ("transformers", other, [other]), "closed", ("vllm", base, [one]), "noise"
