@@ -5,8 +5,8 @@
 
 With eos_state the state at the EOS position is in too, T + 1 states: what the authors' experiments without EOS sum.
 CHES is a difference of large numbers: judge an error against |⟨h+, h−⟩| + ‖h+‖², not against the difference.
-Source: Razin et al. 2024, arXiv:2410.08847, Definition 2. Published use: train on the 5% of pairs with the lowest ches_ln. Which chosen responses
-fall, forecasts tell better (`batch_forecast`, docs/results.md).
+Source: Razin et al. 2024, arXiv:2410.08847, Definition 2. Published use: train on the 5% of pairs with the lowest ches_ln. Which chosen responses of
+held-out pairs fall, `batch_forecast` told better (docs/results.md).
 """
 
 from __future__ import annotations

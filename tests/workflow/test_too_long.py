@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import curate
 import curate.plan.missing
 from curate.console import Progress
@@ -57,3 +59,19 @@ def test_rows_beyond_the_models_positions_are_said(recipe, tmp_path, capsys, mon
     assert not any("positions" in note for note in make_plan(fits, progress=quiet).notes())
     monkeypatch.setattr("curate.models.fingerprints.FingerprintCache.positions", lambda cache, folder: None)
     assert not make_plan(loaded, progress=quiet).notes()
+
+
+def test_the_way_out_keeps_prompts_without_a_completion(model, tmp_path, capsys):
+    """Among rows that have one: a prompt's column says so too, and it is no row to leave out."""
+    rows = [{"prompt": f"ada {i}", "completion": " bea"} for i in range(2)]
+    write_rows(tmp_path / "rows.jsonl", [*rows, {"prompt": "ada " * 200, "completion": " cy"}])
+    write_rows(tmp_path / "prompts.jsonl", [{"prompt": "ada says", "final_answer": "a"}])
+    raw = {"kind": "sft", "source": ["rows.jsonl", "prompts.jsonl"], "models": {"reference": str(model)}}
+    raw |= {"tokens": {"max_length": 128}, "scores": ["target_nll"], "select": {"unknown": "drop"}}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(raw))
+    curate.run(tmp_path / "recipe.yaml", progress=Progress())
+    said = capsys.readouterr().err
+    clean = said.partition("`where: ")[2].partition("`")[0]
+    result = curate.run(tmp_path / "recipe.yaml", set={"select.where": clean}, progress=Progress(quiet=True))
+    kept = result.store.sql("SELECT prompt FROM rows JOIN selections USING (row_id) WHERE kept ORDER BY prompt")
+    assert kept["prompt"].to_list() == ["ada 0", "ada 1", "ada says"]

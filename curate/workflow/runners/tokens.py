@@ -65,9 +65,11 @@ class TokensRunner(Runner):
                 "completion is NULL."
             )
         if self.problems:
+            # prompts have no tokens of a completion either, and say so in the same column
+            clean = "token_problem IS NULL" + (" OR completion IS NULL" if self.prompts else "")
             notes.append(
                 f"{self.problems:,} rows cannot be measured; the column token_problem of `scored` says why. A rule of `select` that uses their "
-                "scores treats them by select.unknown; `where: token_problem IS NULL` leaves them out whatever the rules use."
+                f"scores treats them by select.unknown; `where: {clean}` leaves them out whatever the rules use."
             )
         if self.alike:
             notes.append(
