@@ -30,9 +30,8 @@ class ForwardRunner(Runner):
         super().__init__(loaded, progress)
         self.model: Any = None
         self.step: Step
-        self.measured = self.without_value = (
-            0  # rows of this step that can be measured, and those of them without a finite value
-        )
+        # rows of this step that can be measured, and those of them without a finite value
+        self.measured = self.without_value = 0
 
     def use(self, step: Step) -> None:
         from curate.passes.forward import load_model
@@ -86,8 +85,8 @@ class ForwardRunner(Runner):
         self.without_value = self.measured = 0
         if not lost:
             return super().notes()
-        said = f"{lost:,} of {measured:,} rows: the model ({self.step.checkpoint.label}) gives no finite number; what is measured of them is NULL."
-        return [*super().notes(), said]
+        note = f"{lost:,} of {measured:,} rows: the model ({self.step.checkpoint.label}) gives no finite number; what is measured of them is NULL."
+        return [*super().notes(), note]
 
     def close(self) -> None:
         if self.model is not None:
